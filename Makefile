@@ -1,0 +1,56 @@
+# LCM Kit: `make help` says what there is.
+#
+# COMFYUI_PATH=/their/ComfyUI and PYTHON=/their/python, on the command line or in the environment, make every
+# command use them. Then nothing is downloaded. Without them `make setup` builds .venv and .comfyui.
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test lint unit integration clean
+
+BASE_PYTHON ?= python3
+# Waiting threads must not spin: on a laptop two ComfyUI threads would fight for the cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+# An interpreter that cannot even read the script is named here.
+SETUP := "$(BASE_PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null || \
+  { echo 'setup: $(BASE_PYTHON) is missing or too old: run make BASE_PYTHON=/path/to/python3.11'; exit 1; }; \
+  "$(BASE_PYTHON)" tools/setup_comfyui.py --comfyui "$(COMFYUI_PATH)" --python "$(PYTHON)" --for
+
+ifneq ($(COMFYUI_PATH),)
+  COMFYUI := $(COMFYUI_PATH)
+  RUN := $(or $(PYTHON),python3)
+else
+  COMFYUI := $(CURDIR)/.comfyui
+  RUN := $(or $(PYTHON),$(CURDIR)/.venv/bin/python)
+endif
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+	@echo
+	@echo '  make demo PROMPT="cat face"          pictures of your own words'
+	@echo '  make test COMFYUI_PATH=... PYTHON=...  with your own ComfyUI and its Python (each command takes these)'
+
+setup:  ## builds .venv and the real ComfyUI in .comfyui, once (6 GB, minutes)
+	@$(SETUP) test
+
+demo:  ## makes pictures in 4 steps with the embedded model, through ComfyUI's own server
+	@$(SETUP) demo
+	@COMFYUI_PATH="$(COMFYUI)" "$(RUN)" demo/run.py $(if $(PROMPT),--prompt "$$PROMPT")
+
+test: lint unit integration  ## lint, unit and integration: what CI runs
+
+lint: setup  ## ruff and mypy
+	"$(RUN)" -m ruff check .
+	"$(RUN)" -m ruff format --check .
+	mkdir -p build/typing && ln -sfn ../.. build/typing/lcm_kit
+	"$(RUN)" -m mypy
+
+unit: setup  ## the tests that need no ComfyUI
+	env -u COMFYUI_PATH "$(RUN)" -m pytest tests --ignore=tests/with_comfyui
+
+integration: setup  ## the tests that run the real ComfyUI: nodes, server, web page
+	COMFYUI_PATH="$(COMFYUI)" "$(RUN)" -m pytest tests/with_comfyui
+
+clean:  ## removes .venv, .comfyui and everything that tools left behind
+	rm -rf .venv .comfyui .comfyui.part .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info demo/output
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

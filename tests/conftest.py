@@ -1,0 +1,21 @@
+"""Lets the tests import this repository as `lcm_kit`, whatever its folder is called."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "lcm_kit"
+
+# What ComfyUI does in load_custom_node, under a name that tests can write down.
+spec = importlib.util.spec_from_file_location(PACKAGE, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules[PACKAGE])
+pytest.register_assert_rewrite(f"{PACKAGE}.tests.helpers")
+
+# First on the path, so that `import nodes` is ComfyUI's nodes.py and never this repository's nodes/.
+if os.environ.get("COMFYUI_PATH"):
+    sys.path.insert(0, str(Path(os.environ["COMFYUI_PATH"]).expanduser().resolve()))

@@ -1,0 +1,139 @@
+"""The archive that the ComfyUI Registry would get: git's files minus .comfyignore, complete and free of what its
+scanners hide a version for (network, processes, environment, eval, pickle, JavaScript)."""
+
+import ast
+import re
+import shutil
+import subprocess
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from lcm_kit.tests.helpers import ROOT, imports_of, is_within
+
+tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
+
+NEEDED = (
+    "__init__.py",
+    "LICENSE",
+    "NOTICE",
+    "README.md",
+    "pyproject.toml",
+    "requirements.txt",
+    "example_workflows/*.json",
+    "locales/en/nodeDefs.json",
+    "web/docs/*.md",
+)
+KEPT_OUT = ("tests", "demo", "benchmarks", "tools", ".ci", ".github")
+SUFFIXES = {".py", ".md", ".json", ".toml", ".txt", ".jpg", ".png", ".webp", ""}
+MEGABYTES = 5
+
+MODULES = {
+    "network": "aiohttp ftplib http httpx huggingface_hub requests smtplib socket socketserver ssl urllib urllib3 "
+    "webbrowser websocket websockets xmlrpc",
+    "processes": "multiprocessing pty subprocess",
+    "unsafe files": "dill joblib marshal pickle shelve",
+    "native code": "cffi ctypes",
+}
+CALLS = re.compile(
+    r"(builtins\.)?(eval|exec|compile|__import__)|os\.(system|popen|spawn\w*|exec\w*|getenv|putenv)|(torch|np|numpy)\.load"
+    r"|importlib\.import_module"
+)
+# Scanners read text, comments too.
+WORDS = re.compile(r"os\.environ|subprocess|(?<![\w.])(eval|exec)\(|b64decode|torch\.load")
+
+
+def git(*arguments: str) -> list[str]:
+    command = ["git", "-C", str(ROOT), *arguments, "-z"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    return [name for name in done.stdout.split("\0") if name]
+
+
+@pytest.fixture(scope="module")
+def archive() -> list[Path]:
+    """Paths from the root of what would be published, uncommitted files included."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("the archive is what git tracks: needs git and a clone, not an unpacked folder")
+    ignore = f"--exclude-from={ROOT / '.comfyignore'}"
+    kept_out = set(git("ls-files", "--cached", "--ignored", ignore))
+    names = {name for name in git("ls-files", "--cached") if name not in kept_out}
+    names |= set(git("ls-files", "--others", "--exclude-standard", ignore))
+    return sorted(Path(name) for name in names if (ROOT / name).exists())
+
+
+@pytest.fixture(scope="module")
+def code(archive) -> list[Path]:
+    return [path for path in archive if path.suffix == ".py"]
+
+
+def test_archive_is_complete(archive):
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    modules = ["/".join([*package.split(".")[1:], "__init__.py"]) for package in packages]
+    missing = [
+        pattern
+        for pattern in (*NEEDED, *modules)
+        if not any(fnmatch(path.as_posix(), pattern) and path.parent == Path(pattern).parent for path in archive)
+    ]
+    assert missing == []
+
+
+def test_archive_holds_every_module_of_the_nodes_and_of_the_two_libraries(archive):
+    wanted = [file for folder in ("nodes", "samplers", "lora_merge") for file in (ROOT / folder).rglob("*.py")]
+    assert wanted
+    assert [str(file) for file in wanted if file.relative_to(ROOT) not in archive] == []
+
+
+def test_archive_leaves_out_what_only_a_clone_needs(archive):
+    assert [str(path) for path in archive if path.parts[0] in KEPT_OUT] == []
+
+
+def test_archive_holds_only_plain_files_of_known_kinds(archive):
+    assert [str(path) for path in archive if path.suffix not in SUFFIXES or (ROOT / path).is_symlink()] == []
+
+
+def test_archive_is_small(archive):
+    sizes = {str(path): (ROOT / path).stat().st_size for path in archive}
+    largest = sorted(sizes, key=sizes.get, reverse=True)[:3]
+    assert sum(sizes.values()) < MEGABYTES * 1e6, f"the largest are {largest}"
+
+
+def test_code_imports_nothing_that_scanners_report(code):
+    banned = {module: kind for kind, modules in MODULES.items() for module in modules.split()}
+    found = [
+        f"{path}:{line} imports {name} ({kind})"
+        for path in code
+        for line, name in imports_of(ROOT / path)
+        for module, kind in banned.items()
+        if is_within(name, module)
+    ]
+    assert found == []
+
+
+def test_code_calls_nothing_that_scanners_report(code):
+    found = []
+    for path in code:
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if CALLS.fullmatch(name):
+                found.append(f"{path}:{node.lineno} calls {name}")
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "os.environ":
+                found.append(f"{path}:{node.lineno} reads os.environ")
+    assert found == []
+
+
+def test_text_has_no_word_that_scanners_report(archive):
+    found = []
+    for path in archive:
+        if path.suffix in (".py", ".json", ".md", ".toml", ".txt"):
+            for number, line in enumerate((ROOT / path).read_text(encoding="utf-8").splitlines(), start=1):
+                found += [f"{path}:{number} {match.group()}" for match in WORDS.finditer(line)]
+    assert found == []
+
+
+def test_requirements_ask_for_nothing():
+    """ComfyUI brings everything; a torch here would let pip replace the user's CUDA build."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert [line for line in lines if line.strip() and not line.startswith("#")] == []
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"] == []

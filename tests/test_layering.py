@@ -1,0 +1,94 @@
+"""Imports point one way: nodes -> nodes/host -> samplers, lora_merge, distillation; the cores know no ComfyUI."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from lcm_kit.tests.helpers import ROOT, imports_of, is_within
+
+TENSORS = {"torch", "numpy", "safetensors", "tqdm"}
+CORES = {".samplers", ".lora_merge", ".distillation"}
+HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "node_helpers", "server"}
+
+# folder -> what its files may import besides the standard library and the folder itself
+ALLOWED = {
+    "samplers": TENSORS,
+    "lora_merge": TENSORS,
+    "distillation": {*TENSORS, "PIL", ".samplers"},
+    "nodes/host": {*TENSORS, *HOST, *CORES, "PIL"},
+    "nodes": {*CORES, "comfy_api"},
+}
+
+
+def layer_of(file: Path, root: Path = ROOT) -> str:
+    folder = file.relative_to(root).parent.as_posix()
+    return max((layer for layer in ALLOWED if folder == layer or folder.startswith(layer + "/")), key=len)
+
+
+def shipped_modules() -> list[Path]:
+    return sorted(
+        file for folder in ("samplers", "lora_merge", "distillation", "nodes") for file in (ROOT / folder).rglob("*.py")
+    )
+
+
+def offences(file: Path, root: Path = ROOT) -> list[str]:
+    layer = layer_of(file, root)
+    own = "." + layer.replace("/", ".")
+    found = []
+    for line, name in imports_of(file, root):
+        if name.split(".")[0] in sys.stdlib_module_names or is_within(name, own):
+            continue
+        if not any(is_within(name, allowed) for allowed in ALLOWED[layer]):
+            found.append(f"{file.relative_to(root)}:{line} imports {name}, which {layer}/ may not")
+    return found
+
+
+def test_every_layer_has_modules_to_check():
+    assert {layer_of(file) for file in shipped_modules()} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("file", shipped_modules(), ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_imports_point_one_way(file):
+    assert offences(file) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "line", "allowed"),
+    [
+        ("samplers", "from .schedule import lcm_timesteps", True),
+        ("samplers", "import comfy.samplers", False),
+        ("samplers", "from ..lora_merge import merge", False),
+        ("samplers", "def late():\n    import folder_paths", False),
+        ("lora_merge", "import torchvision", False),
+        ("lora_merge", "from .. import nodes", False),
+        ("distillation", "from ..samplers.schedule import lcm_timesteps", True),
+        ("distillation", "from ..lora_merge import merge", False),
+        ("distillation", "from ..nodes.host import files", False),
+        ("nodes/host", "import comfy.utils", True),
+        ("nodes/host", "from ...samplers.noise import StepNoise", True),
+        ("nodes/host", "from ..sampling import LCMKitSampler", False),
+        ("nodes", "from .host import files", True),
+        ("nodes", "from comfy_api.latest import io", True),
+        ("nodes", "import comfy.samplers", False),
+        ("nodes", "import samplers", False),
+    ],
+)
+def test_rule_recognises(folder, line, allowed, tmp_path):
+    """The rule itself, on a file where the answer is known."""
+    file = tmp_path / folder / "module.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(line)
+    assert (offences(file, tmp_path) == []) is allowed
+
+
+def test_importing_the_pack_does_nothing():
+    """pytest, setuptools and ComfyUI all import the root; what it needs it imports when ComfyUI asks for the nodes."""
+    root = ast.parse((ROOT / "__init__.py").read_text())
+    documentation, *rest = root.body
+    assert isinstance(documentation, ast.Expr)
+    assert isinstance(documentation.value, ast.Constant)
+    assert [ast.unparse(node) for node in rest if isinstance(node, ast.Import | ast.ImportFrom)] == ["import logging"]
+    others = [node for node in rest if not isinstance(node, ast.Import | ast.ImportFrom)]
+    assert [(type(node), node.name) for node in others] == [(ast.AsyncFunctionDef, "comfy_entrypoint")]

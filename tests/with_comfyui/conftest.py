@@ -1,0 +1,70 @@
+"""Runs these tests on the real ComfyUI named by COMFYUI_PATH; without it each file is skipped and says so.
+
+In process, `import comfy`, `import nodes` and `import folder_paths` are ComfyUI's own, on the CPU, with a base directory
+of their own: nothing is written into anybody's ComfyUI. `server` is a whole ComfyUI in a process of its own.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from lcm_kit.tests.helpers import ROOT
+
+HOME = None
+
+if os.environ.get("COMFYUI_PATH"):
+    from comfy.cli_args import args
+
+    from lcm_kit.demo.comfyui_server import furnish
+    from lcm_kit.tests.with_comfyui.comfy_server import MODELS
+
+    HOME = Path(tempfile.mkdtemp(prefix="lcm-kit-tests-"))
+    furnish(HOME, {}, MODELS)
+    args.cpu = True  # before comfy.model_management is imported
+    args.base_directory = str(HOME)  # before folder_paths is imported
+
+
+class NeedsComfyUI(pytest.Module):
+    def collect(self):
+        folder = ROOT / ".comfyui"
+        pytest.skip(
+            f"needs the real ComfyUI: run `make integration`, or set COMFYUI_PATH to one ({folder} after `make setup`)",
+            allow_module_level=True,
+        )
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    # Not an importorskip in every file: those would skip as well when a broken ComfyUI fails to import.
+    return None if HOME else NeedsComfyUI.from_parent(parent, path=module_path)
+
+
+def pytest_unconfigure():
+    if HOME:
+        shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def comfy_home():
+    """The base directory (models/, input/, output/) of the ComfyUI that runs in process."""
+    return HOME
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """One running ComfyUI server for all tests, with this pack, the demo's models and previews."""
+    from lcm_kit.tests.with_comfyui.comfy_server import pack_server
+
+    with pack_server(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    """A fresh client of the shared server."""
+    from lcm_kit.demo.comfyui_client import Client
+
+    with Client(server) as connected:
+        yield connected
