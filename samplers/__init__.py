@@ -1,0 +1,12 @@
+"""LCM inference in plain torch: which noise levels to visit, and the loop that visits them.
+
+schedule     timesteps of an N-step run and their sigmas
+consistency  boundary scalings c_skip, c_out and the consistency function they define
+renoise      how a step returns to a noise level: the share of old and of fresh noise (gamma)
+multistep    the sampling loop, k-diffusion's calling protocol
+noise        fresh noise that depends on seed, batch index and step only
+
+Words used throughout. timestep: index of a training noise level, 0..999, integer. sigma: noise level, standard
+deviation of the noise in a latent x = x0 + sigma * eps. table: the ascending sigmas of all training timesteps.
+step: index in the sampling loop, 0 first. Nothing here knows ComfyUI; models, noise and progress bars are arguments.
+"""

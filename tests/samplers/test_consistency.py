@@ -1,0 +1,40 @@
+"""Boundary scalings against values computed by hand and by diffusers."""
+
+import pytest
+import torch
+
+from lcm_kit.samplers.consistency import boundary_scalings, consistency_output
+from lcm_kit.tests.samplers.toy import diffusers
+
+
+def test_at_timestep_zero_the_consistency_function_is_the_identity():
+    c_skip, c_out = boundary_scalings([0])
+    assert (c_skip.item(), c_out.item()) == (1.0, 0.0)
+    x, denoised = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), torch.full((2, 3), 7.0)
+    assert torch.equal(consistency_output(x, denoised, torch.tensor(0.0), c_skip.item(), c_out.item()), x)
+
+
+def test_scalings_on_the_usual_grid():
+    c_skip, c_out = boundary_scalings([19, 39, 99, 259, 499, 759, 999])
+    expected = torch.tensor([6.925e-06, 1.644e-06, 2.551e-07, 3.727e-08, 1.004e-08, 4.34e-09, 2.505e-09])
+    torch.testing.assert_close(c_skip, expected, rtol=1e-3, atol=0)  # the values above have four digits
+    torch.testing.assert_close(c_out, torch.ones(7), rtol=0, atol=4e-6)
+
+
+def test_scalings_equal_those_of_diffusers_for_every_timestep():
+    scheduler = diffusers().LCMScheduler()
+    ours = torch.stack(boundary_scalings(torch.arange(1000)))
+    theirs = [scheduler.get_scalings_for_boundary_condition_discrete(t) for t in range(1000)]
+    torch.testing.assert_close(ours, torch.tensor(theirs).T, rtol=1e-6, atol=0)  # float32 against float64
+
+
+def test_c_skip_multiplies_the_variance_preserving_latent():
+    # sigma^2 = 3: x_vp = x / 2. By hand: 0.25 * 8 / 2 + 0.5 * 6 = 4.
+    output = consistency_output(torch.tensor([8.0]), torch.tensor([6.0]), torch.tensor(3.0).sqrt(), 0.25, 0.5)
+    assert output.item() == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("constants", [{"sigma_data": 0.0}, {"timestep_scaling": -1.0}, {"sigma_data": float("nan")}])
+def test_constants_that_leave_no_scaling_are_refused(constants):
+    with pytest.raises(ValueError, match=r"both must be above 0\. LCM uses 0\.5 and 10"):
+        boundary_scalings([0], **constants)

@@ -1,0 +1,100 @@
+"""Step noise: the same for an image whatever surrounds it, independent between images, steps and seeds."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lcm_kit.samplers.noise import StepNoise, _splitmix64, stream_seed
+
+LATENT = (4, 8, 8)
+
+
+def like(batch, dtype=torch.float32):
+    return torch.zeros(batch, *LATENT, dtype=dtype)
+
+
+@pytest.mark.parametrize("step", [0, 1, 7])
+def test_an_image_has_the_same_noise_alone_and_in_a_batch(step):
+    batch = StepNoise(42)(step, like(3))
+    for index in range(3):
+        assert torch.equal(StepNoise(42, [index])(step, like(1))[0], batch[index])
+    assert torch.equal(StepNoise(42, [2, 0])(step, like(2)), batch[[2, 0]])
+
+
+def test_noise_does_not_depend_on_what_was_drawn_before():
+    source = StepNoise(5)
+    first = source(0, like(2))
+    source(3, like(1))
+    assert torch.equal(source(0, like(2)), first)
+
+
+def test_images_steps_and_seeds_differ():
+    noises = [StepNoise(s, [b])(step, like(1)) for s in (0, 1, 2**32, 2**64 - 1) for b in (0, 1) for step in (0, 1)]
+    for i, noise in enumerate(noises):
+        assert not any(torch.equal(noise, other) for other in noises[:i])
+
+
+def test_noise_is_never_the_initial_noise_of_this_or_a_neighbouring_seed():
+    for seed in (0, 1, 42, 2**32 + 3):
+        noises = [StepNoise(seed)(step, like(2))[image] for step in range(4) for image in range(2)]
+        for other in range(max(seed - 4, 0), seed + 5):
+            initial = torch.randn(2, *LATENT, generator=torch.Generator().manual_seed(other))
+            assert not any(torch.equal(noise, image) for noise in noises for image in initial)
+
+
+def test_noise_is_standard_normal_and_uncorrelated():
+    big = torch.zeros(2, 4, 64, 64)
+    n = big[0].numel()
+    source = StepNoise(7)
+    rows = torch.cat(
+        [source(0, big), source(1, big), torch.randn(big.shape, generator=torch.Generator().manual_seed(7))]
+    )
+    rows = rows.flatten(1)
+    # Bounds are five standard errors: 1/sqrt(n) for mean and correlation, sqrt(2/n) for the variance.
+    assert rows.mean(1).abs().max() < 5 / n**0.5
+    assert (rows.var(1) - 1).abs().max() < 5 * (2 / n) ** 0.5
+    assert (torch.corrcoef(rows) - torch.eye(len(rows))).abs().max() < 5 / n**0.5
+
+
+def test_the_global_generator_is_untouched():
+    before = torch.get_rng_state()
+    StepNoise(1)(0, like(2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_noise_has_the_latents_dtype_and_is_the_float32_noise_rounded(dtype):
+    noise = StepNoise(3)(1, like(2, dtype))
+    assert noise.dtype == dtype
+    assert torch.equal(noise, StepNoise(3)(1, like(2)).to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(2, 16), (2, 1, 37), (2, 4, 3, 8, 8), (2,), (0, 4, 8, 8)])
+def test_any_number_of_dimensions(shape):
+    assert StepNoise(0)(0, torch.zeros(shape)).shape == shape
+
+
+@pytest.mark.parametrize(("indices", "batch"), [([0, 1, 2], 2), ([0], 2), ([], 1)])
+def test_a_batch_of_another_length_than_its_indices_is_refused(indices, batch):
+    with pytest.raises(ValueError, match=rf"holds {batch} images but batch_indices has {len(indices)} entries"):
+        StepNoise(0, indices)(0, like(batch))
+
+
+def test_the_mix_is_splitmix64():
+    # First outputs for seed 1234567, as published with the reference implementation's ports (Rosetta Code).
+    golden = 0x9E3779B97F4A7C15
+    states = [(1234567 + k * golden) % 2**64 for k in range(3)]
+    assert [_splitmix64(s) for s in states] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_stream_seeds_stay_what_they_are():
+    # Written down from this implementation: people's pictures depend on them.
+    assert [stream_seed(0, 0, 0), stream_seed(42, 3, 1)] == [4264698814250774852, 8199235884551635133]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 4096), st.integers(0, 999)), unique=True, max_size=50)
+)
+def test_different_seed_image_or_step_means_another_stream(keys):
+    assert len({stream_seed(*key) for key in keys}) == len(keys)

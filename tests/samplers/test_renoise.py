@@ -1,0 +1,87 @@
+"""gamma: the share of old noise that a step keeps."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lcm_kit.samplers.renoise import noise_kept, predicted_noise, variance_exploding
+from lcm_kit.samplers.schedule import sigmas_at
+from lcm_kit.tests.samplers.toy import sigma_table
+
+TABLE = sigma_table()
+SIGMAS = sigmas_at([999, 759, 499, 259], TABLE)
+
+
+def rectified_flow(sigma, noise, latent):
+    return sigma * noise + (1.0 - sigma) * latent
+
+
+def test_the_two_ends_are_exact_and_need_no_table():
+    assert noise_kept(SIGMAS, 1.0) == [0.0] * 4
+    assert noise_kept(SIGMAS, 0.0) == [1.0] * 4
+
+
+def test_between_the_ends_the_share_is_the_ratio_of_table_sigmas():
+    shares = noise_kept(SIGMAS, 0.3, table=TABLE)
+    # floor(0.7 * 759) = 531, floor(0.7 * 499) = 349, floor(0.7 * 259) = 181
+    expected = [(TABLE[s] / TABLE[t]).item() for s, t in [(531, 759), (349, 499), (181, 259)]]
+    assert shares[:3] == pytest.approx(expected, rel=1e-6)
+    assert 1 - shares[0] ** 2 == pytest.approx(0.82, abs=0.01)  # fresh part of the variance: most of it, at gamma 0.3
+
+
+def test_a_float_error_does_not_shift_the_timestep():
+    assert math.floor((1 - 0.9) * 500) == 49  # the trap
+    sigmas = sigmas_at([999, 500], TABLE)
+    assert noise_kept(sigmas, 0.9, table=TABLE)[0] == pytest.approx((TABLE[50] / TABLE[500]).item(), rel=1e-6)
+
+
+@given(gamma=st.floats(0.0, 1.0), lower=st.floats(0.0, 1.0), t=st.integers(1, 999))
+def test_more_gamma_keeps_less_and_a_share_is_a_share(gamma, lower, t):
+    lower, gamma = sorted((gamma, lower))
+    sigmas = torch.stack([TABLE[-1], TABLE[t], torch.tensor(0.0)])
+    kept, kept_lower = (noise_kept(sigmas, g, table=TABLE) for g in (gamma, lower))
+    assert 0.0 <= kept[0] <= kept_lower[0] <= 1.0
+
+
+@given(sigma=st.floats(0.03, 14.0), gamma=st.sampled_from([1e-15, 1e-9, 1e-6, 1e-3]))
+def test_a_level_between_table_entries_keeps_at_most_all_of_its_noise(sigma, gamma):
+    assert 0.0 < noise_kept(torch.tensor([14.6, sigma, 0.0]), gamma, table=TABLE)[0] <= 1.0
+
+
+@pytest.mark.parametrize("noise_scaling", [variance_exploding, rectified_flow])
+def test_predicted_noise_undoes_the_forward_process(noise_scaling):
+    noise, latent = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor(0.7)
+    recovered = predicted_noise(noise_scaling(sigma, noise, latent), latent, sigma, noise_scaling)
+    torch.testing.assert_close(recovered, noise, rtol=0, atol=2e-6)  # float32, divided by 0.7
+
+
+@pytest.mark.parametrize("noise_scaling", [variance_exploding, rectified_flow])
+def test_following_the_trajectory_to_s_then_diffusing_to_t_gives_the_kept_share(noise_scaling):
+    """The share from first principles: x_t = (a_t / a_s) x_s + fresh noise, so old noise arrives as (a_t / a_s) b_s."""
+    table = torch.linspace(0.001, 1.0, 1000)
+    t, gamma = 699, 0.4
+    s = math.floor(0.6 * t)
+    one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    a_s, b_s = noise_scaling(table[s], zero, one), noise_scaling(table[s], one, zero)
+    a_t, b_t = noise_scaling(table[t], zero, one), noise_scaling(table[t], one, zero)
+    share = noise_kept(torch.stack([table[999], table[t]]), gamma, table=table, noise_scaling=noise_scaling)
+    assert share[0] * b_t.item() == pytest.approx((a_t / a_s * b_s).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [-0.1, 1.1, float("nan")])
+def test_gamma_outside_its_range_is_refused(gamma):
+    with pytest.raises(ValueError, match=rf"gamma is {gamma}; it must be from 0"):
+        noise_kept(SIGMAS, gamma, table=TABLE)
+
+
+def test_gamma_between_the_ends_asks_for_the_table():
+    with pytest.raises(ValueError, match=r"gamma is 0\.3; .* Pass table=.* or use gamma 0 or 1"):
+        noise_kept(SIGMAS, 0.3)
+
+
+def test_no_levels_mean_no_shares():
+    assert noise_kept(torch.ones(0), 1.0) == noise_kept(torch.ones(1), 0.5, table=TABLE) == []
