@@ -1,0 +1,66 @@
+"""Weighted sums of updates of one weight, exact, by putting their ranks side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .layer import LoraLayer, meeting_shape
+
+Term = tuple[LoraLayer, float]
+
+
+def weighted_sum(terms: Sequence[Term]) -> LoraLayer:
+    """The layer with delta = sum of strength * delta over (layer, strength) terms: tau' of arXiv 2311.05556, eq. 3.
+
+    Exact, in float32: up = [a_1 up_1, a_2 up_2, ...] and down = [b_1 down_1; b_2 down_2; ...] with
+    a_i * b_i = strength_i * scale_i, so the rank is the sum of ranks. The size of a_i * b_i is split evenly between the
+    factors, which keeps both within float16, and its sign goes to up. The result has alpha = rank (scale 1) and no `mid`.
+    A term with strength 0 takes no rank; if all are 0 one rank of zeros is left, so that the module stays.
+    Raises ValueError without terms, or if the updates are not of one weight.
+    """
+    shape = common_shape([layer for layer, _ in terms])
+    ups, downs = stacked(terms)
+    return shaped(torch.cat(ups, dim=1), torch.cat(downs, dim=0), shape)
+
+
+def stacked(terms: Sequence[Term]) -> tuple[list[Tensor], list[Tensor]]:
+    """For each term, in order, (out, rank_i) and (rank_i, in * kernel) whose product is strength * delta; float32."""
+    ups, downs = [], []
+    for layer, strength in terms:
+        if not math.isfinite(strength):
+            raise ValueError(f"strength is {strength}, but it has to be a finite number")
+        factor = strength * layer.scale
+        up, down = layer.factors()
+        if factor == 0:
+            up, down = up[:, :0], down[:0]
+        half = math.sqrt(abs(factor))
+        ups.append(up * math.copysign(half, factor))
+        downs.append(down * half)
+    if sum(up.shape[1] for up in ups) == 0 and ups:
+        ups[0], downs[0] = ups[0].new_zeros(ups[0].shape[0], 1), downs[0].new_zeros(1, downs[0].shape[1])
+    return ups, downs
+
+
+def shaped(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> LoraLayer:
+    """A layer of scale 1 from matrices (out, rank) and (rank, in * kernel), for a weight of the given shape."""
+    rank, kernel = up.shape[1], shape[2:]
+    return LoraLayer(
+        up.reshape(shape[0], rank, *(1 for _ in kernel)), down.reshape(rank, *shape[1:]), alpha=float(rank)
+    )
+
+
+def common_shape(layers: Sequence[LoraLayer]) -> tuple[int, ...]:
+    """Shape of the one weight that all layers update. Raises ValueError if there is none."""
+    if not layers:
+        raise ValueError("there is nothing to add: give at least one layer")
+    shape = layers[0].shape
+    for layer in layers[1:]:
+        common = meeting_shape(shape, layer.shape)
+        if common is None:
+            raise ValueError(f"weights of shape {shape} and {layer.shape} differ")
+        shape = common
+    return shape

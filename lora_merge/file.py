@@ -1,0 +1,151 @@
+"""LoRA files: read with every doubt named, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import metadata
+from .lora import FORMATS, Format, Lora
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def load(path: str | os.PathLike[str]) -> Lora:
+    """The LoRA in a safetensors file, in any spelling that names.py and keys.py know.
+
+    For a PEFT folder's `adapter_model.safetensors` the scale is taken from `adapter_config.json` beside it.
+    Raises FileNotFoundError if there is no such file, ValueError if it is no whole safetensors file of a LoRA.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file; check the name and the folder.")
+    if path.is_dir():
+        raise ValueError(f"{path}: this is a folder; give the .safetensors file in it.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = dict(file.metadata() or {})
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: {_what_is_wrong(path, error)}") from error
+    return Lora.from_state_dict(tensors, metadata=notes | _peft_config(path), source=path.name)
+
+
+def save(
+    lora: Lora,
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float16,
+    format: Format = "kohya",
+    overwrite: bool = False,
+) -> None:
+    """Write the LoRA to a .safetensors file with metadata that kohya's tools, diffusers and `load` read.
+
+    dtype: float16, bfloat16 or float32; format: "kohya" (what ComfyUI reads) or "diffusers", see Lora.to_state_dict.
+    The file appears complete or not at all, with the usual permissions of a new file.
+    Raises ValueError for what cannot be written, FileNotFoundError for a missing folder, and FileExistsError
+    for an existing file unless `overwrite`; nothing has been written then.
+    """
+    path = Path(path)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}, but it has to be one of {', '.join(map(str, DTYPES))}")
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}, but it has to be one of {', '.join(FORMATS)}")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: the name has to end in .safetensors, or loaders would not list the file.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: there is no such folder; create it first.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path}: exists already; choose another name or allow overwriting.")
+    tensors = lora.to_state_dict(dtype, format=format)
+    notes = metadata.for_file(lora, path.stem, format)
+    _write(path, tensors, notes, overwrite)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], notes: dict[str, str], overwrite: bool) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        mode = os.fstat(descriptor).st_mode & 0o777  # what the umask makes of an ordinary new file
+        os.close(descriptor)
+        save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary, notes)
+        os.chmod(temporary, mode)  # safetensors 0.8 replaces the file by one of mode 0600
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            _put_if_free(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: could not be written ({error}); is the disk full?") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _put_if_free(temporary: Path, path: Path) -> None:
+    """Give the file its name unless somebody took it meanwhile."""
+    taken = f"{path}: exists already; choose another name or allow overwriting."
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise FileExistsError(taken) from None
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(taken) from None
+        os.replace(temporary, path)
+
+
+def _peft_config(path: Path) -> dict[str, str]:
+    beside = path.with_name("adapter_config.json")
+    if not path.name.startswith("adapter_model") or not beside.is_file():
+        return {}
+    try:
+        config = json.loads(beside.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{beside}: not JSON ({error}), so the scale of {path.name} is unknown.") from None
+    known = {key: config[key] for key in ("lora_alpha", "use_rslora") if config.get(key) is not None}
+    notes = {key: str(value) for key, value in known.items()}
+    if config.get("alpha_pattern"):
+        notes["alpha_pattern"] = json.dumps(config["alpha_pattern"])
+    return notes
+
+
+def _what_is_wrong(path: Path, error: Exception) -> str:
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+            header_size = int.from_bytes(head[:8], "little")
+            header = b""
+            if size > 8 + header_size:
+                file.seek(8)
+                header = file.read(header_size)
+    except OSError as cause:
+        return f"cannot be read ({cause})."
+    if size == 0:
+        return "is empty; download it again."
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        return (
+            "is a pickle (.pt, .ckpt) under another name; pickles can run code and are not opened. Get the safetensors."
+        )
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer and not the file itself; fetch it with git lfs pull."
+    if head.lstrip().startswith(b"<"):
+        return "is a web page and not a LoRA; the download needs a login or another link."
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        if head[8:9] == b"{":
+            return f"is cut off within its first {header_size} bytes, at {size}; download it again."
+        return f"is not a safetensors file ({error}); choose a LoRA saved as .safetensors."
+    wanted = 8 + header_size + max(ends, default=0)
+    if wanted > size:
+        return f"is cut off: {size} of {wanted} bytes are there; download it again."
+    return f"is damaged ({error}); download it again."

@@ -1,0 +1,97 @@
+"""One low-rank update of one weight: its factors, its scale and its dense delta."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LoraLayer:
+    """The update `delta = (alpha / rank) * up @ down` of one weight.
+
+    up: (out, rank), trailing dimensions of size 1 allowed.
+    down: (rank, in) for a linear weight, (rank, in, *kernel) for a convolution.
+    alpha: numerator of the scale; None means scale 1, as every loader reads a file without alpha.
+    mid: (rank, rank_of_down, *kernel), the core of a Tucker-decomposed convolution (LoCon's `lora_mid`,
+        Yeh et al. 2023, arXiv 2309.14859); down is then (rank_of_down, in, 1, 1). None for everything else.
+    Tensors are shared with the caller and never changed. Raises ValueError if the shapes do not belong together.
+    """
+
+    up: Tensor
+    down: Tensor
+    alpha: float | None = None
+    mid: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        up, down, mid = tuple(self.up.shape), tuple(self.down.shape), self.mid
+        if len(up) < 2 or len(down) < 2 or prod(up) == 0 or prod(down) == 0:
+            raise ValueError(f"up is {up} and down is {down}, but both need at least two dimensions, none of size 0")
+        if prod(up[2:]) != 1:
+            raise ValueError(f"up is {up}, but only down may have a kernel larger than 1")
+        if mid is not None:
+            shape = tuple(mid.shape)
+            if len(shape) < 3 or prod(down[2:]) != 1 or shape[:2] != (up[1], down[0]):
+                raise ValueError(f"mid is {shape}, which does not fit between up {up} and down {down}")
+        elif up[1] != down[0]:
+            raise ValueError(f"up is {up} but down is {down}; ranks {up[1]} and {down[0]} differ")
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise ValueError(f"alpha is {self.alpha}, but it has to be a finite number")
+
+    @property
+    def rank(self) -> int:
+        return int(self.up.shape[1])
+
+    @property
+    def scale(self) -> float:
+        """Factor on up @ down: alpha / rank, 1 without alpha.
+
+        With `mid`, the rank that divides is that of down, which is what ComfyUI's LoRAAdapter divides by.
+        """
+        return 1.0 if self.alpha is None else self.alpha / self.down.shape[0]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Kernel size of the weight, () for a linear one."""
+        source = self.down if self.mid is None else self.mid
+        return tuple(source.shape[2:])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the updated weight: (out, in, *kernel)."""
+        return (int(self.up.shape[0]), int(self.down.shape[1]), *self.kernel)
+
+    @property
+    def parameters(self) -> int:
+        return self.up.numel() + self.down.numel() + (0 if self.mid is None else self.mid.numel())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(out, rank) and (rank, in * kernel) in float32, without the scale; exact, `mid` is folded into down."""
+        up = self.up.detach().to(torch.float32).reshape(self.up.shape[0], -1)
+        down = self.down.detach().to(torch.float32)
+        if self.mid is not None:
+            mid = self.mid.detach().to(torch.float32)
+            # mid[i, j, kernel] * down[j, in] -> [i, in, kernel]
+            down = torch.einsum("ij...,jn->in...", mid, down.reshape(down.shape[0], -1))
+        return up, down.reshape(down.shape[0], -1)
+
+    def delta(self) -> Tensor:
+        """What strength 1 adds to the weight: (out, in, *kernel), float32."""
+        up, down = self.factors()
+        return (up @ down).mul_(self.scale).reshape(self.shape)
+
+
+def meeting_shape(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Shape of the weight that two updates of the same module share, or None if there is no such weight.
+
+    A 1x1 convolution and a linear layer are the same matrix, and some tools write a 3x3 convolution's down
+    flattened to (rank, in * 9, 1, 1); row-major order is the same in all of them. The shape with the larger
+    kernel wins, then the one with more dimensions, since it says more about the weight.
+    """
+    if first[0] != second[0] or prod(first[1:]) != prod(second[1:]):
+        return None
+    return max(first, second, key=lambda shape: (prod(shape[2:]), len(shape)))

@@ -1,0 +1,70 @@
+"""Factors in a smaller dtype without losing what they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .layer import LoraLayer
+
+# Largest entry of a factor below which float16 starts to round it coarser than its 11 bits (subnormals begin at 2**-14).
+_SMALL = 2.0**-12
+
+
+@dataclass(frozen=True, eq=False)
+class Cast:
+    """A layer in the wanted dtype, and whether its factors had to be balanced to fit."""
+
+    layer: LoraLayer
+    balanced: bool
+
+
+def cast(layer: LoraLayer, dtype: torch.dtype) -> Cast:
+    """The layer in another dtype, the same update up to that dtype's rounding.
+
+    Where an entry would become infinite, or a whole component would fall among float16's subnormal numbers, the
+    component's column of up and row of down are multiplied by a power of two and its inverse so that their largest
+    entries are alike: exact in binary arithmetic, and the product stays the same. Raises ValueError if no balance helps.
+    """
+    up, down, mid = layer.up.detach(), layer.down.detach(), layer.mid
+    if {factor.dtype for factor in (up, down, mid) if factor is not None} == {dtype}:
+        return Cast(layer, False)
+    balanced = False
+    if dtype == torch.float16 and not _fits(up, down):
+        # With mid, rank indices of up and down do not pair up: one factor for all of them.
+        up, down, balanced = _balance(up, down, per_component=mid is None)
+    result = replace(layer, up=up.to(dtype), down=down.to(dtype), mid=None if mid is None else mid.detach().to(dtype))
+    factors = [result.up, result.down] + ([] if result.mid is None else [result.mid])
+    if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+        raise ValueError(f"values are too large for {str(dtype).removeprefix('torch.')}; save as float32 or bfloat16")
+    return Cast(result, balanced)
+
+
+def _fits(up: Tensor, down: Tensor) -> bool:
+    largest = torch.finfo(torch.float16).max
+    for factor in (_component_maxima(up, 1), _component_maxima(down, 0)):
+        if bool((factor > largest).any()) or bool(((factor > 0) & (factor < _SMALL)).any()):
+            return False
+    return True
+
+
+def _component_maxima(factor: Tensor, rank_dim: int) -> Tensor:
+    return factor.abs().movedim(rank_dim, 0).flatten(1).amax(dim=1)
+
+
+def _balance(up: Tensor, down: Tensor, *, per_component: bool) -> tuple[Tensor, Tensor, bool]:
+    # float64: the ratio of two float32 numbers can leave float32's range.
+    up, down = up.to(torch.float64), down.to(torch.float64)
+    above, below = _component_maxima(up, 1), _component_maxima(down, 0)
+    if not per_component:
+        above, below = above.amax().reshape(1), below.amax().reshape(1)
+    # A component with one factor 0 is 0, whatever stands in the other one.
+    alive = (above > 0) & (below > 0)
+    ratio = torch.where(alive, below, 1.0) / torch.where(alive, above, 1.0)
+    factor = torch.exp2(torch.round(torch.log2(ratio) / 2))
+    in_up, in_down = (1, -1, *(1 for _ in up.shape[2:])), (-1, *(1 for _ in down.shape[1:]))
+    up = torch.where(alive.reshape(in_up), up * factor.reshape(in_up), 0.0)
+    down = torch.where(alive.reshape(in_down), down / factor.reshape(in_down), 0.0)
+    return up, down, bool((factor != 1).any())

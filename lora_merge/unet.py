@@ -1,0 +1,207 @@
+"""The two naming schemes of Stable Diffusion UNets, and the way from one to the other.
+
+Names here are underscored and without prefix: `down_blocks_0_attentions_0_proj_in` (diffusers) is
+`input_blocks_1_1_proj_in` (ldm, the checkpoints' own and ComfyUI's). With R residual blocks a level,
+
+    input_blocks index  = 1 + level * (R + 1) + block      (block R is the downsampler)
+    output_blocks index = level * (R + 1) + block          (block 0..R; the upsampler sits in block R)
+
+SD1.5, SD2, SDXL and SSD-1B have R = 2. Names tell R nearly always; `infer_layout` says how.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+DEFAULT_RES_BLOCKS = 2
+MAX_RES_BLOCKS = 8
+
+# diffusers -> ldm
+_BASIC = {
+    "conv_in": "input_blocks_0_0",
+    "conv_norm_out": "out_0",
+    "conv_out": "out_2",
+    "time_embedding_linear_1": "time_embed_0",
+    "time_embedding_linear_2": "time_embed_2",
+    "add_embedding_linear_1": "label_emb_0_0",
+    "add_embedding_linear_2": "label_emb_0_2",
+}
+# One model never has both embeddings, and ldm has one name for either.
+_BASIC_ALIASES = {"class_embedding_linear_1": "label_emb_0_0", "class_embedding_linear_2": "label_emb_0_2"}
+_RESNET = {
+    "norm1": "in_layers_0",
+    "conv1": "in_layers_2",
+    "time_emb_proj": "emb_layers_1",
+    "norm2": "out_layers_0",
+    "conv2": "out_layers_3",
+    "conv_shortcut": "skip_connection",
+}
+_BASIC_BACK = {ldm: name for name, ldm in _BASIC.items()}
+_RESNET_BACK = {ldm: name for name, ldm in _RESNET.items()}
+_RESNET_LDM = "|".join(_RESNET_BACK)
+# What follows an attention block's name is the same in both schemes.
+_ATTENTION = r"norm|proj_in|proj_out|transformer_blocks_\d+_.+"
+
+_DOWN = re.compile(rf"down_blocks_(\d+)_(?:attentions_(\d+)_({_ATTENTION})|resnets_(\d+)_(.+))")
+_UP = re.compile(rf"up_blocks_(\d+)_(?:attentions_(\d+)_({_ATTENTION})|resnets_(\d+)_(.+))")
+_MID_ATTENTION = re.compile(rf"mid_block_attentions_0_({_ATTENTION})")
+_MID_RESNET = re.compile(r"mid_block_resnets_([01])_(.+)")
+_DOWNSAMPLER = re.compile(r"down_blocks_(\d+)_downsamplers_0_conv")
+_UPSAMPLER = re.compile(r"up_blocks_(\d+)_upsamplers_0_conv")
+
+_INPUT_OP = re.compile(r"input_blocks_(\d+)_0_op")
+_INPUT_RESNET = re.compile(rf"input_blocks_(\d+)_0_({_RESNET_LDM})")
+_INPUT_ATTENTION = re.compile(rf"input_blocks_(\d+)_1_({_ATTENTION})")
+_OUTPUT_CONV = re.compile(r"output_blocks_(\d+)_([12])_conv")
+_OUTPUT_RESNET = re.compile(rf"output_blocks_(\d+)_0_({_RESNET_LDM})")
+_OUTPUT_ATTENTION = re.compile(rf"output_blocks_(\d+)_1_({_ATTENTION})")
+_MIDDLE_RESNET = re.compile(rf"middle_block_([02])_({_RESNET_LDM})")
+_MIDDLE_ATTENTION = re.compile(rf"middle_block_1_({_ATTENTION})")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the names of one UNet need to be translated.
+
+    res_blocks: R, residual blocks a level.
+    upsampler_slots: up level -> 1 or 2, the place of its upsampler in `output_blocks_N_SLOT_conv`: 2 after an
+        attention, 1 without. Levels that are not in it have 2, except level 0 of a four-level UNet (SD1.5, SD2).
+    levels: number of levels as far as the names tell.
+    """
+
+    res_blocks: int = DEFAULT_RES_BLOCKS
+    levels: int = 0
+    upsampler_slots: Mapping[int, int] = field(default_factory=dict)
+
+    def upsampler_slot(self, level: int) -> int:
+        default = 1 if level == 0 and self.levels > 3 else 2
+        return self.upsampler_slots.get(level, default)
+
+
+def is_diffusers(name: str) -> bool:
+    """Whether the name can only be a diffusers UNet's."""
+    return name == "time_embedding_cond_proj" or to_ldm(name, Layout()) is not None
+
+
+def is_ldm(name: str) -> bool:
+    """Whether the name can only be an ldm UNet's."""
+    return name in _BASIC_BACK or to_diffusers(name, Layout()) is not None
+
+
+def to_ldm(name: str, layout: Layout) -> str | None:
+    """The ldm name of a diffusers name; None if it is not the name of such a module."""
+    size = layout.res_blocks + 1
+    if name in _BASIC or name in _BASIC_ALIASES:
+        return _BASIC.get(name) or _BASIC_ALIASES[name]
+    if match := _DOWNSAMPLER.fullmatch(name):
+        return f"input_blocks_{size * (int(match[1]) + 1)}_0_op"
+    if match := _UPSAMPLER.fullmatch(name):
+        level = int(match[1])
+        return f"output_blocks_{size * (level + 1) - 1}_{layout.upsampler_slot(level)}_conv"
+    if match := _MID_ATTENTION.fullmatch(name):
+        return f"middle_block_1_{match[1]}"
+    if (match := _MID_RESNET.fullmatch(name)) and match[2] in _RESNET:
+        return f"middle_block_{2 * int(match[1])}_{_RESNET[match[2]]}"
+    for pattern, folder, first in ((_DOWN, "input_blocks", 1), (_UP, "output_blocks", 0)):
+        if match := pattern.fullmatch(name):
+            index = first + size * int(match[1]) + _block(match)
+            if match[3]:
+                return f"{folder}_{index}_1_{match[3]}"
+            return f"{folder}_{index}_0_{_RESNET[match[5]]}" if match[5] in _RESNET else None
+    return None
+
+
+def to_diffusers(name: str, layout: Layout) -> str | None:
+    """The diffusers name of an ldm name; None if it is not the name of such a module. Undoes `to_ldm`."""
+    size = layout.res_blocks + 1
+    if name in _BASIC_BACK:
+        return _BASIC_BACK[name]
+    if match := _INPUT_OP.fullmatch(name):
+        return f"down_blocks_{int(match[1]) // size - 1}_downsamplers_0_conv"
+    if match := _OUTPUT_CONV.fullmatch(name):
+        return f"up_blocks_{int(match[1]) // size}_upsamplers_0_conv"
+    if match := _MIDDLE_RESNET.fullmatch(name):
+        return f"mid_block_resnets_{int(match[1]) // 2}_{_RESNET_BACK[match[2]]}"
+    if match := _MIDDLE_ATTENTION.fullmatch(name):
+        return f"mid_block_attentions_0_{match[1]}"
+    for resnet, attention, folder, first in (
+        (_INPUT_RESNET, _INPUT_ATTENTION, "down_blocks", 1),
+        (_OUTPUT_RESNET, _OUTPUT_ATTENTION, "up_blocks", 0),
+    ):
+        if match := resnet.fullmatch(name):
+            level, block = divmod(int(match[1]) - first, size)
+            return f"{folder}_{level}_resnets_{block}_{_RESNET_BACK[match[2]]}"
+        if match := attention.fullmatch(name):
+            level, block = divmod(int(match[1]) - first, size)
+            return f"{folder}_{level}_attentions_{block}_{match[2]}"
+    return None
+
+
+def fits(name: str, res_blocks: int) -> bool:
+    """Whether a UNet with that many residual blocks a level can have a module of this name."""
+    size = res_blocks + 1
+    if match := _INPUT_OP.fullmatch(name):
+        return int(match[1]) > 0 and int(match[1]) % size == 0
+    if match := (_INPUT_RESNET.fullmatch(name) or _INPUT_ATTENTION.fullmatch(name)):
+        return int(match[1]) % size != 0
+    if match := _OUTPUT_CONV.fullmatch(name):
+        return (int(match[1]) + 1) % size == 0
+    if match := _DOWN.fullmatch(name):
+        return _block(match) < res_blocks
+    if match := _UP.fullmatch(name):
+        return _block(match) <= res_blocks
+    return True
+
+
+def _block(match: re.Match[str]) -> int:
+    """The number of the attention or residual block in a match of _DOWN or _UP."""
+    return int(match[2] or match[4])
+
+
+def possible_res_blocks(names: Iterable[str]) -> list[int]:
+    """Every R that the names allow, the likeliest first.
+
+    A LoRA that reaches all blocks of a diffusers-named UNet shows blocks 0..R-1 on every way down and 0..R on every
+    way up; when both agree, that R comes first. Else R = 2 comes first, which all published UNets of
+    this family share, then the others in ascending order.
+    """
+    names = set(names)
+    allowed = [size for size in range(1, MAX_RES_BLOCKS + 1) if all(fits(name, size) for name in names)]
+    ways: dict[tuple[str, int], int] = {}
+    for name in names:
+        for way, pattern in (("down", _DOWN), ("up", _UP)):
+            if match := pattern.fullmatch(name):
+                key = (way, int(match[1]))
+                ways[key] = max(ways.get(key, 0), _block(match))
+    seen = {top + 1 if way == "down" else top for (way, _), top in ways.items()}
+    complete = {way for way, _ in ways} == {"down", "up"} and len(seen) == 1
+    likeliest = seen.pop() if complete else DEFAULT_RES_BLOCKS
+    return sorted(allowed, key=lambda size: (size != likeliest, size != DEFAULT_RES_BLOCKS, size))
+
+
+def infer_layout(names: Iterable[str], res_blocks: int | None = None) -> Layout:
+    """The layout that names of either scheme point to; R as in `possible_res_blocks` unless it is given."""
+    names = set(names)
+    if res_blocks is None:
+        res_blocks = next(iter(possible_res_blocks(names)), DEFAULT_RES_BLOCKS)
+    size = res_blocks + 1
+    slots: dict[int, int] = {}
+    attention_levels: set[int] = set()
+    levels = 0
+    for name in names:
+        if match := re.match(r"(?:down|up)_blocks_(\d+)_", name):
+            levels = max(levels, int(match[1]) + 1)
+        elif match := re.match(r"(input|output)_blocks_(\d+)_", name):
+            levels = max(levels, int(match[2]) // size + 1)
+        if match := _OUTPUT_CONV.fullmatch(name):
+            slots[int(match[1]) // size] = int(match[2])
+        elif (match := _UP.fullmatch(name)) and match[3]:
+            attention_levels.add(int(match[1]))
+        elif match := _OUTPUT_ATTENTION.fullmatch(name):
+            attention_levels.add(int(match[1]) // size)
+    if attention_levels:
+        for level in range(levels):
+            slots.setdefault(level, 2 if level in attention_levels else 1)
+    return Layout(res_blocks, levels, slots)

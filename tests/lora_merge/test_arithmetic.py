@@ -1,0 +1,111 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lcm_kit.lora_merge import LoraLayer
+from lcm_kit.lora_merge.arithmetic import weighted_sum
+from lcm_kit.tests.lora_merge.make import dense, factors, relative
+
+
+def layer(out, rank, inputs, kernel=(), *, alpha=None, seed=0):
+    return LoraLayer(*factors(out, rank, inputs, kernel, seed=seed), alpha)
+
+
+def test_hand_worked_sum():
+    # 2 * [[1, 2]] (alpha 1, rank 1) - 0.5 * [[4, 8]] = [[0, 0]]; and with +0.5: [[4, 8]]
+    a = LoraLayer(torch.tensor([[1.0]]), torch.tensor([[1.0, 2.0]]), 1.0)
+    b = LoraLayer(torch.tensor([[2.0]]), torch.tensor([[2.0, 4.0]]), 1.0)
+    torch.testing.assert_close(weighted_sum([(a, 2.0), (b, -0.5)]).delta(), torch.zeros(1, 2))
+    torch.testing.assert_close(weighted_sum([(a, 2.0), (b, 0.5)]).delta(), torch.tensor([[4.0, 8.0]]))
+
+
+ranks = st.integers(1, 8)
+alphas = st.one_of(st.none(), st.sampled_from([0.5, 1.0, 4.0, 8.0, -2.0, 0.0]))
+strengths = st.one_of(st.floats(-4, 4, allow_subnormal=False), st.sampled_from([0.0, 1.0, -1.0]))
+terms = st.lists(st.tuples(ranks, alphas, strengths), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(terms, st.sampled_from([(), (1, 1), (3, 3)]))
+def test_delta_of_the_sum_is_the_sum_of_deltas(terms, kernel):
+    layers = [layer(6, rank, 5, kernel, alpha=alpha, seed=seed) for seed, (rank, alpha, _) in enumerate(terms)]
+    total = weighted_sum([(one, strength) for one, (_, _, strength) in zip(layers, terms, strict=True)])
+    parts = [strength * dense(one.up, one.down, one.scale) for one, (_, _, strength) in zip(layers, terms, strict=True)]
+    size = sum(float(part.norm()) for part in parts)
+    assert (
+        float((total.delta().double() - sum(parts)).norm()) <= 1e-6 * size + 1e-36
+    )  # float32 has nothing finer near zero
+    assert total.alpha == total.rank
+    assert total.scale == 1.0
+    assert total.mid is None
+
+
+@settings(max_examples=20, deadline=None)
+@given(strengths, strengths)
+def test_the_order_does_not_matter(first, second):
+    a, b = layer(6, 2, 5, alpha=3.0, seed=1), layer(6, 4, 5, seed=2)
+    one, other = weighted_sum([(a, first), (b, second)]), weighted_sum([(b, second), (a, first)])
+    torch.testing.assert_close(one.delta(), other.delta(), rtol=1e-5, atol=1e-7)  # sums of 6 float32 products
+
+
+def test_sums_can_be_nested():
+    a, b, c = layer(6, 2, 5, alpha=3.0, seed=1), layer(6, 4, 5, seed=2), layer(6, 1, 5, alpha=8.0, seed=3)
+    at_once = weighted_sum([(a, 0.6), (b, -0.3), (c, 1.5)])
+    in_steps = weighted_sum([(weighted_sum([(a, 2.0), (b, -1.0)]), 0.3), (c, 1.5)])
+    torch.testing.assert_close(in_steps.delta(), at_once.delta(), rtol=1e-5, atol=1e-7)
+
+
+def test_one_layer_at_strength_one_is_that_layer():
+    one = layer(6, 4, 5, alpha=2.0)
+    torch.testing.assert_close(weighted_sum([(one, 1.0)]).delta(), one.delta(), rtol=1e-6, atol=1e-9)
+
+
+def test_the_same_layer_twice_doubles():
+    one = layer(6, 4, 5, alpha=2.0)
+    torch.testing.assert_close(weighted_sum([(one, 1.0), (one, 1.0)]).delta(), 2 * one.delta(), rtol=1e-5, atol=1e-8)
+
+
+def test_a_term_of_strength_zero_takes_no_rank():
+    total = weighted_sum([(layer(6, 4, 5), 0.0), (layer(6, 2, 5, seed=1), 1.0)])
+    assert total.rank == 2
+
+
+def test_all_zero_keeps_the_module():
+    total = weighted_sum([(layer(6, 4, 5, (3, 3)), 0.0)])
+    assert total.rank == 1
+    assert torch.equal(total.delta(), torch.zeros(6, 5, 3, 3))
+
+
+def test_one_by_one_convolution_and_linear_layer_add_up():
+    conv, linear = layer(6, 2, 5, (1, 1), seed=1), layer(6, 3, 5, seed=2)
+    for order in ([(conv, 1.0), (linear, 2.0)], [(linear, 2.0), (conv, 1.0)]):
+        total = weighted_sum(order)
+        assert total.up.shape == (6, 5, 1, 1)
+        assert total.down.shape == (5, 5, 1, 1)
+        assert relative(total.delta()[..., 0, 0], dense(conv.up, conv.down)[..., 0, 0] + 2 * dense(linear.up, linear.down)) < 1e-6  # fmt: skip
+
+
+def test_tucker_layers_join_plain_ones():
+    up, _ = factors(6, 4, 5, (1, 1), seed=1)
+    _, down = factors(6, 3, 5, (1, 1), seed=2)
+    _, mid = factors(6, 4, 3, (3, 3), seed=3)
+    tucker, plain = LoraLayer(up, down, 1.5, mid), layer(6, 2, 5, (3, 3), alpha=1.0, seed=4)
+    total = weighted_sum([(tucker, -0.7), (plain, 0.9)])
+    torch.testing.assert_close(total.delta(), -0.7 * tucker.delta() + 0.9 * plain.delta(), rtol=1e-5, atol=1e-7)
+
+
+def test_strength_is_shared_evenly_between_the_factors():
+    one = layer(6, 1, 5)
+    total = weighted_sum([(one, -4.0)])
+    torch.testing.assert_close(total.up, -2 * one.up)
+    torch.testing.assert_close(total.down, 2 * one.down)
+
+
+def test_layers_of_different_weights_do_not_add():
+    with pytest.raises(ValueError, match=r"\(6, 5\) and \(6, 7\) differ"):
+        weighted_sum([(layer(6, 2, 5), 1.0), (layer(6, 2, 7), 1.0)])
+    with pytest.raises(ValueError, match="nothing to add"):
+        weighted_sum([])
+    with pytest.raises(ValueError, match="strength is nan"):
+        weighted_sum([(layer(6, 2, 5), float("nan"))])

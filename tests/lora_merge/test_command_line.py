@@ -1,0 +1,60 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lcm_kit.lora_merge import load
+from lcm_kit.lora_merge.__main__ import main
+from lcm_kit.tests.helpers import ROOT
+from lcm_kit.tests.lora_merge.make import factors, kohya
+
+MODULE = "lora_unet_conv_in"
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, seed in (("style", 1), ("lcm", 2)):
+        save_file(kohya(MODULE, *factors(6, 2, 5, seed=seed), alpha=1), tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+def test_merge_adds_with_the_strengths_given(files, capsys):
+    out = files / "out.safetensors"
+    style, lcm = files / "style.safetensors", files / "lcm.safetensors"
+    assert main(["merge", f"{style}:-0.8", str(lcm), "-o", str(out), "--dtype", "fp32"]) == 0
+    wanted = -0.8 * load(style).delta(MODULE) + load(lcm).delta(MODULE)
+    torch.testing.assert_close(load(out).delta(MODULE), wanted, rtol=1e-5, atol=1e-8)
+    assert "style.safetensors * -0.8: 1 modules, 1 shared" in capsys.readouterr().out
+
+
+def test_info_describes(files, capsys):
+    assert main(["info", str(files / "lcm.safetensors")]) == 0
+    assert "rank: 2, scale (alpha / rank): 0.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "missing.safetensors"], "there is no such file"),
+        (["merge", "lcm.safetensors:much", "-o", "out.safetensors"], "'much' after the colon is no number"),
+        (["merge", "lcm.safetensors:nan", "-o", "out.safetensors"], "strength is nan"),
+        (["merge", "lcm.safetensors", "-o", "lcm.safetensors"], "exists already"),
+        (["merge", "lcm.safetensors", "-o", "out.safetensors", "--rank", "-2"], "rank is -2"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_two(files, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(files)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (files / "out.safetensors").exists()
+
+
+def test_it_runs_as_a_module_from_the_repository():
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_merge", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "merge" in done.stdout

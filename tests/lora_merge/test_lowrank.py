@@ -1,0 +1,90 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lcm_kit.lora_merge import LoraLayer
+from lcm_kit.lora_merge.lowrank import truncated_sum
+from lcm_kit.tests.lora_merge.make import dense, factors, relative
+
+
+def layer(out, rank, inputs, kernel=(), *, alpha=None, seed=0):
+    return LoraLayer(*factors(out, rank, inputs, kernel, seed=seed), alpha)
+
+
+def exact(terms):
+    return sum(strength * dense(one.up, one.down, one.scale) for one, strength in terms)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9), st.sampled_from([(), (3, 3)]))
+def test_the_error_is_the_smallest_possible(rank, first, second, kernel):
+    terms = [(layer(10, first, 8, kernel, alpha=1.0, seed=1), 1.0), (layer(10, second, 8, kernel, seed=2), -0.6)]
+    result = truncated_sum(terms, rank)
+    wanted = exact(terms)
+    spectrum = torch.linalg.svdvals(wanted.flatten(1))  # Eckart-Young, from the dense matrix in float64
+    best = math.sqrt(float(spectrum[rank:].square().sum() / spectrum.square().sum()))
+    assert result.layer.rank <= max(rank, 1)
+    assert relative(result.layer.delta(), wanted) == pytest.approx(best, abs=1e-5)  # float32 rounding
+    assert result.error == pytest.approx(best, abs=1e-5)
+
+
+def test_a_sum_that_fits_stays_exact():
+    terms = [(layer(10, 3, 8, seed=1), 1.0), (layer(10, 2, 8, seed=2), 0.5)]
+    result = truncated_sum(terms, 5)
+    assert result.layer.rank == 5
+    assert result.lost_energy == 0
+    assert result.kept_energy == result.source_energy
+    assert relative(result.layer.delta(), exact(terms)) < 1e-6
+
+
+def test_a_low_rank_sum_is_found_whatever_its_factors():
+    # the same LoRA three times has rank 3, though the factors side by side have 9
+    one = layer(10, 3, 8)
+    result = truncated_sum([(one, 1.0), (one, 0.5), (one, -0.2)], 3)
+    assert result.layer.rank == 3
+    assert relative(result.layer.delta(), 1.3 * dense(one.up, one.down)) < 1e-5  # float32 QR and SVD
+
+
+def test_ranks_beyond_the_weight_are_no_trouble():
+    terms = [(layer(4, 6, 5, seed=1), 1.0), (layer(4, 6, 5, seed=2), 1.0)]
+    result = truncated_sum(terms, 8)
+    assert result.layer.rank == 4
+    assert relative(result.layer.delta(), exact(terms)) < 1e-5
+
+
+def test_energies_are_those_of_the_dense_computation():
+    terms = [(layer(10, 6, 8, seed=1), 1.0), (layer(10, 5, 8, seed=2), 0.3)]
+    result = truncated_sum(terms, 4)
+    u, _, vh = torch.linalg.svd(exact(terms), full_matrices=False)
+    for index, (one, strength) in enumerate(terms):
+        delta = strength * dense(one.up, one.down, one.scale)
+        inside = u[:, :4].T @ delta @ vh[:4].T
+        assert result.source_energy[index] == pytest.approx(float(delta.square().sum()), rel=1e-4)
+        assert result.kept_energy[index] == pytest.approx(float(inside.square().sum()), rel=1e-3)
+    assert result.energy == pytest.approx(float(exact(terms).square().sum()), rel=1e-4)
+
+
+def test_a_weak_source_is_lost_first_and_the_figures_say_so():
+    # orthogonal by construction: strong in the first four directions, weak in the next two
+    eye = torch.eye(8)
+    strong, weak = LoraLayer(eye[:, :4], eye[:4]), LoraLayer(eye[:, 4:6], eye[4:6])
+    result = truncated_sum([(strong, 1.0), (weak, 0.1)], 4)
+    assert result.kept_energy[0] == pytest.approx(result.source_energy[0], rel=1e-5)
+    assert result.kept_energy[1] == pytest.approx(0, abs=1e-9)
+    assert result.error == pytest.approx(0.1 * math.sqrt(2) / math.sqrt(4.02), rel=1e-4)
+
+
+def test_zero_is_truncated_to_zero():
+    result = truncated_sum([(layer(6, 4, 5), 0.0)], 2)
+    assert result.error == 0
+    assert torch.equal(result.layer.delta(), torch.zeros(6, 5))
+    cancelled = truncated_sum([(layer(6, 4, 5), 1.0), (layer(6, 4, 5), -1.0)], 2)
+    assert cancelled.layer.delta().abs().max() < 1e-6
+
+
+def test_rank_below_one_is_refused():
+    with pytest.raises(ValueError, match="rank is 0, but the smallest rank is 1"):
+        truncated_sum([(layer(6, 4, 5), 1.0)], 0)

@@ -1,0 +1,76 @@
+import logging
+
+import pytest
+import torch
+
+from lcm_kit.lora_merge import Lora, LoraLayer
+from lcm_kit.lora_merge.precision import cast
+from lcm_kit.tests.lora_merge.make import dense, factors, kohya, relative
+
+MODULE = "lora_unet_conv_in"
+
+
+def test_ordinary_values_are_only_rounded():
+    up, down = factors(6, 2, 5)
+    result = cast(LoraLayer(up, down), torch.float16)
+    assert not result.balanced
+    assert torch.equal(result.layer.up, up.half())
+
+
+@pytest.mark.parametrize(("up_size", "down_size"), [(1e7, 1e-6), (1e-7, 1e3), (1e-9, 1e5), (1e6, 1.0)])
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_lopsided_factors_are_balanced_and_mean_the_same(up_size, down_size, kernel):
+    up, down = factors(6, 4, 5, kernel)
+    up, down = up * up_size, down * down_size
+    result = cast(LoraLayer(up, down), torch.float16)
+    assert result.balanced
+    # two factors of 11 bits; without balancing they are infinite or have lost most of their bits
+    assert relative(dense(result.layer.up, result.layer.down), dense(up, down)) < 1e-3
+
+
+def test_each_component_is_balanced_by_itself():
+    up, down = factors(6, 2, 5)
+    sizes = torch.tensor([1e7, 1.0])
+    result = cast(LoraLayer(up * sizes, down / sizes[:, None]), torch.float16)
+    assert torch.equal(result.layer.up[:, 1], up[:, 1].half() * (result.layer.up[0, 1] / up[0, 1].half()))
+    assert relative(dense(result.layer.up, result.layer.down), dense(up, down)) < 1e-3
+
+
+def test_tucker_layers_are_balanced_as_a_whole():
+    up, _ = factors(6, 4, 5, (1, 1), seed=1)
+    _, down = factors(6, 3, 5, (1, 1), seed=2)
+    _, mid = factors(6, 4, 3, (3, 3), seed=3)
+    layer = LoraLayer(up * 1e7, down * 1e-5, mid=mid)
+    result = cast(layer, torch.float16)
+    assert relative(result.layer.delta(), layer.delta()) < 1e-3
+
+
+def test_a_component_that_is_zero_stays_zero():
+    up, down = factors(6, 2, 5)
+    up[:, 0], down[0] = 0.0, 1e9
+    result = cast(LoraLayer(up, down), torch.float16)
+    assert torch.isfinite(result.layer.down).all()
+    assert relative(dense(result.layer.up, result.layer.down), dense(up, down)) < 1e-3
+
+
+def test_what_no_balance_saves_is_refused():
+    up, down = factors(6, 2, 5)
+    with pytest.raises(ValueError, match=f"style: {MODULE}: values are too large for float16; save as float32"):
+        Lora.from_state_dict(kohya(MODULE, up * 1e8, down * 1e8), source="style").to_state_dict(torch.float16)
+
+
+def test_balancing_is_reported(caplog):
+    up, down = factors(6, 2, 5)
+    lora = Lora.from_state_dict(kohya(MODULE, up * 1e7, down / 1e7), source="style")
+    with caplog.at_level(logging.WARNING):
+        state = lora.to_state_dict(torch.float16)
+    assert "style: factors of 1 modules balanced" in caplog.text
+    assert relative(Lora.from_state_dict(state).delta(MODULE), lora.delta(MODULE)) < 1e-3
+
+
+def test_keeping_the_dtype_keeps_every_bit():
+    up, down = factors(6, 2, 5, dtype=torch.float16)
+    up = up * 1e-3  # small, but as the file had it
+    state = Lora.from_state_dict(kohya(MODULE, up, down)).to_state_dict()
+    assert torch.equal(state[f"{MODULE}.lora_up.weight"], up)
+    assert torch.equal(state[f"{MODULE}.lora_down.weight"], down)
