@@ -1,0 +1,94 @@
+"""LoRA branches beside a network's layers: the same as changed weights, and no trace when off or removed."""
+
+import pytest
+import torch
+from torch import nn
+
+from lcm_kit.distillation.adapter import LoraAdapters, adapted
+from lcm_kit.lora_merge import Lora
+
+
+class Network(nn.Module):
+    """A convolution with stride, a 1x1 convolution and a linear layer, and one that LCM-LoRA leaves alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.time_embed = nn.Sequential(nn.Linear(4, 4))
+        self.middle_block = nn.ModuleList(
+            [nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.Conv2d(6, 5, 1), nn.Linear(5, 4)]
+        )
+
+    def forward(self, x):
+        conv, point, linear = self.middle_block
+        return self.time_embed(linear(point(conv(x)).mean((2, 3))))
+
+
+def network():
+    torch.manual_seed(0)
+    return Network()
+
+
+def adapters_of(net, rank=2, alpha=1.0):
+    adapters = LoraAdapters(net, rank, alpha, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for branch in adapters.branches:
+            branch.up.normal_(generator=torch.Generator().manual_seed(2))
+    return adapters
+
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def test_a_fresh_adapter_changes_nothing():
+    net = network()
+    before = net(X)
+    LoraAdapters(net, 4, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(net(X), before)
+
+
+def test_the_branches_do_what_the_exported_lora_does_to_the_weights():
+    net = network()
+    adapters = adapters_of(net)
+    with_branches = net(X).detach()
+    lora = Lora.from_state_dict(adapters.lora_state_dict())
+    adapters.remove()
+    with torch.no_grad():
+        for name in adapters.names:
+            weight = net.get_submodule(name).weight
+            weight += lora.delta(f"lora_unet_{name.replace('.', '_')}").view_as(weight)
+    torch.testing.assert_close(net(X), with_branches)
+
+
+def test_the_teacher_is_bit_equal_to_the_base():
+    net = network()
+    before = net(X)
+    adapters = adapters_of(net)
+    assert not torch.equal(net(X), before)
+    with adapters.disabled():
+        assert torch.equal(net(X), before)
+    assert not torch.equal(net(X), before)
+
+
+def test_gradients_reach_the_lora_only():
+    net = network()
+    adapters = adapters_of(net)
+    net(X).square().mean().backward()
+    assert all(p.grad is not None for p in adapters.parameters())
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_the_layers_that_lcm_lora_leaves_alone_are_left_alone():
+    adapters = adapters_of(network())
+    assert adapters.names == ["middle_block.0", "middle_block.1", "middle_block.2"]
+    assert not adapted("input_blocks.0.0", nn.Conv2d(4, 4, 3))
+    assert not adapted("middle_block.0", nn.GroupNorm(1, 4))
+
+
+def test_rank_0_is_refused():
+    with pytest.raises(ValueError, match="rank is 0; a LoRA has at least rank 1"):
+        LoraAdapters(network(), 0, generator=torch.Generator())
+
+
+def test_a_network_without_layers_to_adapt_is_refused():
+    with pytest.raises(ValueError, match="no layer to adapt"):
+        LoraAdapters(nn.Sequential(nn.ReLU()), 4, generator=torch.Generator())
