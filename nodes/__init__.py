@@ -1,0 +1,14 @@
+"""The nodes of LCM Kit: this list is the table of contents."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .loading import ApplyLoRA, LCMLoader, LoadLoRA
+from .merging import MergeLoRA, SaveLoRA
+from .sampling import LCMKSampler, LCMSampler, LCMScheduler
+
+
+class LCMKitExtension(ComfyExtension):
+    """What ComfyUI asks for at start-up."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LCMKSampler, LCMSampler, LCMScheduler, LCMLoader, LoadLoRA, MergeLoRA, ApplyLoRA, SaveLoRA]

@@ -1,0 +1,140 @@
+"""Joins the LCM maths in samplers/ to ComfyUI's MODEL, SAMPLER, SIGMAS and LATENT."""
+
+import logging
+import math
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from tqdm.auto import trange
+
+from ...samplers.multistep import sample_lcm
+from ...samplers.noise import StepNoise
+from ...samplers.schedule import custom_timesteps, lcm_timesteps, parse_timesteps
+from .guidance import FirstStepsGuider
+from .tables import boundary_timesteps, sigma_table, sigmas_of, trained_sigma_table
+
+logger = logging.getLogger(__name__)
+
+
+def lcm_sigmas(model, *, steps, denoise, original_steps, timesteps="") -> torch.Tensor:
+    """(steps + 1,) noise levels of the LCM schedule in the model's own table, the last one 0.
+
+    timesteps: text, replaces steps and original_steps unless it is empty.
+    """
+    model_sampling = model.get_model_object("model_sampling")
+    train_timesteps = len(trained_sigma_table(model_sampling))
+    if denoise <= 0:
+        raise ValueError(
+            f"denoise is {denoise:g}, so there is nothing to sample. Set it above 0 (1 starts from pure noise), "
+            "or bypass this node to keep the latent as it is."
+        )
+    own = parse_timesteps(timesteps)
+    if own and denoise < 1:
+        raise ValueError(
+            f"timesteps starts at {own[0]}, and denoise {denoise:g} asks for another start. Set denoise to 1, or "
+            "clear timesteps."
+        )
+    return sigmas_of(
+        model_sampling,
+        custom_timesteps(own, train_timesteps=train_timesteps)
+        if own
+        else lcm_timesteps(steps, original_steps=original_steps, strength=denoise, train_timesteps=train_timesteps),
+    )
+
+
+def lcm_sampler(*, gamma, seed, batch_indices=None) -> comfy.samplers.KSAMPLER:
+    """A SAMPLER. seed: of the step noise, -1 for the noise input's. batch_indices: (b,), None counts from 0."""
+    return comfy.samplers.KSAMPLER(
+        _sample_function, {"gamma": gamma, "noise_seed": seed, "batch_indices": batch_indices}
+    )
+
+
+def _sample_function(
+    model, x, sigmas, extra_args=None, callback=None, disable=None, *, gamma, noise_seed, batch_indices
+):
+    """k-diffusion's protocol as ComfyUI calls it; model is its KSamplerX0Inpaint around a guider."""
+    extra_args = extra_args or {}
+    model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
+    if noise_seed < 0:
+        noise_seed = extra_args.get("seed") or 0
+
+    def after_step(info):
+        # The server's progress hook raises too, but only where a progress bar is attached.
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if callback is not None:
+            callback(info)
+
+    return sample_lcm(
+        model,
+        x,
+        sigmas,
+        extra_args=extra_args,
+        callback=after_step,
+        disable=disable,
+        noise=StepNoise(noise_seed, batch_indices),
+        gamma=gamma,
+        timesteps=boundary_timesteps(model_sampling, sigmas),
+        table=sigma_table(model_sampling),
+        noise_scaling=model_sampling.noise_scaling,
+        trange=getattr(comfy.utils, "model_trange", trange),
+    )
+
+
+def sample(model, positive, negative, latent, *, seed, steps, cfg, denoise, gamma, cfg_steps, original_steps) -> dict:
+    """A LATENT, sampled. Image k of a batch is the image made alone with batch index k."""
+    sigmas = lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps)
+    guider = FirstStepsGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg, _last_guided_sigma(sigmas, cfg_steps))
+    if negative is None and not math.isclose(cfg, 1.0) and cfg_steps != 0:
+        raise ValueError(
+            f"cfg is {cfg:g}, which compares the prompt with a negative prompt, but none is connected. Connect one, "
+            "or set cfg to 1: an LCM-LoRA has its guidance built in."
+        )
+
+    latent = latent.copy()
+    latent["samples"] = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    indices = _batch_indices(latent)
+    samples = guider.sample(
+        initial_noise(latent["samples"], seed, indices),
+        latent["samples"],
+        lcm_sampler(gamma=gamma, seed=seed, batch_indices=indices),
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    latent["samples"] = samples.to(comfy.model_management.intermediate_device())
+    return latent
+
+
+def initial_noise(samples: torch.Tensor, seed: int, batch_indices: list[int]) -> torch.Tensor:
+    """Core's initial noise, drawn image by image: what is drawn at once differs where an image's size is no
+    multiple of 16. torch's own generator is left as it was, which core's function reseeds.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return comfy.sample.prepare_noise(samples, seed, batch_indices)
+
+
+def _last_guided_sigma(sigmas: torch.Tensor, cfg_steps: int) -> float:
+    if cfg_steps == 0:
+        return math.inf
+    return 0.0 if cfg_steps < 0 or cfg_steps >= len(sigmas) else float(sigmas[cfg_steps - 1])
+
+
+def _batch_indices(latent: dict) -> list[int]:
+    count = latent["samples"].shape[0]
+    indices = latent.get("batch_index")
+    if indices is None:
+        return list(range(count))
+    if len(indices) != count:
+        logger.warning(
+            "The latent has %d images but %d batch indices; its noise is numbered from 0 instead.", count, len(indices)
+        )
+        return list(range(count))
+    return [int(index) for index in indices]

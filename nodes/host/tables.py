@@ -1,0 +1,60 @@
+"""A MODEL's own table of noise levels, as plain numbers."""
+
+import comfy.model_sampling as host
+import torch
+
+from ...samplers.schedule import sigmas_at
+
+
+def is_distilled(model_sampling) -> bool:
+    """True for core's ModelSamplingDiscrete "lcm" and its kin: a shortened table, boundary scalings built in."""
+    return hasattr(model_sampling, "skip_steps") and len(model_sampling.sigmas) < model_sampling.num_timesteps
+
+
+def sigma_table(model_sampling) -> torch.Tensor:
+    """(train_timesteps,) ascending noise levels, float32 on the CPU.
+
+    A shortened table is filled up by its own interpolation: exact at its entries, to float rounding.
+    """
+    if is_distilled(model_sampling):
+        return model_sampling.sigma(torch.arange(model_sampling.num_timesteps)).detach().float().cpu()
+    return model_sampling.sigmas.detach().float().cpu()
+
+
+def trained_sigma_table(model_sampling) -> torch.Tensor:
+    """sigma_table, or a ValueError where training had no timesteps to pick from."""
+    if isinstance(model_sampling, host.ModelSamplingContinuousEDM):
+        raise ValueError(
+            "This model was trained on continuous noise levels, not on numbered timesteps, so there is no LCM "
+            "schedule for it. Use one of ComfyUI's schedulers together with LCM Multistep Sampler."
+        )
+    return sigma_table(model_sampling)
+
+
+def sigmas_of(model_sampling, timesteps: list[int]) -> torch.Tensor:
+    """(steps + 1,) the model's noise levels at these timesteps, and a closing 0.
+
+    Raises ValueError for timesteps that a shortened table lacks: the model would be told a neighbouring one.
+    """
+    table = trained_sigma_table(model_sampling)
+    if is_distilled(model_sampling):
+        skip = model_sampling.skip_steps
+        missing = [t for t in timesteps if t % skip != skip - 1]
+        if missing:
+            raise ValueError(
+                f"ModelSamplingDiscrete 'lcm' left this model every {skip}th timestep only ({skip - 1}, "
+                f"{2 * skip - 1}, ...), and {', '.join(map(str, missing[:4]))} is not among them. Remove that node, "
+                f"LCM Kit does not need it, or set original_steps to {len(model_sampling.sigmas)}."
+            )
+    return sigmas_at(timesteps, table)
+
+
+def boundary_timesteps(model_sampling, sigmas: torch.Tensor) -> torch.Tensor | None:
+    """(steps,) the training timestep of each noise level but the last, for the boundary scalings.
+
+    None for models without DDPM timesteps, and where model_sampling applies the scalings itself.
+    """
+    other_units = (host.StableCascadeSampling, host.ModelSamplingDiscreteEDM)
+    if not isinstance(model_sampling, host.ModelSamplingDiscrete) or isinstance(model_sampling, other_units):
+        return None
+    return None if is_distilled(model_sampling) else model_sampling.timestep(sigmas[:-1])

@@ -1,0 +1,40 @@
+"""LORA_MODEL: ComfyUI's dict of tensors, here with the file's metadata and a name riding along."""
+
+from collections.abc import Mapping
+
+import torch
+
+from ...lora_merge import Lora, describe
+
+
+class LoraWeights(dict):
+    """key -> tensor, as in a LoRA file. Any node that takes a LORA_MODEL reads it as the plain dict it is.
+
+    name: what to call it in messages.   metadata: the file's, text to text.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], *, name: str, metadata: Mapping[str, str] | None = None):
+        super().__init__(tensors)
+        self.name = name
+        self.metadata = dict(metadata or {})
+
+
+def named(weights: Mapping[str, torch.Tensor], fallback: str = "The LoRA") -> LoraWeights:
+    """Any LORA_MODEL, such as that of core's Train LoRA, as LoraWeights."""
+    return weights if isinstance(weights, LoraWeights) else LoraWeights(weights, name=fallback)
+
+
+def from_lora(lora: Lora) -> LoraWeights:
+    """As ComfyUI reads it: kohya's keys, each module with its alpha, also where the file had it in metadata only."""
+    return LoraWeights(lora.to_state_dict(), name=lora.source, metadata=lora.metadata)
+
+
+def to_lora(weights: Mapping[str, torch.Tensor], fallback: str = "The LoRA") -> Lora:
+    """Raises ValueError, naming the keys, for anything but a plain LoRA."""
+    weights = named(weights, fallback)
+    return Lora.from_state_dict(weights, metadata=weights.metadata, source=weights.name)
+
+
+def contents(weights: Mapping[str, torch.Tensor]) -> str:
+    """What is in a LORA_MODEL, in a few lines."""
+    return describe(to_lora(weights))

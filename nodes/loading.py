@@ -1,0 +1,131 @@
+"""Declares the nodes that read LoRA files and apply LoRAs: LCM-LoRA Loader, Load LoRA, Apply LoRA."""
+
+from comfy_api.latest import io, ui
+
+from .host import files, patches
+from .host.compat import if_known
+from .host.show import show
+from .host.weights import contents
+
+CATEGORY = "LCM Kit/LoRA"
+STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
+REPORT_TOOLTIP = "What was done, in words; also shown on the node."
+
+
+class LCMLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LCMKitLoader",
+            display_name="LCM-LoRA Loader",
+            category=CATEGORY,
+            description="Applies an LCM-LoRA to a model and gives the settings that go with it. Nothing is applied if "
+            "the LoRA was made for another base model.",
+            inputs=[
+                io.Model.Input("model", tooltip="The base model or a fine-tune of it, before or after style LoRAs."),
+                io.Clip.Input("clip", optional=True, tooltip="Passed through; LCM-LoRAs do not change it."),
+                io.Combo.Input("lora_name", options=files.lora_names(), tooltip="A file in the loras folder."),
+                io.Float.Input(
+                    "strength",
+                    **STRENGTH,
+                    tooltip="1 is what it was trained for. Lower gives softer pictures that need more steps, "
+                    "0 leaves the model as it is.",
+                ),
+                io.Combo.Input(
+                    "wrong_base",
+                    options=["refuse", "warn"],
+                    default="refuse",
+                    tooltip="If a part of the LoRA does not fit the model: refuse stops with a message, warn applies "
+                    "the rest and says so.",
+                    **if_known(io.Combo.Input, advanced=True),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL"),
+                io.Clip.Output(display_name="CLIP"),
+                io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The LoRA itself, for merging."),
+                io.Int.Output(display_name="steps", tooltip="The usual number of steps for this LoRA."),
+                io.Float.Output(display_name="cfg", tooltip="The usual guidance for this LoRA."),
+                io.String.Output(display_name="report", tooltip=REPORT_TOOLTIP),
+            ],
+            **if_known(io.Schema, search_aliases=["lcm lora", "lcm-lora", "acceleration lora", "load lora"]),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name="", **others):
+        return files.fingerprint(lora_name)
+
+    @classmethod
+    def execute(cls, model, lora_name, strength, wrong_base, clip=None) -> io.NodeOutput:
+        lora = files.read_lora(lora_name)
+        model, clip, text = patches.apply(
+            model, clip, lora, strength, strength, demand_all=True, allow_misfit=wrong_base == "warn"
+        )
+        show(text)
+        return io.NodeOutput(model, clip, lora, 4, 1.0, text, ui=ui.PreviewText(text))
+
+
+class LoadLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LCMKitLoadLoRA",
+            display_name="Load LoRA (weights)",
+            category=CATEGORY,
+            description="Reads a LoRA file without applying it, for merging, applying or saving, and says what it holds.",
+            inputs=[io.Combo.Input("lora_name", options=files.lora_names(), tooltip="A file in the loras folder.")],
+            outputs=[
+                io.LoraModel.Output(display_name="LORA_MODEL"),
+                io.String.Output(display_name="report", tooltip="Modules, rank, alpha, scale and size."),
+            ],
+            **if_known(io.Schema, search_aliases=["lora info", "lora weights", "open lora"]),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name=""):
+        return files.fingerprint(lora_name)
+
+    @classmethod
+    def execute(cls, lora_name) -> io.NodeOutput:
+        lora = files.read_lora(lora_name)
+        text = contents(lora)
+        show(text)
+        return io.NodeOutput(lora, text, ui=ui.PreviewText(text))
+
+
+class ApplyLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LCMKitApplyLoRA",
+            display_name="Apply LoRA (weights)",
+            category=CATEGORY,
+            description="Applies a LoRA from Load LoRA or Merge LoRAs to a model, and to its text encoder if one is "
+            "connected. A LoRA for another model is refused.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to change; it is copied, not altered."),
+                io.Clip.Input("clip", optional=True, tooltip="The text encoder, if the LoRA should change it too."),
+                io.LoraModel.Input("lora", tooltip="The LoRA to apply."),
+                io.Float.Input(
+                    "strength_model",
+                    **STRENGTH,
+                    tooltip="How strongly the model is changed: 1 as trained, 0 not at all, below 0 the opposite way. "
+                    "A merged LoRA has its strengths inside already, so 1.",
+                ),
+                io.Float.Input(
+                    "strength_clip", **STRENGTH, tooltip="The same for the text encoder; no effect without one."
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL"),
+                io.Clip.Output(display_name="CLIP"),
+                io.String.Output(display_name="report", tooltip=REPORT_TOOLTIP),
+            ],
+            **if_known(io.Schema, search_aliases=["use lora", "lora model", "patch model"]),
+        )
+
+    @classmethod
+    def execute(cls, model, lora, strength_model, strength_clip, clip=None) -> io.NodeOutput:
+        model, clip, text = patches.apply(model, clip, lora, strength_model, strength_clip)
+        show(text)
+        return io.NodeOutput(model, clip, text, ui=ui.PreviewText(text))

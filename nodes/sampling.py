@@ -1,0 +1,183 @@
+"""Declares the nodes that make pictures: LCM KSampler, LCM Multistep Sampler, LCM Scheduler."""
+
+from comfy_api.latest import io
+
+from .host import sampling
+from .host.compat import if_known
+
+CATEGORY = "LCM Kit/sampling"
+MAX_SEED = 0xFFFFFFFFFFFFFFFF
+
+GAMMA_TOOLTIP = (
+    "How much of the noise is drawn fresh at every step. 1 is LCM as published; lower keeps more of the noise the "
+    "model has found, which can hold detail above 8 steps; 0 draws none after the first step (deterministic)."
+)
+DENOISE_TOOLTIP = (
+    "1 starts from pure noise. Lower keeps more of the input picture: 0.5 starts half-way down the schedule. "
+    "All steps are always run, on the part of the schedule that is left."
+)
+STEPS_TOOLTIP = "Model calls. 4 is the usual choice with an LCM-LoRA, 2 to 8 work; more than 8 rarely looks better."
+ORIGINAL_STEPS_TOOLTIP = (
+    "How many timesteps the LCM was distilled on: 50 for the published LCM-LoRAs, 100 for some video models. "
+    "Steps are picked evenly from these."
+)
+
+
+class LCMKSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LCMKitKSampler",
+            display_name="LCM KSampler",
+            category=CATEGORY,
+            description="Makes a picture in a few steps with a model that carries an LCM-LoRA: the exact LCM schedule, "
+            "the LCM sampler and noise that does not depend on the batch, in one node.",
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model with its LCM-LoRA applied. ModelSamplingDiscrete is not needed."
+                ),
+                io.Conditioning.Input("positive", tooltip="What the picture should show."),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="What to avoid. Not needed while cfg is 1, where it has no effect.",
+                ),
+                io.Latent.Input(
+                    "latent_image", tooltip="An empty latent, or a picture to change with denoise below 1."
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="Fixes the initial noise and the noise of every step, for each image of a batch on its own.",
+                ),
+                io.Int.Input("steps", default=4, min=1, max=1000, tooltip=STEPS_TOOLTIP),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Guidance. 1 is none and the fastest: an LCM-LoRA has its guidance built in. "
+                    "1 to 2 strengthens the prompt and doubles the work; above 2 pictures burn.",
+                ),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=DENOISE_TOOLTIP),
+                io.Float.Input(
+                    "gamma",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=GAMMA_TOOLTIP,
+                    **if_known(io.Float.Input, advanced=True),
+                ),
+                io.Int.Input(
+                    "cfg_steps",
+                    default=-1,
+                    min=-1,
+                    max=1000,
+                    tooltip="Use cfg in the first so many steps only, then 1. -1 uses it in all, 0 in none. "
+                    "1 or 2 keep most of the effect of the negative prompt at little cost.",
+                    **if_known(io.Int.Input, advanced=True),
+                ),
+                io.Int.Input(
+                    "original_steps",
+                    default=50,
+                    min=1,
+                    max=1000,
+                    tooltip=ORIGINAL_STEPS_TOOLTIP,
+                    **if_known(io.Int.Input, advanced=True),
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="LATENT", tooltip="The finished latent, for VAE Decode.")],
+            **if_known(io.Schema, search_aliases=["lcm", "latent consistency", "few step sampler", "turbo"]),
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, latent_image, seed, steps, cfg, denoise, gamma, cfg_steps, original_steps, negative=None
+    ) -> io.NodeOutput:
+        return io.NodeOutput(
+            sampling.sample(
+                model,
+                positive,
+                negative,
+                latent_image,
+                seed=seed,
+                steps=steps,
+                cfg=cfg,
+                denoise=denoise,
+                gamma=gamma,
+                cfg_steps=cfg_steps,
+                original_steps=original_steps,
+            )
+        )
+
+
+class LCMSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LCMKitSampler",
+            display_name="LCM Multistep Sampler",
+            category=CATEGORY,
+            description="The LCM sampler for SamplerCustom and SamplerCustomAdvanced. Use it with LCM Scheduler.",
+            inputs=[
+                io.Float.Input("gamma", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=GAMMA_TOOLTIP),
+                io.Int.Input(
+                    "seed",
+                    default=-1,
+                    min=-1,
+                    max=MAX_SEED,
+                    control_after_generate=False,
+                    tooltip="Seed of the noise added between steps; -1 takes the seed of the noise input. Images of a "
+                    "batch count from 0 here, because ComfyUI does not hand a latent's batch index to samplers; "
+                    "LCM KSampler keeps it.",
+                ),
+            ],
+            outputs=[io.Sampler.Output(display_name="SAMPLER")],
+            **if_known(io.Schema, search_aliases=["lcm", "latent consistency", "tcd", "stochastic"]),
+        )
+
+    @classmethod
+    def execute(cls, gamma, seed) -> io.NodeOutput:
+        return io.NodeOutput(sampling.lcm_sampler(gamma=gamma, seed=seed))
+
+
+class LCMScheduler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LCMKitScheduler",
+            display_name="LCM Scheduler",
+            category=CATEGORY,
+            description="The noise levels an LCM was trained on, read from the model's own table: 4 steps are the "
+            "timesteps 999, 759, 499 and 259. The model is not changed.",
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model that will be sampled; only its table of noise levels is read."
+                ),
+                io.Int.Input("steps", default=4, min=1, max=1000, tooltip=STEPS_TOOLTIP),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=DENOISE_TOOLTIP),
+                io.Int.Input("original_steps", default=50, min=1, max=1000, tooltip=ORIGINAL_STEPS_TOOLTIP),
+                io.String.Input(
+                    "timesteps",
+                    default="",
+                    placeholder="999, 759, 499, 259",
+                    tooltip="Your own timesteps, highest first, separated by commas; they replace steps and "
+                    "original_steps. Empty uses the LCM schedule.",
+                    **if_known(io.String.Input, advanced=True),
+                ),
+            ],
+            outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="One more than steps; the last is 0.")],
+            **if_known(io.Schema, search_aliases=["lcm", "sigmas", "timesteps", "latent consistency"]),
+        )
+
+    @classmethod
+    def execute(cls, model, steps, denoise, original_steps, timesteps) -> io.NodeOutput:
+        return io.NodeOutput(
+            sampling.lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps, timesteps=timesteps)
+        )

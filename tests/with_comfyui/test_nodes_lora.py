@@ -1,0 +1,425 @@
+"""The LoRA nodes on ComfyUI's own key maps, patches and loaders."""
+
+import logging
+import os
+
+import comfy.sd
+import folder_paths
+import pytest
+import safetensors.torch
+import torch
+
+from lcm_kit.nodes.loading import ApplyLoRA, LCMLoader, LoadLoRA
+from lcm_kit.nodes.merging import MergeLoRA, SaveLoRA
+from lcm_kit.tests.with_comfyui import tiny
+
+EXACT = {"rtol": 0, "atol": 2e-6}  # float32 sums of weights of size 1, in another order
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    """As in ComfyUI's own execution."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Nothing here may change it: nodes work on clones."""
+    return tiny.tiny_model()
+
+
+@pytest.fixture
+def loras_folder(comfy_home, tmp_path, monkeypatch):
+    """An empty folder that ComfyUI takes for its first loras folder."""
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(folder)], {".safetensors", ".pt"}))
+    monkeypatch.setitem(folder_paths.filename_list_cache, "loras", None)
+    folder_paths.filename_list_cache.pop("loras")
+    return folder
+
+
+@pytest.fixture
+def put(loras_folder):
+    def write(name, tensors, metadata=None):
+        safetensors.torch.save_file(tensors, loras_folder / name, metadata)
+        return name
+
+    return write
+
+
+def loaded(name):
+    return LoadLoRA.execute(name).result[0]
+
+
+def merged(*pairs, rank=0, density=1.0):
+    slots = {f"strength_{n}": 1.0 for n in range(1, 7)}
+    for n, (lora, strength) in enumerate(pairs, start=1):
+        slots |= {f"lora_{n}": lora, f"strength_{n}": strength}
+    return MergeLoRA.execute(method="linear", rank=rank, density=density, seed=0, **slots).result
+
+
+def applied(model, lora, clip=None, strength_model=1.0, strength_clip=1.0):
+    return ApplyLoRA.execute(model, lora, strength_model, strength_clip, clip).result
+
+
+def saved(lora, prefix="merged", dtype="fp32", format="kohya", mode="increment"):
+    return SaveLoRA.execute(lora, prefix, dtype, format, mode).result[0]
+
+
+def by_comfyui(model, *pairs):
+    """The model after core's own loading of LoRA files, one after another."""
+    for tensors, strength in pairs:
+        model, _ = comfy.sd.load_lora_for_models(model, None, dict(tensors), strength, 0)
+    return model
+
+
+def assert_same_weights(model, expected):
+    ours, theirs = tiny.patched_weights(model), tiny.patched_weights(expected)
+    assert ours.keys() == theirs.keys()
+    for key, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[key], **EXACT, msg=lambda text, key=key: f"{key}: {text}")
+
+
+# ---- the paper's case
+
+
+@pytest.mark.parametrize("style", ["kohya", "kohya on ldm", "generic", "generic PEFT"])
+@pytest.mark.parametrize("lcm", ["kohya", "kohya on ldm"])
+def test_one_merged_lora_patches_as_the_two_do(model, style, lcm):
+    style_lora = tiny.lora(model, style, endings=tiny.STYLE, rank=3, alpha=None if "PEFT" in style else 1.5, seed=1)
+    lcm_lora = tiny.lora(model, lcm, rank=5, alpha=0.625, seed=2)
+    one, report = merged((style_lora, 0.8), (lcm_lora, 1.0))
+    assert "Exact" in report
+    assert_same_weights(applied(model, one)[0], by_comfyui(model, (style_lora, 0.8), (lcm_lora, 1.0)))
+
+
+def test_negative_strengths_and_six_loras(model):
+    strengths = [1.0, -0.7, 0.3, 0.0, 2.0, -1.0]
+    pairs = [(tiny.lora(model, "kohya", rank=2, seed=n), strength) for n, strength in enumerate(strengths)]
+    assert_same_weights(applied(model, merged(*pairs)[0])[0], by_comfyui(model, *pairs))
+
+
+def test_diffusers_attention_names_are_read_where_core_misses_them(model, put):
+    """ComfyUI 0.3.75 knows `unet....attn1.processor.to_q`, which today's diffusers does not write."""
+    tensors = tiny.lora(model, "diffusers PEFT", alpha=None, seed=3)
+    ours = applied(model, loaded(put("peft.safetensors", tensors)))[0]
+    expected = by_comfyui(model, (tiny.lora(model, "kohya", alpha=None, seed=3), 1.0))
+    assert_same_weights(ours, expected)
+
+
+def test_a_scale_that_stands_in_metadata_only_is_used(model, put):
+    tensors = tiny.lora(model, "generic PEFT", rank=4, alpha=None, seed=3)
+    name = put("peft.safetensors", tensors, {"lora_alpha": "2"})
+    assert_same_weights(applied(model, loaded(name))[0], by_comfyui(model, (tensors, 0.5)))
+
+
+# ---- loading
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "kohya on ldm", "generic", "generic PEFT"])
+def test_loaded_and_applied_equals_cores_lora_loader(model, put, spelling):
+    tensors = tiny.lora(model, spelling, dtype=torch.float16)
+    lora = loaded(put("a.safetensors", tensors))
+    assert {tensor.dtype for key, tensor in lora.items() if not key.endswith(".alpha")} == {torch.float16}
+    assert_same_weights(applied(model, lora, strength_model=0.7)[0], by_comfyui(model, (tensors, 0.7)))
+
+
+def test_load_reports_what_is_in_the_file(model, put):
+    report = LoadLoRA.execute(put("a.safetensors", tiny.lora(model, rank=4, alpha=2.0))).result[1]
+    assert "a.safetensors" in report
+    assert str(len(tiny.modules(model))) in report
+    assert "rank: 4" in report
+    assert "0.5" in report
+
+
+def test_lcm_loader_applies_and_gives_settings(model, put):
+    tensors = tiny.lora(model)
+    result = LCMLoader.execute(model, put("lcm.safetensors", tensors), 1.0, "refuse").result
+    assert_same_weights(result[0], by_comfyui(model, (tensors, 1.0)))
+    count = len(tiny.modules(model))
+    assert result[3:5] == (4, 1.0)
+    assert f"{count} of {count} modules applied" in result[5]
+    assert set(result[2]) == set(tensors)
+    assert model.patches == {}
+
+
+@pytest.mark.parametrize("node", ["loader", "apply"])
+def test_strength_zero_leaves_the_model(model, put, node):
+    name = put("lcm.safetensors", tiny.lora(model))
+    if node == "loader":
+        result = LCMLoader.execute(model, name, 0.0, "refuse").result
+    else:
+        result = applied(model, loaded(name), strength_model=0.0)
+    assert result[0] is model
+    assert "strength is 0" in result[-1]
+
+
+def test_a_file_that_was_overwritten_is_read_again(model, put):
+    name = put("a.safetensors", tiny.lora(model, seed=1))
+    before, fingerprint = loaded(name), LoadLoRA.fingerprint_inputs(lora_name=name)
+    again = loaded(name)
+    assert all(again[key] is before[key] for key in before)
+    put("a.safetensors", tiny.lora(model, seed=2, rank=5))
+    assert LoadLoRA.fingerprint_inputs(lora_name=name) != fingerprint
+    assert next(iter(loaded(name).values())).shape != next(iter(before.values())).shape
+
+
+def test_what_a_later_node_does_to_a_lora_does_not_reach_the_cache(model, put):
+    name = put("a.safetensors", tiny.lora(model))
+    loaded(name).clear()
+    assert len(loaded(name)) > 0
+
+
+def test_the_cache_forgets_the_oldest_beyond_its_size(model, put, monkeypatch):
+    from lcm_kit.nodes.host import files
+
+    names = [put(f"{n}.safetensors", tiny.lora(model, rank=1, seed=n)) for n in range(3)]
+    monkeypatch.setattr(files, "CACHE_BYTES", 1)
+    for name in names:
+        loaded(name)
+    assert [key[0] for key in files._cache] == [folder_paths.get_full_path("loras", names[-1])]
+
+
+def test_only_safetensors_are_offered(model, put, loras_folder):
+    put("a.safetensors", tiny.lora(model, rank=1))
+    (loras_folder / "b.pt").write_bytes(b"\x80")
+    assert LoadLoRA.define_schema().inputs[0].options == ["a.safetensors"]
+
+
+# ---- bad files
+
+
+def test_a_missing_file_is_named(loras_folder):
+    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors is not in the loras folder .*press R"):
+        loaded("gone.safetensors")
+
+
+def test_a_truncated_file_is_named(model, put, loras_folder):
+    name = put("cut.safetensors", tiny.lora(model))
+    path = loras_folder / name
+    path.write_bytes(path.read_bytes()[:-1000])
+    for node in (lambda: loaded(name), lambda: LCMLoader.execute(model, name, 1.0, "refuse")):
+        with pytest.raises(ValueError, match=r"cut\.safetensors: is cut off: .*download it again"):
+            node()
+
+
+# ---- wrong base
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Another base: the same module names, wider context."""
+    return tiny.tiny_model(context_dim=24)
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """Another base: more transformer blocks, so more modules."""
+    return tiny.tiny_model(transformer_depth=[1, 1, 3, 3], transformer_depth_output=[1, 1, 1, 3, 3, 3])
+
+
+def test_another_shape_is_refused_with_counts(model, wide, put):
+    total = len(tiny.modules(model))
+    wrong = sum(name.endswith(("attn2.to_k", "attn2.to_v")) for name, _, _ in tiny.modules(model))
+    name = put("wide.safetensors", tiny.lora(wide))
+    message = rf"wide\.safetensors does not fit this model \(TinyConfig\): of its {total} modules {total - wrong} fit, "
+    message += rf"{wrong} have another shape .*\(\d+, 24\) on a weight of \(\d+, 16\)\).*made for another base model"
+    with pytest.raises(ValueError, match=message):
+        LCMLoader.execute(model, name, 1.0, "refuse")
+    with pytest.raises(ValueError, match=message):
+        applied(model, loaded(name))
+
+
+def test_modules_without_a_place_are_refused_by_the_lcm_loader(model, deep, put):
+    extra = len(tiny.modules(deep)) - len(tiny.modules(model))
+    name = put("deep.safetensors", tiny.lora(deep))
+    with pytest.raises(ValueError, match=rf"modules {len(tiny.modules(model))} fit, {extra} have no place"):
+        LCMLoader.execute(model, name, 1.0, "refuse")
+
+
+def test_warn_applies_what_fits_and_says_what_does_not(model, wide, put, caplog):
+    caplog.set_level(logging.WARNING)
+    result = LCMLoader.execute(model, put("wide.safetensors", tiny.lora(wide, seed=4)), 1.0, "warn").result
+    assert "have another shape than this model's weights" in result[5]
+    assert "have another shape than this model's weights" in caplog.text
+    fitting = {
+        key: value
+        for key, value in tiny.lora(wide, seed=4).items()
+        if "attn2_to_k" not in key and "attn2_to_v" not in key
+    }
+    assert_same_weights(result[0], by_comfyui(model, (fitting, 1.0)))
+    assert "ERROR lora" not in caplog.text
+
+
+def test_a_few_modules_without_a_place_are_named_by_apply(model, caplog):
+    lora = tiny.lora(model)
+    stray = {key.replace("lora_unet_mid_block_attentions_0_proj_in", "lora_unet_stray"): lora[key] for key in lora}
+    report = applied(model, stray)[2]
+    total = len(tiny.modules(model))
+    assert f"{total - 1} of {total} modules applied" in report
+    assert "1 have no place in this model: lora_unet_stray." in report
+    assert "lora_unet_stray" in caplog.text
+
+
+def test_a_lora_for_something_else_is_refused_by_apply(model):
+    lora = {
+        "transformer.blocks.0.attn.lora_up.weight": torch.ones(8, 1),
+        "transformer.blocks.0.attn.lora_down.weight": torch.ones(1, 8),
+    }
+    with pytest.raises(
+        ValueError, match=r"of its 1 modules 0 fit, 1 have no place in it .*transformer\.blocks\.0\.attn"
+    ):
+        applied(model, lora)
+
+
+@pytest.mark.parametrize(("module", "has_bias"), [("to_q", False), ("to_out.0", True)])
+def test_a_bias_that_the_model_lacks_has_no_place(model, module, has_bias):
+    name = f"diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.{module}"
+    lora = tiny.lora(model, "generic") | {f"{name}.diff_b": torch.ones(32)}
+    changed, _, report = applied(model, lora)
+    assert (f"1 have no place in this model: {name}." in report) is not has_bias
+    assert (f"{name}.bias" in changed.patches) is has_bias
+
+
+def test_one_weight_named_by_two_modules_is_refused(model):
+    lora = tiny.lora(model, "kohya") | tiny.lora(model, "kohya on ldm")
+    with pytest.raises(ValueError, match="name a weight twice"):
+        applied(model, lora)
+
+
+# ---- text encoder
+
+
+def test_text_encoder_modules_need_a_clip_and_say_so(model):
+    clip = tiny.tiny_clip()
+    lora = tiny.lora(model, endings=tiny.STYLE) | tiny.clip_lora(clip)
+    without, _, report = applied(model, lora)
+    assert "8 text-encoder modules not applied: no CLIP is connected" in report
+    changed, changed_clip, report = applied(model, lora, clip, strength_model=0.5, strength_clip=2.0)
+    assert "not applied" not in report
+    expected, expected_clip = comfy.sd.load_lora_for_models(model, clip, dict(lora), 0.5, 2.0)
+    assert_same_weights(changed, expected)
+    assert_same_weights(changed_clip.patcher, expected_clip.patcher)
+    assert len(changed_clip.patcher.patches) == 8
+    assert clip.patcher.patches == {}
+    assert without.patches.keys() == changed.patches.keys()
+
+
+def test_a_lora_for_the_text_encoder_alone_asks_for_a_clip(model):
+    with pytest.raises(ValueError, match=r"changes the text encoder only \(8 modules\)\. Connect a CLIP"):
+        applied(model, tiny.clip_lora(tiny.tiny_clip()))
+
+
+def test_a_lora_without_text_encoder_passes_the_clip_through(model):
+    clip = tiny.tiny_clip()
+    assert applied(model, tiny.lora(model), clip)[1] is clip
+
+
+# ---- saving
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "kohya on ldm", "generic PEFT"])
+def test_the_saved_merge_loads_in_cores_loader_without_a_missing_key(model, loras_folder, spelling, caplog):
+    one, _ = merged(
+        (tiny.lora(model, spelling, alpha=None, endings=tiny.STYLE, seed=1), 0.8), (tiny.lora(model, seed=2), 1.0)
+    )
+    path = saved(one)
+    caplog.set_level(logging.DEBUG)
+    from nodes import LoraLoaderModelOnly
+
+    (core,) = LoraLoaderModelOnly().load_lora_model_only(model, os.path.relpath(path, loras_folder), 1.0)
+    assert "lora key not loaded" not in caplog.text
+    assert "NOT LOADED" not in caplog.text
+    assert_same_weights(core, applied(model, one)[0])
+
+
+def test_a_saved_lora_is_read_back_the_same_in_both_formats(model, loras_folder):
+    lora = tiny.lora(model, alpha=1.0)
+    for format in ("kohya", "diffusers"):
+        path = saved(lora, prefix=format, format=format)
+        assert_same_weights(applied(model, loaded(os.path.basename(path)))[0], by_comfyui(model, (lora, 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
+def test_the_dtype_is_the_files(model, loras_folder, dtype, expected):
+    tensors = safetensors.torch.load_file(saved(tiny.lora(model, rank=1), dtype=dtype))
+    assert {tensor.dtype for key, tensor in tensors.items() if not key.endswith(".alpha")} == {expected}
+
+
+def test_increment_never_overwrites(model, loras_folder):
+    lora = tiny.lora(model, rank=1)
+    paths = [os.path.relpath(saved(lora, "made/fast"), loras_folder) for _ in range(2)]
+    assert paths == [os.path.join("made", "fast_00001_.safetensors"), os.path.join("made", "fast_00002_.safetensors")]
+
+
+def test_exact_name_refuses_an_existing_file_and_overwrite_replaces_it(model, loras_folder):
+    first, second = tiny.lora(model, rank=1), tiny.lora(model, rank=2)
+    path = saved(first, "fast.safetensors", mode="exact name")
+    assert path == str(loras_folder / "fast.safetensors")
+    with pytest.raises(FileExistsError, match=r"fast\.safetensors: exists already"):
+        saved(second, "fast", mode="exact name")
+    assert len(safetensors.torch.load_file(path)) == len(first)
+    saved(second, "fast", mode="overwrite")
+    assert {t.shape[1] for k, t in safetensors.torch.load_file(path).items() if "lora_up" in k} == {2}
+    assert os.listdir(loras_folder) == ["fast.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "prefix", ["../out", "/tmp/out", "a/../../out", "..\\out", "C:\\out" if os.name == "nt" else "a/../../../etc/out"]
+)
+def test_a_name_outside_the_loras_folder_is_refused(model, loras_folder, prefix):
+    with pytest.raises(ValueError, match=r"filename_prefix is .* lies outside the loras folder"):
+        saved(tiny.lora(model, rank=1), prefix)
+
+
+@pytest.mark.parametrize("prefix", ["", "  ", "folder/", "..", ".safetensors"])
+def test_a_name_without_a_name_is_refused(model, loras_folder, prefix):
+    with pytest.raises(ValueError, match=r"names no file"):
+        saved(tiny.lora(model, rank=1), prefix)
+    assert os.listdir(loras_folder) == []
+
+
+# ---- merging
+
+
+def test_a_smaller_rank_is_reported_with_its_error(model):
+    one, report = merged((tiny.lora(model, rank=4, seed=1), 1.0), (tiny.lora(model, rank=4, seed=2), 1.0), rank=6)
+    assert "relative error" in report
+    assert {t.shape[1] for k, t in one.items() if "lora_up" in k} == {6}
+
+
+def test_empty_slots_are_left_out(model):
+    pairs = [(tiny.lora(model, rank=1, seed=1), 1.0), (tiny.lora(model, rank=1, seed=2), 1.0)]
+    expected = merged(*pairs)[0]
+    again = merged(*pairs, (None, 5.0))[0]
+    assert all(torch.equal(again[key], expected[key]) for key in expected)
+
+
+def test_inputs_are_not_changed(model):
+    lora = tiny.lora(model)
+    before = {key: value.clone() for key, value in lora.items()}
+    one, _ = merged((lora, 2.0), (lora, -1.0))
+    applied(model, one)
+    assert all(torch.equal(lora[key], before[key]) for key in before)
+
+
+def test_a_density_that_linear_cannot_keep_is_refused(model):
+    with pytest.raises(ValueError, match=r"density is 0\.5, but method linear keeps every LoRA whole"):
+        merged((tiny.lora(model), 1.0), (tiny.lora(model, seed=1), 1.0), density=0.5)
+
+
+def test_loras_for_different_bases_do_not_merge(model, wide):
+    with pytest.raises(ValueError, match="lora_2"):
+        merged((tiny.lora(model), 1.0), (tiny.lora(wide), 1.0))
+
+
+def test_a_merge_works_in_cores_own_lora_nodes(model):
+    """LORA_MODEL is core's socket, so its nodes take what ours make."""
+    from comfy_extras.nodes_train import LoraModelLoader
+
+    one, _ = merged((tiny.lora(model, seed=1), 0.5), (tiny.lora(model, "generic", seed=2), 1.0))
+    assert_same_weights(LoraModelLoader.execute(model, one, 1.0).result[0], applied(model, one)[0])

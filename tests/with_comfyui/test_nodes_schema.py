@@ -1,0 +1,144 @@
+"""The contract of the nodes: saved workflows depend on every id, type and default here."""
+
+import asyncio
+import inspect
+
+import pytest
+from comfy_api.latest import io
+
+from lcm_kit.nodes import LCMKitExtension
+from lcm_kit.nodes.host.compat import if_known
+from lcm_kit.tests.helpers import ROOT
+
+# node id -> (display name, required inputs in widget order, optional inputs, output types);
+# an input is (id, type, default), default None where it has none
+STRENGTHS = [part for n in range(1, 7) for part in ([("lora_1", "LORA_MODEL", None)] if n == 1 else []) +
+             ([("lora_2", "LORA_MODEL", None)] if n == 2 else []) + [(f"strength_{n}", "FLOAT", 1.0)]]  # fmt: skip
+CONTRACT = {
+    "LCMKitKSampler": (
+        "LCM KSampler",
+        [
+            ("model", "MODEL", None),
+            ("positive", "CONDITIONING", None),
+            ("latent_image", "LATENT", None),
+            ("seed", "INT", 0),
+            ("steps", "INT", 4),
+            ("cfg", "FLOAT", 1.0),
+            ("denoise", "FLOAT", 1.0),
+            ("gamma", "FLOAT", 1.0),
+            ("cfg_steps", "INT", -1),
+            ("original_steps", "INT", 50),
+        ],
+        [("negative", "CONDITIONING", None)],
+        ["LATENT"],
+    ),
+    "LCMKitSampler": ("LCM Multistep Sampler", [("gamma", "FLOAT", 1.0), ("seed", "INT", -1)], [], ["SAMPLER"]),
+    "LCMKitScheduler": (
+        "LCM Scheduler",
+        [
+            ("model", "MODEL", None),
+            ("steps", "INT", 4),
+            ("denoise", "FLOAT", 1.0),
+            ("original_steps", "INT", 50),
+            ("timesteps", "STRING", ""),
+        ],
+        [],
+        ["SIGMAS"],
+    ),
+    "LCMKitLoader": (
+        "LCM-LoRA Loader",
+        [
+            ("model", "MODEL", None),
+            ("lora_name", "COMBO", None),
+            ("strength", "FLOAT", 1.0),
+            ("wrong_base", "COMBO", "refuse"),
+        ],
+        [("clip", "CLIP", None)],
+        ["MODEL", "CLIP", "LORA_MODEL", "INT", "FLOAT", "STRING"],
+    ),
+    "LCMKitLoadLoRA": ("Load LoRA (weights)", [("lora_name", "COMBO", None)], [], ["LORA_MODEL", "STRING"]),
+    "LCMKitMergeLoRA": (
+        "Merge LoRAs",
+        [*STRENGTHS, ("method", "COMBO", "linear"), ("rank", "INT", 0), ("density", "FLOAT", 1.0), ("seed", "INT", 0)],
+        [(f"lora_{n}", "LORA_MODEL", None) for n in range(3, 7)],
+        ["LORA_MODEL", "STRING"],
+    ),
+    "LCMKitApplyLoRA": (
+        "Apply LoRA (weights)",
+        [
+            ("model", "MODEL", None),
+            ("lora", "LORA_MODEL", None),
+            ("strength_model", "FLOAT", 1.0),
+            ("strength_clip", "FLOAT", 1.0),
+        ],
+        [("clip", "CLIP", None)],
+        ["MODEL", "CLIP", "STRING"],
+    ),
+    "LCMKitSaveLoRA": (
+        "Save LoRA",
+        [
+            ("lora", "LORA_MODEL", None),
+            ("filename_prefix", "STRING", "LCMKit/merged"),
+            ("dtype", "COMBO", "fp16"),
+            ("format", "COMBO", "kohya"),
+            ("output_name_mode", "COMBO", "increment"),
+        ],
+        [],
+        ["STRING"],
+    ),
+}
+
+NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(LCMKitExtension().get_node_list())}
+
+
+def described(inputs):
+    return [(name, kind, options.get("default")) for name, (kind, options) in inputs.items()]
+
+
+def test_the_extension_offers_exactly_the_contract():
+    assert NODES.keys() == CONTRACT.keys()
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_inputs_and_outputs_are_those_of_the_contract(node_id):
+    info = NODES[node_id].GET_NODE_INFO_V1()
+    actual = (
+        info["display_name"],
+        described(info["input"]["required"]),
+        described(info["input"].get("optional", {})),
+        info["output"],
+    )
+    assert actual == CONTRACT[node_id]
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_execute_takes_every_input(node_id):
+    """A renamed parameter would show only when the node runs."""
+    names = [entry.id for entry in NODES[node_id].GET_SCHEMA().inputs]
+    inspect.signature(NODES[node_id].execute).bind(**dict.fromkeys(names))
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_every_node_explains_itself(node_id):
+    schema = NODES[node_id].GET_SCHEMA()
+    assert schema.description
+    assert schema.category.startswith("LCM Kit/")
+    untold = [entry.id for entry in schema.inputs if not entry.tooltip]
+    assert untold == []
+    page = (ROOT / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
+    missing = [entry.id for entry in schema.inputs if f"`{entry.id}`" not in page and entry.id[-1] not in "23456"]
+    assert missing == []
+
+
+def test_every_help_page_belongs_to_a_node():
+    assert {page.stem for page in (ROOT / "web" / "docs").iterdir()} == NODES.keys()
+
+
+def test_the_seed_of_the_sampler_node_is_not_randomised_by_the_page():
+    """The page adds "control after generate" to every widget called seed, unless told not to."""
+    seed = NODES["LCMKitSampler"].GET_NODE_INFO_V1()["input"]["required"]["seed"][1]
+    assert seed["control_after_generate"] is False
+
+
+def test_keywords_the_host_does_not_know_are_dropped():
+    assert if_known(io.Schema, display_name="a", no_such_keyword=1) == {"display_name": "a"}
