@@ -1,0 +1,168 @@
+"""How far ComfyUI's usual LCM set-ups and LCM Kit are from diffusers' LCMScheduler, on the embedded model.
+
+    COMFYUI_PATH=.comfyui .venv/bin/python benchmarks/against_core.py
+
+Same UNet with its LCM-LoRA, same prompts, same initial noise and same noise after every step, so that all that can
+differ is the schedule and the arithmetic. Two tables: the distance of the finished latents, and at which timestep a
+run with denoise < 1 starts. Prints Markdown, as kept in benchmarks/RESULTS.md.
+"""
+
+import importlib.util
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = ["cat face", "rocket", "pizza", "red heart blue background"]
+STEPS = (1, 2, 4, 8)
+SETUPS = {
+    "LCM Kit": None,
+    'core: ModelSamplingDiscrete "lcm" + simple': (True, "simple"),
+    'core: ModelSamplingDiscrete "lcm" + sgm_uniform': (True, "sgm_uniform"),
+    "core: plain model + simple": (False, "simple"),
+    "core: plain model + sgm_uniform": (False, "sgm_uniform"),
+    "core: plain model + normal": (False, "normal"),
+}
+
+
+def prepare() -> None:
+    """ComfyUI, the demo's model pack and LCM Kit, importable; done before anything of ComfyUI is touched."""
+    sys.path[:0] = [os.environ.get("COMFYUI_PATH", str(ROOT / ".comfyui")), str(ROOT / "demo")]
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+    spec = importlib.util.spec_from_file_location(
+        "lcm_kit", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    sys.modules["lcm_kit"] = importlib.util.module_from_spec(spec)
+    import comfy.supported_models
+    from tiny_emoji.model import TinyEmoji
+
+    comfy.supported_models.models.insert(0, TinyEmoji)
+
+
+def load():
+    """(model with its LCM-LoRA, conditioning) through ComfyUI's own loaders."""
+    import comfy.sd
+    import comfy.utils
+
+    models = ROOT / "demo" / "models"
+    model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
+        str(models / "checkpoints" / "tiny_emoji.safetensors"), output_vae=False
+    )
+    lora = comfy.utils.load_torch_file(str(models / "loras" / "tiny_emoji_lcm_lora.safetensors"))
+    model, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(p))[0][0] for p in PROMPTS]
+    return model, [[torch.cat(encoded), {}]]
+
+
+def reference(model, context, steps: int, noise, step_noise) -> torch.Tensor:
+    """diffusers' LCMScheduler around the same UNet, in the variance-preserving space it works in."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers.schedulers import scheduling_lcm
+    scheduler = scheduling_lcm.LCMScheduler(prediction_type="v_prediction")
+    scheduler.set_timesteps(steps)
+    drawn = iter(range(steps))
+    scheduling_lcm.randn_tensor = lambda *args, **kwargs: step_noise(next(drawn), noise)
+    x = noise
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            output = model.model.diffusion_model(x, torch.full((len(x),), float(t)), context=context)
+            x, denoised = scheduler.step(output, t, x, return_dict=False)
+    return denoised
+
+
+def sampled(model, positive, setup, steps: int, noise, step_noise) -> torch.Tensor:
+    """One set-up through ComfyUI's own sampling function."""
+    import comfy.sample
+    import comfy.samplers
+    from comfy.k_diffusion import sampling as core
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    from lcm_kit.nodes.host import sampling as ours
+
+    if setup is None:
+        sampler = ours.lcm_sampler(gamma=1.0, seed=step_noise.seed)
+        sigmas = ours.lcm_sigmas(model, steps=steps, denoise=1.0, original_steps=50)
+    else:
+        patch, scheduler = setup
+        if patch:
+            # The node's own choice of prediction is epsilon; this model predicts v, so only its schedule is taken.
+            (patched,) = ModelSamplingDiscrete().patch(model, "lcm", False)
+            distilled = type(patched.get_model_object("model_sampling")).__mro__[1]
+            model = model.clone()
+            model.add_object_patch("model_sampling", with_schedule(model, distilled))
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+        drawn = iter(range(steps))
+        sampler = comfy.samplers.KSAMPLER(
+            lambda *args, **kwargs: core.sample_lcm(
+                *args, **kwargs, noise_sampler=lambda sigma, sigma_next: step_noise(next(drawn), noise)
+            )
+        )
+    latent = torch.zeros_like(noise)
+    return comfy.sample.sample_custom(
+        model, noise, 1.0, sampler, sigmas, positive, positive, latent, disable_pbar=True, seed=step_noise.seed
+    )
+
+
+def with_schedule(model, schedule):
+    """ModelSamplingDiscrete's shortened schedule around v-prediction: core's own patch would take v for epsilon."""
+    import comfy.model_sampling
+
+    class Both(schedule, comfy.model_sampling.V_PREDICTION):
+        pass
+
+    return Both(model.model.model_config)
+
+
+def main() -> None:
+    prepare()
+    import comfy.samplers
+
+    from lcm_kit.samplers.noise import StepNoise
+    from lcm_kit.samplers.schedule import lcm_timesteps
+
+    model, positive = load()
+    generator = torch.Generator().manual_seed(0)
+    channels = model.model.latent_format.latent_channels
+    noise = torch.randn(len(PROMPTS), channels, 8, 8, generator=generator)
+    step_noise = StepNoise(1)
+    expected = {n: reference(loaded(model), positive[0][0], n, noise, step_noise) for n in STEPS}
+    scale = expected[4].std().item()
+    print(f"Largest difference from diffusers' LCMScheduler, in latents of standard deviation {scale:.2f}:\n")
+    print("| set-up | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in STEPS) + " |")
+    print("| --- |" + " --- |" * len(STEPS))
+    for name, setup in SETUPS.items():
+        cells = []
+        for n in STEPS:
+            difference = sampled(model, positive, setup, n, noise, step_noise) - expected[n]
+            cells.append(f"{difference.abs().max().item():.1e}")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+    sampling = model.get_model_object("model_sampling")
+    print("\nTimestep at which a 4-step run starts:\n")
+    strengths = (0.3, 0.5, 0.6, 0.7, 0.75, 0.9)
+    print("| denoise | " + " | ".join(map(str, strengths)) + " |\n| --- |" + " --- |" * len(strengths))
+    ours = [lcm_timesteps(4, strength=s)[0] for s in strengths]
+    theirs = []
+    for s in strengths:
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", int(4 / s))[-5:]
+        theirs.append(round(float(sampling.timestep(sigmas[:1])[0])))
+    print("| LCM Kit and diffusers | " + " | ".join(map(str, ours)) + " |")
+    print("| core: KSampler, simple | " + " | ".join(map(str, theirs)) + " |")
+
+
+def loaded(model):
+    """The model with its patches in the weights, for use without ComfyUI's sampler."""
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    return model
+
+
+if __name__ == "__main__":
+    main()
