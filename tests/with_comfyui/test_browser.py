@@ -1,0 +1,134 @@
+"""The workflows in ComfyUI's real web page: a Chromium opens them, runs one, and sees its picture.
+
+CHROMIUM names the browser; else chromium, chromium-browser or google-chrome on the PATH is taken. The screenshot goes
+to demo/output/screenshot.png.
+"""
+
+import json
+import os
+import shutil
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from lcm_kit.demo.graphs import SD15, TINY, Shot, lcm_only, style_in_few_steps
+from lcm_kit.tests.helpers import ROOT
+
+DEMO = ROOT / "demo" / "workflow.json"
+EXAMPLES = ROOT / "example_workflows"
+SCREENSHOT = ROOT / "demo" / "output" / "screenshot.png"
+OPTIONS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+OPTIONS += ["--disable-component-update", "--disable-sync"]
+SLOW = 120_000  # ms; two slow cores also run the server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium: install it (Debian: apt-get install chromium), or name one with CHROMIUM=/path")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=OPTIONS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(browser, server):
+    """ComfyUI's page, ready, with nothing that lies over the graph."""
+    settings = {
+        "Comfy.TutorialCompleted": True,  # else the template browser opens by itself
+        "Comfy.Minimap.Visible": False,
+        "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # full drawing at every zoom
+    }
+    server.request("/settings", json.dumps(settings).encode(), {"Content-Type": "application/json"})
+    page = browser.new_page(viewport={"width": 1600, "height": 860})
+    page.set_default_timeout(SLOW)
+    page.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
+    page.goto(server.url)
+    page.wait_for_function(
+        "() => Boolean(window.app?.graph && window.LiteGraph?.registered_node_types?.LCMKitKSampler)"
+    )
+    return page
+
+
+def open_workflow(page, path):
+    """As if the file had been dropped on the page."""
+    page.evaluate(
+        "([text, name]) => app.handleFile(new File([text], name, {type: 'application/json'}))",
+        [path.read_text(encoding="utf-8"), path.name],
+    )
+    count = len(json.loads(path.read_text(encoding="utf-8"))["nodes"])
+    page.wait_for_function("count => app.graph.nodes.length === count", arg=count)
+
+
+def missing_nodes(page):
+    """Types in the open graph that the page does not know: it draws them red."""
+    return page.evaluate(
+        "() => app.graph.nodes.filter(n => !LiteGraph.registered_node_types[n.type] || n.has_errors).map(n => n.type)"
+    )
+
+
+def prompt_of(page):
+    """The open graph as the page would send it to the server."""
+    return page.evaluate("() => app.graphToPrompt().then(prompt => prompt.output)")
+
+
+def tree(graph, node):
+    """A node of a graph in API format with all that it depends on, without ids."""
+    inputs = {
+        name: (tree(graph, value[0]), value[1]) if isinstance(value, list) else value
+        for name, value in graph[node]["inputs"].items()
+    }
+    return graph[node]["class_type"], inputs
+
+
+def tree_of_picture(graph):
+    (node,) = (node for node, content in graph.items() if content["class_type"] == "SaveImage")
+    return tree(graph, node)
+
+
+def enlarged(graph):
+    """The tree of a graph's picture with the node that demo/workflow.json has before its last one."""
+    save, inputs = tree_of_picture(graph)
+    larger = ("ImageScaleBy", {"image": inputs["images"], "upscale_method": "lanczos", "scale_by": 4})
+    return save, {**inputs, "images": (larger, 0)}
+
+
+@pytest.mark.parametrize(
+    ("path", "graph"),
+    [
+        (EXAMPLES / "style-lora-in-4-steps.json", style_in_few_steps),
+        (EXAMPLES / "lcm-lora-in-60-seconds.json", lcm_only),
+    ],
+    ids=lambda value: getattr(value, "stem", ""),
+)
+def test_example_workflow_opens_without_a_red_node_and_is_the_tested_graph(page, path, graph):
+    open_workflow(page, path)
+    assert missing_nodes(page) == []
+    opened = prompt_of(page)
+    prompt = next(node["inputs"]["text"] for node in opened.values() if node["class_type"] == "CLIPTextEncode")
+    assert tree_of_picture(opened) == tree_of_picture(graph(SD15, Shot(prompt, seed=1, steps=4)))
+    page.keyboard.press("Escape")  # the dialog that lists the models to download
+
+
+def test_demo_workflow_runs_in_the_page_and_shows_its_pictures(page):
+    open_workflow(page, DEMO)
+    assert missing_nodes(page) == []
+    assert tree_of_picture(prompt_of(page)) == enlarged(style_in_few_steps(TINY, Shot("cat face", 1, 4), batch=4))
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    assert page.locator(".p-dialog:visible").count() == 0
+    page.get_by_test_id("queue-button").click()
+    shown = page.wait_for_function(
+        """() => {
+            const node = app.graph.nodes.find(n => n.type === 'SaveImage');
+            const done = node.imgs?.length && node.imgs.every(img => img.complete && img.naturalWidth);
+            return done ? node.imgs.map(img => [img.naturalWidth, img.naturalHeight]) : app.lastExecutionError;
+        }"""
+    ).json_value()
+    assert shown == [[256, 256]] * 4  # 64 pixels, enlarged to be seen
+    assert page.evaluate("() => app.lastNodeErrors") in (None, {})
+    page.wait_for_timeout(1500)  # the page fades its progress out
+    SCREENSHOT.parent.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOT)

@@ -1,0 +1,223 @@
+"""The main job through the real server: merged LoRAs, four steps, a picture; and what users get wrong on the way."""
+
+import io
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from lcm_kit.demo import prompts
+from lcm_kit.demo.comfyui_client import ExecutionFailed
+from lcm_kit.demo.graphs import STYLED_BASELINE, STYLED_LCM, TINY, Shot, lcm_only, pictures, style_in_few_steps
+from lcm_kit.tests.helpers import ROOT
+
+SHOT = Shot("cat face", seed=5, steps=4)
+
+
+def nodes_of(graph, class_type):
+    return [node for node, content in graph.items() if content["class_type"] == class_type]
+
+
+def settings_of(graph, class_type):
+    (node,) = nodes_of(graph, class_type)
+    return graph[node]["inputs"]
+
+
+def picture(client, graph):
+    """The pictures of a run, one below the other, (height, width, 3) in 0..255."""
+    files = client.images(client.run(graph, timeout=120))
+    assert files
+    return np.concatenate([np.array(Image.open(io.BytesIO(file)).convert("RGB"), dtype=int) for file in files])
+
+
+def test_main_job_makes_a_picture_in_four_model_calls(client):
+    graph = style_in_few_steps(TINY, SHOT)
+    (sampler,), (saver,) = nodes_of(graph, "LCMKitKSampler"), nodes_of(graph, "SaveImage")
+    prompt_id = client.submit(graph)
+    events = list(client.follow(prompt_id, timeout=120))
+    assert [e.data for e in events if e.kind == "execution_error"] == []
+    progress = [(e.data["value"], e.data["max"]) for e in events if e.kind == "progress" and e.node == sampler]
+    assert list(dict.fromkeys(progress)) == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+    (file,) = client.images({saver: client.history(prompt_id)["outputs"][saver]})
+    pixels = np.array(Image.open(io.BytesIO(file)).convert("RGB"), dtype=float)
+    assert pixels.shape == (64, 64, 3)
+    assert pixels.std() > 8  # a blank picture has 0, one of noise around its mean would still pass
+
+
+def test_equal_settings_make_equal_pictures_and_another_prompt_another(client):
+    first = picture(client, style_in_few_steps(TINY, SHOT, batch=2))
+    # LCM only, in between, so that nothing comes from the cache and the LoRA was taken off once
+    picture(client, lcm_only(TINY, SHOT))
+    assert np.array_equal(first, picture(client, style_in_few_steps(TINY, SHOT, batch=2)))
+    other = picture(client, style_in_few_steps(TINY, Shot("pizza", SHOT.seed, SHOT.steps), batch=2))
+    assert not np.array_equal(first, other)
+
+
+def test_graph_of_many_pictures_makes_the_same_picture_as_the_main_job(client):
+    graph, [(_, preview)] = pictures(TINY, STYLED_LCM, [SHOT])
+    (file,) = client.images({preview: client.run(graph, timeout=120)[preview]})
+    many = np.array(Image.open(io.BytesIO(file)).convert("RGB"), dtype=int)
+    assert np.array_equal(many, picture(client, style_in_few_steps(TINY, SHOT)))
+
+
+def test_baseline_graph_runs_on_core_nodes_alone(client):
+    graph, _ = pictures(TINY, STYLED_BASELINE, [Shot("cat face", 5, 2)])
+    assert not [node for node in graph.values() if node["class_type"].startswith("LCMKit")]
+    assert picture(client, graph).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(("dtype", "pixels"), [("fp32", 1), ("fp16", 3)])  # of 255; fp16 rounds the factors to 11 bits
+def test_saved_merge_in_cores_lora_loader_gives_the_same_picture(client, server, dtype, pixels):
+    merged = style_in_few_steps(TINY, SHOT)
+    lora = settings_of(merged, "LCMKitApplyLoRA")["lora"]
+    merged.add(
+        "LCMKitSaveLoRA",
+        lora=lora,
+        filename_prefix=f"LCMKit/fast-{dtype}",
+        dtype=dtype,
+        format="kohya",
+        output_name_mode="overwrite",
+    )
+    expected = picture(client, merged)
+
+    core = style_in_few_steps(TINY, SHOT)
+    (apply,) = nodes_of(core, "LCMKitApplyLoRA")
+    model, clip = core[apply]["inputs"]["model"], core[apply]["inputs"]["clip"]
+    inputs = {"model": model, "clip": clip, "strength_model": 1.0, "strength_clip": 1.0}
+    core[apply] = {
+        "class_type": "LoraLoader",
+        "inputs": {**inputs, "lora_name": os.path.join("LCMKit", f"fast-{dtype}.safetensors")},
+    }
+    for node in [*nodes_of(core, "LCMKitLoadLoRA"), *nodes_of(core, "LCMKitMergeLoRA")]:
+        del core[node]
+    before = len(server.log_text())
+    found = picture(client, core)
+    log = server.log_text()[before:]
+    assert "lora key not loaded" not in log
+    assert "ERROR lora" not in log
+    assert np.abs(found - expected).max() <= pixels
+
+
+def missing(server, path):
+    pass
+
+
+def truncated(server, path):
+    path.write_bytes((server.home / "models" / "loras" / TINY.lcm).read_bytes()[:-1000])
+
+
+def foreign(server, path):
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    up, down = torch.ones(320, 4), torch.ones(4, 320)
+    save_file({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}, path)
+
+
+NOT_THERE = r"missing\.safetensors is not in the loras folder \(.*\)\. Put it there .* or choose another file"
+CUT_OFF = r"truncated\.safetensors\b.* is cut off: \d+ of \d+ bytes are there; download it again"
+FOREIGN = r"foreign\.safetensors does not fit this model \(TinyEmoji\).*made for another base model; use the LoRA for"
+MISMATCH = (
+    r"tiny_emoji_ink_lora\.safetensors updates a weight of shape \(\d+, \d+\), foreign\.safetensors one of shape "
+    r"\(320, 320\); they were made for different base models, so merge LoRAs of one base"
+)
+
+
+@pytest.mark.parametrize(
+    ("graph", "make", "node_type", "says"),
+    [
+        (lcm_only, missing, "LCMKitLoader", NOT_THERE),
+        (lcm_only, truncated, "LCMKitLoader", CUT_OFF),
+        (lcm_only, foreign, "LCMKitLoader", FOREIGN),
+        (style_in_few_steps, missing, "LCMKitLoadLoRA", NOT_THERE),
+        (style_in_few_steps, truncated, "LCMKitLoadLoRA", CUT_OFF),
+        (style_in_few_steps, foreign, "LCMKitMergeLoRA", MISMATCH),
+    ],
+)
+def test_bad_lora_file_is_named_and_the_server_lives_on(client, server, graph, make, node_type, says):
+    name = f"{make.__name__}.safetensors"
+    make(server, server.home / "models" / "loras" / name)
+    bad = graph(TINY, SHOT)
+    loaders = [node for node, content in bad.items() if "lora_name" in content["inputs"]]
+    bad[loaders[-1]]["inputs"]["lora_name"] = name
+    with pytest.raises(ExecutionFailed, match=says) as failed:
+        client.run(bad, timeout=120)
+    assert failed.value.node_type == node_type
+    assert_server_lives_on(client)
+
+
+def assert_server_lives_on(client):
+    fresh = Shot("star", time.time_ns() % 10**9, 1)  # nothing of it can come from the cache
+    assert picture(client, style_in_few_steps(TINY, fresh)).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [
+        ("steps", 51, r"steps is 51.*50"),
+        ("denoise", 0.0, r"denoise is 0, so there is nothing to sample\. Set it above 0"),
+        ("cfg", 2.0, r"cfg is 2.*negative.*set cfg to 1"),
+    ],
+)
+def test_impossible_setting_is_named_and_the_server_lives_on(client, setting, value, says):
+    bad = style_in_few_steps(TINY, SHOT)
+    settings_of(bad, "LCMKitKSampler")[setting] = value
+    with pytest.raises(ExecutionFailed, match=says) as failed:
+        client.run(bad, timeout=120)
+    assert failed.value.node_type == "LCMKitKSampler"
+    assert_server_lives_on(client)
+
+
+@pytest.mark.parametrize("prompt", [*itertools.chain(*prompts.GRID), *prompts.FIGURE, *prompts.EXAMPLES])
+def test_demo_draws_only_what_the_tiny_model_can_read(prompt):
+    known, unknown = prompts.split(prompt)
+    assert (known, unknown) == (prompt.split(), [])
+
+
+COMMAND = [sys.executable, str(ROOT / "demo" / "run.py")]
+
+
+def test_demo_command_draws_the_users_prompt(tmp_path):
+    arguments = ["--prompt", "fluffy cat face", "--output", str(tmp_path)]
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "left out: fluffy" in done.stdout
+    assert f"{STYLED_LCM.name}      4            4" in done.stdout
+    height, width, _ = np.array(Image.open(tmp_path / "prompt.png")).shape
+    assert height > 2 * 128
+    assert width > 8 * 128
+    assert "100%" in done.stderr  # of the progress bar
+    assert "Starting server" in (tmp_path / "comfyui" / "server.log").read_text()
+
+
+def test_demo_command_says_which_words_it_knows(tmp_path):
+    arguments = ["--prompt", "hello world", "--output", str(tmp_path)]
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert 'knows no word of "hello world"; try cat face, ' in done.stderr
+
+
+def test_interrupted_demo_command_stops_its_server(tmp_path):
+    command = subprocess.Popen([*COMMAND, "--output", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (servers := [p for p in psutil.Process(command.pid).children() if "main.py" in p.cmdline()]):
+            assert command.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        command.send_signal(signal.SIGINT)
+        _, errors = command.communicate(timeout=60)
+    finally:
+        command.kill()
+    assert command.returncode == 130
+    assert errors.endswith("demo: stopped\n")
+    assert not any(process.is_running() for process in servers)
