@@ -207,7 +207,13 @@ def test_demo_command_says_which_words_it_knows(tmp_path):
 
 
 def test_interrupted_demo_command_stops_its_server(tmp_path):
-    command = subprocess.Popen([*COMMAND, "--output", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs, and so their children, ignore Ctrl-C; a terminal's do not.
+    command = subprocess.Popen(
+        [*COMMAND, "--output", str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         deadline = time.monotonic() + 60
         while not (servers := [p for p in psutil.Process(command.pid).children() if "main.py" in p.cmdline()]):
