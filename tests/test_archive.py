@@ -22,7 +22,6 @@ NEEDED = (
     "pyproject.toml",
     "requirements.txt",
     "example_workflows/*.json",
-    "locales/en/nodeDefs.json",
     "web/docs/*.md",
 )
 KEPT_OUT = ("tests", "demo", "benchmarks", "tools", ".ci", ".github")
