@@ -24,7 +24,6 @@ from album import Album, make, table
 from comfyui_client import Client, ExecutionFailed, PromptRejected
 from comfyui_server import ComfyUIServer, ServerError
 from graphs import TINY
-from PIL import Image
 
 DEMO = Path(__file__).resolve().parent
 ROOT = DEMO.parent
@@ -99,8 +98,8 @@ def update_repository(album: Album, output: Path) -> None:
     """Renews the pictures that the repository carries: the README's, and those of the template browser."""
     docs = ROOT / "docs"
     docs.mkdir(exist_ok=True)
-    figures.draw_grid(album).quantize(256, Image.Quantize.MEDIANCUT).save(docs / "demo_grid.png", optimize=True)
-    figures.draw_figure(album).quantize(256, Image.Quantize.MEDIANCUT).save(docs / "demo_figure3.png", optimize=True)
+    figures.draw_grid(album).save(docs / "demo_grid.png", optimize=True)
+    figures.draw_figure(album).save(docs / "demo_figure3.png", optimize=True)
     for workflow, styled in THUMBNAILS.items():
         figures.draw_thumbnail(album, styled=styled).save(ROOT / "example_workflows" / f"{workflow}.jpg", quality=85)
     screenshot = output / "screenshot.png"

@@ -117,7 +117,7 @@ def test_demo_workflow_runs_in_the_page_and_shows_its_pictures(page):
     open_workflow(page, DEMO)
     assert missing_nodes(page) == []
     assert tree_of_picture(prompt_of(page)) == enlarged(style_in_few_steps(TINY, Shot("cat face", 1, 4), batch=4))
-    page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.evaluate("() => { app.canvas.ds.scale = 0.76; app.canvas.ds.offset = [110, 150]; }")  # all of it, large
     assert page.locator(".p-dialog:visible").count() == 0
     page.get_by_test_id("queue-button").click()
     shown = page.wait_for_function(
