@@ -74,8 +74,10 @@ class ComfyUIServer:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         command = [self.python, "main.py", "--listen", "127.0.0.1", "--port", str(self.port)]
-        # In memory: the default database lies in ComfyUI's own folder, and only one server can have it.
-        command += ["--base-directory", str(self.home), "--database-url", "sqlite:///:memory:"]
+        # The default database lies in ComfyUI's own folder, and only one server can have it. One in memory is a new,
+        # empty one for every thread, which ComfyUI logs as errors.
+        database = f"sqlite:///{self.home / 'comfyui.db'}"
+        command += ["--base-directory", str(self.home), "--database-url", database]
         command += ["--cpu", "--disable-auto-launch", "--disable-api-nodes", *self.arguments]
         # If this process is killed, no clean-up of ours runs; on Linux the kernel then ends the server.
         # (It does so as well when the thread that called start() ends.)
