@@ -1,6 +1,6 @@
 """Train the demo's base model (UNet and text encoder) on Noto pictures, through ComfyUI's own BaseModel.
 
-    python demo/train/base.py --minutes 70
+    python demo/train/base.py --minutes 60
 
 Resumes from its checkpoint in the work folder; exports demo/models/checkpoints/tiny_emoji.safetensors.
 """
