@@ -1,8 +1,9 @@
 """LCM inference in plain torch: which noise levels to visit, and the loop that visits them.
 
 schedule     timesteps of an N-step run and their sigmas
-consistency  boundary scalings c_skip, c_out and the consistency function they define
+consistency  boundary scalings c_skip, c_out of a consistency model
 renoise      how a step returns to a noise level: the share of old and of fresh noise (gamma)
+linear_step  one step, consistency function and re-noising together, as three weights
 multistep    the sampling loop, k-diffusion's calling protocol
 noise        fresh noise that depends on seed, batch index and step only
 

@@ -25,6 +25,9 @@ class StepNoise:
     Torch seeds its CPU generator with 32 bits, so two streams agree by chance with probability 2^-32.
     """
 
+    hands_over = True
+    """Each call returns a new tensor that the caller may overwrite."""
+
     def __init__(self, seed: int, batch_indices: Sequence[int] | None = None) -> None:
         self.seed = seed
         self.batch_indices = None if batch_indices is None else tuple(batch_indices)
@@ -42,9 +45,9 @@ class StepNoise:
                 f"{list(indices)}; give one index per image, or none to count from 0."
             )
         noise = torch.empty(like.shape, dtype=torch.float32, device="cpu")
-        for image, index in enumerate(indices):
-            generator = torch.Generator(device="cpu").manual_seed(stream_seed(self.seed, index, step))
-            noise[image] = torch.randn(like.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
+        generator = torch.Generator(device="cpu")
+        for image, index in zip(noise.unbind(), indices, strict=True):
+            image.normal_(generator=generator.manual_seed(stream_seed(self.seed, index, step)))
         return noise.to(device=like.device, dtype=like.dtype)
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcm_kit.samplers.renoise import noise_kept, predicted_noise, variance_exploding
+from lcm_kit.samplers.renoise import gamma_per_step, noise_kept, parse_gammas, variance_exploding
 from lcm_kit.samplers.schedule import sigmas_at
 from lcm_kit.tests.samplers.toy import sigma_table
 
@@ -52,14 +52,6 @@ def test_a_level_between_table_entries_keeps_at_most_all_of_its_noise(sigma, gam
 
 
 @pytest.mark.parametrize("noise_scaling", [variance_exploding, rectified_flow])
-def test_predicted_noise_undoes_the_forward_process(noise_scaling):
-    noise, latent = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    sigma = torch.tensor(0.7)
-    recovered = predicted_noise(noise_scaling(sigma, noise, latent), latent, sigma, noise_scaling)
-    torch.testing.assert_close(recovered, noise, rtol=0, atol=2e-6)  # float32, divided by 0.7
-
-
-@pytest.mark.parametrize("noise_scaling", [variance_exploding, rectified_flow])
 def test_following_the_trajectory_to_s_then_diffusing_to_t_gives_the_kept_share(noise_scaling):
     """The share from first principles: x_t = (a_t / a_s) x_s + fresh noise, so old noise arrives as (a_t / a_s) b_s."""
     table = torch.linspace(0.001, 1.0, 1000)
@@ -85,3 +77,55 @@ def test_gamma_between_the_ends_asks_for_the_table():
 
 def test_no_levels_mean_no_shares():
     assert noise_kept(torch.ones(0), 1.0) == noise_kept(torch.ones(1), 0.5, table=TABLE) == []
+
+
+def test_each_step_has_its_own_gamma_and_the_last_one_holds():
+    assert gamma_per_step([0, 1, 0.3], 5) == [0.0, 1.0, 0.3, 0.3, 0.3]
+    assert gamma_per_step(0.7, 3) == [0.7, 0.7, 0.7]
+    assert gamma_per_step([0.2, 0.4], 2) == [0.2, 0.4]
+    assert gamma_per_step(1.0, 0) == []
+
+
+def test_a_list_mixes_the_shares_of_its_gammas():
+    """Euler first, LCM last, is one list; each share is the one that its gamma alone would give."""
+    alone = {gamma: noise_kept(SIGMAS, gamma, table=TABLE) for gamma in (0.0, 0.3, 1.0)}
+    mixed = noise_kept(SIGMAS, [0.0, 0.3, 1.0], table=TABLE)
+    assert mixed[:3] == [alone[0.0][0], alone[0.3][1], alone[1.0][2]]
+
+
+def test_a_list_of_ends_needs_no_table():
+    assert noise_kept(SIGMAS, [0, 1])[:3] == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("gamma", "message"),
+    [
+        ([], "gamma is an empty list; give one number"),
+        ([1.0, 2.0], r"gamma is 2\.0; it must be from 0"),
+        ([1.0] * 5, "gamma has 5 entries but the run has 4 steps. Give at most one for each step"),
+    ],
+)
+def test_a_list_that_breaks_the_rules_is_refused(gamma, message):
+    with pytest.raises(ValueError, match=message):
+        noise_kept(SIGMAS, gamma, table=TABLE)
+
+
+@pytest.mark.parametrize(
+    ("text", "gammas"),
+    [
+        ("", []),
+        (" \n", []),
+        ("1, 1, 0.3", [1.0, 1.0, 0.3]),
+        ("0 0,1", [0.0, 0.0, 1.0]),
+        (".5;"[:2], [0.5]),
+        ("1.", [1.0]),
+    ],
+)
+def test_gammas_are_read_from_text(text, gammas):
+    assert parse_gammas(text) == gammas
+
+
+@pytest.mark.parametrize("text", ["1, 2", "nan", "-0.1", "1_0", "0,3;1", "x", "inf", "1e0"])
+def test_text_that_is_no_list_of_gammas_is_refused(text):
+    with pytest.raises(ValueError, match=r"is not a number from 0 .* Write one for each step"):
+        parse_gammas(text)
