@@ -4,11 +4,21 @@ from comfy_api.latest import ComfyExtension, io
 
 from .loading import ApplyLoRA, LCMLoader, LoadLoRA
 from .merging import MergeLoRA, SaveLoRA
-from .sampling import LCMKSampler, LCMSampler, LCMScheduler
+from .sampling import LCMKSampler, LCMPreset, LCMSampler, LCMScheduler
 
 
 class LCMKitExtension(ComfyExtension):
     """What ComfyUI asks for at start-up."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LCMKSampler, LCMSampler, LCMScheduler, LCMLoader, LoadLoRA, MergeLoRA, ApplyLoRA, SaveLoRA]
+        return [
+            LCMKSampler,
+            LCMSampler,
+            LCMScheduler,
+            LCMPreset,
+            LCMLoader,
+            LoadLoRA,
+            MergeLoRA,
+            ApplyLoRA,
+            SaveLoRA,
+        ]

@@ -1,9 +1,11 @@
-"""Declares the nodes that make pictures: LCM KSampler, LCM Multistep Sampler, LCM Scheduler."""
+"""Declares the nodes that make pictures: LCM KSampler, LCM Multistep Sampler, LCM Scheduler, LCM Preset."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
+from ..samplers.presets import PRESETS
 from .host import sampling
 from .host.compat import if_known
+from .host.show import show
 
 CATEGORY = "LCM Kit/sampling"
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -21,6 +23,27 @@ ORIGINAL_STEPS_TOOLTIP = (
     "How many timesteps the LCM was distilled on: 50 for the published LCM-LoRAs, 100 for some video models. "
     "Steps are picked evenly from these."
 )
+Presets = io.Custom("LCM_PRESET")
+
+
+def gammas_input():
+    return io.String.Input(
+        "gammas",
+        default="",
+        optional=True,
+        placeholder="0, 0, 1",
+        tooltip="A gamma for each step, first step first, separated by commas; the last one holds to the end. "
+        "0, 1 makes the first step deterministic and goes on as LCM. Empty uses gamma for all.",
+        **if_known(io.String.Input, advanced=True),
+    )
+
+
+def preset_input(replaces: str):
+    return Presets.Input(
+        "preset",
+        optional=True,
+        tooltip=f"From LCM Preset or LCM-LoRA Loader: settings that the model was made for. Replaces {replaces}.",
+    )
 
 
 class LCMKSampler(io.ComfyNode):
@@ -91,6 +114,8 @@ class LCMKSampler(io.ComfyNode):
                     tooltip=ORIGINAL_STEPS_TOOLTIP,
                     **if_known(io.Int.Input, advanced=True),
                 ),
+                gammas_input(),
+                preset_input("steps, cfg, gamma and original_steps"),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The finished latent, for VAE Decode.")],
             **if_known(io.Schema, search_aliases=["lcm", "latent consistency", "few step sampler", "turbo"]),
@@ -98,7 +123,20 @@ class LCMKSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, latent_image, seed, steps, cfg, denoise, gamma, cfg_steps, original_steps, negative=None
+        cls,
+        model,
+        positive,
+        latent_image,
+        seed,
+        steps,
+        cfg,
+        denoise,
+        gamma,
+        cfg_steps,
+        original_steps,
+        negative=None,
+        gammas="",
+        preset=None,
     ) -> io.NodeOutput:
         return io.NodeOutput(
             sampling.sample(
@@ -113,6 +151,8 @@ class LCMKSampler(io.ComfyNode):
                 gamma=gamma,
                 cfg_steps=cfg_steps,
                 original_steps=original_steps,
+                gammas=gammas,
+                preset=preset,
             )
         )
 
@@ -137,14 +177,16 @@ class LCMSampler(io.ComfyNode):
                     "batch count from 0 here, because ComfyUI does not hand a latent's batch index to samplers; "
                     "LCM KSampler keeps it.",
                 ),
+                gammas_input(),
+                preset_input("gamma"),
             ],
             outputs=[io.Sampler.Output(display_name="SAMPLER")],
             **if_known(io.Schema, search_aliases=["lcm", "latent consistency", "tcd", "stochastic"]),
         )
 
     @classmethod
-    def execute(cls, gamma, seed) -> io.NodeOutput:
-        return io.NodeOutput(sampling.lcm_sampler(gamma=gamma, seed=seed))
+    def execute(cls, gamma, seed, gammas="", preset=None) -> io.NodeOutput:
+        return io.NodeOutput(sampling.lcm_sampler(gamma=sampling.chosen_gamma(gamma, gammas, preset), seed=seed))
 
 
 class LCMScheduler(io.ComfyNode):
@@ -168,16 +210,67 @@ class LCMScheduler(io.ComfyNode):
                     default="",
                     placeholder="999, 759, 499, 259",
                     tooltip="Your own timesteps, highest first, separated by commas; they replace steps and "
-                    "original_steps. Empty uses the LCM schedule.",
+                    "original_steps. Empty uses the LCM schedule. With denoise below 1 the last of them are run.",
                     **if_known(io.String.Input, advanced=True),
                 ),
+                preset_input("steps and original_steps"),
             ],
             outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="One more than steps; the last is 0.")],
             **if_known(io.Schema, search_aliases=["lcm", "sigmas", "timesteps", "latent consistency"]),
         )
 
     @classmethod
-    def execute(cls, model, steps, denoise, original_steps, timesteps) -> io.NodeOutput:
+    def execute(cls, model, steps, denoise, original_steps, timesteps, preset=None) -> io.NodeOutput:
         return io.NodeOutput(
-            sampling.lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps, timesteps=timesteps)
+            sampling.lcm_sigmas(
+                model,
+                steps=steps,
+                denoise=denoise,
+                original_steps=original_steps,
+                timesteps=timesteps,
+                preset=preset,
+            )
         )
+
+
+class LCMPreset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LCMKitPreset",
+            display_name="LCM Preset",
+            category=CATEGORY,
+            description="Steps, cfg, gamma and timesteps that a published few-step model was made for: LCM, TCD, DMD2, "
+            "Hyper-SD, Lightning, PCM, TDD, Turbo. For LCM KSampler, LCM Scheduler and LCM Multistep Sampler.",
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=list(PRESETS),
+                    default="LCM",
+                    tooltip="The kind of LoRA or checkpoint. Where a file was made for a number of steps, that number "
+                    "is in its name.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="0 takes the usual number. Models made for exactly one number of steps take no other.",
+                ),
+            ],
+            outputs=[
+                Presets.Output(display_name="preset"),
+                io.Int.Output(display_name="steps"),
+                io.Float.Output(display_name="cfg", tooltip="For samplers that take no preset."),
+                io.String.Output(display_name="report", tooltip="The settings and where they come from."),
+            ],
+            **if_known(
+                io.Schema, search_aliases=["tcd", "dmd2", "hyper-sd", "lightning", "pcm", "tdd", "turbo", "settings"]
+            ),
+        )
+
+    @classmethod
+    def execute(cls, name, steps) -> io.NodeOutput:
+        preset, text = sampling.preset_named(name, steps)
+        show(text)
+        return io.NodeOutput(preset, preset.steps, preset.cfg, text, ui=ui.PreviewText(text))

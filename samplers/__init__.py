@@ -1,6 +1,7 @@
 """LCM inference in plain torch: which noise levels to visit, and the loop that visits them.
 
 schedule     timesteps of an N-step run and their sigmas
+presets      steps, cfg, gamma and timesteps of published few-step models, by name
 consistency  boundary scalings c_skip, c_out of a consistency model
 renoise      how a step returns to a noise level: the share of old and of fresh noise (gamma)
 linear_step  one step, consistency function and re-noising together, as three weights

@@ -44,11 +44,7 @@ def lcm_timesteps(
     grid = training_grid(original_steps, train_timesteps=train_timesteps)
     if steps < 1:
         raise ValueError(f"steps is {steps}; an LCM run needs at least 1 step.")
-    if not 0.0 < strength <= 1.0:  # also catches NaN
-        raise ValueError(
-            f"denoise strength is {strength}; it must be above 0 and at most 1 (1 ignores the input image, "
-            "small values change it little)."
-        )
+    _check_strength(strength)
     if steps > original_steps:
         raise ValueError(
             f"steps is {steps} but the LCM was distilled on original_steps = {original_steps} timesteps. "
@@ -86,10 +82,14 @@ def parse_timesteps(text: str) -> list[int]:
     return [int(entry) for entry in entries]
 
 
-def custom_timesteps(values: Sequence[int], *, train_timesteps: int = 1000) -> list[int]:
+def custom_timesteps(values: Sequence[int], *, strength: float = 1.0, train_timesteps: int = 1000) -> list[int]:
     """A user's own timesteps, checked: at least one, strictly descending, each 0..train_timesteps - 1.
 
     They need not lie on the training grid; an LCM is trained there only, others (DMD2: 999 749 499 249) elsewhere.
+    off_grid tells which do not.
+    strength: (0, 1], share of the list that is run, from its clean end: int(n * strength) of n, guarded against float
+    rounding as in lcm_timesteps. The rule of LCMScheduler in diffusers, without its flaw: there the shortened run
+    still adds noise after its last step.
     Raises ValueError naming the offending entries, TypeError for an entry that is not an integer.
     """
     timesteps = [as_integer(value) for value in values]
@@ -99,12 +99,29 @@ def custom_timesteps(values: Sequence[int], *, train_timesteps: int = 1000) -> l
     if outside:
         raise ValueError(
             f"timesteps {', '.join(map(str, outside))} lie outside 0 to {train_timesteps - 1}, the range this model "
-            "was trained on."
+            f"was trained on. The nearest: {', '.join(str(min(max(t, 0), train_timesteps - 1)) for t in outside)}."
         )
     rising = [f"{t} then {t_next}" for t, t_next in pairwise(timesteps) if t <= t_next]
     if rising:
         raise ValueError(f"timesteps must fall from each step to the next, but have {', '.join(rising)}.")
-    return timesteps
+    _check_strength(strength)
+    kept = math.floor(len(timesteps) * strength + 1e-4)
+    if kept == 0:
+        raise ValueError(
+            f"denoise strength {strength:g} leaves none of the {len(timesteps)} timesteps. Raise it to at least "
+            f"{_round_up(1 / len(timesteps)):g}, or give more timesteps."
+        )
+    return timesteps[len(timesteps) - kept :]
+
+
+def off_grid(timesteps: Sequence[int], *, original_steps: int = 50, train_timesteps: int = 1000) -> dict[int, int]:
+    """Those timesteps that the training grid lacks -> the nearest one that it has; the lower of two equally near.
+
+    original_steps, train_timesteps: see training_grid, whose errors are raised.
+    """
+    grid = training_grid(original_steps, train_timesteps=train_timesteps)
+    missing = set(timesteps) - set(grid)
+    return {t: min(grid, key=lambda point: abs(point - t)) for t in timesteps if t in missing}
 
 
 def sigmas_at(timesteps: Sequence[int], table: Tensor) -> Tensor:
@@ -134,6 +151,14 @@ def timesteps_at(sigmas: Tensor, table: Tensor) -> Tensor:
     # float64 on the CPU (some devices lack it): neighbours of a long table differ by little more than float32's step.
     log_sigmas, log_table = sigmas.detach().cpu().double().log(), table.detach().cpu().double().log()
     return (log_sigmas[:, None] - log_table).abs().argmin(dim=1)
+
+
+def _check_strength(strength: float) -> None:
+    if not 0.0 < strength <= 1.0:  # also catches NaN
+        raise ValueError(
+            f"denoise strength is {strength}; it must be above 0 and at most 1 (1 ignores the input image, "
+            "small values change it little)."
+        )
 
 
 def _check_table(table: Tensor) -> None:

@@ -13,17 +13,30 @@ from tqdm.auto import trange
 
 from ...samplers.multistep import sample_lcm
 from ...samplers.noise import StepNoise
-from ...samplers.schedule import custom_timesteps, lcm_timesteps, parse_timesteps
+from ...samplers.presets import PRESETS, Preset
+from ...samplers.renoise import parse_gammas
+from ...samplers.schedule import off_grid, parse_timesteps
 from .guidance import FirstStepsGuider
-from .tables import boundary_timesteps, sigma_table, sigmas_of, trained_sigma_table
+from .tables import boundary_timesteps, forward_process, sigma_table, sigmas_of, trained_sigma_table
 
 logger = logging.getLogger(__name__)
 
 
-def lcm_sigmas(model, *, steps, denoise, original_steps, timesteps="") -> torch.Tensor:
+def preset_named(name: str, steps: int) -> tuple[Preset, str]:
+    """(preset, what it says in words). steps: 0 for the preset's own."""
+    preset = PRESETS[name].with_steps(steps)
+    gamma = ", ".join(f"{value:g}" for value in (preset.gamma if isinstance(preset.gamma, tuple) else [preset.gamma]))
+    grid = f"{preset.original_steps} original steps"
+    return preset, (
+        f"{preset.name}: {preset.steps} steps, cfg {preset.cfg:g}, gamma {gamma}, "
+        f"{'timesteps ' + ', '.join(map(str, preset.timesteps)) if preset.timesteps else grid}.\nFrom {preset.source}."
+    )
+
+
+def lcm_sigmas(model, *, steps, denoise, original_steps, timesteps="", preset=None) -> torch.Tensor:
     """(steps + 1,) noise levels of the LCM schedule in the model's own table, the last one 0.
 
-    timesteps: text, replaces steps and original_steps unless it is empty.
+    timesteps: text, replaces steps and original_steps unless it is empty.   preset: a Preset, likewise, or None.
     """
     model_sampling = model.get_model_object("model_sampling")
     train_timesteps = len(trained_sigma_table(model_sampling))
@@ -33,24 +46,44 @@ def lcm_sigmas(model, *, steps, denoise, original_steps, timesteps="") -> torch.
             "or bypass this node to keep the latent as it is."
         )
     own = parse_timesteps(timesteps)
-    if own and denoise < 1:
+    if own and preset is not None:
         raise ValueError(
-            f"timesteps starts at {own[0]}, and denoise {denoise:g} asks for another start. Set denoise to 1, or "
-            "clear timesteps."
+            f"timesteps are given ({timesteps.strip()}) and the preset {preset.name} brings its own schedule. Clear "
+            "timesteps or disconnect the preset."
         )
-    return sigmas_of(
-        model_sampling,
-        custom_timesteps(own, train_timesteps=train_timesteps)
-        if own
-        else lcm_timesteps(steps, original_steps=original_steps, strength=denoise, train_timesteps=train_timesteps),
-    )
+    if preset is None:
+        preset = Preset("", len(own) or steps, 1.0, 1.0, original_steps, tuple(own))
+    schedule = preset.schedule(strength=denoise, train_timesteps=train_timesteps)
+    if own:
+        _warn_off_grid(schedule, original_steps, train_timesteps)
+    return sigmas_of(model_sampling, schedule)
+
+
+def _warn_off_grid(schedule: list[int], original_steps: int, train_timesteps: int) -> None:
+    if missing := off_grid(schedule, original_steps=original_steps, train_timesteps=train_timesteps):
+        pairs = ", ".join(f"{t} (nearest {nearest})" for t, nearest in missing.items())
+        logger.warning(
+            "timesteps: %s: not among those an LCM of %d original steps was trained on. Used as given; for a model "
+            "trained elsewhere set original_steps to its grid (100 holds 999, 749, 499, 249).",
+            pairs,
+            original_steps,
+        )
 
 
 def lcm_sampler(*, gamma, seed, batch_indices=None) -> comfy.samplers.KSAMPLER:
-    """A SAMPLER. seed: of the step noise, -1 for the noise input's. batch_indices: (b,), None counts from 0."""
+    """A SAMPLER.
+
+    gamma: a number, or one for each step.   seed: of the step noise, -1 for the noise input's.
+    batch_indices: (b,), None counts from 0.
+    """
     return comfy.samplers.KSAMPLER(
         _sample_function, {"gamma": gamma, "noise_seed": seed, "batch_indices": batch_indices}
     )
+
+
+def chosen_gamma(gamma: float, gammas: str, preset: Preset | None):
+    """What holds of the three: the text of gammas if it is not blank, else the preset's, else the number."""
+    return parse_gammas(gammas) or (gamma if preset is None else preset.gamma)
 
 
 def _sample_function(
@@ -79,14 +112,34 @@ def _sample_function(
         gamma=gamma,
         timesteps=boundary_timesteps(model_sampling, sigmas),
         table=sigma_table(model_sampling),
-        noise_scaling=model_sampling.noise_scaling,
+        noise_scaling=forward_process(model_sampling),
         trange=getattr(comfy.utils, "model_trange", trange),
     )
 
 
-def sample(model, positive, negative, latent, *, seed, steps, cfg, denoise, gamma, cfg_steps, original_steps) -> dict:
-    """A LATENT, sampled. Image k of a batch is the image made alone with batch index k."""
-    sigmas = lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps)
+def sample(
+    model,
+    positive,
+    negative,
+    latent,
+    *,
+    seed,
+    steps,
+    cfg,
+    denoise,
+    gamma,
+    cfg_steps,
+    original_steps,
+    gammas="",
+    preset=None,
+) -> dict:
+    """A LATENT, sampled. Image k of a batch is the image made alone with batch index k.
+
+    preset: a Preset, which replaces steps, cfg, gamma and original_steps, or None.
+    """
+    sigmas = lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps, preset=preset)
+    gamma = chosen_gamma(gamma, gammas, preset)
+    cfg = cfg if preset is None else preset.cfg
     guider = FirstStepsGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg, _last_guided_sigma(sigmas, cfg_steps))

@@ -3,6 +3,7 @@
 import comfy.model_sampling as host
 import torch
 
+from ...samplers.renoise import NoiseScaling, variance_exploding
 from ...samplers.schedule import sigmas_at
 
 
@@ -58,3 +59,10 @@ def boundary_timesteps(model_sampling, sigmas: torch.Tensor) -> torch.Tensor | N
     if not isinstance(model_sampling, host.ModelSamplingDiscrete) or isinstance(model_sampling, other_units):
         return None
     return None if is_distilled(model_sampling) else model_sampling.timestep(sigmas[:-1])
+
+
+def forward_process(model_sampling) -> NoiseScaling:
+    """How the model's latents are noised. Core's usual process is ours under its own name, known without asking."""
+    if getattr(type(model_sampling), "noise_scaling", None) is host.EPS.noise_scaling:
+        return variance_exploding
+    return model_sampling.noise_scaling

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from lcm_kit.samplers.schedule import (
     custom_timesteps,
     lcm_timesteps,
+    off_grid,
     parse_timesteps,
     sigmas_at,
     timesteps_at,
@@ -145,7 +146,7 @@ def test_custom_timesteps_may_leave_the_training_grid():
     ("values", "message"),
     [
         ([], "timesteps is empty"),
-        ([1000, 500, -1], "timesteps 1000, -1 lie outside 0 to 999"),
+        ([1000, 500, -1], r"timesteps 1000, -1 lie outside 0 to 999.* The nearest: 999, 0\."),
         ([499, 759, 999], "must fall .* 499 then 759, 759 then 999"),
         ([999, 999], "must fall .* 999 then 999"),
     ],
@@ -153,6 +154,36 @@ def test_custom_timesteps_may_leave_the_training_grid():
 def test_custom_timesteps_out_of_range_or_order_are_named(values, message):
     with pytest.raises(ValueError, match=message):
         custom_timesteps(values)
+
+
+@pytest.mark.parametrize(
+    ("strength", "kept"), [(1.0, 4), (0.99, 3), (0.75, 3), (0.5, 2), (0.3, 1), (0.25, 1), (0.58, 2)]
+)
+def test_strength_keeps_the_clean_end_of_custom_timesteps(strength, kept):
+    assert custom_timesteps([999, 749, 499, 249], strength=strength) == [999, 749, 499, 249][4 - kept :]
+
+
+def test_strength_survives_float_rounding():
+    assert int(50 * 0.58) == 28  # the trap
+    assert len(custom_timesteps(range(999, 949, -1), strength=0.58)) == 29
+
+
+def test_a_strength_that_keeps_no_custom_timestep_is_refused():
+    with pytest.raises(ValueError, match=r"strength 0\.2 leaves none of the 4 .* at least 0\.25, or give more"):
+        custom_timesteps([999, 749, 499, 249], strength=0.2)
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, 1.01, float("nan")])
+def test_a_strength_outside_its_range_is_refused(strength):
+    with pytest.raises(ValueError, match="must be above 0 and at most 1"):
+        custom_timesteps([999], strength=strength)
+
+
+def test_timesteps_off_the_grid_are_told_with_the_nearest_on_it():
+    assert off_grid([999, 749, 499, 249]) == {749: 739, 249: 239}  # both midway: the lower
+    assert off_grid([999, 749, 499, 249], original_steps=100) == {}
+    assert off_grid([400, 0]) == {400: 399, 0: 19}
+    assert off_grid([]) == {}
 
 
 def test_custom_timesteps_are_integers():

@@ -120,7 +120,7 @@ def test_custom_timesteps_replace_the_schedule():
         ({"timesteps": "999, x"}, r"'x' is not a whole number"),
         ({"timesteps": "499, 999"}, r"499 then 999"),
         ({"timesteps": "1000"}, r"1000 lie outside 0 to 999"),
-        ({"timesteps": "999", "denoise": 0.5}, r"timesteps starts at 999, and denoise 0\.5"),
+        ({"timesteps": "999", "denoise": 0.5}, r"strength 0\.5 leaves none of the 1 timesteps"),
     ],
 )
 def test_schedule_refuses_with_the_value_and_the_way_out(changed, message):

@@ -29,10 +29,21 @@ CONTRACT = {
             ("cfg_steps", "INT", -1),
             ("original_steps", "INT", 50),
         ],
-        [("negative", "CONDITIONING", None)],
+        [("negative", "CONDITIONING", None), ("gammas", "STRING", ""), ("preset", "LCM_PRESET", None)],
         ["LATENT"],
     ),
-    "LCMKitSampler": ("LCM Multistep Sampler", [("gamma", "FLOAT", 1.0), ("seed", "INT", -1)], [], ["SAMPLER"]),
+    "LCMKitSampler": (
+        "LCM Multistep Sampler",
+        [("gamma", "FLOAT", 1.0), ("seed", "INT", -1)],
+        [("gammas", "STRING", ""), ("preset", "LCM_PRESET", None)],
+        ["SAMPLER"],
+    ),
+    "LCMKitPreset": (
+        "LCM Preset",
+        [("name", "COMBO", "LCM"), ("steps", "INT", 0)],
+        [],
+        ["LCM_PRESET", "INT", "FLOAT", "STRING"],
+    ),
     "LCMKitScheduler": (
         "LCM Scheduler",
         [
@@ -42,7 +53,7 @@ CONTRACT = {
             ("original_steps", "INT", 50),
             ("timesteps", "STRING", ""),
         ],
-        [],
+        [("preset", "LCM_PRESET", None)],
         ["SIGMAS"],
     ),
     "LCMKitLoader": (

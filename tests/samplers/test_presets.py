@@ -1,0 +1,62 @@
+"""The settings of published few-step models."""
+
+import numpy as np
+import pytest
+
+from lcm_kit.samplers.presets import PRESETS, Preset, trailing_timesteps
+from lcm_kit.samplers.renoise import gamma_per_step
+from lcm_kit.samplers.schedule import lcm_timesteps
+from lcm_kit.tests.samplers.toy import diffusers
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_a_schedule_as_long_as_its_steps_and_a_source(name):
+    preset = PRESETS[name]
+    assert preset.name == name
+    timesteps = preset.schedule()
+    assert len(timesteps) == preset.steps
+    assert timesteps == sorted(timesteps, reverse=True)
+    assert gamma_per_step(preset.gamma, preset.steps)
+    assert preset.cfg >= 1
+    assert "arXiv" in preset.source
+
+
+def test_known_schedules():
+    assert PRESETS["LCM"].schedule() == [999, 759, 499, 259]
+    assert PRESETS["AnimateLCM"].schedule() == [999, 749, 499, 249]
+    assert PRESETS["DMD2"].schedule() == [999, 749, 499, 249]
+    assert PRESETS["TDD"].schedule() == [999, 751, 499, 251]
+    assert PRESETS["Lightning 8 steps"].schedule() == [999, 874, 749, 624, 499, 374, 249, 124]
+    assert PRESETS["Turbo"].with_steps(2).schedule() == [999, 499]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 8, 12, 16, 50])
+def test_trailing_timesteps_are_those_of_diffusers(steps):
+    scheduler = diffusers().DDIMScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    np.testing.assert_array_equal(trailing_timesteps(steps), scheduler.timesteps.numpy())
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_trailing_timesteps_have_their_limits(steps):
+    with pytest.raises(ValueError, match=f"steps is {steps}; it must be from 1 to 1000"):
+        trailing_timesteps(steps)
+
+
+def test_other_numbers_of_steps():
+    assert PRESETS["TCD"].with_steps(0) is PRESETS["TCD"]
+    assert PRESETS["TCD"].with_steps(8).schedule() == lcm_timesteps(8)
+    assert PRESETS["DMD2"].with_steps(4) is PRESETS["DMD2"]
+    with pytest.raises(ValueError, match=r"DMD2 was made for exactly 4 .999, 749, 499, 249.. Set steps to 0"):
+        PRESETS["DMD2"].with_steps(6)
+
+
+def test_strength_cuts_both_kinds_of_schedule():
+    assert PRESETS["LCM"].schedule(strength=0.6) == lcm_timesteps(4, strength=0.6)
+    assert PRESETS["Lightning 4 steps"].schedule(strength=0.5) == [499, 249]
+
+
+def test_a_preset_is_data():
+    with pytest.raises(AttributeError):
+        PRESETS["LCM"].steps = 5
+    assert Preset("own", 3, 1.0, (0.0, 1.0), timesteps=(900, 500, 100)).schedule() == [900, 500, 100]
