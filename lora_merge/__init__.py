@@ -7,18 +7,28 @@ Data takes one road: file or state dict -> Lora (layers under canonical module n
 state dict. Pure torch and safetensors; ComfyUI is not needed.
 """
 
+from .carried import Carried
 from .file import load, save
-from .layer import LoraLayer
+from .layer import Layer, LoraLayer
+from .loha import LohaLayer
+from .lokr import LokrLayer
 from .lora import Lora
 from .merging import Account, merge, merge_with_account
 from .methods import METHODS
+from .reading import KeyAccount, account_keys
 from .report import describe, describe_merge
 
 __all__ = [
     "METHODS",
     "Account",
+    "Carried",
+    "KeyAccount",
+    "Layer",
+    "LohaLayer",
+    "LokrLayer",
     "Lora",
     "LoraLayer",
+    "account_keys",
     "describe",
     "describe_merge",
     "load",

@@ -40,7 +40,7 @@ def _merge(options: argparse.Namespace) -> None:
     if options.output.exists() and not options.overwrite:
         raise FileExistsError(f"{options.output}: exists already; choose another name or add --overwrite.")
     inputs = [_load_with_strength(text) for text in options.loras]
-    merged, account = merge_with_account(inputs, method=options.method, rank=options.rank)
+    merged, account = merge_with_account(inputs, method=options.method, rank=options.rank, leave_out=options.leave_out)
     save(merged, options.output, dtype=_DTYPES[options.dtype], format=options.format, overwrite=options.overwrite)
     print(describe_merge(account, merged))
     print(f"Written: {options.output} ({options.output.stat().st_size / 1e6:.1f} MB)")
@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--method", choices=sorted(METHODS), default="linear", help="default: linear")
     add.add_argument("--dtype", choices=sorted(_DTYPES), default="fp16", help="default: fp16")
     add.add_argument("--format", choices=get_args(Format), default="kohya", help="default: kohya, which ComfyUI reads")
+    add.add_argument(
+        "--leave-out", action="store_true", help="leave out what does not add up (DoRA, OFT, ...) instead of stopping"
+    )
     add.add_argument("--overwrite", action="store_true", help="replace an existing output file")
 
     info = commands.add_parser("info", help="say what is in a LoRA file", epilog=_INFO_EXAMPLE, formatter_class=raw)

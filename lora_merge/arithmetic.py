@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layer import LoraLayer, meeting_shape
+from .layer import Layer, LoraLayer, meeting_shape
 
-Term = tuple[LoraLayer, float]
+Term = tuple[Layer, float]
 
 
 def weighted_sum(terms: Sequence[Term]) -> LoraLayer:
@@ -19,12 +19,28 @@ def weighted_sum(terms: Sequence[Term]) -> LoraLayer:
     Exact, in float32: up = [a_1 up_1, a_2 up_2, ...] and down = [b_1 down_1; b_2 down_2; ...] with
     a_i * b_i = strength_i * scale_i, so the rank is the sum of ranks. The size of a_i * b_i is split evenly between the
     factors, which keeps both within float16, and its sign goes to up. The result has alpha = rank (scale 1) and no `mid`.
+    LoHa and LoKr enter by their exact factors.
     A term with strength 0 takes no rank; if all are 0 one rank of zeros is left, so that the module stays.
     Raises ValueError without terms, or if the updates are not of one weight.
     """
     shape = common_shape([layer for layer, _ in terms])
     ups, downs = stacked(terms)
     return shaped(torch.cat(ups, dim=1), torch.cat(downs, dim=0), shape)
+
+
+def dense_sum(terms: Sequence[Term], diffs: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Sum of strength * delta over (layer, strength) terms and of strength * diff, as one dense difference; float32.
+
+    Its shape is that of the differences, which is the weight's own. Raises ValueError if the shapes differ.
+    """
+    shape = _one_shape([tuple(diff.shape) for diff, _ in diffs])
+    _one_shape([shape, *(layer.shape for layer, _ in terms)])
+    total = torch.zeros(shape, device=diffs[0][0].device)
+    for diff, strength in diffs:
+        total = total + strength * diff.detach().to(torch.float32).reshape(shape)
+    for layer, strength in terms:
+        total = total + strength * layer.delta().reshape(shape)
+    return total
 
 
 def stacked(terms: Sequence[Term]) -> tuple[list[Tensor], list[Tensor]]:
@@ -53,14 +69,18 @@ def shaped(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> LoraLayer:
     )
 
 
-def common_shape(layers: Sequence[LoraLayer]) -> tuple[int, ...]:
+def common_shape(layers: Sequence[Layer]) -> tuple[int, ...]:
     """Shape of the one weight that all layers update. Raises ValueError if there is none."""
     if not layers:
         raise ValueError("there is nothing to add: give at least one layer")
-    shape = layers[0].shape
-    for layer in layers[1:]:
-        common = meeting_shape(shape, layer.shape)
+    return _one_shape([layer.shape for layer in layers])
+
+
+def _one_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    shape = shapes[0]
+    for other in shapes[1:]:
+        common = meeting_shape(shape, other)
         if common is None:
-            raise ValueError(f"weights of shape {shape} and {layer.shape} differ")
+            raise ValueError(f"weights of shape {shape} and {other} differ")
         shape = common
     return shape

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import metadata
+from .header import check_header
 from .lora import FORMATS, Format, Lora
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -22,19 +23,21 @@ def load(path: str | os.PathLike[str]) -> Lora:
     """The LoRA in a safetensors file, in any spelling that names.py and keys.py know.
 
     For a PEFT folder's `adapter_model.safetensors` the scale is taken from `adapter_config.json` beside it.
-    Raises FileNotFoundError if there is no such file, ValueError if it is no whole safetensors file of a LoRA.
+    Raises FileNotFoundError if there is no such file, ValueError if it is no whole safetensors file of a LoRA, with at
+    most header.MAX_TENSORS tensors. Nothing in the file is run, and nothing is loaded before its header is checked.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file; check the name and the folder.")
     if path.is_dir():
         raise ValueError(f"{path}: this is a folder; give the .safetensors file in it.")
+    check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             notes = dict(file.metadata() or {})
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: {_what_is_wrong(path, error)}") from error
+        raise ValueError(f"{path}: is damaged ({error}); download it again.") from error
     return Lora.from_state_dict(tensors, metadata=notes | _peft_config(path), source=path.name)
 
 
@@ -108,44 +111,12 @@ def _peft_config(path: Path) -> dict[str, str]:
         return {}
     try:
         config = json.loads(beside.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if not isinstance(config, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{beside}: not JSON ({error}), so the scale of {path.name} is unknown.") from None
     known = {key: config[key] for key in ("lora_alpha", "use_rslora") if config.get(key) is not None}
     notes = {key: str(value) for key, value in known.items()}
     if config.get("alpha_pattern"):
         notes["alpha_pattern"] = json.dumps(config["alpha_pattern"])
     return notes
-
-
-def _what_is_wrong(path: Path, error: Exception) -> str:
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-            header_size = int.from_bytes(head[:8], "little")
-            header = b""
-            if size > 8 + header_size:
-                file.seek(8)
-                header = file.read(header_size)
-    except OSError as cause:
-        return f"cannot be read ({cause})."
-    if size == 0:
-        return "is empty; download it again."
-    if head.startswith((b"PK\x03\x04", b"\x80")):
-        return (
-            "is a pickle (.pt, .ckpt) under another name; pickles can run code and are not opened. Get the safetensors."
-        )
-    if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer and not the file itself; fetch it with git lfs pull."
-    if head.lstrip().startswith(b"<"):
-        return "is a web page and not a LoRA; the download needs a login or another link."
-    try:
-        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        if head[8:9] == b"{":
-            return f"is cut off within its first {header_size} bytes, at {size}; download it again."
-        return f"is not a safetensors file ({error}); choose a LoRA saved as .safetensors."
-    wanted = 8 + header_size + max(ends, default=0)
-    if wanted > size:
-        return f"is cut off: {size} of {wanted} bytes are there; download it again."
-    return f"is damaged ({error}); download it again."

@@ -1,11 +1,11 @@
-"""The keys of a LoRA file: which module and which part of its update a key names, or why it cannot be merged."""
+"""The keys of a LoRA file: which module and which part of its update a key names, or why it cannot be used."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-# Suffix -> the part it names. "up" and "B" are the (out, rank) factor, "down" and "A" the (rank, in) one.
+# Spellings of LoRA's factors. "up" and "B" are the (out, rank) factor, "down" and "A" the (rank, in) one.
 _FACTORS = (
     re.compile(r"(.+)\.lora_(up|down|mid)\.weight"),  # kohya, ComfyUI
     re.compile(r"(.+)_lora\.(up|down)\.weight"),  # diffusers' attention processors
@@ -14,39 +14,62 @@ _FACTORS = (
     re.compile(r"(.+)\.lora_([AB])(?:(?:\.[^.]+)?\.weight)?"),  # PEFT, with or without the adapter's name
 )
 _ALPHA = re.compile(r"(.+?)(?:_lora|\.lora|\.lora_linear_layer)?\.alpha")
-# Dense differences to a weight, a bias or a norm: additive, small, written by LyCORIS and ComfyUI's trainer.
-_DIFF = re.compile(r"(.+)\.(diff|diff_b|w_norm|b_norm)")
+_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:(?:\.[^.]+)?\.weight)?")
+_BUNDLED = re.compile(r"bundle_emb\..+")
 _PART = {"B": "up", "A": "down"}
 
+# Dense differences to a weight, a bias or a norm: additive, written by LyCORIS and ComfyUI's trainer.
 DIFF_PARTS = ("diff", "diff_b", "w_norm", "b_norm")
+BIAS_PARTS = ("diff_b", "b_norm")
+# Part -> what stands behind the module in kohya's and ComfyUI's key, where that is not the part's own name.
+_SUFFIXES = {
+    "up": ".lora_up.weight",
+    "down": ".lora_down.weight",
+    "mid": ".lora_mid.weight",
+    "a1": ".a1.weight",
+    "a2": ".a2.weight",
+    "b1": ".b1.weight",
+    "b2": ".b2.weight",
+    "bundle": "",  # each of its keys is a module of its own
+}
+# Parts that have one spelling.
+_NATIVE = re.compile(
+    r"(.+)\.(hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|oft_blocks|rescale|dora_scale|set_weight"
+    r"|reshape_weight|diff|diff_b|w_norm|b_norm)"
+)
+_GLORA = re.compile(r"(.+)\.([ab][12])\.weight")
 
 _REFUSED = (
-    ("LoHa", re.compile(r"(.+)\.hada_.+")),
-    ("LoKr", re.compile(r"(.+)\.lokr_.+")),
-    ("DoRA", re.compile(r"(.+)\.(?:dora_scale|lora_magnitude_vector(?:\..+)?)")),
-    ("OFT or BOFT", re.compile(r"(.+)\.(?:oft_.+|boft_.+|rescale)")),
-    ("GLoRA", re.compile(r"(.+)\.[ab][12]\.weight")),
     ("IA3", re.compile(r"(.+)\.(?:on_input|ia3_l(?:\..+)?)")),
     ("LoRA with a bias of its own", re.compile(r"(.+)\.(?:lora_(?:[AB]|up|down)(?:\.[^.]+)?|lora\.(?:up|down))\.bias")),
     ("LoRA of an embedding", re.compile(r"(.+)\.lora_embedding_.+")),
-    ("replaced weight", re.compile(r"(.+)\.set_weight")),
-    ("resized weight", re.compile(r"(.+)\.reshape_weight")),
-    ("bundled textual inversion", re.compile(r"(bundle_emb)\..+")),
+    ("LoHa, LoKr or OFT of a kind that ComfyUI does not read", re.compile(r"(.+)\.(?:hada|lokr|oft|boft)_.+")),
 )
 UNKNOWN = "unknown"
 _SHOWN = 3
 
 
 def parse(key: str) -> tuple[str, str] | None:
-    """(module as the file spells it, part), part one of up, down, mid, alpha or DIFF_PARTS; None for any other key."""
+    """(module as the file spells it, part) of a key that ComfyUI reads; None for any other key.
+
+    Parts: up, down, mid, alpha; hada_*, lokr_*, oft_blocks, rescale, a1, a2, b1, b2; dora_scale, magnitude (PEFT's
+    way to write dora_scale), reshape_weight, set_weight; DIFF_PARTS; and bundle, where the module is the whole key.
+    """
     for pattern in _FACTORS:
         if match := pattern.fullmatch(key):
             return match[1], _PART.get(match[2], match[2])
     if match := _ALPHA.fullmatch(key):
         return match[1], "alpha"
-    if match := _DIFF.fullmatch(key):
+    if match := _NATIVE.fullmatch(key) or _GLORA.fullmatch(key):
         return match[1], match[2]
-    return None
+    if match := _MAGNITUDE.fullmatch(key):
+        return match[1], "magnitude"
+    return (key, "bundle") if _BUNDLED.fullmatch(key) else None
+
+
+def suffix(part: str) -> str:
+    """What kohya's keys, which ComfyUI reads, have behind the module for a part that `parse` knows."""
+    return _SUFFIXES.get(part, f".{part}")
 
 
 def refused_format(key: str) -> tuple[str, str]:
@@ -67,6 +90,6 @@ def refusal(source: str, keys: Iterable[str]) -> str:
         more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         parts.append(f"{name} ({len(found)} keys: {', '.join(found[:_SHOWN])}{more})")
     return (
-        f"{source}: cannot be merged, since it holds more than plain LoRA: {'; '.join(parts)}. "
-        "Only LoRA and LoCon factors and weight differences add up; use this file in a LoRA loader of its own."
+        f"{source}: cannot be used, since it holds what no LoRA loader of ComfyUI reads: {'; '.join(parts)}. "
+        "They would be left out in silence; use another copy, or remove these keys if you can do without."
     )

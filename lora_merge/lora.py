@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from . import names
-from .layer import LoraLayer
-from .precision import cast
-from .reading import read
+from .carried import Carried
+from .keys import DIFF_PARTS, suffix
+from .layer import Layer, LoraLayer
+from .precision import cast, cast_part
+from .reading import KeyAccount, read
 from .unet import infer_layout
 
 Format = Literal["kohya", "diffusers"]
@@ -27,27 +30,32 @@ logger = logging.getLogger(__name__)
 class Lora:
     """A LoRA that nothing changes: read-only mappings, tensors shared with whoever made it.
 
-    modules: canonical module name (see names.py) -> LoraLayer, in the order of the file.
+    modules: canonical module name (see names.py) -> Layer (LoRA, LoHa or LoKr), in the order of the file.
     diffs: (canonical module name, part) -> dense difference, part one of keys.DIFF_PARTS.
     spellings: canonical module name -> how kohya format writes it.
     metadata: what the file says about itself, text to text.
     source: file name or other words for messages.
+    carried: canonical module name -> update that depends on the weight (DoRA, OFT, ...) and is kept as it came.
+    keys: where each key of the file ended; empty for a LoRA that was made here.
     """
 
-    modules: Mapping[str, LoraLayer]
+    modules: Mapping[str, Layer]
     diffs: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
     spellings: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     source: str = "LoRA"
+    carried: Mapping[str, Carried] = field(default_factory=dict)
+    keys: KeyAccount = field(default_factory=KeyAccount)
 
     def __post_init__(self) -> None:
-        used = list(dict.fromkeys([*self.modules, *(module for module, _ in self.diffs)]))
+        used = list(dict.fromkeys([*self.modules, *(module for module, _ in self.diffs), *self.carried]))
         spellings = {module: self.spellings.get(module, module) for module in used}
         for name, value in (
             ("modules", dict(self.modules)),
             ("diffs", dict(self.diffs)),
             ("spellings", spellings),
             ("metadata", dict(self.metadata)),
+            ("carried", dict(self.carried)),
         ):
             object.__setattr__(self, name, MappingProxyType(value))
 
@@ -60,13 +68,22 @@ class Lora:
         Raises ValueError, naming `source` and the keys, if a key is not part of a LoRA or a LoRA is incomplete,
         if shapes do not fit, values are not finite, or two keys spell the same module.
         """
-        modules, diffs, spellings = read(state_dict, metadata or {}, source)
-        return cls(modules, diffs, spellings, metadata or {}, source)
+        found = read(state_dict, metadata or {}, source)
+        return cls(found.modules, found.diffs, found.spellings, metadata or {}, source, found.carried, found.keys)
 
     @property
     def parameters(self) -> int:
-        """Number of values in all factors and differences."""
-        return sum(layer.parameters for layer in self.modules.values()) + sum(d.numel() for d in self.diffs.values())
+        """Number of values in all updates."""
+        updates: list[Layer | Carried] = [*self.modules.values(), *self.carried.values()]
+        return sum(update.parameters for update in updates) + sum(diff.numel() for diff in self.diffs.values())
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Kind -> number of modules, as people call the kinds; "difference" for what has no other update."""
+        updates: list[Layer | Carried] = [*self.modules.values(), *self.carried.values()]
+        found = Counter(update.kind for update in updates)
+        only_diffs = {module for module, _ in self.diffs} - self.modules.keys() - self.carried.keys()
+        return dict(found) | ({"difference": len(only_diffs)} if only_diffs else {})
 
     def find(self, module: str) -> str:
         """The canonical name of a module given by any of its spellings. Raises KeyError if this LoRA has none."""
@@ -84,9 +101,12 @@ class Lora:
     def delta(self, module: str) -> Tensor:
         """What strength 1 adds to the module's weight: (out, in, *kernel), float32. Any spelling of the module.
 
-        Raises KeyError for a module without an update of its weight.
+        Raises KeyError for a module without an update of its weight, ValueError for one that depends on the weight.
         """
         module = self.find(module)
+        if module in self.carried:
+            kind = self.carried[module].kind
+            raise ValueError(f"{self.source}: {module} is {kind}, whose update depends on the weight it changes")
         if module in self.modules:
             return self.modules[module].delta()
         for part in ("diff", "w_norm"):
@@ -94,45 +114,32 @@ class Lora:
                 return self.diffs[module, part].detach().to(torch.float32, copy=True)
         raise KeyError(f"{self.source} changes the bias of {module!r} only, not its weight")
 
-    def to_state_dict(self, dtype: torch.dtype | None = None, *, format: Format = "kohya") -> dict[str, Tensor]:
+    def to_state_dict(
+        self, dtype: torch.dtype | None = None, *, format: Format = "kohya", copy: bool = True
+    ) -> dict[str, Tensor]:
         """The LoRA as a dict of new tensors, ready for safetensors, ComfyUI's LORA_MODEL or a training script.
 
-        dtype: of the factors; None keeps each as it is. Alphas are float32, so that none is rounded.
+        dtype: of the weights; None keeps each as it is. Alphas are float32, so that none is rounded.
         format: "kohya" writes `.lora_up.weight`, `.lora_down.weight`, `.alpha` (always, since readers differ in what
-            they assume without) and is what ComfyUI reads for any model; "diffusers" writes PEFT's
-            `unet....lora_B.weight` with the scale multiplied into the factors.
+            they assume without), every other kind in the keys of LyCORIS, and is what ComfyUI reads for any model;
+            "diffusers" writes PEFT's `unet....lora_B.weight` with the scale multiplied into the factors, LoRA only.
+        copy: False shares the tensors that need no conversion, and nobody may write into them then.
         float16: components that would overflow or be lost are balanced, see precision.py; a warning tells how many.
-        Raises ValueError for modules that the format cannot name or values the dtype cannot hold.
+        Raises ValueError for what the format cannot name or hold, and for values the dtype cannot hold.
         """
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}, but it has to be one of {', '.join(FORMATS)}")
         spelled = dict(self.spellings) if format == "kohya" else self.diffusers_spellings()
         result: dict[str, Tensor] = {}
         balanced = []
-        for module, layer in self.modules.items():
-            name = spelled[module]
-            if format == "diffusers":
-                layer = _without_scale(layer)
+        for module, name in spelled.items():
             try:
-                converted = cast(layer, dtype or self.modules[module].up.dtype)
+                written, is_balanced = self._written(module, dtype, format, copy)
             except ValueError as error:
                 raise ValueError(f"{self.source}: {name}: {error}") from None
-            layer = converted.layer
-            if converted.balanced:
+            result |= {f"{name}{end}": tensor for end, tensor in written.items()}
+            if is_balanced:
                 balanced.append(name)
-            up, down = ("lora_up", "lora_down") if format == "kohya" else ("lora_B", "lora_A")
-            result[f"{name}.{up}.weight"] = _own(layer.up, self.modules[module].up)
-            result[f"{name}.{down}.weight"] = _own(layer.down, self.modules[module].down)
-            if layer.mid is not None:
-                result[f"{name}.lora_mid.weight"] = _own(layer.mid, self.modules[module].mid)
-            if format == "kohya":
-                alpha = float(layer.down.shape[0]) if layer.alpha is None else layer.alpha
-                result[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
-        for (module, part), diff in self.diffs.items():
-            converted_diff = diff.detach().to(dtype or diff.dtype, copy=True)
-            if not bool(torch.isfinite(converted_diff).all()):
-                raise ValueError(f"{self.source}: {spelled[module]}.{part}: values are too large; save as float32")
-            result[f"{spelled[module]}.{part}"] = converted_diff.contiguous()
         if balanced:
             logger.warning(
                 "%s: factors of %d modules balanced to fit float16, the update is the same (first: %s)",
@@ -140,12 +147,45 @@ class Lora:
             )  # fmt: skip
         return result
 
+    def _written(
+        self, module: str, dtype: torch.dtype | None, format: Format, copy: bool
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Ending of the key -> new tensor for everything of one module, and whether its factors were balanced."""
+        result: dict[str, Tensor] = {}
+        alpha, balanced = None, False
+        update = self.modules.get(module) or self.carried.get(module)
+        if isinstance(update, LoraLayer) and (dtype is not None or format == "diffusers"):
+            plain = update if format == "kohya" else _without_scale(update)
+            converted = cast(plain, dtype or update.up.dtype)
+            balanced, originals = converted.balanced, update.parts()
+            for part, tensor in converted.layer.parts().items():
+                end = suffix(part) if format == "kohya" else {"up": ".lora_B.weight", "down": ".lora_A.weight"}[part]
+                result[end] = _own(tensor, originals.get(part)) if copy else tensor.contiguous()
+            alpha = converted.layer.written_alpha
+        elif isinstance(update, Layer):
+            result = {suffix(part): cast_part(tensor, dtype, copy=copy) for part, tensor in update.parts().items()}
+            alpha = update.written_alpha
+        elif update is not None:
+            result = {suffix(part): cast_part(tensor, dtype, copy=copy) for part, tensor in update.parts.items()}
+            alpha = update.written_alpha
+        if alpha is not None and format == "kohya":
+            result[suffix("alpha")] = torch.tensor(alpha, dtype=torch.float32)
+        for part in DIFF_PARTS:
+            if (module, part) in self.diffs:
+                result[suffix(part)] = cast_part(self.diffs[module, part], dtype, copy=copy)
+        return result, balanced
+
     def diffusers_spellings(self) -> dict[str, str]:
+        """Canonical module name -> diffusers name. Raises ValueError for what diffusers format has no place for."""
         if self.diffs:
             shown = ", ".join(f"{self.spellings[module]}.{part}" for module, part in list(self.diffs)[:3])
             raise ValueError(
                 f"{self.source}: diffusers format has no place for weight differences ({shown}); use kohya"
             )
+        others = {kind: count for kind, count in self.kinds.items() if kind != LoraLayer.kind}
+        if others:
+            shown = ", ".join(f"{kind} ({count} modules)" for kind, count in sorted(others.items()))
+            raise ValueError(f"{self.source}: diffusers format holds plain LoRA only, and this has {shown}; use kohya")
         layout = infer_layout(names.unet_bodies(self.spellings.values()))
         spelled = {module: names.dotted(name, layout) for module, name in self.spellings.items()}
         unnamed = sorted(self.spellings[module] for module, name in spelled.items() if name is None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from . import names, unet
+from .keys import BIAS_PARTS
 from .layer import meeting_shape
 from .lora import Lora
 from .unet import Layout
@@ -47,33 +48,34 @@ def _rename(lora: Lora, layout: Layout) -> Lora:
         {new[module]: spelling for module, spelling in lora.spellings.items()},
         lora.metadata,
         lora.source,
+        {new[module]: update for module, update in lora.carried.items()},
+        lora.keys,
     )
 
 
 def _clashes(loras: Sequence[Lora]) -> list[str]:
     """One sentence for each module whose updates cannot be of the same weight."""
     found: dict[str, str] = {}
-    first: dict[str, Lora] = {}
+    # Module, and weight or bias -> the first LoRA that changes it and the shape there.
+    first: dict[tuple[str, bool], tuple[Lora, tuple[int, ...]]] = {}
     for lora in loras:
-        for module, layer in lora.modules.items():
-            other = first.setdefault(module, lora)
-            if meeting_shape(other.modules[module].shape, layer.shape) is None:
+        for module, is_bias, shape in _shapes(lora):
+            other, known = first.setdefault((module, is_bias), (lora, shape))
+            if meeting_shape(known, shape) is None:
+                what = f"{lora.spellings[module]}{' (bias)' if is_bias else ''}"
                 found.setdefault(
                     module,
-                    f"{lora.spellings[module]}: {other.source} updates a weight of shape "
-                    f"{other.modules[module].shape}, {lora.source} one of shape {layer.shape}",
-                )
-    dense: dict[tuple[str, str], Lora] = {}
-    for lora in loras:
-        for key, diff in lora.diffs.items():
-            known = dense.setdefault(key, lora)
-            if known.diffs[key].shape != diff.shape:
-                found.setdefault(
-                    key[0],
-                    f"{lora.spellings[key[0]]}.{key[1]}: {known.source} has shape {tuple(known.diffs[key].shape)}, "
-                    f"{lora.source} {tuple(diff.shape)}",
+                    f"{what}: {other.source} updates a weight of shape {known}, {lora.source} one of shape {shape}",
                 )
     return [found[module] for module in sorted(found)]
+
+
+def _shapes(lora: Lora) -> Iterator[tuple[str, bool, tuple[int, ...]]]:
+    """(module, whether it is the bias, shape) of every update that adds up."""
+    for module, layer in lora.modules.items():
+        yield module, False, layer.shape
+    for (module, part), diff in lora.diffs.items():
+        yield module, part in BIAS_PARTS, tuple(diff.shape)
 
 
 def _sources(loras: Sequence[Lora]) -> str:

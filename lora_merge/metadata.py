@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from .layer import Layer
 from .lora import Format, Lora
 from .peft import METADATA_KEY as ADAPTER_KEY
 
@@ -32,17 +33,19 @@ def for_file(lora: Lora, title: str, format: Format) -> dict[str, str]:
     result = {key: value for key, value in lora.metadata.items() if key not in _SCALES}
     plain = [layer for layer in lora.modules.values() if all(size == 1 for size in layer.kernel)]
     convolutions = [layer for layer in lora.modules.values() if any(size > 1 for size in layer.kernel)]
-    result["ss_network_module"] = "networks.lora"
+    algorithms = [kind.lower() for kind in lora.kinds if kind != "difference"] or ["full"]
+    result["ss_network_module"] = "networks.lora" if algorithms == ["lora"] else "lycoris.kohya"
     # kohya's resize script writes Dynamic where modules differ.
-    result["ss_network_dim"] = _one([layer.rank for layer in plain or convolutions])
-    result["ss_network_alpha"] = _one([_alpha(layer.alpha, layer.rank) for layer in plain or convolutions])
+    result["ss_network_dim"] = _one([_dim(layer) for layer in plain or convolutions])
+    result["ss_network_alpha"] = _one([layer.written_alpha for layer in plain or convolutions])
+    arguments = {} if algorithms == ["lora"] else {"algo": algorithms[0] if len(algorithms) == 1 else "mixed"}
     if convolutions:
-        result["ss_network_args"] = json.dumps(
-            {
-                "conv_dim": _one([layer.rank for layer in convolutions]),
-                "conv_alpha": _one([_alpha(layer.alpha, layer.rank) for layer in convolutions]),
-            }
-        )
+        arguments |= {
+            "conv_dim": _one([_dim(layer) for layer in convolutions]),
+            "conv_alpha": _one([layer.written_alpha for layer in convolutions]),
+        }
+    if arguments:
+        result["ss_network_args"] = json.dumps(arguments)
     result["ss_output_name"] = title
     result["modelspec.sai_model_spec"] = "1.0.0"
     result.setdefault("modelspec.title", title)
@@ -73,8 +76,9 @@ def _adapter_config(lora: Lora) -> dict[str, object]:
     return config
 
 
-def _alpha(alpha: float | None, rank: int) -> float:
-    return float(rank) if alpha is None else alpha
+def _dim(layer: Layer) -> int:
+    """What trainers call the network dimension."""
+    return layer.dim or layer.rank
 
 
 def _one(values: Sequence[float]) -> str:

@@ -68,6 +68,12 @@ def canonical(name: str, layout: Layout) -> str:
     return _underscored(name)
 
 
+def kernel(canonical: str) -> tuple[int, ...]:
+    """Kernel size of a module of a Stable Diffusion UNet that is a convolution wider than 1x1; () for all others."""
+    body = canonical.removeprefix("lora_unet_")
+    return (3, 3) if body != canonical and unet.is_wide_convolution(body) else ()
+
+
 def unet_bodies(spellings: Iterable[str]) -> list[str]:
     """The UNet names among spellings, without prefix: what `unet.infer_layout` works on."""
     return [name.removeprefix("lora_unet_") for name in spellings if name.startswith("lora_unet_")]

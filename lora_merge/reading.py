@@ -1,46 +1,99 @@
-"""From the keys of a state dict to layers under canonical names, with every key accounted for."""
+"""From the keys of a state dict to updates under canonical names, with every key accounted for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from . import keys, names
-from .layer import LoraLayer
+from .carried import Carried
+from .keys import DIFF_PARTS
+from .kinds import build, is_carried, problem
+from .layer import Layer
 from .peft import adapter_alpha
+from .precision import is_finite
 from .unet import infer_layout
 
-Parts = tuple[dict[str, LoraLayer], dict[tuple[str, str], Tensor], dict[str, str]]
+_NUMBERS = ("alpha", "reshape_weight")
+_ANY_DTYPE = tuple(f".{part}" for part in _NUMBERS)
+# Pairs of 4-bit numbers, and exponents alone.
+_NO_NUMBERS = {getattr(torch, name, None) for name in ("float4_e2m1fn_x2", "float8_e8m0fnu")}
 
 
-def read(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> Parts:
-    """Layers and differences by canonical name, and the spelling of each name, from a state dict in any spelling.
+@dataclass(frozen=True)
+class KeyAccount:
+    """Where each key of a file ended; every key is in one of the three, in the order of the file.
 
-    Every key ends in a layer or a difference, or in the ValueError that names it.
+    understood: in an update that adds up. carried: in one that depends on the weight, kept as it came.
+    refused: read by no LoRA loader of ComfyUI; a file with such keys is an error.
     """
-    parts: dict[str, dict[str, tuple[str, Tensor]]] = {}
-    refused, doubled = [], []
-    for key, tensor in state_dict.items():
-        parsed = keys.parse(key)
-        if parsed is None:
-            refused.append(key)
+
+    understood: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What `read` finds; the fields are those of Lora."""
+
+    modules: dict[str, Layer] = field(default_factory=dict)
+    diffs: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    carried: dict[str, Carried] = field(default_factory=dict)
+    spellings: dict[str, str] = field(default_factory=dict)
+    keys: KeyAccount = field(default_factory=KeyAccount)
+
+
+def account_keys(names_of_keys: Iterable[str]) -> KeyAccount:
+    """What becomes of each key, told from the names alone."""
+    return _account({key: keys.parse(key) for key in names_of_keys})
+
+
+def _account(parsed: Mapping[str, tuple[str, str] | None]) -> KeyAccount:
+    parts: dict[str, set[str]] = {}
+    for module, part in filter(None, parsed.values()):
+        parts.setdefault(module, set()).add(part)
+    dependent = {module for module, found in parts.items() if is_carried(found)}
+    ends: dict[str, list[str]] = {"understood": [], "carried": [], "refused": []}
+    for key, known in parsed.items():
+        if known is None:
+            ends["refused"].append(key)
+        else:
+            module, part = known
+            # A bias difference adds up, whatever happens to the weight beside it.
+            ends["carried" if module in dependent and part not in DIFF_PARTS else "understood"].append(key)
+    return KeyAccount(*map(tuple, ends.values()))
+
+
+def read(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> Contents:
+    """What a state dict in any spelling holds, by canonical name.
+
+    Every key ends in it, or in the ValueError that names it.
+    """
+    parsed = {key: keys.parse(key) for key in state_dict}
+    account = _account(parsed)
+    parts: dict[str, dict[str, str]] = {}  # module as spelled -> part -> key
+    doubled = []
+    for key, known in parsed.items():
+        if known is None:
             continue
-        module, part = parsed
+        module, part = known
         if part in parts.setdefault(module, {}):
-            doubled.append(f"{parts[module][part][0]} and {key}")
-        parts[module][part] = (key, tensor)
-    if not parts and all(keys.refused_format(key)[0] == keys.UNKNOWN for key in refused):
-        first = f" (its first key is {refused[0]})" if refused else ""
+            doubled.append(f"{parts[module][part]} and {key}")
+        parts[module][part] = key
+    if not parts and all(keys.refused_format(key)[0] == keys.UNKNOWN for key in account.refused):
+        first = f" (its first key is {account.refused[0]})" if account.refused else ""
         raise ValueError(
             f"{source}: no LoRA in it{first}; it may be a checkpoint or an empty file. Choose a LoRA file."
         )
-    if refused:
+    if account.refused:
         # Their alphas belong to them and are no trouble of their own.
-        raise ValueError(keys.refusal(source, refused))
+        raise ValueError(keys.refusal(source, account.refused))
     _check_complete(parts, doubled, source)
-    _check_values({key: tensor for found in parts.values() for key, tensor in found.values()}, source)
+    _check_values({key: state_dict[key] for found in parts.values() for key in found.values()}, source)
 
     spelled = {module: names.spelling(module) for module in parts}
     layout = infer_layout(names.unet_bodies(spelled.values()))
@@ -53,50 +106,55 @@ def read(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str], source: 
                 "only one of them; remove one."
             )
         raw_of[canonical] = module
-    modules, diffs = {}, {}
-    for canonical, module in raw_of.items():
-        tensors = {part: tensor for part, (_, tensor) in parts[module].items()}
-        if "up" in tensors:
-            try:
-                modules[canonical] = _layer(tensors, metadata, module)
-            except ValueError as error:
-                raise ValueError(f"{source}: {module}: {error}. The file may be damaged.") from None
-        for part in keys.DIFF_PARTS:
-            if part in tensors:
-                diffs[canonical, part] = tensors[part].detach()
     spellings = names.tidy({canonical: spelled[module] for canonical, module in raw_of.items()})
-    return modules, diffs, spellings
+    contents = Contents(spellings=spellings, keys=account)
+    for canonical, module in raw_of.items():
+        tensors = {part: state_dict[key].detach() for part, key in parts[module].items()}
+        try:
+            _put(contents, canonical, tensors, metadata, module)
+        except ValueError as error:
+            raise ValueError(f"{source}: {module}: {error}. The file may be damaged.") from None
+    return contents
 
 
-def _layer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], module: str) -> LoraLayer:
-    up, down = _floating(tensors["up"]), _floating(tensors["down"])
-    mid = _floating(tensors["mid"]) if "mid" in tensors else None
-    alpha = None
+def _put(
+    contents: Contents, canonical: str, tensors: dict[str, Tensor], metadata: Mapping[str, str], module: str
+) -> None:
+    alpha = _alpha(tensors, metadata, module)
+    tensors = {part: tensor if part in _NUMBERS else _floating(tensor) for part, tensor in tensors.items()}
+    for part in DIFF_PARTS:
+        if part in tensors:
+            # ComfyUI reads b_norm beside w_norm only; alone it is the same as diff_b.
+            name = "diff_b" if part == "b_norm" and "w_norm" not in tensors else part
+            contents.diffs[canonical, name] = tensors[part]
+    update = build(tensors, alpha, names.kernel(canonical))
+    if isinstance(update, Layer):
+        contents.modules[canonical] = update
+    elif update is not None:
+        contents.carried[canonical] = update
+
+
+def _alpha(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], module: str) -> float | None:
     if "alpha" in tensors:
         if tensors["alpha"].numel() != 1:
             raise ValueError(f"alpha has shape {tuple(tensors['alpha'].shape)}, but it has to be one number")
-        alpha = float(tensors["alpha"].item())
-    elif metadata:
-        alpha = adapter_alpha(metadata, module, int(down.shape[0]) if down.dim() else 1)
-    return LoraLayer(up, down, alpha, mid)
+        return float(tensors["alpha"].item())
+    # Only PEFT and diffusers write alphas there, and only for LoRA.
+    if metadata and "down" in tensors:
+        return adapter_alpha(metadata, module, int(tensors["down"].shape[0]) if tensors["down"].dim() else 1)
+    return None
 
 
 def _floating(tensor: Tensor) -> Tensor:
     # 8-bit floats have no arithmetic in torch; float16 holds all their values.
-    return tensor.detach().to(torch.float16) if tensor.dtype.itemsize == 1 else tensor.detach()
+    return tensor.half() if tensor.dtype.itemsize == 1 else tensor
 
 
-def _check_complete(parts: Mapping[str, Mapping[str, tuple[str, Tensor]]], doubled: list[str], source: str) -> None:
+def _check_complete(parts: Mapping[str, Mapping[str, str]], doubled: list[str], source: str) -> None:
     problems = [f"{pair} are the same thing" for pair in doubled]
     for module, found in parts.items():
-        weights = {"up", "down", "mid"} & set(found)
-        if weights and not {"up", "down"} <= weights:
-            missing = " and ".join(sorted({"up", "down"} - weights))
-            problems.append(f"{module} has {', '.join(key for key, _ in found.values())} but no {missing}")
-        if not weights and "alpha" in found:
-            problems.append(f"{found['alpha'][0]} belongs to no factors")
-        if "diff" in found and ("w_norm" in found or weights):
-            problems.append(f"{module} has both {found['diff'][0]} and another update of its weight")
+        if text := problem(found):
+            problems.append(f"{module}: {text}")
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{source}: incomplete or contradictory: {'; '.join(sorted(problems)[:3])}{more}. "
@@ -104,14 +162,20 @@ def _check_complete(parts: Mapping[str, Mapping[str, tuple[str, Tensor]]], doubl
 
 
 def _check_values(tensors: Mapping[str, Tensor], source: str) -> None:
-    wrong = sorted(f"{key} ({str(t.dtype).removeprefix('torch.')})" for key, t in tensors.items()
-                   if not t.dtype.is_floating_point and not key.endswith(".alpha"))  # fmt: skip
+    wrong = sorted(
+        f"{key} ({str(tensor.dtype).removeprefix('torch.')})"
+        for key, tensor in tensors.items()
+        if (not tensor.dtype.is_floating_point or tensor.dtype in _NO_NUMBERS) and not key.endswith(_ANY_DTYPE)
+    )
     if wrong:
         raise ValueError(
             f"{source}: {len(wrong)} weights are not floating point, {', '.join(wrong[:3])}; a quantized LoRA has to be "
             "saved as float16 first."
         )
-    broken = sorted(key for key, tensor in tensors.items() if not bool(torch.isfinite(_floating(tensor)).all()))
+    empty = sorted(key for key, tensor in tensors.items() if tensor.numel() == 0)
+    if empty:
+        raise ValueError(f"{source}: {len(empty)} tensors have no values, {', '.join(empty[:3])}; the file is damaged.")
+    broken = sorted(key for key, tensor in tensors.items() if not is_finite(tensor))
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise ValueError(

@@ -23,6 +23,10 @@ def describe(lora: Lora) -> str:
         lines.append(
             f"  rank: {_span(min(ranks), max(ranks))}, scale (alpha / rank): {_span(min(scales), max(scales))}"
         )
+    if set(lora.kinds) - {"LoRA"}:
+        lines.append(f"  kinds: {', '.join(f'{kind} {count}' for kind, count in lora.kinds.items())}")
+    if lora.carried:
+        lines.append(f"  {len(lora.carried)} of them depend on the weight they change: they load, and do not merge")
     if lora.diffs:
         lines.append(f"  weight and bias differences: {len(lora.diffs)}")
     lines.append(f"  size: {size_text(lora, torch.float16)} in float16")
@@ -40,6 +44,12 @@ def describe_merge(account: Account, merged: Lora) -> str:
             facts.append(f"rank {_span(*source.ranks)}, alpha {_span(*source.alphas)}")
         if source.diffs:
             facts.append(f"{source.diffs} weight or bias differences")
+        if source.merged < source.modules:
+            facts.append(f"{source.merged} merged")
+        if source.passed_through:
+            facts.append(f"{source.passed_through} passed through as they are")
+        if source.refused:
+            facts.append(f"{source.refused} refused and left out")
         lines.append(f"  {source.name} * {source.strength:g}: {', '.join(facts)}")
     ranks = [layer.rank for layer in merged.modules.values()]
     rank = f", rank {_span(min(ranks), max(ranks))}" if ranks else ""

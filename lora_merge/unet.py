@@ -44,21 +44,28 @@ _RESNET_LDM = "|".join(_RESNET_BACK)
 # What follows an attention block's name is the same in both schemes.
 _ATTENTION = r"norm|proj_in|proj_out|transformer_blocks_\d+_.+"
 
-_DOWN = re.compile(rf"down_blocks_(\d+)_(?:attentions_(\d+)_({_ATTENTION})|resnets_(\d+)_(.+))")
-_UP = re.compile(rf"up_blocks_(\d+)_(?:attentions_(\d+)_({_ATTENTION})|resnets_(\d+)_(.+))")
+# Of three digits at most: nothing is counted up to a number that a file may make up.
+_N = r"(\d{1,3})"
+_DOWN = re.compile(rf"down_blocks_{_N}_(?:attentions_{_N}_({_ATTENTION})|resnets_{_N}_(.+))")
+_UP = re.compile(rf"up_blocks_{_N}_(?:attentions_{_N}_({_ATTENTION})|resnets_{_N}_(.+))")
 _MID_ATTENTION = re.compile(rf"mid_block_attentions_0_({_ATTENTION})")
 _MID_RESNET = re.compile(r"mid_block_resnets_([01])_(.+)")
-_DOWNSAMPLER = re.compile(r"down_blocks_(\d+)_downsamplers_0_conv")
-_UPSAMPLER = re.compile(r"up_blocks_(\d+)_upsamplers_0_conv")
+_DOWNSAMPLER = re.compile(rf"down_blocks_{_N}_downsamplers_0_conv")
+_UPSAMPLER = re.compile(rf"up_blocks_{_N}_upsamplers_0_conv")
 
-_INPUT_OP = re.compile(r"input_blocks_(\d+)_0_op")
-_INPUT_RESNET = re.compile(rf"input_blocks_(\d+)_0_({_RESNET_LDM})")
-_INPUT_ATTENTION = re.compile(rf"input_blocks_(\d+)_1_({_ATTENTION})")
-_OUTPUT_CONV = re.compile(r"output_blocks_(\d+)_([12])_conv")
-_OUTPUT_RESNET = re.compile(rf"output_blocks_(\d+)_0_({_RESNET_LDM})")
-_OUTPUT_ATTENTION = re.compile(rf"output_blocks_(\d+)_1_({_ATTENTION})")
+_INPUT_OP = re.compile(rf"input_blocks_{_N}_0_op")
+_INPUT_RESNET = re.compile(rf"input_blocks_{_N}_0_({_RESNET_LDM})")
+_INPUT_ATTENTION = re.compile(rf"input_blocks_{_N}_1_({_ATTENTION})")
+_OUTPUT_CONV = re.compile(rf"output_blocks_{_N}_([12])_conv")
+_OUTPUT_RESNET = re.compile(rf"output_blocks_{_N}_0_({_RESNET_LDM})")
+_OUTPUT_ATTENTION = re.compile(rf"output_blocks_{_N}_1_({_ATTENTION})")
 _MIDDLE_RESNET = re.compile(rf"middle_block_([02])_({_RESNET_LDM})")
 _MIDDLE_ATTENTION = re.compile(rf"middle_block_1_({_ATTENTION})")
+
+_WIDE = re.compile(
+    r"(?:(?:input|output)_blocks_\d+_0|middle_block_[02])_(?:in_layers_2|out_layers_3)"
+    r"|input_blocks_\d+_0_op|output_blocks_\d+_[12]_conv"
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,11 @@ def is_diffusers(name: str) -> bool:
 def is_ldm(name: str) -> bool:
     """Whether the name can only be an ldm UNet's."""
     return name in _BASIC_BACK or to_diffusers(name, Layout()) is not None
+
+
+def is_wide_convolution(name: str) -> bool:
+    """Whether the ldm name is that of a 3x3 convolution."""
+    return name in ("input_blocks_0_0", "out_2") or _WIDE.fullmatch(name) is not None
 
 
 def to_ldm(name: str, layout: Layout) -> str | None:
@@ -191,9 +203,9 @@ def infer_layout(names: Iterable[str], res_blocks: int | None = None) -> Layout:
     attention_levels: set[int] = set()
     levels = 0
     for name in names:
-        if match := re.match(r"(?:down|up)_blocks_(\d+)_", name):
+        if match := re.match(rf"(?:down|up)_blocks_{_N}_", name):
             levels = max(levels, int(match[1]) + 1)
-        elif match := re.match(r"(input|output)_blocks_(\d+)_", name):
+        elif match := re.match(rf"(input|output)_blocks_{_N}_", name):
             levels = max(levels, int(match[2]) // size + 1)
         if match := _OUTPUT_CONV.fullmatch(name):
             slots[int(match[1]) // size] = int(match[2])

@@ -8,9 +8,10 @@ import comfy.lora
 import comfy.lora_convert
 import torch
 
-from ...lora_merge.keys import parse, refused_format
+from ...lora_merge.keys import BIAS_PARTS, DIFF_PARTS, parse, refused_format
+from ...lora_merge.kinds import build
+from .cores import without_cores
 
-BIAS_PARTS = {"diff_b", "b_norm"}
 TEXT_PREFIXES = ("lora_te", "lora_prior_te", "text_encoder", "text_model.", "te1_", "te2_")
 
 
@@ -53,35 +54,38 @@ def fit(weights: Mapping[str, torch.Tensor], model, clip=None) -> Fit:
         shapes |= clip.cond_stage_model.state_dict()
         homes = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, homes)
     lora = comfy.lora_convert.convert_lora(dict(weights))
-    # The key maps also name weights that this very model lacks; add_patches drops patches for them in silence.
-    homes = {module: target for module, target in homes.items() if weight_of(target) in shapes}
+    lora = without_cores(lora, modules(lora))
+    named = modules(lora)
+    # The key maps also name weights that this very model lacks; add_patches drops patches for them in silence. And
+    # load_lora tries a dozen spellings of each name it is given, so it is given those of this file only.
+    homes = {module: homes[module] for module in named if module in homes and weight_of(homes[module]) in shapes}
     patches = comfy.lora.load_lora(lora, homes, log_missing=False)
 
     placed, homeless, clashing, twice, waiting = [], [], [], [], []
     taken: set = set()
-    for module, parts in sorted(modules(lora).items()):
-        targets = _targets(homes.get(module), parts)
+    for module, parts in sorted(named.items()):
+        targets = _targets(homes.get(module), set(parts))
         if not targets or any(target not in patches or weight_of(target) not in shapes for target in targets):
             waits = clip is None and module.startswith(TEXT_PREFIXES)
             (waiting if waits else homeless).append(module)
         elif not taken.isdisjoint(targets):
             twice.append(module)
-        elif clashes := [clash for target in targets if (clash := _clash(patches[target], target, shapes))]:
+        elif clash := _clash(targets, {part: lora[key] for part, key in parts.items()}, shapes):
             # ComfyUI would log an error for every picture and keep the weight as it is.
-            clashing.append(f"{module}: {clashes[0]}")
+            clashing.append(f"{module}: {clash}")
         else:
             placed.append(module)
             taken.update(targets)
-    patches = {target: patch for target, patch in patches.items() if target in taken}
+    patches = {target: _in_shape(patch, target, shapes) for target, patch in patches.items() if target in taken}
     return Fit(patches, *map(tuple, (placed, homeless, clashing, twice, waiting)))
 
 
-def modules(lora: Mapping[str, torch.Tensor]) -> dict[str, set[str]]:
-    """Module, as the file spells it -> parts of it that are there; a key of no known form is a module of its own."""
-    found: dict[str, set[str]] = {}
+def modules(lora: Mapping[str, torch.Tensor]) -> dict[str, dict[str, str]]:
+    """Module, as the file spells it -> part of it -> key; a key of no known form is a module of its own."""
+    found: dict[str, dict[str, str]] = {}
     for key in lora:
         module, part = parse(key) or (refused_format(key)[1], "other")
-        found.setdefault(module, set()).add(part)
+        found.setdefault(module, {})[part] = key
     return found
 
 
@@ -94,33 +98,51 @@ def _targets(home, parts: set[str]) -> list:
     """What a module's keys patch: its weight, and the bias beside it, as comfy.lora.load_lora names them."""
     if home is None or not isinstance(home, str):
         return [] if home is None else [home]
-    weight = [home] if parts - BIAS_PARTS else []
-    return weight + ([f"{home.removesuffix('.weight')}.bias"] if parts & BIAS_PARTS else [])
+    weight = [home] if parts - {*BIAS_PARTS, "alpha"} else []
+    return weight + ([f"{home.removesuffix('.weight')}.bias"] if parts & {*BIAS_PARTS} else [])
 
 
-def _clash(patch, target, shapes) -> str | None:
-    """What is wrong with the shape of a patch, None if nothing is or if its kind has no shape of its own."""
-    offset = None if isinstance(target, str) else target[1]
+def _clash(targets: list, parts: dict[str, torch.Tensor], shapes) -> str | None:
+    """What is wrong with the shape of a module's updates, None if nothing is or if nothing is known about it."""
+    for target in targets:
+        shape = _shape_of(target, shapes)
+        is_bias = weight_of(target).endswith(".bias")
+        try:
+            delta = _delta_shape({part: tensor for part, tensor in parts.items() if (part in BIAS_PARTS) == is_bias})
+        except ValueError as error:
+            return f"{error} on a weight of {shape}"
+        # Some kinds tell only how many rows the weight has.
+        rows_only = delta is not None and len(delta) == 1 and "oft_blocks" in parts
+        if shape and delta and (delta[0] != shape[0] or not (rows_only or prod(delta) == prod(shape))):
+            return f"{delta} on a weight of {shape}"
+    return None
+
+
+def _shape_of(target, shapes) -> tuple[int, ...] | None:
+    """Shape of a weight, or of the part of it that a target names; None where the shape says nothing."""
     weight = shapes.get(weight_of(target))
     # A packed weight (nf4 and the like) is stored in another shape than it acts in.
     if weight is None or not weight.is_floating_point():
         return None
     shape = list(weight.shape)
-    if offset is not None:
-        shape[offset[0]] = offset[2]
-    delta = _delta_shape(patch)
-    if delta is None or (delta[0] == shape[0] and prod(delta) == prod(shape)):
-        return None
-    return f"{delta} on a weight of {tuple(shape)}"
+    if not isinstance(target, str):
+        dim, _, length = target[1]
+        shape[dim] = length
+    return tuple(shape)
 
 
-def _delta_shape(patch) -> tuple[int, ...] | None:
-    if isinstance(patch, tuple):  # ("diff", (tensor,)) or ("set", (tensor,))
-        return tuple(patch[1][0].shape)
-    if getattr(patch, "name", None) != "lora":
-        return None
-    up, down, _, mid, _, reshape = patch.weights
-    if reshape is not None:  # the weight is enlarged to fit
-        return None
-    kernel = down.shape[2:] if mid is None else mid.shape[2:]
-    return (up.shape[0], down.shape[1], *kernel)
+def _delta_shape(parts: dict[str, torch.Tensor]) -> tuple[int, ...] | None:
+    """Shape of the weight that parts of one module change. Raises ValueError if they contradict one another."""
+    for part in (*DIFF_PARTS, "set_weight"):
+        if part in parts:
+            return tuple(parts[part].shape)
+    update = build(parts, None) if parts else None
+    return None if update is None else update.shape
+
+
+def _in_shape(patch, target, shapes):
+    """ComfyUI adds a difference only if it has the very shape of the weight: (out, in, 1, 1) is not (out, in)."""
+    shape = _shape_of(target, shapes)
+    if isinstance(patch, tuple) and patch[0] == "diff" and shape is not None:
+        return ("diff", (patch[1][0].reshape(shape), *patch[1][1:]))
+    return patch

@@ -25,12 +25,14 @@ def named(weights: Mapping[str, torch.Tensor], fallback: str = "The LoRA") -> Lo
 
 
 def from_lora(lora: Lora) -> LoraWeights:
-    """As ComfyUI reads it: kohya's keys, each module with its alpha, also where the file had it in metadata only."""
-    return LoraWeights(lora.to_state_dict(), name=lora.source, metadata=lora.metadata)
+    """As ComfyUI reads it: the keys of kohya and LyCORIS, every kind in its own parts, LoRA with its alpha, also where
+    the file had it in metadata only. Tensors are shared with the Lora, as ComfyUI shares those of a file.
+    """
+    return LoraWeights(lora.to_state_dict(copy=False), name=lora.source, metadata=lora.metadata)
 
 
 def to_lora(weights: Mapping[str, torch.Tensor], fallback: str = "The LoRA") -> Lora:
-    """Raises ValueError, naming the keys, for anything but a plain LoRA."""
+    """Raises ValueError, naming the keys, for what no LoRA loader of ComfyUI reads."""
     weights = named(weights, fallback)
     return Lora.from_state_dict(weights, metadata=weights.metadata, source=weights.name)
 

@@ -29,6 +29,22 @@ def test_merge_adds_with_the_strengths_given(files, capsys):
     assert "style.safetensors * -0.8: 1 modules, 1 shared" in capsys.readouterr().out
 
 
+def test_what_does_not_add_up_stops_a_merge_or_is_left_out(files, capsys):
+    dora = kohya(MODULE, *factors(6, 2, 5), alpha=1) | {f"{MODULE}.dora_scale": torch.ones(6, 1)}
+    save_file(dora, files / "dora.safetensors")
+    command = [
+        "merge",
+        f"{files / 'dora.safetensors'}:0.5",
+        str(files / "lcm.safetensors"),
+        "-o",
+        str(files / "out.safetensors"),
+    ]
+    assert main(command) == 2
+    assert "dora.safetensors has DoRA (1 modules: lora_unet_conv_in)" in capsys.readouterr().err
+    assert main([*command, "--leave-out"]) == 0
+    assert "1 refused and left out" in capsys.readouterr().out
+
+
 def test_info_describes(files, capsys):
     assert main(["info", str(files / "lcm.safetensors")]) == 0
     assert "rank: 2, scale (alpha / rank): 0.5" in capsys.readouterr().out

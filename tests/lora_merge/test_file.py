@@ -196,9 +196,9 @@ def test_other_things_under_a_loras_name(tmp_path, content, message):
 
 
 def test_errors_name_the_file(tmp_path):
-    save_file({"lora_unet_x.hada_w1_a": torch.ones(2)}, tmp_path / "loha.safetensors")
-    with pytest.raises(ValueError, match=r"loha\.safetensors: cannot be merged.*LoHa"):
-        load(tmp_path / "loha.safetensors")
+    save_file({"lora_unet_x.on_input": torch.ones(2)}, tmp_path / "ia3.safetensors")
+    with pytest.raises(ValueError, match=r"ia3\.safetensors: cannot be used.*IA3"):
+        load(tmp_path / "ia3.safetensors")
 
 
 def test_peft_folders_keep_their_scale_beside_the_weights(tmp_path):

@@ -190,15 +190,16 @@ def test_differences_add_up_like_everything_else():
     assert torch.equal(state["lora_unet_conv_out.diff"], torch.full((2, 2), 2.0))
 
 
-def test_a_dense_and_a_low_rank_update_of_one_weight_are_refused():
+def test_a_dense_and_a_low_rank_update_of_one_weight_are_one_dense_update():
     dense_one = Lora.from_state_dict({"lora_unet_conv_in.diff": torch.ones(8, 6)}, source="full")
     factored = one_module("lora_unet_conv_in", source="lora")
-    for order in ([(dense_one, 1.0), (factored, 1.0)], [(factored, 1.0), (dense_one, 1.0)]):
-        with pytest.raises(ValueError, match=r"full changes the whole weight \(diff\), lora has another kind"):
-            merge(order)
-    other = Lora.from_state_dict({"lora_unet_conv_in.diff": torch.ones(8, 5)}, source="b")
-    with pytest.raises(ValueError, match="different base models"):
-        merge([(dense_one, 1.0), (other, 1.0)])
+    for order in ([(dense_one, 2.0), (factored, -1.0)], [(factored, -1.0), (dense_one, 2.0)]):
+        state = merge(order).to_state_dict()
+        assert set(state) == {"lora_unet_conv_in.diff"}
+        torch.testing.assert_close(state["lora_unet_conv_in.diff"], 2 - factored.delta("lora_unet_conv_in"))
+    for other in ({"lora_unet_conv_in.diff": torch.ones(8, 5)}, kohya("lora_unet_conv_in", *factors(8, 2, 5))):
+        with pytest.raises(ValueError, match="different base models"):
+            merge([(dense_one, 1.0), (Lora.from_state_dict(other, source="b"), 1.0)])
 
 
 def test_a_smaller_rank_keeps_what_fits_exact_and_tells_the_error():

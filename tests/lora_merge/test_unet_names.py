@@ -1,7 +1,9 @@
 """The pairs below are the published block tables of SD1.5 and SDXL, written down by hand."""
 
 import pytest
+import torch
 
+from lcm_kit.lora_merge import Lora
 from lcm_kit.lora_merge.unet import (
     Layout,
     infer_layout,
@@ -11,6 +13,7 @@ from lcm_kit.lora_merge.unet import (
     to_diffusers,
     to_ldm,
 )
+from lcm_kit.tests.lora_merge.make import kohya
 
 SD15 = Layout(res_blocks=2, levels=4)
 SDXL = Layout(res_blocks=2, levels=3)
@@ -113,3 +116,33 @@ def test_the_upsampler_follows_the_attention_if_there_is_one():
     layout = infer_layout(["up_blocks_1_attentions_0_proj_in", "down_blocks_2_resnets_0_conv1"])
     assert to_ldm("up_blocks_0_upsamplers_0_conv", layout) == "output_blocks_2_1_conv"
     assert to_ldm("up_blocks_1_upsamplers_0_conv", layout) == "output_blocks_5_2_conv"
+
+
+@pytest.mark.parametrize("base", ["SD1.5", "SDXL", "SSD-1B"])
+def test_names_of_all_modules_go_to_every_spelling_and_back(base):
+    """kohya on diffusers names, kohya on ldm names and diffusers' own, for every weight of the real UNets."""
+    pytest.importorskip("diffusers")
+    from lcm_kit.tests.lora_merge.full_size import unet_weights
+
+    factor = torch.ones(1, 1)
+    dotted = [f"unet.{name}" for name in unet_weights(base)]
+    assert len(dotted) > 280
+
+    def written(lora, format):
+        ends = {"kohya": "lora_up", "diffusers": "lora_B"}
+        state = lora.to_state_dict(format=format)
+        return [key.removesuffix(f".{ends[format]}.weight") for key in state if f".{ends[format]}." in key]
+
+    def read(modules):
+        return Lora.from_state_dict({k: v for module in modules for k, v in kohya(module, factor, factor).items()})
+
+    on_diffusers = ["lora_unet_" + name.removeprefix("unet.").replace(".", "_") for name in dotted]
+    lora = read(dotted)
+    on_ldm = list(lora.modules)
+    assert len(set(on_ldm)) == len(dotted)
+    assert not any("resnets" in name or "attentions" in name for name in on_ldm)
+    for spelled in (dotted, on_diffusers, on_ldm):
+        one = read(spelled)
+        assert list(one.modules) == on_ldm
+        assert written(one, "diffusers") == dotted
+        assert written(one, "kohya") == (on_diffusers if spelled is not on_ldm else on_ldm)
