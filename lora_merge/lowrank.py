@@ -1,4 +1,4 @@
-"""A smaller rank for a sum of updates, the best there is, without ever forming the update itself."""
+"""A smaller rank for a sum of updates, without ever forming the update itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .arithmetic import Term, common_shape, shaped, stacked, weighted_sum
 from .layer import LoraLayer
@@ -32,11 +33,104 @@ class Truncated:
         return math.sqrt(self.lost_energy / self.energy) if self.energy > 0 else 0.0
 
 
-def truncated_sum(terms: Sequence[Term], rank: int) -> Truncated:
-    """The layer of at most the given rank nearest to the weighted sum (Frobenius norm; Eckart & Young 1936).
+@dataclass(frozen=True, eq=False)
+class Prospect:
+    """What each rank of a sum would keep, before any is chosen.
+
+    kept: (1 + terms, ranks + 1) float64, kept[0, r] the energy of the sum inside the first r directions, kept[1 + i, r]
+    that of term i; the last column is the whole energy.
+    priority: (ranks,) float64, what each further direction is worth, never rising.
+    cost: numbers that one rank takes in a file, out + in * kernel.
+    """
+
+    kept: Tensor
+    priority: Tensor
+    cost: int
+
+    @property
+    def ranks(self) -> int:
+        return len(self.priority)
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """The sum's core and terms' cores in an order of directions in which they can be cut anywhere.
+
+    q_up @ u and vh @ q_down^T are orthonormal directions, most important first; `worth` says how important.
+    singular: they are the singular vectors of the sum, worth its squared singular values.
+    """
+
+    q_up: Tensor
+    q_down: Tensor
+    u: Tensor
+    vh: Tensor
+    total: Tensor
+    cores: tuple[Tensor, ...]
+    worth: Tensor
+    singular: bool
+    shape: tuple[int, ...]
+
+    def prospect(self) -> Prospect:
+        blocks = torch.stack([(self.u.T @ core @ self.vh.T).double().square() for core in (self.total, *self.cores)])
+        corners = torch.diagonal(blocks.cumsum(1).cumsum(2), dim1=1, dim2=2)
+        kept = torch.cat([corners.new_zeros(len(blocks), 1), corners], dim=1)
+        cost = self.q_up.shape[0] + self.q_down.shape[0]
+        return Prospect(kept, self.worth, cost)
+
+    def cut(self, rank: int) -> Truncated:
+        u, vh = self.u[:, :rank], self.vh[:rank]
+        left, s, right = u, self.worth[:rank].float().sqrt(), vh
+        lost = float(self.worth[rank:].sum())
+        if not self.singular:
+            # The projected sum has singular vectors of its own; they share its size evenly between the factors.
+            core = u.T @ self.total @ vh.T
+            lost = _energy(self.total - u @ core @ vh)
+            inner, s, outer = torch.linalg.svd(core, full_matrices=False)
+            left, right = u @ inner, outer @ vh
+        root = s.sqrt()
+        layer = shaped(self.q_up @ (left * root), (root[:, None] * right) @ self.q_down.T, self.shape)
+        return Truncated(
+            layer,
+            energy=_energy(self.total),
+            lost_energy=lost,
+            source_energy=tuple(map(_energy, self.cores)),
+            kept_energy=tuple(_energy(u.T @ core @ vh.T) for core in self.cores),
+        )
+
+
+def directions(terms: Sequence[Term], *, balanced: bool = False) -> Directions:
+    """Orthonormal directions of the weighted sum of (layer, strength) terms of one weight, by importance.
 
     up and down are the terms' factors side by side; with up = Q_u R_u and down^T = Q_d R_d the sum is
-    Q_u (R_u R_d^T) Q_d^T, and the SVD of the small core in the middle is the SVD of the sum. Float32, no clamping.
+    Q_u (R_u R_d^T) Q_d^T, and all that follows happens in the small core in the middle. Float32, no clamping.
+    balanced False: the singular vectors of the sum; the first r of them give the nearest update of rank r (Frobenius
+        norm; Eckart & Young 1936). They follow the strong terms: a weak one may be lost whole at a small error.
+    balanced True: the singular vectors of all terms side by side, each scaled to norm 1, so that a weak term has as
+        much say as a strong one. The error of the sum is larger, what each term keeps is more even.
+    """
+    shape = common_shape([layer for layer, _ in terms])
+    ups, downs = stacked(terms)
+    ranks = [up.shape[1] for up in ups]
+    q_up, r_up = torch.linalg.qr(torch.cat(ups, dim=1))
+    q_down, r_down = torch.linalg.qr(torch.cat(downs, dim=0).T)
+    cores = [a @ b.T for a, b in zip(r_up.split(ranks, dim=1), r_down.split(ranks, dim=1), strict=True)]
+    total = r_up @ r_down.T
+    if balanced:
+        even = [core / norm for core in cores if (norm := core.norm()) > 0]
+        side_by_side = even or [total]
+        u, left, _ = torch.linalg.svd(torch.cat(side_by_side, dim=1), full_matrices=False)
+        v, right, _ = torch.linalg.svd(torch.cat([core.T for core in side_by_side], dim=1), full_matrices=False)
+        count = min(len(left), len(right))
+        u, vh, worth = u[:, :count], v[:, :count].T, left[:count] * right[:count]
+    else:
+        u, s, vh = torch.linalg.svd(total, full_matrices=False)
+        worth = s.square()
+    return Directions(q_up, q_down, u, vh, total, tuple(cores), worth.double(), not balanced, shape)
+
+
+def truncated_sum(terms: Sequence[Term], rank: int, *, balanced: bool = False) -> Truncated:
+    """The weighted sum of (layer, strength) terms in at most the given rank, see `directions`.
+
     A sum whose ranks add up to no more than `rank` stays exact.
     Since the kept part is U U^T (sum) V V^T it is the sum of each term projected so, which is what `kept_energy`
     measures: plain truncation keeps the strong terms and may drop most of a weak one.
@@ -44,34 +138,19 @@ def truncated_sum(terms: Sequence[Term], rank: int) -> Truncated:
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}, but the smallest rank is 1")
-    shape = common_shape([layer for layer, _ in terms])
     ups, downs = stacked(terms)
-    ranks = [up.shape[1] for up in ups]
-    if sum(ranks) <= rank:
+    if sum(up.shape[1] for up in ups) <= rank:
         energies = tuple(map(_product_energy, ups, downs))
         energy = _product_energy(torch.cat(ups, dim=1), torch.cat(downs, dim=0))
         return Truncated(weighted_sum(terms), energy, 0.0, energies, energies)
-    q_up, r_up = torch.linalg.qr(torch.cat(ups, dim=1))
-    q_down, r_down = torch.linalg.qr(torch.cat(downs, dim=0).T)
-    cores = [a @ b.T for a, b in zip(r_up.split(ranks, dim=1), r_down.split(ranks, dim=1), strict=True)]
-    u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
-    kept = min(rank, s.shape[0])
-    u, vh, root = u[:, :kept], vh[:kept], s[:kept].sqrt()
-    layer = shaped(q_up @ (u * root), (root[:, None] * vh) @ q_down.T, shape)
-    return Truncated(
-        layer,
-        energy=_energy(s),
-        lost_energy=_energy(s[kept:]),
-        source_energy=tuple(_energy(core) for core in cores),
-        kept_energy=tuple(_energy(u.T @ core @ vh.T) for core in cores),
-    )
+    return directions(terms, balanced=balanced).cut(rank)
 
 
-def _product_energy(up: torch.Tensor, down: torch.Tensor) -> float:
+def _product_energy(up: Tensor, down: Tensor) -> float:
     """Energy of up @ down from the two (rank, rank) Gram matrices."""
     return max(0.0, float(((up.T @ up).double() * (down @ down.T).double()).sum()))
 
 
-def _energy(matrix: torch.Tensor) -> float:
+def _energy(matrix: Tensor) -> float:
     # float64: thousands of squares are added.
     return float(matrix.double().square().sum())

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcm_kit.lora_merge import LoraLayer
-from lcm_kit.lora_merge.lowrank import truncated_sum
+from lcm_kit.lora_merge.lowrank import directions, truncated_sum
 from lcm_kit.tests.lora_merge.make import dense, factors, relative
 
 
@@ -88,3 +88,56 @@ def test_zero_is_truncated_to_zero():
 def test_rank_below_one_is_refused():
     with pytest.raises(ValueError, match="rank is 0, but the smallest rank is 1"):
         truncated_sum([(layer(6, 4, 5), 1.0)], 0)
+
+
+# ---- balanced directions
+
+
+def weak_and_strong():
+    """A strong and a weak update of independent directions: the plain cut keeps the strong one only."""
+    return [(layer(40, 8, 30, seed=1), 1.0), (layer(40, 8, 30, seed=2), 0.1)]
+
+
+def test_the_plain_cut_loses_the_weak_term_and_the_balanced_one_shares_the_loss():
+    plain, balanced = (truncated_sum(weak_and_strong(), 8, balanced=choice) for choice in (False, True))
+    kept = [[k / e for k, e in zip(r.kept_energy, r.source_energy, strict=True)] for r in (plain, balanced)]
+    assert kept[0][0] > 0.95 > 0.2 > kept[0][1]
+    assert min(kept[1]) > 0.3
+    assert balanced.error > plain.error
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_figures_are_those_of_the_dense_matrices(balanced, kernel):
+    """Error and retention from the finished layer and full-size float64 projections."""
+    terms = [(layer(14, 5, 6, kernel, seed=1), 1.0), (layer(14, 4, 6, kernel, alpha=3.0, seed=2), -0.4)]
+    result = truncated_sum(terms, 6, balanced=balanced)
+    wanted = exact(terms).flatten(1)
+    got = result.layer.delta().double().flatten(1)
+    assert result.error == pytest.approx(float((got - wanted).norm() / wanted.norm()), abs=1e-5)
+    u, _, vh = torch.linalg.svd(got)
+    u, vh = u[:, :6], vh[:6]
+    for (one, strength), whole, kept in zip(terms, result.source_energy, result.kept_energy, strict=True):
+        delta = (strength * dense(one.up, one.down, one.scale)).flatten(1)
+        assert whole == pytest.approx(float(delta.square().sum()), rel=1e-5)
+        assert kept == pytest.approx(float((u.T @ delta @ vh.T).square().sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_prospect_tells_what_each_cut_will_keep(balanced):
+    found = directions(weak_and_strong(), balanced=balanced)
+    prospect = found.prospect()
+    assert prospect.cost == 70
+    assert (prospect.priority.diff() <= 1e-9).all()
+    for rank in (1, 5, 16):
+        result = found.cut(rank)
+        kept = prospect.kept[:, rank].tolist()
+        assert kept[0] == pytest.approx(result.energy - result.lost_energy, rel=1e-4)
+        assert kept[1:] == pytest.approx(list(result.kept_energy), rel=1e-4)
+    assert prospect.kept[0, -1].item() == pytest.approx(found.cut(16).energy, rel=1e-5)
+
+
+def test_terms_that_cancel_have_balanced_directions_too():
+    one = layer(10, 3, 8)
+    result = truncated_sum([(one, 1.0), (one, -1.0)], 2, balanced=True)
+    assert result.layer.delta().abs().max() < 1e-6

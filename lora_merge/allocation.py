@@ -1,0 +1,114 @@
+"""Which rank each module gets when a whole LoRA has to become smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from .lowrank import Prospect
+
+
+def allocate(
+    prospects: Mapping[str, Prospect],
+    *,
+    keep: float | None = None,
+    retain: float | None = None,
+    parameters: int | None = None,
+) -> dict[str, int]:
+    """Rank of each module, at least 1: the smallest LoRA that reaches the aim, or the best within a size.
+
+    Ranks are handed out one by one, each to the module where it is worth most per number stored. For the sum's own
+    directions that is the best choice for any size (up to the last rank handed out), since what a further rank of a
+    module is worth never rises. At the size of one common rank the error is therefore never larger.
+    Exactly one of
+    keep: (0, 1], share of the sum's energy (squared Frobenius norm over all modules) to keep.
+    retain: (0, 1], share of its own energy that every input has to keep.
+    parameters: numbers that the result may hold, 2 bytes each in float16.
+    Raises ValueError for another count or range of aims, and if one rank in each module is too large already.
+    """
+    aims = {"keep": keep, "retain": retain, "parameters": parameters}
+    given = [name for name, value in aims.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of keep, retain and parameters; there are {len(given)}")
+    for name in ("keep", "retain"):
+        share = aims[name]
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(
+                f"{name} is {share}; it is a share of the energy, above 0 and at most 1 (1 loses nothing)."
+            )
+    if not prospects:
+        return {}
+    order = _order(prospects)
+    if parameters is not None:
+        least = sum(prospect.cost for prospect in prospects.values())
+        if least > parameters:
+            raise ValueError(
+                f"the size allows {parameters} numbers, but one rank in each of the {len(prospects)} modules takes "
+                f"{least} ({2 * least / 1e6:.1f} MB in float16). Allow at least that."
+            )
+        return _within(prospects, order, parameters)
+    reached = _keeps(prospects, keep) if keep is not None else _retains(prospects, retain or 1.0)
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reached(_ranks(prospects, order[:middle])) else (middle + 1, high)
+    return _ranks(prospects, order[:low])
+
+
+def _order(prospects: Mapping[str, Prospect]) -> list[str]:
+    """Modules in the order in which they get their second and further ranks."""
+    names = list(prospects)
+    worth, owner = [], []
+    for index, prospect in enumerate(prospects.values()):
+        # Rounding must not hand out a later rank of a module before an earlier one.
+        worth.append(prospect.priority[1:].cummin(0).values / prospect.cost)
+        owner.append(torch.full((max(prospect.ranks - 1, 0),), index))
+    by_worth = torch.cat(worth).argsort(descending=True, stable=True)
+    return [names[index] for index in torch.cat(owner)[by_worth].tolist()]
+
+
+def _ranks(prospects: Mapping[str, Prospect], handed_out: list[str]) -> dict[str, int]:
+    ranks = dict.fromkeys(prospects, 1)
+    for name in handed_out:
+        ranks[name] += 1
+    return ranks
+
+
+def _within(prospects: Mapping[str, Prospect], order: list[str], parameters: int) -> dict[str, int]:
+    ranks = dict.fromkeys(prospects, 1)
+    left = parameters - sum(prospect.cost for prospect in prospects.values())
+    full = set()
+    for name in order:
+        cost = prospects[name].cost
+        # A module that no longer fits gets no later rank either: ranks are taken in order.
+        if name not in full and cost <= left:
+            ranks[name] += 1
+            left -= cost
+        else:
+            full.add(name)
+    return ranks
+
+
+def _kept(prospects: Mapping[str, Prospect], ranks: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+    """Energies of the sum and of each source: kept and whole."""
+    kept = torch.stack([prospect.kept[:, ranks[name]] for name, prospect in prospects.items()]).sum(0)
+    whole = torch.stack([prospect.kept[:, -1] for prospect in prospects.values()]).sum(0)
+    return kept, whole
+
+
+def _keeps(prospects: Mapping[str, Prospect], share: float) -> Callable[[Mapping[str, int]], bool]:
+    def reached(ranks: Mapping[str, int]) -> bool:
+        kept, whole = _kept(prospects, ranks)
+        return bool(kept[0] >= share * (1 - 1e-9) * whole[0])
+
+    return reached
+
+
+def _retains(prospects: Mapping[str, Prospect], share: float) -> Callable[[Mapping[str, int]], bool]:
+    def reached(ranks: Mapping[str, int]) -> bool:
+        kept, whole = _kept(prospects, ranks)
+        return bool((kept[1:] >= share * (1 - 1e-9) * whole[1:]).all())
+
+    return reached

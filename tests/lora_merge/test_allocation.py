@@ -1,0 +1,100 @@
+"""Ranks over modules: the best error for a size, and the smallest size for an aim."""
+
+import itertools
+
+import pytest
+import torch
+
+from lcm_kit.lora_merge import LoraLayer
+from lcm_kit.lora_merge.allocation import allocate
+from lcm_kit.lora_merge.lowrank import directions
+from lcm_kit.tests.lora_merge.make import factors
+
+
+def found(seed, out, inside, ranks=(4, 3), strengths=(1.0, 0.5)):
+    layers = [LoraLayer(*factors(out, rank, inside, seed=seed + i)) for i, rank in enumerate(ranks)]
+    return directions(list(zip(layers, strengths, strict=True)))
+
+
+MODULES = {"small": found(1, 10, 8), "wide": found(5, 10, 60), "strong": found(9, 12, 12, strengths=(4.0, 1.0))}
+PROSPECTS = {name: module.prospect() for name, module in MODULES.items()}
+FULL = dict.fromkeys(PROSPECTS, 7)
+
+
+def energy_kept(ranks):
+    return sum(float(PROSPECTS[name].kept[0, rank]) for name, rank in ranks.items())
+
+
+def size(ranks):
+    return sum(PROSPECTS[name].cost * rank for name, rank in ranks.items())
+
+
+@pytest.mark.parametrize("budget", [130, 200, 300, 500, 700])
+def test_no_other_ranks_of_that_size_or_less_keep_more(budget):
+    """Against every choice there is. The greedy order may leave one rank's room unused, hence the allowance."""
+    ranks = allocate(PROSPECTS, parameters=budget)
+    assert size(ranks) <= budget
+    choices = (dict(zip(PROSPECTS, choice, strict=True)) for choice in itertools.product(range(1, 8), repeat=3))
+    reached = [energy_kept(choice) for choice in choices if size(choice) <= size(ranks)]
+    largest_gain = max(float(p.kept[0].diff().max()) for p in PROSPECTS.values())
+    assert energy_kept(ranks) >= max(reached) - 0.05 * largest_gain
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 6, 7])
+def test_at_the_size_of_a_common_rank_the_error_is_not_larger(rank):
+    uniform = dict.fromkeys(PROSPECTS, rank)
+    assert energy_kept(allocate(PROSPECTS, parameters=size(uniform))) >= energy_kept(uniform) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9, 0.99])
+def test_the_energy_aim_is_reached_and_one_rank_less_misses_it(keep):
+    ranks = allocate(PROSPECTS, keep=keep)
+    whole = energy_kept(FULL)
+    assert energy_kept(ranks) >= keep * whole * (1 - 1e-6)
+    smaller = [ranks | {name: rank - 1} for name, rank in ranks.items() if rank > 1]
+    assert not smaller or min(energy_kept(choice) for choice in smaller) < keep * whole
+
+
+@pytest.mark.parametrize("retain", [0.3, 0.7, 0.95])
+def test_every_source_retains_its_share(retain):
+    ranks = allocate(PROSPECTS, retain=retain)
+    for source in (1, 2):
+        kept = sum(float(PROSPECTS[name].kept[source, rank]) for name, rank in ranks.items())
+        assert kept >= retain * sum(float(p.kept[source, -1]) for p in PROSPECTS.values()) * (1 - 1e-6)
+    assert size(ranks) < size(FULL)
+
+
+@pytest.mark.parametrize("aim", ["keep", "retain"])
+def test_everything_is_kept_at_one(aim):
+    assert energy_kept(allocate(PROSPECTS, **{aim: 1.0})) == pytest.approx(energy_kept(FULL), rel=1e-6)
+
+
+def test_no_modules_need_no_ranks():
+    assert allocate({}, keep=0.5) == {}
+
+
+@pytest.mark.parametrize(
+    ("aims", "message"),
+    [
+        ({}, "exactly one of keep, retain and parameters; there are 0"),
+        ({"keep": 0.5, "parameters": 9}, "there are 2"),
+        ({"keep": 0.0}, "keep is 0.0; it is a share"),
+        ({"retain": 1.5}, "retain is 1.5; it is a share"),
+        ({"parameters": 111}, r"allows 111 numbers, but one rank in each of the 3 modules takes 112 \(0.0 MB"),
+    ],
+)
+def test_aims_that_cannot_be_met_are_refused(aims, message):
+    with pytest.raises(ValueError, match=message):
+        allocate(PROSPECTS, **aims)
+
+
+def test_ranks_do_not_depend_on_threads():
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(allocate({name: module.prospect() for name, module in MODULES.items()}, keep=0.8))
+    finally:
+        torch.set_num_threads(before)
+    assert results[0] == results[1]

@@ -1,0 +1,66 @@
+"""Election of signs, disjoint merging, SLERP and TSV-Merge against values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from lcm_kit.lora_merge.consensus import disjoint, elected_sign, orthogonalised, slerp
+
+A = torch.tensor([3.0, -1.0, 2.0, 0.0, 1.0])
+B = torch.tensor([-1.0, -2.0, 4.0, 5.0, -1.0])
+
+
+def test_the_larger_total_wins_the_sign():
+    assert elected_sign([A, B]).tolist() == [1.0, -1.0, 1.0, 1.0, 0.0]
+
+
+def test_the_disjoint_mean_counts_the_winners_only():
+    assert disjoint([A, B], mean=True).tolist() == [3.0, -1.5, 3.0, 5.0, 0.0]
+
+
+def test_the_disjoint_sum():
+    assert disjoint([A, B], mean=False).tolist() == [3.0, -3.0, 6.0, 5.0, 0.0]
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_one_update_comes_back(mean):
+    assert torch.equal(disjoint([A], mean=mean), A)
+
+
+def test_flipping_all_signs_flips_the_result():
+    assert torch.equal(disjoint([-A, -B], mean=True), -disjoint([A, B], mean=True))
+
+
+def test_slerp_of_orthogonal_unit_vectors_runs_on_the_circle():
+    x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    for t in (0.0, 0.25, 0.5, 1.0):
+        expected = torch.tensor([math.cos(t * math.pi / 2), math.sin(t * math.pi / 2)])
+        torch.testing.assert_close(slerp(x, y, t), expected, rtol=0, atol=1e-7)
+
+
+def test_slerp_ends_and_degenerate_arcs():
+    torch.testing.assert_close(slerp(A, B, 0.0), A)
+    torch.testing.assert_close(slerp(A, B, 1.0), B)
+    torch.testing.assert_close(slerp(A, 2 * A, 0.5), 1.5 * A)
+    torch.testing.assert_close(slerp(A, -A, 0.5), torch.zeros_like(A))
+    torch.testing.assert_close(slerp(A, torch.zeros_like(A), 0.5), 0.5 * A)
+
+
+def test_tsv_merge_of_orthogonal_updates_is_their_sum():
+    first, second = torch.zeros(8, 8), torch.zeros(8, 8)
+    first[0, 0], first[1, 1], second[4, 4], second[5, 6] = 3.0, 1.0, 2.0, 0.5
+    torch.testing.assert_close(orthogonalised([first, second]), first + second, rtol=0, atol=1e-6)
+
+
+def test_tsv_merge_makes_singular_vectors_orthogonal():
+    """Two copies of one update interfere fully; orthogonalised, the merge has both sets of singular values."""
+    update = torch.diag(torch.tensor([4.0, 2.0, 0.0, 0.0]))
+    other = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0] @ update
+    values = torch.linalg.svdvals(orthogonalised([update, other]))
+    torch.testing.assert_close(values, torch.tensor([4.0, 4.0, 2.0, 2.0]), rtol=1e-5, atol=1e-5)
+
+
+def test_tsv_merge_of_one_update_is_that_update():
+    update = torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(orthogonalised([update]), update, rtol=0, atol=1e-5)

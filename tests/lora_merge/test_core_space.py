@@ -1,0 +1,121 @@
+"""The core space loses nothing, and does not depend on order or on how an update is split into factors."""
+
+import pytest
+import torch
+
+from lcm_kit.lora_merge.consensus import disjoint, orthogonalised, slerp
+from lcm_kit.lora_merge.core_space import core_space
+from lcm_kit.lora_merge.layer import LoraLayer
+from lcm_kit.lora_merge.protect import leading_inputs, stepping_aside
+
+
+def layer(out=24, inside=20, rank=4, seed=0, alpha=2.0, kernel=()):
+    generator = torch.Generator().manual_seed(seed)
+    up = torch.randn(out, rank, *(1 for _ in kernel), generator=generator)
+    return LoraLayer(up, torch.randn(rank, inside, *kernel, generator=generator), alpha=alpha)
+
+
+TERMS = [(layer(seed=1), 0.8), (layer(rank=6, seed=2, alpha=None), -1.0), (layer(rank=3, seed=3), 0.5)]
+
+
+def full(space, core):
+    return (space.left @ core @ space.right).reshape(space.shape)
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_coordinates_lose_nothing(kernel):
+    terms = [(layer(seed=1, kernel=kernel), 0.8), (layer(rank=6, seed=2, kernel=kernel), -1.0)]
+    space = core_space(terms)
+    for (update, strength), core in zip(terms, space.cores, strict=True):
+        delta = strength * update.delta()
+        torch.testing.assert_close(full(space, core), delta, rtol=0, atol=1e-5 * float(delta.abs().max()))
+        assert core.norm().item() == pytest.approx(delta.norm().item(), rel=1e-5)
+
+
+def test_the_layer_of_a_core_is_that_core_and_its_rank_is_the_cores_own():
+    space = core_space(TERMS)
+    total = sum(space.cores)
+    built = space.layer(total)
+    assert built.rank == 13
+    torch.testing.assert_close(built.delta(), full(space, total), rtol=0, atol=1e-4)
+    assert space.layer(space.cores[0]).rank == 4
+    assert space.layer(torch.zeros_like(total)).rank == 1
+    best = torch.linalg.svdvals(total)[5:].norm()
+    assert (space.layer(total, rank=5).delta() - full(space, total)).norm().item() == pytest.approx(
+        best.item(), rel=1e-4
+    )
+
+
+def test_a_method_on_entries_does_not_depend_on_order_or_factors():
+    """TIES in the core space: reordered inputs, and factors rescaled against each other, give the same update."""
+
+    def merged(terms):
+        space = core_space(terms)
+        return full(space, disjoint(space.cores, mean=True))
+
+    first, second, third = TERMS
+    rescaled = LoraLayer(first[0].up * 10, first[0].down / 10, alpha=first[0].alpha)
+    torch.testing.assert_close(merged([third, second, first]), merged(TERMS), rtol=0, atol=1e-3)
+    torch.testing.assert_close(merged([(rescaled, 0.8), second, third]), merged(TERMS), rtol=0, atol=1e-3)
+
+
+def test_methods_of_norms_and_angles_are_those_of_the_full_matrices():
+    space = core_space(TERMS[:2])
+    deltas = [strength * update.delta() for update, strength in TERMS[:2]]
+    torch.testing.assert_close(full(space, slerp(*space.cores, 0.3)), slerp(*deltas, 0.3), rtol=0, atol=1e-4)
+
+
+def test_tsv_merge_in_the_core_is_that_of_the_full_matrices():
+    space = core_space(TERMS)
+    theirs = orthogonalised([strength * update.delta() for update, strength in TERMS])
+    torch.testing.assert_close(full(space, orthogonalised(space.cores)), theirs, rtol=0, atol=1e-3)
+
+
+# ---- protection
+
+
+def test_mu_zero_leaves_every_term_as_it_is():
+    assert stepping_aside(TERMS, 1, 0.0) == TERMS
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_the_others_lose_half_along_the_protected_directions_at_mu_one(kernel):
+    terms = [(layer(seed=1, kernel=kernel), 0.8), (layer(rank=6, seed=2, kernel=kernel), 1.0)]
+    aside = stepping_aside(terms, 1, 1.0, energy=1.0)
+    assert aside[1] == terms[1]
+    before, after = (t[0][0].delta().reshape(24, -1) for t in (terms, aside))
+    _, _, vh = torch.linalg.svd(terms[1][0].delta().reshape(24, -1), full_matrices=False)
+    v = vh[:6]
+    torch.testing.assert_close(after @ v.T, 0.5 * before @ v.T, rtol=0, atol=1e-4)
+    rest = torch.eye(v.shape[1]) - v.T @ v
+    torch.testing.assert_close(after @ rest, before @ rest, rtol=0, atol=1e-4)
+    assert aside[0][1] == 0.8
+    assert aside[0][0].rank == terms[0][0].rank
+
+
+def test_a_large_mu_clears_the_protected_directions():
+    aside = stepping_aside(TERMS[:2], 1, 1e9, energy=1.0)
+    directions = leading_inputs(TERMS[1][0].factors(), 1.0)
+    assert (aside[0][0].delta() @ directions.T).abs().max() < 1e-4
+
+
+def test_energy_chooses_as_few_directions_as_hold_it():
+    update = LoraLayer(torch.eye(5, 3), torch.diag(torch.tensor([3.0, 2.0, 1.0])))  # energies 9, 4, 1 of 14
+    factors = update.factors()
+    assert [len(leading_inputs(factors, energy)) for energy in (0.5, 9 / 14, 0.65, 13 / 14, 0.99, 1.0)] == [
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+    ]
+    torch.testing.assert_close(leading_inputs(factors, 0.5).abs(), torch.tensor([[1.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [((-1.0,), "mu is -1"), ((float("nan"),), "mu is nan"), ((1.0, 0.0), "energy is 0")]
+)
+def test_protection_out_of_range_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        stepping_aside(TERMS, 0, *arguments)
