@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .editing import LCMEdit
 from .loading import ApplyLoRA, LCMLoader, LoadLoRA
 from .merging import MergeLoRA, SaveLoRA
 from .sampling import LCMKSampler, LCMPreset, LCMSampler, LCMScheduler
@@ -16,6 +17,7 @@ class LCMKitExtension(ComfyExtension):
             LCMSampler,
             LCMScheduler,
             LCMPreset,
+            LCMEdit,
             LCMLoader,
             LoadLoRA,
             MergeLoRA,

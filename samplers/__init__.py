@@ -5,7 +5,11 @@ presets      steps, cfg, gamma and timesteps of published few-step models, by na
 consistency  boundary scalings c_skip, c_out of a consistency model
 renoise      how a step returns to a noise level: the share of old and of fresh noise (gamma)
 linear_step  one step, consistency function and re-noising together, as three weights
+editing      change a picture by two prompts without inverting it (DDCM)
 multistep    the sampling loop, k-diffusion's calling protocol
+guidance     the embedding that tells a full LCM its guidance
+attention_guidance  a negative prompt in attention, without a second model call (NAG)
+limits       x0 kept within the range that guidance had left (optional)
 noise        fresh noise that depends on seed, batch index and step only
 
 Words used throughout. timestep: index of a training noise level, 0..999, integer. sigma: noise level, standard

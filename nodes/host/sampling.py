@@ -95,6 +95,10 @@ def _sample_function(
     if noise_seed < 0:
         noise_seed = extra_args.get("seed") or 0
 
+    # Boundary scalings blend a little of the noisy latent in, 7e-6 at most. What a mask keeps must stay as it is.
+    masked = extra_args.get("denoise_mask") is not None
+    timesteps = None if masked else boundary_timesteps(model_sampling, sigmas)
+
     def after_step(info):
         # The server's progress hook raises too, but only where a progress bar is attached.
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -110,7 +114,7 @@ def _sample_function(
         disable=disable,
         noise=StepNoise(noise_seed, batch_indices),
         gamma=gamma,
-        timesteps=boundary_timesteps(model_sampling, sigmas),
+        timesteps=timesteps,
         table=sigma_table(model_sampling),
         noise_scaling=forward_process(model_sampling),
         trange=getattr(comfy.utils, "model_trange", trange),
@@ -151,7 +155,7 @@ def sample(
 
     latent = latent.copy()
     latent["samples"] = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
-    indices = _batch_indices(latent)
+    indices = batch_indices_of(latent)
     samples = guider.sample(
         initial_noise(latent["samples"], seed, indices),
         latent["samples"],
@@ -169,9 +173,16 @@ def sample(
 def initial_noise(samples: torch.Tensor, seed: int, batch_indices: list[int]) -> torch.Tensor:
     """Core's initial noise, drawn image by image: what is drawn at once differs where an image's size is no
     multiple of 16. torch's own generator is left as it was, which core's function reseeds.
+
+    The parts of a nested latent are drawn as one, as they are sampled. Core draws one part for all images, then the
+    next: how many images there are would change the second.
     """
     with torch.random.fork_rng(devices=[]):
-        return comfy.sample.prepare_noise(samples, seed, batch_indices)
+        if not samples.is_nested:
+            return comfy.sample.prepare_noise(samples, seed, batch_indices)
+        packed, shapes = comfy.utils.pack_latents(samples.unbind())
+        noise = comfy.sample.prepare_noise(packed, seed, batch_indices)
+        return type(samples)(comfy.utils.unpack_latents(noise, shapes))
 
 
 def _last_guided_sigma(sigmas: torch.Tensor, cfg_steps: int) -> float:
@@ -180,7 +191,7 @@ def _last_guided_sigma(sigmas: torch.Tensor, cfg_steps: int) -> float:
     return 0.0 if cfg_steps < 0 or cfg_steps >= len(sigmas) else float(sigmas[cfg_steps - 1])
 
 
-def _batch_indices(latent: dict) -> list[int]:
+def batch_indices_of(latent: dict) -> list[int]:
     count = latent["samples"].shape[0]
     indices = latent.get("batch_index")
     if indices is None:

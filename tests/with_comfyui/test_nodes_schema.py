@@ -32,6 +32,23 @@ CONTRACT = {
         [("negative", "CONDITIONING", None), ("gammas", "STRING", ""), ("preset", "LCM_PRESET", None)],
         ["LATENT"],
     ),
+    "LCMKitEdit": (
+        "LCM Edit (no inversion)",
+        [
+            ("model", "MODEL", None),
+            ("source", "CONDITIONING", None),
+            ("target", "CONDITIONING", None),
+            ("latent_image", "LATENT", None),
+            ("seed", "INT", 0),
+            ("steps", "INT", 4),
+            ("cfg", "FLOAT", 1.0),
+            ("denoise", "FLOAT", 1.0),
+            ("original_steps", "INT", 50),
+            ("keep", "FLOAT", 0.2),
+        ],
+        [],
+        ["LATENT"],
+    ),
     "LCMKitSampler": (
         "LCM Multistep Sampler",
         [("gamma", "FLOAT", 1.0), ("seed", "INT", -1)],
