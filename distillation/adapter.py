@@ -1,44 +1,47 @@
 """Trainable LoRA branches beside the layers of a frozen network, switched on and off without a second copy of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The layers that the published LCM-LoRAs leave alone (latent-consistency/lcm-lora-sdv1-5), in ComfyUI's names.
-NOT_ADAPTED = ("time_embed.", "label_emb.", "input_blocks.0.0", "out.2")
-
-
-def adapted(name: str, module: nn.Module) -> bool:
-    """Whether the LCM-LoRA of the paper has this layer: every linear and convolution but time embedding, in and out.
-
-    On ComfyUI's UNets this gives the 278, 423 and 788 modules of SD1.5, SSD-1B and SDXL.
-    """
-    return isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith(NOT_ADAPTED)
+from .targets import adapted as adapted
+from .targets import targets
 
 
 class LoraBranch(nn.Module):
     """alpha / rank * up(down(x)) beside one linear or convolution layer (Hu et al. 2021, equation 3).
 
     down: (rank, in) or (rank, in, kh, kw) like the layer's kernel; up: (out, rank) or (out, rank, 1, 1). float32.
+    device: where they are, None for the layer's.
     """
 
-    def __init__(self, layer: nn.Module, rank: int, alpha: float, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        rank: int,
+        alpha: float,
+        generator: torch.Generator,
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         self.conv = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
-        out_features, in_shape = layer.weight.shape[0], layer.weight.shape[1:]
+        out_features, in_shape, device = layer.weight.shape[0], layer.weight.shape[1:], device or layer.weight.device
         self.alpha = alpha
         self.rank = rank
-        # Kaiming-uniform with a = sqrt(5), the usual LoRA start: 1 / sqrt(fan_in). up = 0: the student starts as
-        # the teacher.
-        bound = in_shape.numel() ** -0.5
-        down = (torch.rand(rank, *in_shape, generator=generator) * 2 - 1) * bound
-        self.down = nn.Parameter(down.to(layer.weight.device))
+        if device.type == "meta":  # only sizes are asked for, so nothing is drawn
+            down = torch.empty(rank, *in_shape, device=device)
+        else:
+            # Kaiming-uniform with a = sqrt(5), the usual LoRA start: 1 / sqrt(fan_in). Drawn on the CPU: the same on
+            # every device. up = 0: the student starts as the teacher.
+            bound = in_shape.numel() ** -0.5
+            down = ((torch.rand(rank, *in_shape, generator=generator) * 2 - 1) * bound).to(device)
+        self.down = nn.Parameter(down)
         ones = (1,) * (len(in_shape) - 1)
-        self.up = nn.Parameter(torch.zeros(out_features, rank, *ones, device=layer.weight.device))
+        self.up = nn.Parameter(torch.zeros(out_features, rank, *ones, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
@@ -53,10 +56,12 @@ class LoraBranch(nn.Module):
 class LoraAdapters(nn.Module):
     """One LoraBranch for each chosen layer of `network`, added to the layer's output by a forward hook.
 
-    network: any module; its own parameters are frozen here and stay as they were.
-    rank, alpha: the scale is alpha / rank.   choose: chooses layers by (name, module).
+    network: any module; frozen while the branches are on it, its weights are never touched.
+    rank, alpha: the scale is alpha / rank; alpha None means rank, so 1.
+    choose: chooses layers by (name, module); None takes `targets`, the paper's.
+    device: where the network computes, if its weights may be kept elsewhere.
     Beside the layers and not in the weights: W + up @ down would be built anew, at the size of W, in every call.
-    `remove()` takes the hooks off again. Raises ValueError if no layer is chosen.
+    `remove()` takes everything off again. Raises ValueError for a rank below 1 or if no layer is chosen.
     """
 
     def __init__(
@@ -66,27 +71,29 @@ class LoraAdapters(nn.Module):
         alpha: float | None = None,
         *,
         generator: torch.Generator,
-        choose: Callable[[str, nn.Module], bool] = adapted,
+        choose: Callable[[str, nn.Module], bool] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank is {rank}; a LoRA has at least rank 1. LCM-LoRA uses 64.")
-        network.requires_grad_(False)
-        self.enabled = True
-        self.names: list[str] = []
-        branches = []
-        self._hooks = []
-        for name, module in network.named_modules():
-            if choose(name, module):
-                branch = LoraBranch(module, rank, float(rank if alpha is None else alpha), generator)
-                self.names.append(name)
-                branches.append(branch)
-                self._hooks.append(module.register_forward_hook(self._hook(branch)))
-        if not branches:
+        named = dict(network.named_modules())
+        self.names = targets(network) if choose is None else [n for n, module in named.items() if choose(n, module)]
+        if not self.names:
             raise ValueError("the network has no layer to adapt; LCM-LoRA adapts linear and convolution layers.")
-        self.branches = nn.ModuleList(branches)
+        self.enabled = True
+        scale = float(rank if alpha is None else alpha)
+        self.branches = nn.ModuleList(LoraBranch(named[name], rank, scale, generator, device) for name in self.names)
+        # A list in a list: nn.Module would take the network for a part of this module, and train and save it.
+        self._network = [network]
+        self._trainable = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+        network.requires_grad_(False)
+        self._hooks = [
+            named[name].register_forward_hook(self._hook(branch))
+            for name, branch in zip(self.names, self.branches, strict=True)
+        ]
 
-    def _hook(self, branch: LoraBranch) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def _hook(self, branch: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return output + branch(args[0]) if self.enabled else output
 
@@ -102,17 +109,69 @@ class LoraAdapters(nn.Module):
             self.enabled = before
 
     def remove(self) -> None:
-        """Take the branches off the network, which is then as it was given."""
+        """Take the branches off the network, which is then as it was given. May be called again."""
         for hook in self._hooks:
             hook.remove()
+        for network in self._network:
+            parameters = dict(network.named_parameters())
+            for name in self._trainable:
+                parameters[name].requires_grad_(True)
+        self._hooks, self._network = [], []
 
-    def lora_state_dict(self, prefix: str = "lora_unet_") -> dict[str, Tensor]:
-        """The LoRA in kohya's keys, alpha always among them, float32 on the CPU."""
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name, "<layer>.down" and "<layer>.up", in the order of the network's layers."""
+        found = {}
+        for name, branch in self._pairs():
+            found[f"{name}.down"], found[f"{name}.up"] = branch.down, branch.up
+        return found
+
+    def lora_state_dict(
+        self, prefix: str = "lora_unet_", *, spelling: Mapping[str, str] | None = None
+    ) -> dict[str, Tensor]:
+        """The LoRA in kohya's keys, alpha always among them, float32 on the CPU.
+
+        spelling: layer -> the name to write, dots allowed; layers that are not in it keep their own.
+        """
         state = {}
-        for name, branch in zip(self.names, self.branches, strict=True):
-            assert isinstance(branch, LoraBranch)
-            key = prefix + name.replace(".", "_")
+        for name, branch in self._pairs():
+            key = prefix + (spelling or {}).get(name, name).replace(".", "_")
             state[f"{key}.lora_up.weight"] = branch.up.detach().float().cpu().clone()
             state[f"{key}.lora_down.weight"] = branch.down.detach().float().cpu().clone()
             state[f"{key}.alpha"] = torch.tensor(branch.alpha)
         return state
+
+    def _pairs(self) -> Iterator[tuple[str, LoraBranch]]:
+        for name, branch in zip(self.names, self.branches, strict=True):
+            assert isinstance(branch, LoraBranch)
+            yield name, branch
+
+
+class Average:
+    """A moving average of parameters, theta_minus <- mu theta_minus + (1 - mu) theta (Algorithm 1's last line).
+
+    rate: mu in [0, 1). In the first steps it is shorter, step / (step + 10), so that the start is soon forgotten.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], rate: float) -> None:
+        self.parameters = list(parameters)
+        self.rate = rate
+        self.values = [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimizer step number `step`, 1, 2, ..."""
+        rate = min(self.rate, step / (step + 10))
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            value.lerp_(parameter, 1 - rate)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it the parameters have the averaged values. Not to be used around what needs a gradient."""
+        before = [parameter.data for parameter in self.parameters]
+        try:
+            for parameter, value in zip(self.parameters, self.values, strict=True):
+                parameter.data = value
+            yield
+        finally:
+            for parameter, value in zip(self.parameters, before, strict=True):
+                parameter.data = value

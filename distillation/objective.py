@@ -1,31 +1,75 @@
-"""The latent consistency distillation loss (Luo et al. 2023, arXiv 2311.05556, Algorithm 1), in sigma space.
+"""The latent consistency distillation loss: Algorithm 1 of Luo et al. 2023 (arXiv 2310.04378), whose parameters are
+those of a LoRA in arXiv 2311.05556 (its Algorithm 1 and section 3.1).
 
-Everything is written on denoisers, x0 = denoiser(x, sigma), with x = z0 + sigma * noise: the same lines serve
-epsilon and v-prediction models. Teacher, student and target are one network, with its LoRA off or on.
+Everything is written on denoisers, x0 = denoiser(x, sigma), in ComfyUI's sigma space: x = z0 + sigma * noise for
+diffusion models, x = (1 - sigma) * z0 + sigma * noise for flow models. So the same lines serve epsilon, v-prediction
+and flow. The paper's letters: z_t = x / sqrt(1 + sigma^2), alpha(t) = 1 / sqrt(1 + sigma^2), omega = cfg - 1.
+Teacher, student and target are one network, with its LoRA off or on.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..samplers.consistency import boundary_scalings
+from .adapter import LoraAdapters
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x (b, ...), sigma (b,)) -> denoised (b, ...)."""
+
+ConditionalDenoiser = Callable[[Tensor, Tensor, Any], Tensor]
+"""(x (b, ...), sigma (b,), cond for these b images) -> denoised (b, ...). What a cond is, its maker knows."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b images to learn from, on the network's device.
+
+    z0: (b, ...) latents as the network sees them.   cond, uncond: what the denoiser takes for b images.
+    both: cond and uncond joined for 2 b images, so that the teacher runs once; None runs it twice.
+    """
+
+    z0: Tensor
+    cond: Any
+    uncond: Any
+    both: Any = None
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What one step draws for its b images: Algorithm 1's n, omega and the noise of z_{t_n+k}.
+
+    timestep: (b,) integers on the CPU, points of the skipping grid.   cfg: (b,) omega + 1.
+    noise: (b, ...), standard normal.
+    """
+
+    timestep: Tensor
+    cfg: Tensor
+    noise: Tensor
 
 
 def guided(denoised: Tensor, denoised_uncond: Tensor, cfg: float | Tensor) -> Tensor:
     """Classifier-free guidance: denoised_uncond + cfg * (denoised - denoised_uncond).
 
-    cfg: ComfyUI's scale, 1 means none; a number or (b, 1, ...). The paper's w is cfg - 1: (1 + w) cond - w uncond.
+    cfg: ComfyUI's scale, 1 means none; a number or (b, 1, ...). The paper's omega is cfg - 1, Algorithm 1's line for
+    z_hat: (1 + omega) Psi(cond) - omega Psi(null). DDIM's Psi is linear in the denoised, so guiding that is the same.
     """
     return denoised_uncond + cfg * (denoised - denoised_uncond)
 
 
-def ddim_step(x: Tensor, denoised: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """x at sigma_next by one DDIM step (Song et al. 2021, eta = 0), which in sigma space is one Euler step.
+def noised(z0: Tensor, noise: Tensor, sigma: Tensor, *, flow: bool = False) -> Tensor:
+    """x at level sigma, Algorithm 1's "sample z_{t_n+k} ~ N(alpha(t) z; sigma^2(t) I)". sigma: broadcasts against z0."""
+    return ((1 - sigma) * z0 if flow else z0) + sigma * noise
 
+
+def ddim_step(x: Tensor, denoised: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """x at sigma_next: Algorithm 1's z_hat = z + Psi(z, t, t_next), with DDIM (Song et al. 2021, eta = 0) for Psi.
+
+    In sigma space DDIM is one Euler step, and the same line is Euler's for flow models.
     sigma, sigma_next: broadcast against x. sigma above 0.
     """
     return x + (sigma_next - sigma) * (x - denoised) / sigma
@@ -38,14 +82,17 @@ def pseudo_huber(error: Tensor, c: float = 0.001) -> Tensor:
     return square / ((square + c * c).sqrt() + c)
 
 
-def consistency(denoise: Denoiser, x: Tensor, sigma: Tensor, timestep: Tensor) -> Tensor:
-    """The consistency function f(x, t) = c_skip * x_vp + c_out * x0, (b, ...). At timestep 0 it is x_vp itself.
+def consistency(denoise: Denoiser, x: Tensor, sigma: Tensor, timestep: Tensor, *, flow: bool = False) -> Tensor:
+    """The consistency function f(x, t) = c_skip(t) z_t + c_out(t) x0, (b, ...): f_theta of Algorithm 1.
 
-    x: (b, ...) at levels sigma (b,); timestep: (b,) integers, the training timesteps of those levels.
+    x: (b, ...) at levels sigma (b,); timestep: (b,) integers, the training timesteps of those levels. At timestep 0 it
+    is z_t itself: that anchors the function. For flow models z_t is x, for diffusion models x / sqrt(1 + sigma^2).
     """
     wide = sigma.view(-1, *[1] * (x.ndim - 1))
-    c_skip, c_out = (c.to(x.device).view_as(wide) for c in boundary_scalings(timestep.cpu()))
-    return c_skip * x / (1 + wide * wide).sqrt() + c_out * denoise(x, sigma)
+    # On the CPU: boundary_scalings returns exactly (1, 0) at timestep 0 there.
+    c_skip, c_out = (c.to(x.device, x.dtype).view_as(wide) for c in boundary_scalings(timestep.cpu()))
+    z = x if flow else x / (1 + wide * wide).sqrt()
+    return c_skip * z + c_out * denoise(x, sigma)
 
 
 def consistency_loss(
@@ -58,21 +105,63 @@ def consistency_loss(
     stride: int,
     table: Tensor,
     *,
-    huber_c: float = 0.001,
+    huber_c: float | None = 0.001,
+    flow: bool = False,
 ) -> Tensor:
-    """Mean pseudo-Huber distance of the consistency function at neighbouring points of the teacher's trajectory: ().
+    """Mean distance d(f(z_{t_n+k}, t_n+k), f_minus(z_hat_{t_n}, t_n)) of Algorithm 1: (), float32.
 
     student, target: the network with its LoRA (the target without gradient).   teacher: guided, without the LoRA.
     z0, noise: (b, ...).   timestep: (b,) points of the skipping grid.   stride: training timesteps per solver step
     (the paper's k; 20 for a grid of 50).   table: ascending sigmas of all training timesteps.
-    The neighbour of timestep t is max(t - stride, 0); there the target is the trajectory's own point, which anchors
-    the whole function.
+    huber_c: c of the pseudo-Huber distance, as in the authors' scripts; None is the paper's L2, squared.
+    The neighbour of timestep t is max(t - stride, 0); there the target is the trajectory's own point.
     """
     shape = (-1, *[1] * (z0.ndim - 1))
     timestep_next = (timestep - stride).clamp(min=0)
     sigma, sigma_next = table[timestep], table[timestep_next]
-    x = z0 + sigma.view(shape) * noise
+    x = noised(z0, noise, sigma.view(shape), flow=flow)
     with torch.no_grad():
         x_next = ddim_step(x, teacher(x, sigma), sigma.view(shape), sigma_next.view(shape))
-        wanted = consistency(target, x_next, sigma_next, timestep_next)
-    return pseudo_huber(consistency(student, x, sigma, timestep) - wanted, huber_c).mean()
+        wanted = consistency(target, x_next, sigma_next, timestep_next, flow=flow)
+    error = consistency(student, x, sigma, timestep, flow=flow) - wanted
+    return (error.square() if huber_c is None else pseudo_huber(error, huber_c)).mean()
+
+
+def distillation_loss(
+    denoise: ConditionalDenoiser,
+    adapters: LoraAdapters,
+    batch: Batch,
+    draws: Draws,
+    *,
+    stride: int,
+    table: Tensor,
+    huber_c: float | None = 0.001,
+    flow: bool = False,
+    averaged: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Tensor:
+    """consistency_loss with one network in all three parts: (), with gradients for the adapters only.
+
+    denoise: the network that `adapters` sits on. Off, it is the teacher, guided by draws.cfg; on, student and target.
+    averaged: context in which the LoRA is Algorithm 1's theta_minus, the moving average; by default theta_minus is
+    theta, as in the authors' LoRA scripts.
+    """
+    cfg = draws.cfg.view(-1, *[1] * (batch.z0.ndim - 1))
+
+    def student(x: Tensor, sigma: Tensor) -> Tensor:
+        return denoise(x, sigma, batch.cond)
+
+    def target(x: Tensor, sigma: Tensor) -> Tensor:
+        with averaged():
+            return denoise(x, sigma, batch.cond)
+
+    def teacher(x: Tensor, sigma: Tensor) -> Tensor:
+        with adapters.disabled():
+            if batch.both is None:
+                cond, uncond = denoise(x, sigma, batch.cond), denoise(x, sigma, batch.uncond)
+            else:
+                cond, uncond = denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), batch.both).chunk(2)
+        return guided(cond, uncond, cfg)
+
+    return consistency_loss(
+        student, teacher, target, batch.z0, draws.noise, draws.timestep, stride, table, huber_c=huber_c, flow=flow
+    )

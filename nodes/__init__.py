@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .distilling import Distill
 from .editing import LCMEdit
 from .loading import ApplyLoRA, LCMLoader, LoadLoRA
 from .merging import MergeLoRA, SaveLoRA
@@ -23,4 +24,5 @@ class LCMKitExtension(ComfyExtension):
             MergeLoRA,
             ApplyLoRA,
             SaveLoRA,
+            Distill,
         ]

@@ -114,6 +114,32 @@ CONTRACT = {
         [],
         ["STRING"],
     ),
+    "LCMKitDistill": (
+        "Distill LCM-LoRA",
+        [
+            ("model", "MODEL", None),
+            ("positive", "CONDITIONING", None),
+            ("negative", "CONDITIONING", None),
+            ("steps", "INT", 1000),
+            ("batch", "INT", 4),
+            ("accumulate", "INT", 1),
+            ("rank", "INT", 64),
+            ("alpha", "FLOAT", 0.0),
+            ("learning_rate", "FLOAT", 1e-4),
+            ("guidance_min", "FLOAT", 8.5),
+            ("guidance_max", "FLOAT", 8.5),
+            ("skip", "INT", 20),
+            ("seed", "INT", 0),
+            ("samples", "INT", 64),
+            ("width", "INT", 512),
+            ("height", "INT", 512),
+            ("dtype", "COMBO", "auto"),
+            ("gradient_checkpointing", "BOOLEAN", True),
+            ("resume", "STRING", ""),
+        ],
+        [("latent", "LATENT", None), ("vae", "VAE", None)],
+        ["LORA_MODEL", "IMAGE", "STRING"],
+    ),
 }
 
 NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(LCMKitExtension().get_node_list())}

@@ -1,0 +1,84 @@
+"""What a training is told, and the grid of timesteps it works on."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..samplers.schedule import training_grid
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained and how. The defaults are the paper's, as far as it and the authors' scripts tell.
+
+    steps: optimizer steps.   batch: images at once, on each process.   accumulate: such batches to a step.
+    learning_rate: of AdamW, reached after `warmup` steps; in the last share `decay` of all steps it falls to 0.
+    clip: largest norm of the gradient.   cfg: lowest and highest guidance, ComfyUI's scale (the paper's omega + 1;
+    LCM-LoRA: omega fixed at 7.5).   skip: training timesteps per solver step, the paper's k.
+    huber_c: c of the pseudo-Huber distance; None is L2.
+    average: rate mu of the moving average that is returned, 0 for none; average_target: whether it is the target too.
+    scale_loss: for float16, whose smallest gradients would vanish otherwise.
+    """
+
+    steps: int
+    batch: int = 4
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    warmup: int = 0
+    decay: float = 0.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    cfg: tuple[float, float] = (8.5, 8.5)
+    skip: int = 20
+    huber_c: float | None = 0.001
+    average: float = 0.0
+    average_target: bool = False
+    scale_loss: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "skip"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
+        if not self.learning_rate > 0 or not self.clip > 0:
+            raise ValueError(
+                f"learning_rate is {self.learning_rate} and clip is {self.clip}; both must be above 0. "
+                "LCM-LoRA was trained with 1e-4 and 1."
+            )
+        if self.cfg[0] > self.cfg[1]:
+            raise ValueError(f"cfg goes from {self.cfg[0]} down to {self.cfg[1]}; write the lower one first.")
+        if not 0 <= self.average < 1 or not 0 <= self.decay <= 1:
+            raise ValueError(
+                f"average is {self.average} and decay is {self.decay}; average lies in [0, 1), decay in [0, 1]."
+            )
+        if self.average_target and not self.average:
+            raise ValueError("average_target needs a moving average: set average, for example to 0.95.")
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of step 0, 1, ..."""
+        rising = (step + 1) / self.warmup if self.warmup else 1.0
+        falling = (self.steps - step) / (self.decay * self.steps) if self.decay else 1.0
+        return self.learning_rate * min(1.0, rising, falling)
+
+    def kept(self) -> dict[str, Any]:
+        """What a resumed run must have as before; a longer run is the same run unless its rate falls at the end."""
+        facts = asdict(self)
+        if not self.decay:
+            del facts["steps"]
+        return facts
+
+
+def skipping_grid(skip: int, train_timesteps: int) -> list[int]:
+    """The timesteps skip - 1, 2 skip - 1, ... that the solver visits, which the LCM samplers visit too.
+
+    Raises ValueError for a skip that no whole number of solver steps gives.
+    """
+    points = max(1, train_timesteps // skip)
+    stride = train_timesteps // points
+    if stride != skip:
+        nearest = f"{stride} or {train_timesteps // (points + 1)}" if skip < train_timesteps else str(train_timesteps)
+        raise ValueError(
+            f"skip is {skip}, but samplers divide the model's {train_timesteps} timesteps into whole steps; use {nearest}. "
+            "LCM-LoRA skips 20."
+        )
+    return training_grid(points, train_timesteps=train_timesteps)

@@ -1,0 +1,165 @@
+"""Declares the node that makes LoRAs from models: Distill LCM-LoRA."""
+
+from comfy_api.latest import io, ui
+
+from .host import distilling
+from .host.compat import if_known
+from .host.show import show
+
+CATEGORY = "LCM Kit/training"
+
+
+class Distill(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LCMKitDistill",
+            display_name="Distill LCM-LoRA",
+            category=CATEGORY,
+            description="Makes an LCM-LoRA from the connected model, so that it, its fine-tunes and style LoRAs need 1 to "
+            "8 steps. It learns from your pictures, or from pictures that the model makes itself. A long "
+            "training: minutes to hours.",
+            is_input_list=True,
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="What is distilled, with all LoRAs that are on it. It is not changed. Leave out "
+                    "ModelSamplingDiscrete 'lcm'.",
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="Prompts: one for all pictures, or one for each, as a list or combined. More and more "
+                    "varied prompts make a LoRA that works for more.",
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    tooltip="What guidance moves away from, usually an empty prompt; for SDXL the positive through "
+                    "ConditioningZeroOut, as LCM-LoRA was made.",
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="Pictures to learn from, through VAE Encode. Nothing connected: the model makes its own. An "
+                    "empty latent does too, in its size.",
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Shows the samples in the final picture well; without it they are rough.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=1000,
+                    min=1,
+                    max=1_000_000,
+                    tooltip="Training steps. The published ones had about 1000.",
+                ),
+                io.Int.Input("batch", default=4, min=1, max=4096, tooltip="Images at once: more need more memory."),
+                io.Int.Input(
+                    "accumulate",
+                    default=1,
+                    min=1,
+                    max=4096,
+                    tooltip="Batches to a training step: 4 with batch 4 trains as batch 16 does, in the memory of 4.",
+                ),
+                io.Int.Input(
+                    "rank", default=64, min=1, max=4096, tooltip="Size of the LoRA. The published ones have 64."
+                ),
+                io.Float.Input(
+                    "alpha",
+                    default=0.0,
+                    min=0.0,
+                    max=4096.0,
+                    step=0.5,
+                    tooltip="Scale of the LoRA is alpha / rank. 0 takes the rank, so scale 1.",
+                    **if_known(io.Float.Input, advanced=True),
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=1e-4,
+                    min=1e-7,
+                    max=1.0,
+                    step=1e-7,
+                    tooltip="Higher learns faster and less steadily.",
+                ),
+                io.Float.Input(
+                    "guidance_min",
+                    default=8.5,
+                    min=1.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Guidance that is built into the LoRA, on the scale of cfg in a KSampler (the paper's omega "
+                    "+ 1; it took 8.5). Lower is softer and easier to learn.",
+                ),
+                io.Float.Input(
+                    "guidance_max",
+                    default=8.5,
+                    min=1.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="The same as guidance_min for one guidance; above it each image draws one in between.",
+                ),
+                io.Int.Input(
+                    "skip",
+                    default=20,
+                    min=1,
+                    max=1000,
+                    tooltip="Timesteps that a solver step skips: 20 as published. More learns faster, with a coarser "
+                    "solver; original_steps of the samplers is then 1000 / skip.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Same seed and inputs, same LoRA (exactly so on a CPU).",
+                ),
+                io.Int.Input(
+                    "samples",
+                    default=64,
+                    min=1,
+                    max=100_000,
+                    tooltip="How many pictures the model makes to learn from, if none are connected; the prompts take "
+                    "turns.",
+                ),
+                io.Int.Input("width", default=512, min=16, max=16384, step=8, tooltip="Of the model's own pictures."),
+                io.Int.Input("height", default=512, min=16, max=16384, step=8, tooltip="Of the model's own pictures."),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(distilling.DTYPES),
+                    default="auto",
+                    tooltip="What the network computes in; the LoRA itself is always trained in fp32. auto: bf16 where "
+                    "the device is fast in it, else fp16; fp32 on a CPU.",
+                    **if_known(io.Combo.Input, advanced=True),
+                ),
+                io.Boolean.Input(
+                    "gradient_checkpointing",
+                    default=True,
+                    tooltip="On needs much less memory, off is faster. The LoRA is the same.",
+                    **if_known(io.Boolean.Input, advanced=True),
+                ),
+                io.String.Input(
+                    "resume",
+                    default="",
+                    tooltip="A name keeps checkpoints in the output folder, LCMKit/distilling: after a stop the same name "
+                    "and inputs go on where it was, with more steps a finished training too. Empty keeps none.",
+                ),
+            ],
+            outputs=[
+                io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The LoRA, for Save LoRA and Apply LoRA."),
+                io.Image.Output(display_name="IMAGE", tooltip="The loss, and samples in 4 steps."),
+                io.String.Output(display_name="report", tooltip="What was trained and how the loss fell."),
+            ],
+            **if_known(io.Schema, search_aliases=["train lcm lora", "consistency distillation", "lcm lora training"]),
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent=(), vae=(None,), **widgets) -> io.NodeOutput:
+        # Lists of everything: prompts and latents may be many, of the rest there is one.
+        settings = {name: values[0] for name, values in widgets.items()}
+        lora, picture, text = distilling.distil(
+            model[0], positive, negative, [one for one in latent or () if one], (vae or (None,))[0], **settings
+        )
+        show(text)
+        return io.NodeOutput(lora, picture, text, ui=ui.PreviewText(text))

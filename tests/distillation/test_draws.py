@@ -1,0 +1,42 @@
+"""Randomness from (seed, step, item) alone."""
+
+import torch
+
+from lcm_kit.distillation.draws import NOISE, START, draw, generator, shuffled
+
+LIKE = torch.zeros(4, 2, 3)
+GRID = range(19, 1000, 20)
+
+
+def test_an_item_draws_the_same_in_any_batch():
+    whole = draw(1, 5, range(4), LIKE, GRID, (1.0, 9.0))
+    halves = [draw(1, 5, items, LIKE[:2], GRID, (1.0, 9.0)) for items in (range(2), range(2, 4))]
+    for field in ("timestep", "cfg", "noise"):
+        assert torch.equal(getattr(whole, field), torch.cat([getattr(half, field) for half in halves])), field
+
+
+def test_seed_step_item_and_purpose_all_count():
+    first = torch.randn(4, generator=generator(1, 2, 3, NOISE))
+    assert torch.equal(torch.randn(4, generator=generator(1, 2, 3, NOISE)), first)
+    for other in ((2, 2, 3, NOISE), (1, 3, 3, NOISE), (1, 2, 4, NOISE), (1, 2, 3, START), (2, 1, 3, NOISE)):
+        assert not torch.equal(torch.randn(4, generator=generator(*other)), first)
+
+
+def test_timesteps_lie_on_the_grid_and_guidance_in_its_range():
+    draws = draw(0, 0, range(2000), torch.zeros(2000, 1), GRID, (2.0, 6.0))
+    assert set(draws.timestep.tolist()) == set(GRID)  # each misses 2000 times with probability 0.98^2000
+    assert draws.cfg.min() >= 2
+    assert draws.cfg.max() <= 6
+    # standard deviation of the mean of 2000 uniform numbers of width 4: 0.026
+    assert abs(draws.cfg.mean() - 4) < 0.12
+    assert abs(draws.noise.std() - 1) < 0.07
+
+
+def test_a_fixed_guidance_is_exactly_that():
+    assert draw(0, 0, range(3), LIKE[:3], GRID, (8.5, 8.5)).cfg.tolist() == [8.5] * 3
+
+
+def test_all_things_come_once_before_any_comes_again():
+    order = [shuffled(7, 5, position) for position in range(15)]
+    assert [sorted(order[i : i + 5]) for i in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
+    assert len({tuple(order[i : i + 5]) for i in (0, 5, 10)}) > 1

@@ -1,0 +1,65 @@
+"""Which layers are adapted, in either naming, and where a network has none of those names."""
+
+import pytest
+from torch import nn
+
+from lcm_kit.distillation.targets import adapted, repeated, targets
+
+LINEAR, CONV = nn.Linear(2, 2), nn.Conv2d(2, 2, 3)
+BLOCK = "input_blocks.4.1.transformer_blocks.0"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_k", f"{BLOCK}.attn2.to_v", f"{BLOCK}.attn1.to_out.0",
+        f"{BLOCK}.ff.net.0.proj", f"{BLOCK}.ff.net.2", "input_blocks.1.1.proj_in", "middle_block.1.proj_out",
+        "input_blocks.4.0.in_layers.2", "output_blocks.4.0.out_layers.3", "output_blocks.4.0.skip_connection",
+        "input_blocks.4.0.emb_layers.1", "input_blocks.3.0.op", "output_blocks.2.1.conv", "output_blocks.5.2.conv",
+        "down_blocks.0.resnets.0.conv1", "up_blocks.1.resnets.0.conv2", "up_blocks.1.resnets.0.conv_shortcut",
+        "mid_block.resnets.0.time_emb_proj", "down_blocks.0.downsamplers.0.conv", "up_blocks.0.upsamplers.0.conv",
+    ],
+)  # fmt: skip
+def test_the_fourteen_types_are_adapted_in_both_namings(name):
+    assert adapted(name, CONV)
+    assert adapted(name, LINEAR)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "time_embed.0", "time_embed.2", "label_emb.0.0", "input_blocks.0.0", "out.2", "conv_in", "conv_out",
+        "time_embedding.linear_1", "add_embedding.linear_1", "my_to_q", f"{BLOCK}.attn1.to_out.1",
+    ],
+)  # fmt: skip
+def test_the_ends_and_the_embeddings_are_not(name):
+    assert not adapted(name, CONV)
+
+
+def test_only_layers_that_a_branch_fits_are_adapted():
+    name = f"{BLOCK}.attn1.to_q"
+    assert not adapted(name, nn.LayerNorm(2))
+    assert not adapted(name, nn.Identity())
+    assert not adapted(name, nn.Conv2d(2, 2, 1, groups=2))
+    assert not adapted(name, nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"))
+
+
+class Transformer(nn.Module):
+    """Named like no UNet: an embedding, two like blocks, an exit."""
+
+    def __init__(self):
+        super().__init__()
+        self.img_in = nn.Linear(2, 2)
+        self.double_blocks = nn.ModuleList(
+            nn.ModuleDict({"qkv": nn.Linear(2, 6), "norm": nn.LayerNorm(2)}) for _ in "ab"
+        )
+        self.final = nn.Linear(2, 2)
+
+
+def test_another_network_is_adapted_in_its_repeated_blocks():
+    assert targets(Transformer()) == ["double_blocks.0.qkv", "double_blocks.1.qkv"] == repeated(Transformer())
+
+
+def test_a_network_with_nothing_to_adapt_is_refused():
+    with pytest.raises(ValueError, match="no layer to adapt"):
+        targets(nn.Sequential(nn.Linear(2, 2)))

@@ -1,0 +1,320 @@
+"""Training runs on the Gaussian toy: what they converge to, that they can be interrupted, and what they refuse."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from lcm_kit.distillation import checkpoint
+from lcm_kit.distillation.adapter import Average
+from lcm_kit.distillation.settings import Settings, skipping_grid
+from lcm_kit.distillation.trainer import Trainer, adapters_on
+from lcm_kit.samplers.schedule import lcm_timesteps
+from lcm_kit.tests.distillation.toy import (
+    GRID,
+    SIZE,
+    SPREAD,
+    STRIDE,
+    TABLE,
+    Gains,
+    data,
+    denoiser,
+    perfect_denoiser,
+    perfect_jump,
+    width,
+)
+
+SHORT = Settings(steps=12, batch=4, learning_rate=0.02, cfg=(1.0, 3.0), skip=STRIDE, seed=3)
+
+
+def trainer_of(adapters, network, settings=SHORT, **options):
+    return Trainer(denoiser(network), adapters, data, TABLE, settings, **options)
+
+
+def trained(settings=SHORT, **options):
+    """(LoRA of a whole run, its losses)."""
+    network = Gains()
+    with adapters_on(network, 2, seed=settings.seed) as adapters:
+        trainer = trainer_of(adapters, network, settings, **options)
+        trainer.run()
+        with trainer.result():
+            return adapters.lora_state_dict(), trainer.losses
+
+
+def assert_same_lora(actual, expected):
+    assert actual.keys() == expected.keys()
+    for key in expected:
+        assert torch.equal(actual[key], expected[key]), key
+
+
+# ---- what it converges to
+
+
+def test_the_lora_turns_the_teacher_into_the_one_step_solution_of_the_ode():
+    network = Gains()
+    settings = Settings(
+        steps=200, batch=32, learning_rate=0.03, decay=1.0, cfg=(1.0, 1.0), skip=STRIDE, huber_c=0.1, seed=2
+    )
+    z0 = SPREAD * torch.randn(256, SIZE, generator=torch.Generator().manual_seed(9))
+    noise = torch.randn(256, SIZE, generator=torch.Generator().manual_seed(10))
+    with adapters_on(network, SIZE, seed=settings.seed) as adapters:
+        trainer = trainer_of(adapters, network, settings)
+
+        def error(point):
+            """Root mean square distance of the one-step map from the ODE's end, in units of the data."""
+            sigma = TABLE[point].expand(len(z0))
+            x = z0 + sigma[:, None] * noise
+            # The chain ends at the input in VP scale (c_skip is 1 there), hence the root.
+            solution = perfect_jump(x, sigma) / (1 + TABLE[0] ** 2).sqrt()
+            with torch.no_grad():
+                return float((network(x, sigma) - solution).square().mean().sqrt() / SPREAD)
+
+        before = [error(point) for point in GRID]
+        trainer.run()
+        after = [error(point) for point in GRID]
+        assert max(before) > 0.4
+        assert max(after) < 0.01  # 0.002 when written
+
+
+def test_an_average_of_the_lora_can_be_target_and_result():
+    settings = dataclasses.replace(SHORT, steps=60, average=0.9, average_target=True)
+    network = Gains()
+    with adapters_on(network, 2) as adapters:
+        trainer = trainer_of(adapters, network, settings)
+        trainer.run()
+        last = adapters.lora_state_dict()
+        with trainer.result():
+            mean = adapters.lora_state_dict()
+        assert_same_lora(adapters.lora_state_dict(), last)
+    up = next(key for key in last if "lora_up" in key and last[key].abs().max() > 0)
+    assert not torch.equal(mean[up], last[up])
+    assert (mean[up] - last[up]).norm() < last[up].norm()
+
+
+def test_the_average_forgets_its_start_and_follows():
+    parameter = nn.Parameter(torch.tensor([1.0]))
+    average = Average([parameter], 0.5)
+    with torch.no_grad():
+        parameter.copy_(torch.tensor([3.0]))
+    average.update(1)  # 1 / 11 of the old
+    assert average.values[0].item() == pytest.approx(1 / 11 + 3 * 10 / 11)
+    average.update(1000)  # half of the old
+    assert average.values[0].item() == pytest.approx((1 / 11 + 3 * 10 / 11 + 3) / 2)
+
+
+# ---- interrupted and resumed
+
+
+@pytest.mark.parametrize("stop", [1, 5, 11])
+@pytest.mark.parametrize(
+    "change", [{}, {"average": 0.9, "average_target": True, "decay": 0.5, "accumulate": 2}, {"scale_loss": True}]
+)
+def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(tmp_path, stop, change):
+    settings = dataclasses.replace(SHORT, warmup=3, **change)
+    expected, losses = trained(settings)
+    path = tmp_path / "run.safetensors"
+
+    class Stop(BaseException):
+        """Like an interrupt, not an ordinary error."""
+
+    def interrupt(done, loss):
+        if done == stop:
+            raise Stop
+
+    network = Gains()
+    before = network(torch.ones(1, SIZE), TABLE[99:100]).detach()
+    with pytest.raises(Stop), adapters_on(network, 2, seed=settings.seed) as adapters:
+        trainer_of(adapters, network, settings).run(save_to=path, save_every=4, callback=interrupt)
+    assert torch.equal(network(torch.ones(1, SIZE), TABLE[99:100]), before)
+
+    # Elsewhere, later: another network object, and whatever torch has drawn meanwhile.
+    torch.rand(7)
+    network = Gains()
+    with adapters_on(network, 2, seed=999) as adapters:
+        trainer = trainer_of(adapters, network, settings)
+        trainer.run(save_to=path)
+        with trainer.result():
+            assert_same_lora(adapters.lora_state_dict(), expected)
+    assert trainer.losses == losses
+    assert [file.name for file in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+@pytest.mark.parametrize("call", [2, 6])
+def test_an_error_within_a_step_loses_that_step_only(tmp_path, call):
+    expected, _ = trained()
+    path = tmp_path / "run.safetensors"
+    calls = []
+
+    def flaky(step, items):
+        calls.append(step)
+        if len(calls) == call:
+            raise RuntimeError("out of memory")
+        return data(step, items)
+
+    network = Gains()
+    with adapters_on(network, 2, seed=SHORT.seed) as adapters:
+        trainer = Trainer(denoiser(network), adapters, flaky, TABLE, SHORT)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            trainer.run(save_to=path)
+        assert trainer.done == call - 1
+        assert path.exists() is (call > 1)
+        trainer.run(save_to=path)
+        assert_same_lora(adapters.lora_state_dict(), expected)
+
+
+def test_a_finished_run_is_read_back_and_a_longer_one_goes_on(tmp_path):
+    path = tmp_path / "run.safetensors"
+    loras = []
+    for steps in (12, 12, 20):
+        network = Gains()
+        with adapters_on(network, 2, seed=SHORT.seed) as adapters:
+            trainer = trainer_of(adapters, network, dataclasses.replace(SHORT, steps=steps))
+            trainer.run(save_to=path)
+            assert trainer.done == steps == len(trainer.losses)
+            loras.append(adapters.lora_state_dict())
+    assert_same_lora(loras[1], loras[0])
+    assert_same_lora(loras[2], trained(dataclasses.replace(SHORT, steps=20))[0])
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):
+    path = tmp_path / "run.safetensors"
+    network = Gains()
+    with adapters_on(network, 2) as adapters:
+        trainer_of(adapters, network, identity={"model": "a"}).run(save_to=path)
+        other = trainer_of(adapters, network, dataclasses.replace(SHORT, skip=50, seed=4), identity={"model": "b"})
+        with pytest.raises(ValueError, match=r"seed: 3, now 4; skip: 200, now 50; model: a, now b"):
+            other.load(path)
+    network = Gains()
+    with (
+        adapters_on(network, 3) as adapters,
+        pytest.raises(ValueError, match=r"blocks\.0\.down: \[2, 3\], now \[3, 3\]"),
+    ):
+        trainer_of(adapters, network, identity={"model": "a"}).load(path)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    path = tmp_path / "run.safetensors"
+    path.write_bytes(b"nothing of the kind")
+    network = Gains()
+    with adapters_on(network, 2) as adapters, pytest.raises(ValueError, match="not a training checkpoint"):
+        trainer_of(adapters, network).run(save_to=path)
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "run.safetensors"
+    checkpoint.write(path, {"a": torch.ones(2)}, {"done": 1})
+    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.write(path, {"a": torch.zeros(2)}, {"done": 2})
+    tensors, facts = checkpoint.read(path)
+    assert facts == {"done": 1}
+    assert torch.equal(tensors["a"], torch.ones(2))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- batches, gradients, what is left alone
+
+
+def test_a_step_of_one_batch_is_a_step_of_two_half_batches():
+    whole, _ = trained(dataclasses.replace(SHORT, steps=3))
+    halves, _ = trained(dataclasses.replace(SHORT, steps=3, batch=2, accumulate=2))
+    for key in whole:
+        torch.testing.assert_close(halves[key], whole[key])
+
+
+def test_a_run_does_not_touch_the_global_generator():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    Gains()
+    after_network = torch.get_rng_state()
+    torch.set_rng_state(before)
+    trained(dataclasses.replace(SHORT, steps=2))
+    assert torch.equal(torch.get_rng_state(), after_network)
+
+
+def test_only_the_lora_is_trained_and_the_weights_stay():
+    network = Gains()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    places = [p.data_ptr() for p in network.parameters()]
+    with adapters_on(network, 2) as adapters:
+        trainer = trainer_of(adapters, network)
+        trainer.step()
+        assert {id(p) for group in trainer.optimizer.param_groups for p in group["params"]} == {
+            id(p) for p in adapters.parameters()
+        }
+        assert all(p.grad is None for p in network.parameters())
+        assert len(adapters.factors()) == 2 * len(adapters.names)
+    assert [p.data_ptr() for p in network.parameters()] == places
+    assert all(p.requires_grad for p in network.parameters())
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_scaling_the_loss_up_for_float16_is_undone_exactly():
+    assert_same_lora(trained(dataclasses.replace(SHORT, scale_loss=True))[0], trained()[0])  # by a power of two
+
+
+def test_gradients_are_clipped():
+    network = Gains()
+    with adapters_on(network, 2) as adapters:
+        trainer = trainer_of(adapters, network, dataclasses.replace(SHORT, clip=1e-3))
+        trainer.step()
+        norm = torch.stack([p.grad.norm() for p in adapters.parameters() if p.grad is not None]).norm()
+        assert norm.item() == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_the_learning_rate_rises_and_falls():
+    settings = Settings(steps=100, learning_rate=1.0, warmup=10, decay=0.2)
+    assert [settings.rate_at(step) for step in (0, 4, 9, 50, 79, 90, 99)] == pytest.approx(
+        [0.1, 0.5, 1.0, 1.0, 1.0, 0.5, 0.05]
+    )
+
+
+def test_a_loss_that_is_no_number_ends_the_run():
+    network = Gains()
+    with adapters_on(network, 2) as adapters:
+        trainer = Trainer(lambda x, s, c: network(x, s) * torch.nan, adapters, data, TABLE, SHORT)
+        with pytest.raises(FloatingPointError, match=r"loss of step 1 is nan\. Lower learning_rate"):
+            trainer.step()
+        assert trainer.done == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 0}, "steps is 0; it has to be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"cfg": (3.0, 2.0)}, "from 3.0 down to 2.0"),
+        ({"average": 1.0}, "average is 1.0"),
+        ({"average_target": True}, "average_target needs"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SHORT, **wrong)
+
+
+@pytest.mark.parametrize(("skip", "points"), [(20, 50), (1, 1000), (10, 100), (30, 33), (333, 3), (1000, 1)])
+def test_the_grid_is_that_of_the_samplers(skip, points):
+    assert skipping_grid(skip, 1000) == lcm_timesteps(points, original_steps=points)[::-1]
+
+
+@pytest.mark.parametrize(("skip", "use"), [(300, "333 or 250"), (600, "1000 or 500"), (1001, "1000")])
+def test_a_skip_that_no_sampler_has_is_refused_with_the_next_ones(skip, use):
+    with pytest.raises(ValueError, match=f"skip is {skip}, .* use {use}"):
+        skipping_grid(skip, 1000)
+
+
+def test_the_toy_is_what_it_says():
+    """Its teacher's DDIM steps stay on the ODE, and its denoiser is the mean of the data given x."""
+    sigma, below = TABLE[GRID[3]], TABLE[GRID[2]]
+    network = Gains()
+    x = width(sigma) * torch.ones(1, SIZE)
+    stepped = x + (below - sigma) * (x - network(x, sigma[None])) / sigma
+    torch.testing.assert_close(stepped, width(below) * torch.ones(1, SIZE))
+    generator = torch.Generator().manual_seed(0)
+    z0 = SPREAD * torch.randn(200_000, 1, generator=generator)
+    noisy = z0 + 0.7 * torch.randn(200_000, 1, generator=generator)
+    slope = (z0 * noisy).mean() / noisy.square().mean()  # of the best linear guess
+    assert slope == pytest.approx(perfect_denoiser(torch.ones(1, 1), torch.tensor([0.7])).item(), abs=0.005)
