@@ -102,11 +102,12 @@ def update_repository(album: Album, output: Path) -> None:
     figures.draw_figure(album).save(docs / "demo_figure3.png", optimize=True)
     for workflow, styled in THUMBNAILS.items():
         figures.draw_thumbnail(album, styled=styled).save(ROOT / "example_workflows" / f"{workflow}.jpg", quality=85)
-    screenshot = output / "screenshot.png"
-    if screenshot.exists():
-        shutil.copyfile(screenshot, docs / "screenshot.png")
-    else:
-        print(f"{os.path.relpath(screenshot)} is not there, docs/screenshot.png stays: `make integration` takes it")
+    for name in ("screenshot.png", "loader.png"):
+        screenshot = output / name
+        if screenshot.exists():
+            shutil.copyfile(screenshot, docs / name)
+        else:
+            print(f"{os.path.relpath(screenshot)} is not there, docs/{name} stays: `make integration` takes it")
 
 
 def main() -> int:

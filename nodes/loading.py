@@ -2,14 +2,15 @@
 
 from comfy_api.latest import io, ui
 
-from .host import files, patches
+from .host import files, patches, stack
 from .host.compat import if_known
+from .host.reports import contents
 from .host.show import show
-from .host.weights import contents
 
 CATEGORY = "LCM Kit/LoRA"
 STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
 REPORT_TOOLTIP = "What was done, in words; also shown on the node."
+WRONG_BASE = {"options": ["refuse", "warn"], "default": "refuse"}
 
 
 class LCMLoader(io.ComfyNode):
@@ -19,8 +20,8 @@ class LCMLoader(io.ComfyNode):
             node_id="LCMKitLoader",
             display_name="LCM-LoRA Loader",
             category=CATEGORY,
-            description="Applies an LCM-LoRA to a model and gives the settings that go with it. Nothing is applied if "
-            "the LoRA was made for another base model.",
+            description="Applies an LCM-LoRA, or another LoRA that makes few-step models, and gives the settings that go "
+            "with it. Says what the file is, and refuses one that was made for another base model.",
             inputs=[
                 io.Model.Input("model", tooltip="The base model or a fine-tune of it, before or after style LoRAs."),
                 io.Clip.Input("clip", optional=True, tooltip="Passed through; LCM-LoRAs do not change it."),
@@ -33,20 +34,28 @@ class LCMLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "wrong_base",
-                    options=["refuse", "warn"],
-                    default="refuse",
-                    tooltip="If a part of the LoRA does not fit the model: refuse stops with a message, warn applies "
-                    "the rest and says so.",
+                    **WRONG_BASE,
+                    tooltip="If the LoRA was made for another base model: refuse stops with a message that says which "
+                    "file to use, warn applies what fits and says so.",
                     **if_known(io.Combo.Input, advanced=True),
+                ),
+                io.Custom("LORA_STACK").Input(
+                    "lora_stack",
+                    optional=True,
+                    tooltip="Style LoRAs from a stacker node of another pack, applied before this LoRA.",
                 ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL"),
                 io.Clip.Output(display_name="CLIP"),
                 io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The LoRA itself, for merging."),
-                io.Int.Output(display_name="steps", tooltip="The usual number of steps for this LoRA."),
-                io.Float.Output(display_name="cfg", tooltip="The usual guidance for this LoRA."),
+                io.Int.Output(display_name="steps", tooltip="The number of steps this LoRA is made for."),
+                io.Float.Output(display_name="cfg", tooltip="The guidance this LoRA is made for."),
                 io.String.Output(display_name="report", tooltip=REPORT_TOOLTIP),
+                io.Custom("LCM_PRESET").Output(
+                    display_name="preset",
+                    tooltip="All settings this LoRA is made for; connect it to LCM KSampler and there is nothing to type.",
+                ),
             ],
             **if_known(io.Schema, search_aliases=["lcm lora", "lcm-lora", "acceleration lora", "load lora"]),
         )
@@ -56,13 +65,16 @@ class LCMLoader(io.ComfyNode):
         return files.fingerprint(lora_name)
 
     @classmethod
-    def execute(cls, model, lora_name, strength, wrong_base, clip=None) -> io.NodeOutput:
+    def execute(cls, model, lora_name, strength, wrong_base, clip=None, lora_stack=None) -> io.NodeOutput:
         lora = files.read_lora(lora_name)
-        model, clip, text = patches.apply(
-            model, clip, lora, strength, strength, demand_all=True, allow_misfit=wrong_base == "warn"
-        )
+        model, clip, stacked = stack.apply(model, clip, lora_stack)
+        done = patches.apply(model, clip, lora, strength, strength, demand_all=True, allow_misfit=wrong_base == "warn")
+        text = "\n".join([done.report, *stacked])
         show(text)
-        return io.NodeOutput(model, clip, lora, 4, 1.0, text, ui=ui.PreviewText(text))
+        preset = done.preset
+        return io.NodeOutput(
+            done.model, done.clip, lora, preset.steps, preset.cfg, text, preset, ui=ui.PreviewText(text)
+        )
 
 
 class LoadLoRA(io.ComfyNode):
@@ -115,6 +127,14 @@ class ApplyLoRA(io.ComfyNode):
                 io.Float.Input(
                     "strength_clip", **STRENGTH, tooltip="The same for the text encoder; no effect without one."
                 ),
+                io.Combo.Input(
+                    "wrong_base",
+                    **WRONG_BASE,
+                    optional=True,
+                    tooltip="If the LoRA was made for another base model: refuse stops with a message that says which "
+                    "file to use, warn applies what fits and says so.",
+                    **if_known(io.Combo.Input, advanced=True),
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL"),
@@ -125,7 +145,7 @@ class ApplyLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, lora, strength_model, strength_clip, clip=None) -> io.NodeOutput:
-        model, clip, text = patches.apply(model, clip, lora, strength_model, strength_clip)
-        show(text)
-        return io.NodeOutput(model, clip, text, ui=ui.PreviewText(text))
+    def execute(cls, model, lora, strength_model, strength_clip, clip=None, wrong_base="refuse") -> io.NodeOutput:
+        done = patches.apply(model, clip, lora, strength_model, strength_clip, allow_misfit=wrong_base == "warn")
+        show(done.report)
+        return io.NodeOutput(done.model, done.clip, done.report, ui=ui.PreviewText(done.report))

@@ -2,12 +2,15 @@
 
 import os
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import folder_paths
 import torch
 
 from ...lora_merge import load, save
+from ...lora_merge.identity import identify, sha256_of, worth_hashing
 from ...lora_merge.lora import FORMATS
+from .identity import KnownWeights
 from .weights import LoraWeights, from_lora, to_lora
 
 __all__ = ["DTYPES", "FORMATS", "NAME_MODES", "fingerprint", "lora_names", "read_lora", "save_lora"]
@@ -16,9 +19,9 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 NAME_MODES = ("increment", "exact name", "overwrite")
 SUFFIXES = (".safetensors", ".sft")
 
-# A changed strength runs a loader again, but need not read its file again. (path, time, size) -> weights, oldest first.
+# A changed strength runs a loader again, but need not read its file again. fingerprint -> weights, oldest first.
 CACHE_BYTES = 1 << 30
-_cache: OrderedDict[tuple, LoraWeights] = OrderedDict()
+_cache: OrderedDict[tuple, KnownWeights] = OrderedDict()
 
 
 def lora_names() -> list[str]:
@@ -27,15 +30,18 @@ def lora_names() -> list[str]:
 
 
 def fingerprint(lora_name: str) -> tuple:
-    """Changes when the file does, so that ComfyUI runs a loader again for a file that was overwritten."""
+    """Changes when the file does, so that ComfyUI runs a loader again for a file that was overwritten.
+
+    Times have steps of milliseconds; a file that was replaced within one is another file on the disk.
+    """
     path = folder_paths.get_full_path("loras", lora_name)
     if path is None:
         return (lora_name,)
     state = os.stat(path)
-    return (path, state.st_mtime_ns, state.st_size)
+    return (path, state.st_mtime_ns, state.st_size, state.st_ino)
 
 
-def read_lora(lora_name: str) -> LoraWeights:
+def read_lora(lora_name: str) -> KnownWeights:
     """The LORA_MODEL in a file of the loras folder. Raises FileNotFoundError or ValueError, saying what is wrong."""
     path = folder_paths.get_full_path("loras", lora_name)
     if path is None:
@@ -45,13 +51,26 @@ def read_lora(lora_name: str) -> LoraWeights:
         )
     key = fingerprint(lora_name)
     if key not in _cache:
-        _cache[key] = from_lora(load(path))
+        # What is known of an older state of the file is of no use any more.
+        for old in [old for old in _cache if old[0] == path]:
+            del _cache[old]
+        _cache[key] = _read(path, key[2])
     _cache.move_to_end(key)
     while len(_cache) > 1 and sum(map(_bytes, _cache.values())) > CACHE_BYTES:
         _cache.popitem(last=False)
-    # A copy of the dict, not of the tensors: a node further on may change what it is given.
-    weights = _cache[key]
-    return LoraWeights(weights, name=weights.name, metadata=weights.metadata)
+    # A copy of the dict: a node further on may change what it is given.
+    return _cache[key].again()
+
+
+def _read(path: str, size: int) -> KnownWeights:
+    # hashlib lets go of the interpreter lock, so a hash that will be wanted costs little beside the reading.
+    with ThreadPoolExecutor(1) as pool:
+        if worth_hashing(size):
+            pool.submit(sha256_of, path)
+        lora = load(path)
+        weights = from_lora(lora)
+    identity = identify(lora, path)
+    return KnownWeights(dict(weights), name=weights.name, metadata=weights.metadata, identity=identity)
 
 
 def save_lora(weights, prefix: str, *, dtype: str, format: str, name_mode: str) -> str:

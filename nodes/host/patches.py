@@ -1,71 +1,120 @@
-"""A LORA_MODEL on a MODEL and a CLIP, through ComfyUI's own patches."""
+"""A LORA_MODEL on a MODEL and a CLIP, through ComfyUI's own patches; every node that applies one takes this road."""
 
 import logging
+from dataclasses import dataclass
 
+from ...lora_merge.identity import Identity
+from ...samplers.presets import Preset
+from .bases import ModelBase, base_of, uncovered
 from .fit import Fit, fit, weight_of
+from .identity import KnownWeights, identity_of
+from .reports import applied_lines, preset_of, refusal
 from .weights import LoraWeights, named
 
 logger = logging.getLogger(__name__)
-SHOWN = 5
+
+# Where the base is not known: what a model may lack of the modules that an acceleration LoRA changes.
+FEW = 0.05
+# An acceleration LoRA changes all modules of its kinds; one that leaves more than this share is for a smaller model.
+LEFT = 0.25
 
 
-def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=False, allow_misfit=False):
-    """(MODEL, CLIP, report): clones with the patches; the given model or clip itself where there is nothing to do.
+@dataclass(frozen=True)
+class Case:
+    """All that is known before anything is patched.
 
-    Raises ValueError, before anything is patched, for a LoRA that was made for another model; with demand_all also
-    if a single module finds no place. allow_misfit makes a warning of both and applies what fits.
+    name: of the LoRA.
+    left, could: modules of the model that the LoRA leaves alone, and all of them, in the kinds that it is for.
+    """
+
+    name: str
+    identity: Identity | None
+    found: Fit
+    model: ModelBase
+    left: tuple[str, ...]
+    could: int
+
+    @property
+    def other_base(self) -> bool:
+        """Both bases are known, and the model's is none that the LoRA can be for."""
+        return bool(self._bases and self.model.base and self.model.base not in self._bases)
+
+    @property
+    def same_base(self) -> bool:
+        """Both bases are known, and the model's is one that the LoRA can be for."""
+        return self.model.base in self._bases
+
+    @property
+    def _bases(self) -> tuple[str, ...]:
+        return self.identity.bases if self.identity else ()
+
+    @property
+    def accelerates(self) -> bool:
+        return self.identity is not None and self.identity.structure.accelerates
+
+    def wrong(self, demand_all: bool) -> bool:
+        """Whether the LoRA was made for another model.
+
+        A style LoRA that is for a sister of the model and fits in most of its modules works after a fashion. A model of
+        the right base may be pruned.
+        """
+        if self.found.foreign or (self.other_base and (self.accelerates or demand_all)):
+            return True
+        if self.same_base or not demand_all:
+            return False
+        lacking = self.found.asked - len(self.found.placed)
+        return lacking > FEW * self.found.asked or (self.accelerates and len(self.left) > LEFT * self.could)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """model, clip: clones with the patches, or what was given where there was nothing to do.
+    preset: the sampling settings that go with the LoRA, LCM's if it is not known.
+    """
+
+    model: object
+    clip: object
+    report: str
+    preset: Preset
+
+
+def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=False, allow_misfit=False) -> Applied:
+    """Raises ValueError, before anything is patched, for a LoRA that was made for another model.
+
+    demand_all: for LoRAs that have to fit as a whole: nearly every module needs a place, and one that accelerates has
+    to cover the model.   allow_misfit: makes a warning of that and applies what fits.
     """
     weights = named(weights)
+    identity = identity_of(weights)
+    preset = preset_of(identity)
     if strength_model == 0 and (clip is None or strength_clip == 0):
-        return model, clip, f"{weights.name}: not applied, its strength is 0."
-    found = fit(weights, model, clip)
-    if not allow_misfit and (found.foreign or (demand_all and not found.complete)):
-        raise ValueError(refusal(weights, found, model))
-    lines = describe(weights, found, strength_model, strength_clip, clip)
+        return Applied(model, clip, f"{weights.name}: not applied, its strength is 0.", preset)
+    case = _case(weights, identity, model, clip)
+    found, wrong = case.found, case.wrong(demand_all)
+    if wrong and not allow_misfit:
+        raise ValueError(refusal(case))
+    lines = applied_lines(case, strength_model, strength_clip, clip, wrong=wrong)
     # Text-encoder modules wait by choice, everything else that is left out is news.
-    (logger.info if found.complete else logger.warning)("%s", " ".join(lines))
-    in_model = model.model.state_dict().keys()
-    for_model = {target: patch for target, patch in found.patches.items() if weight_of(target) in in_model}
+    (logger.info if found.complete and not wrong else logger.warning)("%s", " ".join(lines))
+    for_model = {target: patch for target, patch in found.patches.items() if weight_of(target) in case.model.weights}
     for_clip = {target: patch for target, patch in found.patches.items() if target not in for_model}
-    return _patched(model, for_model, strength_model), _patched(clip, for_clip, strength_clip), "\n".join(lines)
-
-
-def describe(weights: LoraWeights, found: Fit, strength_model: float, strength_clip: float, clip) -> list[str]:
-    """What was applied and what was not, in lines for a person."""
-    strength = f"{strength_model:g}" if clip is None else f"{strength_model:g} (text encoder {strength_clip:g})"
-    lines = [f"{weights.name}: {len(found.placed)} of {found.asked} modules applied at strength {strength}."]
-    if found.waiting:
-        lines.append(f"{len(found.waiting)} text-encoder modules not applied: no CLIP is connected.")
-    for what, names in (
-        ("have no place in this model", found.homeless),
-        ("have another shape than this model's weights", found.clashing),
-        ("name a weight that another module of the file already changes", found.twice),
-    ):
-        if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            lines.append(f"{len(names)} {what}: {', '.join(names[:SHOWN])}{more}.")
-    return lines
-
-
-def refusal(weights: LoraWeights, found: Fit, model) -> str:
-    """Why a LoRA is not applied, with counts, the first offender and the way out."""
-    if found.waiting and not found.asked:
-        return f"{weights.name} changes the text encoder only ({len(found.waiting)} modules). Connect a CLIP."
-    if not found.asked:
-        return f"{weights.name} is empty. Use another LoRA."
-    reasons = []
-    if found.homeless:
-        reasons.append(f"{len(found.homeless)} have no place in it (the first: {found.homeless[0]})")
-    if found.clashing:
-        reasons.append(f"{len(found.clashing)} have another shape (the first: {found.clashing[0]})")
-    if found.twice:
-        reasons.append(f"{len(found.twice)} name a weight twice (the first: {found.twice[0]})")
-    kind = type(model.model.model_config).__name__
-    return (
-        f"{weights.name} does not fit this model ({kind}): of its {found.asked} modules {len(found.placed)} fit, "
-        f"{', '.join(reasons)}. It was made for another base model; use the LoRA for this one, or load the "
-        "checkpoint family it was made for."
+    return Applied(
+        _patched(model, for_model, strength_model), _patched(clip, for_clip, strength_clip), "\n".join(lines), preset
     )
+
+
+def _case(weights: LoraWeights, identity: Identity | None, model, clip) -> Case:
+    """All about a LoRA on a model; remembered with the LoRA's file, for a changed strength changes nothing of it."""
+    remembered = isinstance(weights, KnownWeights) and clip is None and weights.untouched
+    if remembered and model.model in weights.cases:
+        return weights.cases[model.model]
+    found, model_base = fit(weights, model, clip), base_of(model)
+    kinds = identity.structure.recognised.kinds if identity else frozenset()
+    left, could = uncovered(found, model_base, kinds)
+    case = Case(weights.name, identity, found, model_base, tuple(left), could)
+    if remembered:
+        weights.cases[model.model] = case
+    return case
 
 
 def _patched(patcher, patches: dict, strength: float):

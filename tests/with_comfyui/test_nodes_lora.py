@@ -8,9 +8,11 @@ import folder_paths
 import pytest
 import safetensors.torch
 import torch
+from comfy_api.latest import io
 
 from lcm_kit.nodes.loading import ApplyLoRA, LCMLoader, LoadLoRA
 from lcm_kit.nodes.merging import MergeLoRA, SaveLoRA
+from lcm_kit.samplers.presets import PRESETS
 from lcm_kit.tests.with_comfyui import tiny
 
 EXACT = {"rtol": 0, "atol": 2e-6}  # float32 sums of weights of size 1, in another order
@@ -31,13 +33,16 @@ def model():
 
 @pytest.fixture
 def loras_folder(comfy_home, tmp_path, monkeypatch):
-    """An empty folder that ComfyUI takes for its first loras folder."""
+    """An empty folder that ComfyUI takes for its first loras folder, and nothing in memory."""
+    from lcm_kit.nodes.host import files
+
     folder = tmp_path / "loras"
     folder.mkdir()
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(folder)], {".safetensors", ".pt"}))
     monkeypatch.setitem(folder_paths.filename_list_cache, "loras", None)
     folder_paths.filename_list_cache.pop("loras")
-    return folder
+    yield folder
+    files._cache.clear()
 
 
 @pytest.fixture
@@ -145,15 +150,60 @@ def test_lcm_loader_applies_and_gives_settings(model, put):
     assert model.patches == {}
 
 
+def test_the_report_says_what_a_lora_is_and_how_to_sample_with_it(model, put):
+    name = put("a.safetensors", tiny.lora(model, rank=4, alpha=2.0), {"lcm_kit.preset": "TCD"})
+    total, parameters = len(tiny.modules(model)), sum(t.numel() for k, t in tiny.lora(model).items() if "lora_" in k and "alpha" not in k)  # fmt: skip
+    assert LCMLoader.execute(model, name, 0.5, "refuse").result[5].splitlines() == [
+        f"a.safetensors: {total} of {total} modules applied at strength 0.5.",
+        "It is: TCD LoRA, likely: by metadata, the file says so.",
+        "Made for: not known, this model: of ComfyUI's class TinyConfig.",
+        "Settings (TCD): LCM KSampler, 4 steps, cfg 1, gamma 0.3, 50 original steps.",
+        f"Rank 4, alpha 2, effective scale 0.5, parameters {parameters:,}.",
+    ]
+
+
+def test_all_three_nodes_say_the_same_about_a_lora(model, put):
+    name = put("a.safetensors", tiny.lora(model), {"lcm_kit.preset": "LCM"})
+    reports = [
+        LCMLoader.execute(model, name, 1.0, "refuse").result[5],
+        applied(model, loaded(name))[2],
+        LoadLoRA.execute(name).result[1],
+    ]
+    for words in (
+        "It is: LCM LoRA, likely: by metadata",
+        "Settings (LCM): LCM KSampler, 4 steps, cfg 1, gamma 1",
+        "parameters ",
+    ):
+        assert all(words in report for report in reports)
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [
+        ("LCM", (4, 1.0)),
+        ("Lightning 8 steps", (8, 1.0)),
+        ("Hyper-SD 8 steps CFG", (8, 5.0)),
+        ("PCM normal cfg 16 steps", (16, 7.5)),
+        ("one nobody knows", (4, 1.0)),
+    ],
+)
+def test_settings_are_those_of_the_preset(model, put, preset, settings):
+    name = put("a.safetensors", tiny.lora(model), {"lcm_kit.preset": preset})
+    *_, steps, cfg, report, chosen = LCMLoader.execute(model, name, 1.0, "refuse").result
+    assert (steps, cfg) == settings == (chosen.steps, chosen.cfg)
+    assert chosen is PRESETS.get(preset, PRESETS["LCM"])
+    assert ("as a guess" in report) is (preset not in PRESETS)
+
+
 @pytest.mark.parametrize("node", ["loader", "apply"])
 def test_strength_zero_leaves_the_model(model, put, node):
     name = put("lcm.safetensors", tiny.lora(model))
     if node == "loader":
-        result = LCMLoader.execute(model, name, 0.0, "refuse").result
+        changed, *_, report, _ = LCMLoader.execute(model, name, 0.0, "refuse").result
     else:
-        result = applied(model, loaded(name), strength_model=0.0)
-    assert result[0] is model
-    assert "strength is 0" in result[-1]
+        changed, _, report = applied(model, loaded(name), strength_model=0.0)
+    assert changed is model
+    assert "strength is 0" in report
 
 
 def test_a_file_that_was_overwritten_is_read_again(model, put):
@@ -164,6 +214,97 @@ def test_a_file_that_was_overwritten_is_read_again(model, put):
     put("a.safetensors", tiny.lora(model, seed=2, rank=5))
     assert LoadLoRA.fingerprint_inputs(lora_name=name) != fingerprint
     assert next(iter(loaded(name).values())).shape != next(iter(before.values())).shape
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Paths that were read, in order; the reading itself is the real one."""
+    from lcm_kit.nodes.host import files
+
+    read, seen = files.load, []
+
+    def counting(path):
+        seen.append(os.path.basename(path))
+        return read(path)
+
+    monkeypatch.setattr(files, "load", counting)
+    return seen
+
+
+def test_another_strength_does_not_read_the_file_again(model, put, reads):
+    name = put("a.safetensors", tiny.lora(model, seed=1))
+    for strength in (1.0, 0.5, 0.0, -1.0):
+        result = LCMLoader.execute(model, name, strength, "refuse").result
+        merged((loaded(name), strength), (loaded(name), 1.0))
+        applied(result[0], loaded(name), strength_model=strength)
+    assert reads == [name]
+    expected = by_comfyui(model, (tiny.lora(model, seed=1), 0.7))
+    assert_same_weights(LCMLoader.execute(model, name, 0.7, "refuse").result[0], expected)
+    assert reads == [name]
+
+
+def test_a_changed_strength_looks_up_no_module_again(model, put, monkeypatch):
+    from lcm_kit.nodes.host import patches
+
+    fit, seen = patches.fit, []
+
+    def counting(*arguments):
+        seen.append(arguments)
+        return fit(*arguments)
+
+    monkeypatch.setattr(patches, "fit", counting)
+    name = put("a.safetensors", tiny.lora(model, seed=1))
+    for strength in (1.0, 0.5):
+        changed = LCMLoader.execute(model, name, strength, "refuse").result[0]
+        assert_same_weights(changed, by_comfyui(model, (tiny.lora(model, seed=1), strength)))
+    assert len(seen) == 1
+    another = tiny.tiny_model(seed=5)
+    changed = LCMLoader.execute(another, name, 1.0, "refuse").result[0]
+    assert_same_weights(changed, by_comfyui(another, (tiny.lora(model, seed=1), 1.0)))
+    assert len(seen) == 2
+
+
+def test_a_file_overwritten_in_place_is_read_again_and_the_old_one_forgotten(model, put, reads):
+    from lcm_kit.nodes.host import files
+
+    name = put("a.safetensors", tiny.lora(model, seed=1))
+    loaded(name)
+    put(name, tiny.lora(model, seed=2))
+    changed = LCMLoader.execute(model, name, 1.0, "refuse").result[0]
+    assert_same_weights(changed, by_comfyui(model, (tiny.lora(model, seed=2), 1.0)))
+    assert reads == [name, name]
+    assert [os.path.basename(key[0]) for key in files._cache].count(name) == 1
+
+
+def test_what_the_page_asks_before_a_run_reads_no_file(model, put, monkeypatch, reads):
+    """ComfyUI calls it for every prompt that is queued."""
+    from lcm_kit.lora_merge import identity
+    from lcm_kit.nodes.host import files
+
+    def never(path):
+        raise AssertionError("hashed")
+
+    monkeypatch.setattr(identity, "sha256_of", never)
+    monkeypatch.setattr(files, "sha256_of", never)
+    name = put("a.safetensors", tiny.lora(model))
+    for node in (LoadLoRA, LCMLoader):
+        assert node.fingerprint_inputs(lora_name=name) == node.fingerprint_inputs(lora_name=name)
+        assert (
+            not hasattr(node, "validate_inputs")
+            or node.validate_inputs.__func__ is io.ComfyNode.validate_inputs.__func__
+        )
+    assert reads == []
+
+
+def test_a_lora_that_was_changed_on_the_way_is_applied_as_it_is_now(model, put):
+    name = put("a.safetensors", tiny.lora(model, seed=1))
+    applied(model, loaded(name))
+    lora = loaded(name)
+    for key in [key for key in lora if "attn1" in key]:
+        del lora[key]
+    changed = applied(model, lora)[0]
+    assert_same_weights(changed, by_comfyui(model, (lora, 1.0)))
+    assert len(changed.patches) < len(tiny.modules(model))
 
 
 def test_what_a_later_node_does_to_a_lora_does_not_reach_the_cache(model, put):
@@ -186,6 +327,62 @@ def test_only_safetensors_are_offered(model, put, loras_folder):
     put("a.safetensors", tiny.lora(model, rank=1))
     (loras_folder / "b.pt").write_bytes(b"\x80")
     assert LoadLoRA.define_schema().inputs[0].options == ["a.safetensors"]
+
+
+# ---- a stack of LoRAs from another pack
+
+
+def test_a_lora_stack_is_applied_before_the_lcm_lora(model, put):
+    clip = tiny.tiny_clip()
+    style = tiny.lora(model, endings=tiny.STYLE, seed=1) | tiny.clip_lora(clip)
+    other, lcm = tiny.lora(model, rank=2, seed=2), tiny.lora(model, seed=3)
+    put("style.safetensors", style)
+    put("other.safetensors", other)
+    stack = [("style.safetensors", 0.8, 0.5), ("other.safetensors", -0.3, 0.0), ("None", 1.0, 1.0)]
+    result = LCMLoader.execute(model, put("lcm.safetensors", lcm), 1.0, "refuse", clip, stack).result
+    assert_same_weights(result[0], by_comfyui(model, (style, 0.8), (other, -0.3), (lcm, 1.0)))
+    _, expected_clip = comfy.sd.load_lora_for_models(model, clip, dict(style), 0.8, 0.5)
+    assert_same_weights(result[1].patcher, expected_clip.patcher)
+    assert result[5].startswith("lcm.safetensors: ")
+    lines = result[5].splitlines()
+    assert any(line.startswith("style.safetensors: ") and "strength 0.8 (text encoder 0.5)" in line for line in lines)
+    assert any(line.startswith("other.safetensors: ") for line in lines)
+
+
+@pytest.mark.parametrize("stack", [None, [], (), [["None", 1, 1], (None, 1.0, 1.0)]])
+def test_an_empty_stack_changes_nothing(model, put, stack):
+    lcm = tiny.lora(model)
+    result = LCMLoader.execute(model, put("lcm.safetensors", lcm), 1.0, "refuse", None, stack).result
+    assert_same_weights(result[0], by_comfyui(model, (lcm, 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("stack", "message"),
+    [
+        ("style.safetensors", r"lora_stack is str, but a LORA_STACK is a list of \(file name .*stacker node"),
+        ({"a": 1}, r"lora_stack is dict, but"),
+        ([("style.safetensors", 1.0)], r"entry 1 is \('style\.safetensors', 1\.0\), but a LORA_STACK is a list of"),
+        (["style.safetensors"], r"entry 1 is 'style\.safetensors', but"),
+        ([("lcm.safetensors", 1.0, 1.0), (7, 1.0, 1.0)], r"entry 2 names its file by 7, but"),
+        (
+            [("style.safetensors", "much", 1.0)],
+            r"entry 1 \(style\.safetensors\) has strengths \['much', 1\.0\], .*numbers",
+        ),
+        ([("style.safetensors", float("nan"), 1.0)], r"has strengths \[nan, 1\.0\]"),
+        ([("gone.safetensors", 1.0, 1.0)], r"gone\.safetensors is not in the loras folder"),
+    ],
+)
+def test_a_wrong_stack_is_named(model, put, stack, message):
+    name = put("lcm.safetensors", tiny.lora(model))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        LCMLoader.execute(model, name, 1.0, "refuse", None, stack)
+    assert model.patches == {}
+
+
+def test_a_stacked_lora_for_another_base_is_refused(model, wide, put):
+    put("wide.safetensors", tiny.lora(wide))
+    with pytest.raises(ValueError, match=r"wide\.safetensors does not fit this model"):
+        LCMLoader.execute(model, put("lcm.safetensors", tiny.lora(model)), 1.0, "refuse", None, [("wide.safetensors", 1.0, 1.0)])  # fmt: skip
 
 
 # ---- bad files
@@ -237,6 +434,27 @@ def test_modules_without_a_place_are_refused_by_the_lcm_loader(model, deep, put)
     name = put("deep.safetensors", tiny.lora(deep))
     with pytest.raises(ValueError, match=rf"modules {len(tiny.modules(model))} fit, {extra} have no place"):
         LCMLoader.execute(model, name, 1.0, "refuse")
+
+
+def test_a_lora_that_leaves_much_of_the_model_alone_is_refused_by_the_lcm_loader(model, deep, put):
+    """As SSD-1B's on SDXL, on models that have no name: everything in it fits."""
+    name = put("shallow.safetensors", tiny.lora(model))
+    few, all_of_them = len(tiny.modules(model)), len(tiny.modules(deep))
+    message = (
+        rf"of its {few} modules {few} fit, {all_of_them - few} of the model's {all_of_them} modules of these kinds"
+    )
+    with pytest.raises(ValueError, match=message):
+        LCMLoader.execute(deep, name, 1.0, "refuse")
+    assert "pictures may be spoilt" in LCMLoader.execute(deep, name, 1.0, "warn").result[5]
+    # not by the node for any LoRA: nobody says that a style has to cover the model
+    assert len(applied(deep, loaded(name))[0].patches) == few
+
+
+def test_apply_can_be_told_to_apply_what_fits(model, wide):
+    fitting = {k: v for k, v in tiny.lora(wide).items() if "attn2_to_k" not in k and "attn2_to_v" not in k}
+    changed, _, report = ApplyLoRA.execute(model, tiny.lora(wide), 1.0, 1.0, wrong_base="warn").result
+    assert_same_weights(changed, by_comfyui(model, (fitting, 1.0)))
+    assert "have another shape than this model's weights" in report
 
 
 def test_warn_applies_what_fits_and_says_what_does_not(model, wide, put, caplog):

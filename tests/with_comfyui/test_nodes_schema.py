@@ -81,8 +81,8 @@ CONTRACT = {
             ("strength", "FLOAT", 1.0),
             ("wrong_base", "COMBO", "refuse"),
         ],
-        [("clip", "CLIP", None)],
-        ["MODEL", "CLIP", "LORA_MODEL", "INT", "FLOAT", "STRING"],
+        [("clip", "CLIP", None), ("lora_stack", "LORA_STACK", None)],
+        ["MODEL", "CLIP", "LORA_MODEL", "INT", "FLOAT", "STRING", "LCM_PRESET"],
     ),
     "LCMKitLoadLoRA": ("Load LoRA (weights)", [("lora_name", "COMBO", None)], [], ["LORA_MODEL", "STRING"]),
     "LCMKitMergeLoRA": (
@@ -99,7 +99,7 @@ CONTRACT = {
             ("strength_model", "FLOAT", 1.0),
             ("strength_clip", "FLOAT", 1.0),
         ],
-        [("clip", "CLIP", None)],
+        [("clip", "CLIP", None), ("wrong_base", "COMBO", "refuse")],
         ["MODEL", "CLIP", "STRING"],
     ),
     "LCMKitSaveLoRA": (

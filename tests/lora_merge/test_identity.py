@@ -1,0 +1,237 @@
+"""What a LoRA is, by hash, by structure and by its own words, in this order."""
+
+import hashlib
+import os
+
+import pytest
+import safetensors.torch
+import torch
+
+from lcm_kit.lora_merge import Lora, identity, load, merge, save
+from lcm_kit.lora_merge.bases import BY_NAME
+from lcm_kit.lora_merge.catalogue import PUBLISHED, Published, instead
+from lcm_kit.lora_merge.identity import identify, sha256_of, worth_hashing
+from lcm_kit.samplers.presets import PRESETS
+from lcm_kit.tests.lora_merge import full_size
+from lcm_kit.tests.lora_merge.make import factors, kohya
+
+
+def lora(base, metadata=None, **options):
+    return Lora.from_state_dict(full_size.lora(base, **options), metadata=metadata, source=base)
+
+
+def small(name="lora_unet_down_blocks_0_attentions_0_proj_in", seed=0):
+    return kohya(name, *factors(320, 4, 320, (1, 1), seed=seed), alpha=2.0)
+
+
+# ---- by structure
+
+
+@pytest.mark.parametrize("base", full_size.CONFIGS)
+def test_the_official_loras_are_known_by_structure(base):
+    found = identify(lora(base))
+    assert (found.kind, found.bases, found.how, found.preset) == (f"LCM-LoRA {base}", (base,), "structure", "LCM")
+    assert found.structure.parameters == full_size.PARAMETERS[base]
+    assert found.structure.modules == full_size.MODULES[base]
+    assert found.structure.ranks == (64, 64)
+    assert found.structure.alphas == (8.0, 8.0)
+    assert found.structure.scales == (0.125, 0.125)
+    assert found.sure.startswith("very likely: by structure")
+
+
+@pytest.mark.parametrize("changed", [{"rank": 32}, {"alpha": 64.0}, {"only": lambda name: "mid_block" not in name}])
+def test_another_rank_alpha_or_number_of_modules_is_not_that_file(changed):
+    found = identify(lora("SD1.5", **changed))
+    assert found.how == "unknown"
+    assert found.bases == ("SD1.5",)
+    assert found.preset is None
+    assert found.structure.accelerates
+    assert found.kind == "LoRA that covers what acceleration LoRAs cover"
+
+
+def test_a_style_lora_is_a_lora_for_its_base():
+    found = identify(lora("SDXL", targets=full_size.ATTENTION, rank=8))
+    assert (found.kind, found.bases, found.how, found.preset) == ("LoRA", ("SDXL",), "unknown", None)
+    assert not found.structure.accelerates
+
+
+# ---- by sha256
+
+
+def row(path, **changes):
+    fields = {
+        "name": "Test 3 steps", "base": "SD1.5", "preset": "three", "repository": "somebody/test",
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size,
+    }  # fmt: skip
+    return Published(**{**fields, **changes})
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file(small(), path)
+    return path
+
+
+def test_a_published_file_is_known_by_its_hash_whatever_it_is_called(file):
+    found = identify(load(file), file, catalogue=[row(file)])
+    assert (found.kind, found.bases, found.how, found.preset) == ("Test 3 steps", ("SD1.5",), "sha256", "three")
+    assert found.published.link == "https://huggingface.co/somebody/test"
+    assert found.sure.startswith("certainly: by sha256")
+
+
+def test_a_file_of_no_published_size_is_not_hashed(file):
+    def never(path):
+        raise AssertionError("hashed")
+
+    found = identify(load(file), file, catalogue=[row(file, bytes=file.stat().st_size + 8)], digest=never)
+    assert found.how == "unknown"
+    assert not worth_hashing(file.stat().st_size + 1, [row(file)])
+    assert worth_hashing(file.stat().st_size, [row(file)])
+
+
+def test_a_file_of_a_published_size_and_another_hash_is_not_it(file):
+    assert identify(load(file), file, catalogue=[row(file, sha256="0" * 64)]).how == "unknown"
+
+
+def test_where_nobody_states_a_size_acceleration_loras_of_that_base_are_hashed(tmp_path):
+    path = tmp_path / "a.safetensors"
+    full_size.write(path, full_size.lora("SSD-1B", rank=1))
+    hashed = []
+
+    def digest(path):
+        hashed.append(path)
+        return "f" * 64
+
+    unsized = [row(path, bytes=None, base="SSD-1B", sha256="f" * 64)]
+    assert identify(load(path), path, catalogue=unsized, digest=digest).how == "sha256"
+    assert len(hashed) == 1
+    for other in (unsized[0].__class__(**{**vars(unsized[0]), "base": "SDXL"}),):
+        assert identify(load(path), path, catalogue=[other], digest=digest).how == "unknown"
+    assert len(hashed) == 1
+
+
+def test_hash_beats_structure(tmp_path):
+    path = tmp_path / "a.safetensors"
+    full_size.write(path, full_size.lora("SD1.5"))
+    assert identify(load(path), path, catalogue=[row(path), *PUBLISHED]).kind == "Test 3 steps"
+
+
+def test_a_hash_is_computed_once_for_each_state_of_a_file(file, monkeypatch):
+    opened = []
+    plain_open = open
+
+    def counting(path, *arguments, **options):
+        opened.append(os.fspath(path))
+        return plain_open(path, *arguments, **options)
+
+    monkeypatch.setattr(identity, "open", counting, raising=False)
+    first = sha256_of(file)
+    assert first == sha256_of(str(file)) == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert len(opened) == 1
+    safetensors.torch.save_file(small(seed=1), file)
+    assert sha256_of(file) != first
+    assert len(opened) == 2
+
+
+def test_a_file_larger_than_a_block_is_hashed_whole(tmp_path):
+    path = tmp_path / "large"
+    path.write_bytes(bytes(range(256)) * 4096 * 3 + b"end")
+    assert sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ---- by metadata
+
+
+def test_a_lora_that_states_its_preset_is_believed_last():
+    found = identify(Lora.from_state_dict(small(), metadata={identity.PRESET_KEY: "LCM"}, source="mine"))
+    assert (found.how, found.preset, found.kind) == ("metadata", "LCM", "LCM LoRA")
+    assert found.sure.startswith("likely: by metadata")
+    official = identify(lora("SD1.5", metadata={identity.PRESET_KEY: "LCM"}))
+    assert official.how == "structure"
+
+
+def test_words_that_contradict_the_structure_win():
+    """DMD2 and TCD LoRAs can have the modules, rank and alpha of the LCM-LoRA."""
+    found = identify(lora("SDXL", metadata={"modelspec.title": "DMD2 sdxl 4 step"}))
+    assert (found.how, found.preset, found.bases) == ("metadata", "DMD2", ("SDXL",))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "preset"),
+    [
+        ({"modelspec.title": "tiny_emoji_lcm_lora"}, "LCM"),
+        ({"ss_output_name": "TCD-thing"}, "TCD"),
+        ({"modelspec.title": "tiny_emoji_ink_lora"}, None),
+        ({"modelspec.title": "welcomely"}, None),
+        ({"lcm_kit.merge": "not json"}, None),
+        ({"lcm_kit.merge": "[1]"}, None),
+    ],
+)
+def test_titles_say_what_a_lora_is(metadata, preset):
+    assert identify(Lora.from_state_dict(small(), metadata=metadata)).preset == preset
+
+
+def test_a_merge_with_an_lcm_lora_wants_its_settings(tmp_path):
+    style = Lora.from_state_dict(small(seed=1), source="style.safetensors")
+    lcm = Lora.from_state_dict(small(seed=2), source="lcm-lora.safetensors")
+    save(merge([(style, 0.8), (lcm, 1.0)]), tmp_path / "both.safetensors")
+    found = identify(load(tmp_path / "both.safetensors"), tmp_path / "both.safetensors")
+    assert (found.kind, found.how, found.preset) == ("merge with LCM in it", "metadata", "LCM")
+    without = merge([(style, 0.8), (lcm, 0.0)])
+    assert identify(without).preset is None
+
+
+def test_metadata_decides_between_the_bases_that_modules_leave():
+    blocks = full_size.lora("SDXL", targets=full_size.ATTENTION, only=lambda n: "up_blocks.1.attentions.0.transformer_blocks.0" in n)  # fmt: skip
+    assert len(identify(Lora.from_state_dict(blocks)).bases) > 1
+    for key, text in (
+        ("ss_base_model_version", "sdxl_base_v1-0"),
+        ("modelspec.architecture", "stable-diffusion-xl-v1-base/lora"),
+    ):
+        assert identify(Lora.from_state_dict(blocks, metadata={key: text})).bases == ("SDXL",)
+    # and does not overrule them
+    assert identify(lora("SD1.5", metadata={"ss_base_model_version": "sdxl_base_v1-0"})).bases == ("SD1.5",)
+
+
+# ---- the catalogue
+
+
+def test_every_row_is_a_hash_of_its_own_for_a_known_base():
+    hashes = [entry.sha256 for entry in PUBLISHED]
+    assert len(set(hashes)) == len(hashes)
+    for entry in PUBLISHED:
+        assert len(entry.sha256) == 64
+        assert int(entry.sha256, 16) > 0
+        assert entry.sha256 == entry.sha256.lower()
+        assert entry.base in BY_NAME
+        assert entry.preset in PRESETS
+
+
+def test_the_official_rows_count_what_the_unets_have():
+    for base, parameters in full_size.PARAMETERS.items():
+        (entry,) = (e for e in PUBLISHED if e.name == f"LCM-LoRA {base}")
+        assert (entry.modules, entry.parameters) == (full_size.MODULES[base], parameters)
+        if entry.bytes:
+            # two bytes a value; the rest is the header and an alpha for each module
+            assert 0 < entry.bytes - 2 * parameters < 1000 * entry.modules
+
+
+def test_the_file_to_use_instead_is_of_the_same_kind_where_there_is_one():
+    assert instead("SDXL", "TCD").name == "TCD-LoRA SDXL"
+    assert instead("SSD-1B", "TCD").name == "LCM-LoRA SSD-1B"
+    assert instead("SD1.5", None).name == "LCM-LoRA SD1.5"
+    assert instead("KOALA-1B", "LCM") is None
+
+
+def test_identification_looks_at_no_values():
+    """On the meta device there are none."""
+    tensors = full_size.lora("SD1.5", make=lambda *shape: torch.empty(shape, dtype=torch.float16, device="meta"))
+    from lcm_kit.lora_merge.layer import LoraLayer
+
+    modules = {}
+    for key in tensors:
+        if key.endswith(".alpha"):
+            name = key.removesuffix(".alpha")
+            modules[name] = LoraLayer(tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"], 8.0)
+    assert identify(Lora(modules)).kind == "LCM-LoRA SD1.5"
