@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .distilling import Distill
 from .editing import LCMEdit
+from .guidance import LCMGuidanceEmbedding, LCMNegativePrompt, LimitDenoised
 from .loading import ApplyLoRA, LCMLoader, LoadLoRA
 from .merging import MergeLoRA, SaveLoRA
 from .sampling import LCMKSampler, LCMPreset, LCMSampler, LCMScheduler
@@ -24,5 +25,8 @@ class LCMKitExtension(ComfyExtension):
             MergeLoRA,
             ApplyLoRA,
             SaveLoRA,
+            LCMNegativePrompt,
+            LCMGuidanceEmbedding,
+            LimitDenoised,
             Distill,
         ]

@@ -9,7 +9,7 @@ editing      change a picture by two prompts without inverting it (DDCM)
 multistep    the sampling loop, k-diffusion's calling protocol
 guidance     the embedding that tells a full LCM its guidance
 attention_guidance  a negative prompt in attention, without a second model call (NAG)
-limits       x0 kept within the range that guidance had left (optional)
+limits       x0 after guidance, kept within the range that it has without
 noise        fresh noise that depends on seed, batch index and step only
 
 Words used throughout. timestep: index of a training noise level, 0..999, integer. sigma: noise level, standard

@@ -1,12 +1,18 @@
 """Classifier-free guidance in the first steps only."""
 
+from functools import partial
+
 import comfy.samplers
+
+COMBINING = ("sampler_pre_cfg_function", "sampler_cfg_function")
 
 
 class FirstStepsGuider(comfy.samplers.CFGGuider):
-    """Core's guider, with two differences: the negative prompt may be absent, and guidance may end early.
+    """Core's guider, with three differences: the negative prompt may be absent, guidance may end early, and where the
+    negative prompt is not evaluated, guidance functions of other nodes get the positive prediction in its place.
 
-    last_guided_sigma: guidance is used at this noise level and above; 0 uses it throughout, infinity never.
+    last_guided_sigma: guidance is used at this noise level and above; 0 uses it throughout, infinity never. Below it
+    the guidance functions of other nodes (RescaleCFG, APG, TCFG, ...) rest too; what nodes do to the result stays.
     """
 
     last_guided_sigma = 0.0
@@ -20,15 +26,48 @@ class FirstStepsGuider(comfy.samplers.CFGGuider):
         self.last_guided_sigma = last_guided_sigma
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):
-        """timestep: (b,) noise levels, as core names them here. Returns the denoised x."""
+        """timestep: (b,) noise levels, as core names them here. Returns the denoised x.
+
+        Raises ValueError if a node on the model evaluates the negative prompt at any cfg and there is none.
+        """
+        model_options = model_options or {}
+        negative = self.conds.get("negative", None)
+        if negative is None and model_options.get("disable_cfg1_optimization", False):
+            raise ValueError(
+                "A node on this model, such as Self-Attention Guidance, looks at the negative prompt even at cfg 1, "
+                "and none is connected. Connect one, or remove that node."
+            )
+        evaluate = model_options.get("sampler_calc_cond_batch_function", _calc_cond_batch)
+        model_options = model_options | {"sampler_calc_cond_batch_function": partial(_neutral, evaluate)}
         guided = float(timestep.max()) >= self.last_guided_sigma
+        if not guided:
+            # Nothing to combine; and APG's momentum would bring back what it saw in the guided steps.
+            model_options = {key: value for key, value in model_options.items() if key not in COMBINING}
         return comfy.samplers.sampling_function(
             self.inner_model,
             x,
             timestep,
-            self.conds.get("negative", None),
+            negative,
             self.conds.get("positive", None),
             self.cfg if guided else 1.0,
-            model_options=model_options or {},
+            model_options=model_options,
             seed=seed,
         )
+
+
+def _calc_cond_batch(args):
+    return comfy.samplers.calc_cond_batch(
+        args["model"], args["conds"], args["input"], args["sigma"], args["model_options"]
+    )
+
+
+def _neutral(evaluate, args):
+    """Core's predictions, but in place of a negative prompt that is not evaluated the positive one, not zeros.
+
+    Core's own APG takes those zeros for a prediction (ComfyUI 0.3.75) and returns up to twice the picture at cfg 1. For
+    two equal predictions every way to combine them has the same answer.
+    """
+    predictions = evaluate(args)
+    if args["conds"][1] is None:
+        predictions = [predictions[0], predictions[0].clone(), *predictions[2:]]
+    return predictions

@@ -140,6 +140,31 @@ CONTRACT = {
         [("latent", "LATENT", None), ("vae", "VAE", None)],
         ["LORA_MODEL", "IMAGE", "STRING"],
     ),
+    "LCMKitNegativePrompt": (
+        "LCM Negative Prompt (NAG)",
+        [
+            ("model", "MODEL", None),
+            ("negative", "CONDITIONING", None),
+            ("scale", "FLOAT", 3.0),
+            ("tau", "FLOAT", 2.5),
+            ("alpha", "FLOAT", 0.5),
+            ("end_step", "INT", -1),
+        ],
+        [],
+        ["MODEL"],
+    ),
+    "LCMKitGuidanceEmbedding": (
+        "LCM Guidance Embedding",
+        [("model", "MODEL", None), ("unet_name", "COMBO", None), ("guidance", "FLOAT", 8.0)],
+        [],
+        ["MODEL"],
+    ),
+    "LCMKitLimitDenoised": (
+        "Limit Denoised (x0)",
+        [("model", "MODEL", None), ("quantile", "FLOAT", 0.95)],
+        [],
+        ["MODEL"],
+    ),
 }
 
 NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(LCMKitExtension().get_node_list())}
