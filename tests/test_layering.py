@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,20 @@ HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview
 # folder -> what its files may import besides the standard library and the folder itself
 ALLOWED = {
     "samplers": TENSORS,
-    "lora_merge": TENSORS,
+    "lora_merge": {*TENSORS, "PIL"},
     "distillation": {*TENSORS, "PIL", ".samplers"},
     "nodes/host": {*TENSORS, *HOST, *CORES, "PIL"},
     "nodes": {*CORES, "comfy_api"},
 }
+
+# The command line of distillation/ is no part of its core: it starts the user's ComfyUI and hands its parts to the
+# trainer, as nodes/host does in a graph. It stays out of the archive, and nothing else may import it.
+COMMAND = ("distillation/__main__.py", "distillation/launch_*.py")
+ALLOWED_TO_COMMAND = {*HOST, ".nodes.host", ".lora_merge", "accelerate"}
+
+
+def is_command(file: Path, root: Path = ROOT) -> bool:
+    return any(fnmatch(file.relative_to(root).as_posix(), pattern) for pattern in COMMAND)
 
 
 def layer_of(file: Path, root: Path = ROOT) -> str:
@@ -36,11 +46,17 @@ def shipped_modules() -> list[Path]:
 def offences(file: Path, root: Path = ROOT) -> list[str]:
     layer = layer_of(file, root)
     own = "." + layer.replace("/", ".")
+    command = is_command(file, root)
+    allowed = ALLOWED[layer] | (ALLOWED_TO_COMMAND if command else set())
     found = []
     for line, name in imports_of(file, root):
-        if name.split(".")[0] in sys.stdlib_module_names or is_within(name, own):
+        if name.split(".")[0] in sys.stdlib_module_names:
             continue
-        if not any(is_within(name, allowed) for allowed in ALLOWED[layer]):
+        if is_within(name, own) and (
+            command or not name.startswith((".distillation.launch_", ".distillation.__main__"))
+        ):
+            continue
+        if not any(is_within(name, one) for one in allowed):
             found.append(f"{file.relative_to(root)}:{line} imports {name}, which {layer}/ may not")
     return found
 
@@ -81,6 +97,32 @@ def test_rule_recognises(folder, line, allowed, tmp_path):
     file.parent.mkdir(parents=True)
     file.write_text(line)
     assert (offences(file, tmp_path) == []) is allowed
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "allowed"),
+    [
+        ("launch_comfyui.py", "import comfy.sd", True),
+        ("__main__.py", "from ..nodes.host import distilling", True),
+        ("launch_run.py", "from ..nodes import distilling", False),
+        ("launch_run.py", "import torchvision", False),
+        ("launch_run.py", "from .launch_data import Picture", True),
+        ("trainer.py", "from .launch_data import Picture", False),
+        ("trainer.py", "from . import launch_run", False),
+        ("trainer.py", "import accelerate", False),
+    ],
+)
+def test_rule_knows_the_command_line_of_distillation(file, line, allowed, tmp_path):
+    path = tmp_path / "distillation" / file
+    path.parent.mkdir()
+    path.write_text(line)
+    assert (offences(path, tmp_path) == []) is allowed
+
+
+def test_the_command_line_of_distillation_stays_out_of_the_archive():
+    kept_out = (ROOT / ".comfyignore").read_text().splitlines()
+    assert {"/distillation/__main__.py", "/distillation/launch*"} <= set(kept_out)
+    assert len([file for file in shipped_modules() if is_command(file)]) > 2
 
 
 def test_importing_the_pack_does_nothing():

@@ -1,0 +1,300 @@
+"""Memory and speed of a training step of Distill LCM-LoRA, against ComfyUI's own TrainLoraNode on the same model.
+
+    COMFYUI_PATH=.comfyui .venv/bin/python benchmarks/distilling.py [--models embedded half sd15] [--rounds 2]
+
+Same network, rank, batch, latents, fp32 and gradient checkpointing; each measurement is a process of its own, with one
+thread, in turn; the least of all rounds counts. Time is processor time, the first step left out. "half" is SD1.5's UNet at
+half its width, "sd15" the whole one, which takes long on a CPU.
+
+The two do not compute the same: TrainLoraNode takes one pass forward and one backward for a picture; a distillation step
+takes three more forward, the teacher with and without the prompt and the target. "one pass" is our network and LoRA with
+TrainLoraNode's loss, so that the passes compare. TrainLoraNode adapts every layer, biases too; Distill LCM-LoRA the
+paper's. Prints Markdown, as kept in benchmarks/RESULTS.md.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# model -> (rank, batch, latent's side)
+MODELS = {"embedded": (64, 8, 8), "sd15": (64, 2, 32), "half": (64, 2, 32)}
+KINDS = ("core", "ours", "one pass", "inference")
+STEPS = 3  # the first is not counted
+SD15 = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+    "context_dim": 768,
+    "num_heads": 8,
+    "use_linear_in_transformer": False,
+    "use_spatial_transformer": True,
+    "use_temporal_attention": False,
+    "adm_in_channels": None,
+    "dtype": torch.float32,
+}
+# What is freed goes back to the system at once, so that the process is as large as what it holds.
+TIGHT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+def prepare(home: str) -> None:
+    """ComfyUI, the demo's model and LCM Kit, importable."""
+    sys.path[:0] = [os.environ.get("COMFYUI_PATH", str(ROOT / ".comfyui")), str(ROOT / "demo")]
+    from comfy.cli_args import args
+
+    args.cpu = True
+    args.base_directory = home
+    spec = importlib.util.spec_from_file_location(
+        "lcm_kit", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    sys.modules["lcm_kit"] = importlib.util.module_from_spec(spec)
+
+
+def model_of(name: str):
+    """A MODEL in fp32. Random weights for all but the embedded one: neither memory nor speed depends on them."""
+    import comfy.model_patcher
+    import comfy.sd
+    import comfy.supported_models
+
+    if name == "embedded":
+        from tiny_emoji.model import TinyEmoji
+
+        comfy.supported_models.models.insert(0, TinyEmoji)
+        file = ROOT / "demo" / "models" / "checkpoints" / "tiny_emoji.safetensors"
+        return comfy.sd.load_checkpoint_guess_config(
+            str(file), output_vae=False, output_clip=False, model_options={"dtype": torch.float32}
+        )[0]
+    config = comfy.supported_models.SD15(SD15 | ({"model_channels": 160} if name == "half" else {}))
+    config.set_inference_dtype(torch.float32, None)
+    cpu = torch.device("cpu")
+    model = config.get_model({}, device=cpu)
+    with torch.no_grad():
+        for parameter in model.diffusion_model.parameters():
+            parameter.normal_(std=0.02)
+    return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+
+
+class Watch:
+    """Processor time of each step, and the largest memory since the first one's end."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.last = time.process_time()
+
+    def step_done(self) -> None:
+        now = time.process_time()
+        self.times.append(now - self.last)
+        if len(self.times) == 1:
+            peak(reset=True)
+        self.last = time.process_time()
+
+
+def peak(*, reset: bool = False) -> float:
+    """Largest resident memory in bytes since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024.0 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+
+
+def measure(kind: str, name: str, home: str) -> dict[str, float]:
+    """Seconds of the fastest step, and bytes beyond those of a process that has loaded everything but the model."""
+    prepare(home)
+    import comfy.sample
+    import comfy_extras.nodes_train as core
+
+    from lcm_kit.nodes.host import distilling
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rank, batch, side = MODELS[name]
+    before = peak(reset=True)
+    model = model_of(name)
+    network = model.model.diffusion_model
+    latents = torch.randn(batch, model.model.latent_format.latent_channels, side, side)
+    context = model.model.model_config.unet_config["context_dim"]
+    positive, negative = ([[torch.randn(1, 77, context), {}]] for _ in range(2))
+    watch = Watch()
+    found = {"network": float(sum(p.numel() * p.element_size() for p in network.parameters()))}
+    if kind == "core":
+        with_hook(watch)
+        settings = {
+            "batch_size": batch, "steps": STEPS, "grad_accumulation_steps": 1, "learning_rate": 1e-4, "rank": rank,
+            "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32",
+            "algorithm": "LoRA", "gradient_checkpointing": True, "existing_lora": "[None]",
+        }  # fmt: skip
+        # One LATENT each: a batch in one stops TrainLoraNode of ComfyUI 0.3.75 with an UnboundLocalError.
+        given = [{"samples": latent} for latent in latents.split(1)]
+        lora = core.TrainLoraNode.execute(
+            [model], given, [positive], **{key: [value] for key, value in settings.items()}
+        ).result[1]
+        found["LoRA"] = float(sum(tensor.numel() for tensor in lora.values()))
+    elif kind == "ours":
+        with_timed_steps(watch)
+        lora = distilling.distil(
+            model, [positive], [negative], [{"samples": latents}], None, steps=STEPS, batch=batch, accumulate=1,
+            rank=rank, alpha=0, learning_rate=1e-4, guidance_min=8.5, guidance_max=8.5, skip=20, seed=0, samples=1,
+            width=64, height=64, dtype="fp32", gradient_checkpointing=True, resume="",
+        )[0]  # fmt: skip
+        found["LoRA"] = float(sum(tensor.numel() for key, tensor in lora.items() if not key.endswith("alpha")))
+    elif kind == "one pass":
+        one_pass(model, latents, positive, negative, rank, watch)
+    else:
+        for _ in range(2):
+            comfy.sample.sample(
+                model, torch.randn_like(latents), 1, 8.5, "euler", "simple", positive, negative,
+                torch.zeros_like(latents), disable_pbar=True, seed=0,
+            )  # fmt: skip
+            watch.step_done()
+    found["memory"] = watch_peak(watch) - before
+    found["seconds"] = min(watch.times[1:])
+    return found
+
+
+def with_hook(watch: Watch) -> None:
+    """TrainLoraNode tells the progress bar of every step."""
+    import comfy.utils
+
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+
+    def hook(*_, **__) -> None:
+        watch.step_done()
+        watch.memory = peak()
+
+    comfy.utils.set_progress_bar_global_hook(hook)
+
+
+def with_timed_steps(watch: Watch) -> None:
+    """The trainer's step itself: with a progress hook the node would draw previews, which is not the training."""
+    import comfy.utils
+
+    from lcm_kit.distillation.trainer import Trainer
+
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    step = Trainer.step
+
+    def timed(trainer):
+        watch.last = time.process_time()
+        loss = step(trainer)
+        watch.step_done()
+        watch.memory = peak()
+        return loss
+
+    Trainer.step = timed
+
+
+def watch_peak(watch: Watch) -> float:
+    return getattr(watch, "memory", None) or peak()
+
+
+def one_pass(model, latents, positive, negative, rank: int, watch: Watch) -> None:
+    """What TrainLoraNode computes, with our branches: one pass forward, its loss, one backward, AdamW."""
+    from lcm_kit.distillation.trainer import adapters_on
+    from lcm_kit.nodes.host import distilling
+    from lcm_kit.nodes.host.training_data import Batches
+    from lcm_kit.nodes.host.training_loan import Denoiser, lent
+
+    with lent(model, torch.float32) as patcher:
+        network, device = patcher.model.diffusion_model, patcher.load_device
+        items = distilling._items(patcher, latents.split(1), positive, negative, [(0, 0)] * len(latents))
+        batch = Batches(items, seed=0, per_step=len(items), device=device).batch(range(len(items)))
+        denoise = Denoiser(patcher)
+        with adapters_on(network, rank, recompute=True) as adapters:
+            optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-4)
+            watch.last = time.process_time()
+            for _ in range(STEPS):
+                sigma = torch.full((len(latents),), 2.0)
+                x = batch.z0 + sigma.view(-1, 1, 1, 1) * torch.randn_like(batch.z0)
+                (denoise(x, sigma, batch.cond) - batch.z0).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                watch.step_done()
+                watch.memory = peak()
+
+
+def fresh(kind: str, name: str, home: str, more: dict[str, str]) -> dict[str, float]:
+    command = [sys.executable, __file__, "--measure", kind, name, home]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | more
+    print(f"measuring {kind} on {name} ...", file=sys.stderr, flush=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{kind} on {name} failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["embedded", "half"])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--measure", nargs=3, metavar=("KIND", "MODEL", "HOME"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(*options.measure)))
+        return
+    with tempfile.TemporaryDirectory() as home:
+        for name in options.models:
+            memory = {kind: fresh(kind, name, home, TIGHT) for kind in KINDS}
+            seconds = {kind: float("inf") for kind in KINDS}
+            for _ in range(options.rounds):
+                for kind in KINDS[:3]:
+                    seconds[kind] = min(seconds[kind], fresh(kind, name, home, {})["seconds"])
+            print(table(name, memory, seconds), flush=True)
+
+
+def table(name: str, memory: dict[str, dict[str, float]], seconds: dict[str, float]) -> str:
+    rank, batch, side = MODELS[name]
+    network = memory["ours"]["network"]
+    core = memory["core"]["memory"]
+    state = 16 * memory["ours"]["LoRA"]  # fp32: the weights, their gradients, Adam's two means
+    lines = [
+        f"{name}: {network / 1e6:.0f} MB of weights, rank {rank}, batch {batch}, latents {side} x {side}",
+        "",
+        "| | TrainLoraNode | Distill LCM-LoRA | ratio | one pass | ratio |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    peaks = [memory[kind]["memory"] for kind in KINDS[:3]]
+    rates = [batch / seconds[kind] for kind in KINDS[:3]]
+    for what, (theirs, ours, single), form in (("peak memory, MB", [p / 1e6 for p in peaks], ".0f"),
+                                                ("pictures a second", rates, ".3g")):  # fmt: skip
+        lines.append(
+            f"| {what} | {theirs:{form}} | {ours:{form}} | {ours / theirs:.2f} | {single:{form}} | {single / theirs:.2f} |"
+        )
+    forwards = [1, 4, 1]
+    passes = [rate * count for rate, count in zip(rates, forwards, strict=True)]
+    # Teacher with and without the prompt, target and student; what gradient checkpointing repeats is not counted.
+    lines.append(
+        f"| forward passes a second | {passes[0]:.3g} | {passes[1]:.3g} | {passes[1] / passes[0]:.2f} | {passes[2]:.3g} | "
+        f"{passes[2] / passes[0]:.2f} |"
+    )
+    lines.append(
+        f"| trained numbers | {memory['core']['LoRA']:,.0f} | {memory['ours']['LoRA']:,.0f} | "
+        f"{memory['ours']['LoRA'] / memory['core']['LoRA']:.2f} | | |"
+    )
+    extra = memory["ours"]["memory"] - memory["inference"]["memory"]
+    lines += [
+        "",
+        f"Inference of that batch with guidance: {memory['inference']['memory'] / 1e6:.0f} MB at its peak. Distilling adds "
+        f"{extra / 1e6:.0f} MB, {extra / network:.2f} networks; {state / 1e6:.0f} MB of them are the LoRA with gradients and "
+        f"Adam's means, the rest is {(extra - state) / network:.2f} networks. TrainLoraNode adds "
+        f"{(core - memory['inference']['memory']) / network:.2f} networks.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

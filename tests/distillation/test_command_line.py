@@ -1,0 +1,145 @@
+"""`python -m lcm_kit.distillation` as far as it goes without ComfyUI: what it reads, and what it refuses."""
+
+import io
+import subprocess
+import sys
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from lcm_kit.distillation import launch_data
+from lcm_kit.distillation.__main__ import main
+from lcm_kit.distillation.launch_options import parsed
+from lcm_kit.distillation.launch_run import _settings, _texts
+from lcm_kit.distillation.settings import Settings
+from lcm_kit.tests.helpers import ROOT
+
+RED = torch.tensor([1.0, 0.0, 0.0])
+
+
+def png(colour="red", size=(4, 4), mode="RGB"):
+    content = io.BytesIO()
+    Image.new(mode, size, colour).save(content, "png")
+    return content.getvalue()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with a red and a green picture and their captions, and a text file beside the folder."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, colour in (("b", "red"), ("a", "lime")):
+        (folder / f"{name}.png").write_bytes(png(colour))
+        (folder / f"{name}.txt").write_text(f"a {colour} square\n")
+    (tmp_path / "captions.txt").write_text("one\n\n two \n")
+    return folder
+
+
+def archive(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def command(folder, *more):
+    return ["--checkpoint", "x.safetensors", "-o", str(folder / "lcm.safetensors"), "--comfyui", str(folder), *more]
+
+
+def test_help_explains_with_examples_in_a_clone(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "distillation", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for part in ("examples:", "accelerate launch", "torchrun", "--resume FOLDER", "Exit status"):
+        assert part in done.stdout
+
+
+def test_defaults_are_those_of_the_settings():
+    options = parsed(["--checkpoint", "x", "-o", "y", "--prompts", "z"])
+    assert _settings(options) == Settings(steps=1000, warmup=20)  # 20: the node's
+
+
+def test_pictures_of_a_folder_come_by_name_with_their_captions(pictures):
+    found = launch_data.find_pictures([pictures])
+    assert [picture.name for picture in found] == ["a.png", "b.png"]
+    assert launch_data.captions_of(found, None) == ["a lime square", "a red square"]
+    image = launch_data.pixels(found[1], 8, 16)
+    assert image.shape == (16, 8, 3)
+    torch.testing.assert_close(image, RED.expand(16, 8, 3))
+
+
+def test_samples_of_a_tar_go_together_by_what_is_before_the_first_dot(tmp_path):
+    shard = archive(
+        tmp_path / "0.tar",
+        [("a/2.png", png("red")), ("a/1.png", png("blue")), ("a/1.txt", b"blue"), ("a/2.txt", b"red"),
+         ("a/2.json", b"{}"), ("a/2.depth.png", png())],
+    )  # fmt: skip
+    found = launch_data.find_pictures([shard])
+    assert [(picture.name, picture.caption) for picture in found] == [
+        ("0.tar/a/1.png", "blue"),
+        ("0.tar/a/2.png", "red"),
+    ]
+    torch.testing.assert_close(launch_data.pixels(found[1], 2, 2), RED.expand(2, 2, 3))
+
+
+def test_transparent_parts_are_white(tmp_path):
+    (tmp_path / "a.png").write_bytes(png((255, 0, 0, 0), mode="RGBA"))
+    assert launch_data.pixels(launch_data.find_pictures([tmp_path])[0], 2, 2).min() == 1
+
+
+def test_each_caption_is_held_once(pictures):
+    captions = str(pictures.parent / "captions.txt")
+    data_free = _texts(parsed(command(pictures, "--prompts", captions, "--samples", "5")))
+    assert (data_free.captions, data_free.which, data_free.pictures) == (["one", "two"], [0, 1, 0, 1, 0], [])
+    with_pictures = _texts(parsed(command(pictures, "--prompts", captions, "--pictures", str(pictures))))
+    assert (with_pictures.captions, with_pictures.which) == (["one", "two"], [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--pictures", "{here}/nowhere"], "nowhere is neither a folder nor a .tar file"),
+        (["--pictures", "{here}/empty"], "empty holds no picture (png, jpg"),
+        (["--pictures", "{here}/captions.txt"], "captions.txt is no whole, plain .tar file"),
+        (["--pictures", "{here}/bare"], "1 of 1 pictures have no caption beside them (a.png). Add NAME.txt files"),
+        (["--pictures", "{here}/bare", "--prompts", "{here}/captions.txt"], "has 2 captions, but there are 1 pictures"),
+        (["--prompts", "{here}/blank.txt"], "blank.txt has no captions"),
+        (["--prompts", "{here}/latin.txt"], "latin.txt is no UTF-8 text (invalid continuation byte at byte 3)"),
+        (["--prompts", "{here}/nowhere.txt"], "nowhere.txt"),
+        (["--prompts", "{here}/captions.txt"], "where there is no ComfyUI (no comfy/sd.py)"),
+        (["--prompts", "{here}/captions.txt", "--guidance-min", "9"], "cfg goes from 9.0 down to 8.5"),
+        (["--prompts", "{here}/captions.txt", "--average-target"], "average_target needs a moving average"),
+    ],
+)
+def test_bad_input_ends_with_one_line(more, message, pictures, capsys):
+    here = pictures.parent
+    (here / "empty").mkdir()
+    (here / "bare").mkdir()
+    (here / "bare" / "a.png").write_bytes(png())
+    (here / "blank.txt").write_text("\n \n")
+    (here / "latin.txt").write_bytes("caf\u00e9 noir".encode("latin-1"))
+    assert main(command(here, *[text.format(here=here) for text in more])) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_nothing_to_learn_from_is_told(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(command(tmp_path))
+    assert ended.value.code == 2
+    assert "nothing to learn from: give --prompts FILE, or --pictures" in capsys.readouterr().err
+
+
+def test_what_is_no_picture_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"a\.png cannot be read as a picture"):
+        launch_data.pixels(launch_data.find_pictures([tmp_path])[0], 8, 8)

@@ -1,0 +1,165 @@
+"""`python -m lcm_kit.distillation` on the embedded model: a stop and going on, two processes, captions alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import comfy.supported_models
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lcm_kit.demo.prompts import FIGURE
+from lcm_kit.distillation import checkpoint
+from lcm_kit.distillation.__main__ import main
+from lcm_kit.lora_merge import load
+from lcm_kit.tests.helpers import ROOT
+
+MODELS = ROOT / "demo" / "models"
+MODEL = ["--checkpoint", str(MODELS / "checkpoints" / "tiny_emoji.safetensors"),
+         "--custom-nodes", str(ROOT / "demo" / "tiny_emoji"), "--comfyui", os.environ["COMFYUI_PATH"]]  # fmt: skip
+VAE = ["--vae", str(MODELS / "vae" / "tiny_emoji_vae.safetensors")]
+SMALL = ["--rank", "2", "--skip", "200", "--guidance-min", "3", "--guidance-max", "3", "--learning-rate", "1e-3",
+         "--width", "64", "--height", "64", "--cpu", "--save-dtype", "fp32"]  # fmt: skip
+QUICK = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of four pictures and their captions, and the same in a .tar file."""
+    folder = tmp_path_factory.mktemp("data") / "pictures"
+    folder.mkdir()
+    for number in range(4):
+        Image.linear_gradient("L").rotate(90 * number).resize((64, 64)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(FIGURE[number % 2])
+    subprocess.run(["tar", "-cf", folder.with_suffix(".tar"), "-C", folder, "."], check=True)
+    return folder
+
+
+def command(*arguments, launcher=()):
+    # In the repository's root, as from a clone.
+    return [sys.executable, *launcher, "-m", "distillation", *MODEL, *VAE, *SMALL, *map(str, arguments)]
+
+
+def run(*arguments, **options):
+    done = subprocess.run(
+        command(*arguments, **options), cwd=ROOT, env=QUICK, capture_output=True, text=True, timeout=300,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def in_process():
+    """`main` here, where ComfyUI is loaded already; what it adds to ComfyUI is taken away again."""
+    models, path, threads = [*comfy.supported_models.models], [*sys.path], torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the other processes: sums in the same order
+    yield lambda *arguments: main([*MODEL, *SMALL, *map(str, arguments)])
+    torch.set_num_threads(threads)
+    comfy.supported_models.models[:], sys.path[:] = models, path
+
+
+@pytest.fixture(scope="module")
+def whole(in_process, pictures, tmp_path_factory):
+    """The LoRA file of three steps in one go, two pictures to each."""
+    file = tmp_path_factory.mktemp("whole") / "lcm.safetensors"
+    assert in_process("--pictures", pictures, *VAE, "--steps", 3, "--batch", 2, "-o", file) == 0
+    return file
+
+
+def test_a_run_makes_a_lora_file_and_a_report(in_process, whole, pictures, capsys):
+    # The finished run once more: it goes on from its last step.
+    assert in_process("--pictures", pictures, *VAE, "--steps", 3, "--batch", 2, "-o", whole, "--overwrite") == 0
+    report = capsys.readouterr().out
+    lora = load(whole)
+    assert len(lora.modules) == 177
+    assert all(float(layer.delta().norm()) > 0 for layer in lora.modules.values())
+    assert '"steps": 3' in lora.metadata["lcm_kit.distillation"]
+    assert "LCM-LoRA with 177 modules" in report
+    assert "3 steps of 2 images from 4 pictures; guidance 3, skip 200" in report
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_lora(in_process, pictures, whole, tmp_path):
+    file, kept = tmp_path / "lcm.safetensors", tmp_path / "kept"
+    arguments = ["--pictures", pictures, "--batch", 2, "-o", file, "--resume", kept]
+    process = subprocess.Popen(
+        command(*arguments, "--steps", 1000, "--save-every", 1), cwd=ROOT, env=QUICK, stderr=subprocess.PIPE, text=True,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 200
+        while not (kept / "run.safetensors").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said[-3000:]
+    assert said.endswith("stopped; the same command goes on from the last finished step\n")
+    assert not file.exists()
+    _, facts = checkpoint.read(kept / "run.safetensors")
+    if facts["done"] >= 3:  # the machine was too busy to stop it earlier
+        whole = tmp_path / "longer.safetensors"
+        assert in_process(*arguments[:4], *VAE, "-o", whole, "--steps", facts["done"] + 1) == 0
+    assert in_process(*arguments, *VAE, "--steps", max(3, facts["done"] + 1)) == 0
+    actual, expected = load_file(file), load_file(whole)
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(actual[key], tensor), key
+
+
+def test_two_processes_make_what_one_makes_with_their_batches_together(pictures, whole, tmp_path):
+    file = tmp_path / "two.safetensors"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    shard = pictures.with_suffix(".tar")
+    report = run("--pictures", shard, "--steps", 3, "--batch", 1, "-o", file, launcher=launcher)
+    assert report.count("LCM-LoRA with") == 1
+    assert "On 2 processes, 2 images to a step together." in report
+    one, two = load(whole), load(file)
+    assert one.modules.keys() == two.modules.keys()
+    deltas = [torch.cat([lora.delta(name).flatten() for name in one.modules]) for lora in (one, two)]
+    assert (deltas[1] - deltas[0]).norm() < 1e-4 * deltas[0].norm()  # sums in another order, then Adam: 5e-5
+
+
+def test_captions_alone_and_the_picture_of_the_course(in_process, tmp_path, capsys):
+    (tmp_path / "captions.txt").write_text("\n".join(FIGURE))
+    style = MODELS / "loras" / "tiny_emoji_ink_lora.safetensors"
+    arguments = ["--prompts", tmp_path / "captions.txt", "--samples", 2, "--steps", 1, "--batch", 2, *VAE, "--lora",
+                 f"{style}:0.5", "-o", tmp_path / "lcm.safetensors", "--picture", tmp_path / "course.png"]  # fmt: skip
+    assert in_process(*arguments) == 0
+    said = capsys.readouterr().out
+    assert "1 steps of 2 images from 2 pictures that the model made itself" in said
+    with Image.open(tmp_path / "course.png") as picture:
+        assert picture.width == 768
+        assert picture.height > 256
+    assert load_file(tmp_path / "lcm.run" / "data.safetensors")["latents"].shape[::2] == (2, 8)
+
+    assert in_process(*arguments) == 2  # the output is there
+    assert "lcm.safetensors" in capsys.readouterr().err
+    assert in_process(*arguments, "--overwrite", "--rank", 3) == 2
+    assert "is the checkpoint of another training (" in capsys.readouterr().err
+    assert in_process(*arguments, "--overwrite", "--lora", MODELS / "vae" / "tiny_emoji_vae.safetensors") == 2
+    assert "changes nothing in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors is no file, nor in ComfyUI's checkpoints ("),
+        (["--checkpoint", "{vae}"], "tiny_emoji_vae.safetensors could not be loaded by ComfyUI ("),
+        ([], "tiny_emoji.safetensors has no VAE to encode pictures with; give one by --vae."),
+        (["--custom-nodes", "{pictures}/0.png"], "0.png, which is no folder"),
+    ],
+)
+def test_bad_input_ends_with_one_line(more, message, in_process, pictures, tmp_path, capsys):
+    more = [text.format(vae=VAE[1], pictures=pictures) for text in more]
+    assert in_process("--pictures", pictures, "-o", tmp_path / "lcm.safetensors", *more) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.splitlines()[-1].startswith("error: ")
+    assert [path for path in Path(tmp_path).iterdir() if path.suffix == ".safetensors"] == []
