@@ -18,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["cat face", "rocket", "pizza", "red heart blue background"]
 STEPS = (1, 2, 4, 8)
+STRENGTHS = (0.3, 0.5, 0.58, 0.6, 0.7, 0.75, 0.8, 0.9)
 SETUPS = {
     "LCM Kit": None,
     'core: ModelSamplingDiscrete "lcm" + simple': (True, "simple"),
@@ -121,10 +122,7 @@ def with_schedule(model, schedule):
 
 def main() -> None:
     prepare()
-    import comfy.samplers
-
     from lcm_kit.samplers.noise import StepNoise
-    from lcm_kit.samplers.schedule import lcm_timesteps
 
     model, positive = load()
     generator = torch.Generator().manual_seed(0)
@@ -143,17 +141,41 @@ def main() -> None:
             cells.append(f"{difference.abs().max().item():.1e}")
         print(f"| {name} | " + " | ".join(cells) + " |")
 
-    sampling = model.get_model_object("model_sampling")
-    print("\nTimestep at which a 4-step run starts:\n")
-    strengths = (0.3, 0.5, 0.6, 0.7, 0.75, 0.9)
-    print("| denoise | " + " | ".join(map(str, strengths)) + " |\n| --- |" + " --- |" * len(strengths))
-    ours = [lcm_timesteps(4, strength=s)[0] for s in strengths]
-    theirs = []
-    for s in strengths:
-        sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", int(4 / s))[-5:]
-        theirs.append(round(float(sampling.timestep(sigmas[:1])[0])))
-    print("| LCM Kit and diffusers | " + " | ".join(map(str, ours)) + " |")
-    print("| core: KSampler, simple | " + " | ".join(map(str, theirs)) + " |")
+    print("\nTimestep at which a run starts:\n")
+    print("| denoise | " + " | ".join(map(str, STRENGTHS)) + " |\n| --- |" + " --- |" * len(STRENGTHS))
+    for name, starts in start_timesteps(model.get_model_object("model_sampling")).items():
+        print(f"| {name} | " + " | ".join(map(str, starts)) + " |")
+
+
+def start_timesteps(sampling) -> dict[str, list[int]]:
+    """Row by row: what was asked for, where LCM Kit and diffusers start, and where core's KSampler does."""
+    import comfy.samplers
+    from diffusers.schedulers.scheduling_lcm import LCMScheduler
+
+    from lcm_kit.samplers.schedule import lcm_timesteps
+
+    def diffusers(steps, strength):
+        scheduler = LCMScheduler()
+        scheduler.set_timesteps(steps, strength=strength)
+        return int(scheduler.timesteps[0])
+
+    def core(steps, strength):
+        # As KSampler.set_steps counts: a longer schedule, of which the last steps are run.
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", int(steps / strength))[-(steps + 1) :]
+        return round(float(sampling.timestep(sigmas[:1])[0]))
+
+    rows = {"asked for: denoise of 1000": [round(1000 * s) - 1 for s in STRENGTHS]}
+    for name, start in {
+        "LCM Kit": lambda steps, s: lcm_timesteps(steps, strength=s)[0],
+        "diffusers": diffusers,
+        "core: KSampler, simple": core,
+    }.items():
+        starts = {steps: [start(steps, s) for s in STRENGTHS] for steps in STEPS}
+        if all(row == starts[STEPS[0]] for row in starts.values()):
+            rows[f"{name}, any number of steps"] = starts[STEPS[0]]
+        else:
+            rows |= {f"{name}, {n} step{'s' * (n > 1)}": row for n, row in starts.items()}
+    return rows
 
 
 def loaded(model):

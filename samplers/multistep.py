@@ -67,7 +67,7 @@ def sample_lcm(
         denoised = model(x, per_image[i], **extra_args)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": levels[i], "sigma_hat": levels[i], "denoised": denoised})
-        x_wide, x0 = x.to(wide), denoised.to(wide)
+        x0 = _in_dtype(denoised, wide)
         weight = weights[i]
         # Only what has a weight is drawn or read: exact ends, and gamma 0 needs no noise source.
         if weight.fresh:
@@ -78,9 +78,14 @@ def sample_lcm(
         else:
             after = x0 * weight.denoised
         if weight.x:
-            after.add_(x_wide, alpha=weight.x)
-        x = after.to(x.dtype)
+            after.add_(_in_dtype(x, wide), alpha=weight.x)
+        x = _in_dtype(after, x.dtype)
     return x
+
+
+def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which is slow where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _check_levels(sigmas: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Noise for the steps of a stochastic sampler that depends on seed, batch index and step, and on nothing else."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class StepNoise:
     def __init__(self, seed: int, batch_indices: Sequence[int] | None = None) -> None:
         self.seed = seed
         self.batch_indices = None if batch_indices is None else tuple(batch_indices)
+        # Seeded anew for every image, so it remembers nothing; making one each time would cost as much as seeding it.
+        self._generator = torch.Generator(device="cpu")
 
     def __call__(self, step: int, like: Tensor) -> Tensor:
         """Noise after step 0, 1, ...: shape, dtype and device of `like`.
@@ -44,11 +47,16 @@ class StepNoise:
                 f"the latent holds {like.shape[0]} images but batch_indices has {len(indices)} entries "
                 f"{list(indices)}; give one index per image, or none to count from 0."
             )
-        noise = torch.empty(like.shape, dtype=torch.float32, device="cpu")
-        generator = torch.Generator(device="cpu")
-        for image, index in zip(noise.unbind(), indices, strict=True):
-            image.normal_(generator=generator.manual_seed(stream_seed(self.seed, index, step)))
-        return noise.to(device=like.device, dtype=like.dtype)
+        if len(indices) == 1:  # the usual case: the same numbers for less
+            generator = self._generator.manual_seed(stream_seed(self.seed, indices[0], step))
+            noise = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu")
+        else:
+            noise = torch.empty(like.shape, dtype=torch.float32, device="cpu")
+            for image, index in zip(noise.unbind(), indices, strict=True):
+                image.normal_(generator=self._generator.manual_seed(stream_seed(self.seed, index, step)))
+        # Asked first: for a small latent a conversion to what it is already costs more than the question.
+        alike = like.dtype == torch.float32 and like.device == noise.device
+        return noise if alike else noise.to(device=like.device, dtype=like.dtype)
 
 
 def stream_seed(seed: int, batch_index: int, step: int) -> int:
@@ -57,10 +65,13 @@ def stream_seed(seed: int, batch_index: int, step: int) -> int:
     With two of the three fixed it is a bijection of the third. A plain sum would not do: image 1 of seed 42 would be
     image 0 of seed 43.
     """
-    state = _STREAM
-    for word in (seed, batch_index, step):
-        state = _splitmix64(state ^ (word & _MASK))
-    return state
+    return _splitmix64(_image_stream(seed, batch_index) ^ (step & _MASK))
+
+
+@lru_cache(maxsize=1024)
+def _image_stream(seed: int, batch_index: int) -> int:
+    """What all steps of an image have in common, kept for the next step."""
+    return _splitmix64(_splitmix64(_STREAM ^ (seed & _MASK)) ^ (batch_index & _MASK))
 
 
 def _splitmix64(state: int) -> int:

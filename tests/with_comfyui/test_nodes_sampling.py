@@ -329,8 +329,7 @@ def test_a_noise_mask_keeps_what_it_does_not_cover():
     mask[:, :, :4] = 1.0
     (masked,) = SetLatentNoiseMask().set_mask(latent, mask)
     images = lcm(model, masked, denoise=0.8)
-    # the boundary scaling of the last step mixes in 4e-8 of the noisy latent
-    torch.testing.assert_close(images[..., 4:], latent["samples"][..., 4:], rtol=0, atol=1e-5)
+    assert torch.equal(images[..., 4:], latent["samples"][..., 4:])  # the scale of this model's latents is a power of 2
     assert (images[..., :4] - latent["samples"][..., :4]).abs().max() > 0.1
 
 

@@ -11,6 +11,7 @@ import comfy.model_base
 import comfy.model_patcher
 import comfy.sd
 import comfy.sd1_clip
+import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
 import torch
@@ -61,6 +62,27 @@ def tiny_model(model_type=ModelType.EPS, *, seed=0, sampling_settings=None, **un
     model = comfy.model_base.BaseModel(config, model_type=model_type, device=torch.device("cpu"))
     fill(model.diffusion_model, seed)
     cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def tiny_video_model(*, seed=0):
+    """A MODEL of Wan's architecture: a flow model whose latents are (b, 16, frames, h, w), with Wan's own scaling."""
+    config = comfy.supported_models.WAN21_T2V(
+        {
+            "image_model": "wan2.1",
+            "model_type": "t2v",
+            "dim": 48,
+            "ffn_dim": 64,
+            "freq_dim": 16,
+            "text_dim": CONTEXT,
+            "num_heads": 2,
+            "num_layers": 1,
+            "dtype": torch.float32,
+        }
+    )
+    cpu = torch.device("cpu")
+    model = config.get_model({}, device=cpu)
+    fill(model.diffusion_model, seed)
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
