@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,6 +56,21 @@ def allocate(
         middle = (low + high) // 2
         low, high = (low, middle) if reached(_ranks(prospects, order[:middle])) else (middle + 1, high)
     return _ranks(prospects, order[:low])
+
+
+def alike(prospects: Mapping[str, Prospect]) -> dict[str, Prospect]:
+    """The same prospects, ranks being worth what they add to the retention of all inputs together, each over all modules.
+
+    An input whose whole energy is small counts as much as a large one then, and one of many modules as one of few.
+    """
+    if not prospects:
+        return {}
+    whole = torch.stack([prospect.kept[1:, -1] for prospect in prospects.values()]).sum(0)
+    result = {}
+    for name, prospect in prospects.items():
+        shares = prospect.kept[1:].diff(dim=1) / whole.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+        result[name] = replace(prospect, priority=shares.sum(0))
+    return result
 
 
 def _order(prospects: Mapping[str, Prospect]) -> list[str]:

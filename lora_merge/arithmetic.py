@@ -17,14 +17,17 @@ def weighted_sum(terms: Sequence[Term]) -> LoraLayer:
     """The layer with delta = sum of strength * delta over (layer, strength) terms: tau' of arXiv 2311.05556, eq. 3.
 
     Exact, in float32: up = [a_1 up_1, a_2 up_2, ...] and down = [b_1 down_1; b_2 down_2; ...] with
-    a_i * b_i = strength_i * scale_i, so the rank is the sum of ranks. The size of a_i * b_i is split evenly between the
-    factors, which keeps both within float16, and its sign goes to up. The result has alpha = rank (scale 1) and no `mid`.
+    a_i * b_i = strength_i * scale_i, so the rank is the sum of ranks. b_i is the power of two nearest to an even split,
+    which keeps both factors within float16 and costs down no rounding, nor up where a_i is a power of two as well: an
+    LCM-LoRA of alpha 8 and rank 64 goes through at strength 1 bit for bit. The result has alpha = rank (scale 1), no `mid`.
     LoHa and LoKr enter by their exact factors.
     A term with strength 0 takes no rank; if all are 0 one rank of zeros is left, so that the module stays.
     Raises ValueError without terms, or if the updates are not of one weight.
     """
     shape = common_shape([layer for layer, _ in terms])
     ups, downs = stacked(terms)
+    if len(ups) == 1:
+        return shaped(ups[0], downs[0], shape)
     return shaped(torch.cat(ups, dim=1), torch.cat(downs, dim=0), shape)
 
 
@@ -53,12 +56,18 @@ def stacked(terms: Sequence[Term]) -> tuple[list[Tensor], list[Tensor]]:
         up, down = layer.factors()
         if factor == 0:
             up, down = up[:, :0], down[:0]
-        half = math.sqrt(abs(factor))
-        ups.append(up * math.copysign(half, factor))
-        downs.append(down * half)
+        half = 2.0 ** round(math.log2(abs(factor)) / 2) if factor else 1.0
+        ups.append(_times(up, factor / half, layer))
+        downs.append(_times(down, half, layer))
     if sum(up.shape[1] for up in ups) == 0 and ups:
         ups[0], downs[0] = ups[0].new_zeros(ups[0].shape[0], 1), downs[0].new_zeros(1, downs[0].shape[1])
     return ups, downs
+
+
+def _times(factor: Tensor, number: float, layer: Layer) -> Tensor:
+    """The product, without a second copy where the way to float32 has made one."""
+    own = isinstance(layer, LoraLayer) and torch.float32 not in (layer.up.dtype, layer.down.dtype)
+    return factor.mul_(number) if own else factor * number
 
 
 def shaped(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> LoraLayer:

@@ -61,15 +61,31 @@ def save(
         raise ValueError(f"dtype is {dtype}, but it has to be one of {', '.join(map(str, DTYPES))}")
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}, but it has to be one of {', '.join(FORMATS)}")
+    check_output(path, overwrite)
+    # Nobody else sees these tensors, so what needs no conversion needs no copy.
+    tensors = lora.to_state_dict(dtype, format=format, copy=False)
+    notes = metadata.for_file(lora, path.stem, format)
+    _write(path, _apart(tensors), notes, overwrite)
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raises ValueError, FileNotFoundError or FileExistsError if `save` would not write a file of that name."""
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the name has to end in .safetensors, or loaders would not list the file.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: there is no such folder; create it first.")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path}: exists already; choose another name or allow overwriting.")
-    tensors = lora.to_state_dict(dtype, format=format)
-    notes = metadata.for_file(lora, path.stem, format)
-    _write(path, tensors, notes, overwrite)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor in memory of its own: safetensors refuses one that stands under two names."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        result[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return result
 
 
 def _write(path: Path, tensors: dict[str, Tensor], notes: dict[str, str], overwrite: bool) -> None:

@@ -1,216 +1,211 @@
-"""The merge of whole LoRAs: which modules meet, their sum, and the account of it."""
+"""The merge of whole LoRAs: which modules meet, what becomes of each, and the account of it."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from typing import Any
+
+import torch
 
 from . import names
-from .arithmetic import Term, weighted_sum
-from .dense import Diffs, bias_sums, dense_modules, weight_sum
+from .account import Account, Finished, Source, Tally, account_of
+from .allocation import alike, allocate
+from .dense import Diffs, bias_sums, dense_modules
+from .engine import Engine
 from .layer import Layer
 from .lora import Lora
-from .lowrank import Truncated, truncated_sum
 from .meeting import unify
 from .metadata import PROVENANCE_KEY, agreed
-from .methods import find_method
-from .passing import Passing, refusal, sort_carried
+from .options import MergeOptions
+from .passing import refusal, sort_carried
+from .pool import in_order
+from .precision import cast_part
+from .protect import protected_input
+from .provenance import to_json
+from .sizes import numbers_within
+from .strengths import Blocks, Strengths, strengths_of
+
+__all__ = ["Account", "Input", "Progress", "Source", "merge", "merge_with_account", "resize", "resize_with_account"]
 
 Input = tuple[Lora, float]
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Source:
-    """One input's part in a merge.
-
-    modules, only_here: modules it has, and modules no other input has. diffs: its dense differences.
-    ranks, alphas: smallest and largest of its modules, None where it has none; alpha None counts as the rank.
-    retention: share 0..1 of its energy (squared Frobenius norm, over all modules) left after the cut to a smaller
-        rank; 1 for an exact merge, None if it had no energy.
-    merged, passed_through, refused: what became of its modules; they add up to `modules`. Refused ones are left out of
-        the result, which happens on request only.
-    """
-
-    name: str
-    strength: float
-    modules: int
-    only_here: int
-    diffs: int
-    ranks: tuple[int, int] | None
-    alphas: tuple[float, float] | None
-    retention: float | None
-    merged: int = 0
-    passed_through: int = 0
-    refused: int = 0
-
-
-@dataclass(frozen=True)
-class Account:
-    """What a merge did. relative_error: of all updates together, Frobenius norm, 0 for an exact merge."""
-
-    sources: tuple[Source, ...]
-    method: str
-    rank: int
-    modules: int
-    cut_modules: int
-    relative_error: float
-
-    def to_json(self) -> str:
-        """The provenance that goes into the file."""
-        inputs = [{"name": s.name, "strength": s.strength, "modules": s.modules, "retention": s.retention,
-                   "merged": s.merged, "passed_through": s.passed_through, "refused": s.refused}
-                  for s in self.sources]  # fmt: skip
-        return json.dumps(
-            {
-                "version": 1,
-                "inputs": inputs,
-                "method": self.method,
-                "rank": self.rank,
-                "relative_error": self.relative_error,
-            }
-        )
-
-
-def merge(
-    inputs: Sequence[Input],
-    *,
-    method: str = "linear",
-    rank: int = 0,
-    progress: Progress | None = None,
-    leave_out: bool = False,
-) -> Lora:
+def merge(inputs: Sequence[Input], **keywords: Any) -> Lora:
     """One LoRA whose update of every module is the sum of strength * update over the (lora, strength) inputs.
 
     Any number of inputs from 1 on, of any rank, alpha and spelling, strengths of any sign; modules that one input has
-    alone are in the result too. LoRA, LoHa and LoKr become LoRA factors, float32 with alpha = rank. Where one of the
-    inputs changes the whole weight (`.diff`, a norm) the sum is such a difference too.
+    alone are in the result too. LoRA, LoHa and LoKr become LoRA factors with alpha = rank. Where one of the inputs
+    changes the whole weight (`.diff`, a norm) the result is such a difference too, and stays whole in every cut.
     Updates that depend on the weight (Lora.carried: DoRA, OFT, ...) do not add up. One is passed through as it is if no
     other input changes the module and its strength is 1, and falls away at strength 0.
-    method: a name in methods.METHODS.
-    rank: 0 keeps the sum exact, its rank being the sum of ranks; else modules whose ranks add up to more are cut
-        to the best approximation of that rank (lowrank.py), and the error stands in the metadata. Differences of whole
-        weights stay whole.
-    progress: called after each module with (modules done, modules in all); what it raises ends the merge.
-    leave_out: leave modules that do not add up out of the result and count them as refused, instead of raising.
-    Raises ValueError without inputs, for an unknown method, a rank below 0, a strength that is not finite, for LoRAs
-    that were made for different base models, and for modules that do not add up.
+    Strengths are multiplied into the updates before a method looks at them, and never normalised. Biases and norms are
+    added up by every method.
+    keywords: those of `merge_with_account`.
     """
-    return merge_with_account(inputs, method=method, rank=rank, progress=progress, leave_out=leave_out)[0]
+    return merge_with_account(inputs, **keywords)[0]
 
 
 def merge_with_account(
     inputs: Sequence[Input],
     *,
-    method: str = "linear",
-    rank: int = 0,
+    block_strengths: Blocks | Sequence[Blocks] = None,
+    workers: int | None = None,
+    device: str | torch.device = "cpu",
     progress: Progress | None = None,
-    leave_out: bool = False,
+    sha256: Sequence[str | None] | Callable[[], Sequence[str | None]] = (),
+    **choices: Any,
 ) -> tuple[Lora, Account]:
-    """`merge`, and what it did to each input."""
-    stage = find_method(method).stage
-    if not inputs:
-        raise ValueError("there is nothing to merge: give at least one LoRA")
-    if rank < 0:
-        raise ValueError(f"rank is {rank}, but it has to be 0 (exact) or more")
-    for lora, strength in inputs:
-        if not math.isfinite(strength):
-            raise ValueError(f"{lora.source}: strength is {strength}, but it has to be a finite number")
+    """`merge`, and what it did to each input.
+
+    block_strengths: factors on the strengths by block, kind of layer and pattern (places.py), as text or parsed; one for
+        all inputs or one for each.
+    workers: threads that modules are shared among; None is torch.get_num_threads(). The result is the same for any.
+    device: where to compute, results are on the CPU. Small matrices are as fast there.
+    progress: called after each step with (steps done, steps in all), a step for each module, two where ranks are shared
+        out (keep, retain, max_mb); what it raises ends the merge.
+    sha256: of the inputs' files, for the provenance; a function is asked for them at the end.
+    choices: the fields of MergeOptions by name: method, rank, keep, ...
+    Raises ValueError without inputs, for options that are out of range or contradict one another, a strength that is not
+    finite, for LoRAs that were made for different base models, and for modules that do not add up.
+    """
+    options = MergeOptions(**choices)
+    options.check(len(inputs))
     loras = unify([lora for lora, _ in inputs])
-    strengths = [float(strength) for _, strength in inputs]
+    strengths = strengths_of(loras, [strength for _, strength in inputs], block_strengths)
+    warnings = []
+    if options.protect == "auto":
+        options = replace(options, protect=protected_input(loras, strengths.base))
+        if options.protect is None and options.mu:
+            warnings.append("no input is recognised as an acceleration LoRA, so nobody is protected and mu did nothing")
     passing = sort_carried(loras, strengths)
-    if passing.refused and not leave_out:
+    if passing.refused and not options.leave_out:
         raise ValueError(refusal(loras, passing))
+    dense = dense_modules(loras)
+    # What meets an update that is passed through has strength 0.
+    in_all = dict.fromkeys([*(module for lora in loras for module in lora.modules), *dense])
+    modules = [module for module in in_all if module not in passing.updates]
+    _check_signs(options, strengths, modules)
+
+    spellings = _spellings(loras)
+    engine = Engine(loras, strengths, options, dense, torch.device(device))
+    threads = torch.get_num_threads() if workers is None else max(1, workers)
+    steps = _Steps(progress, len(modules))
+    biases = bias_sums(loras, strengths, {m for m in dense if m not in passing.updates and _is_norm(loras, m)})
+    biases = {key: cast_part(diff, options.out_dtype, copy=False) for key, diff in biases.items()}
+    ranks: Mapping[str, int] = {}
+    if options.aim is not None:
+        low_rank = [module for module in modules if module not in dense]
+        fixed = numbers_within(options, loras, modules, passing.updates, spellings, biases)
+        ranks = _allocated(engine, options, low_rank, threads, steps, fixed)
 
     layers: dict[str, Layer] = {}
-    tally = _Tally([0.0] * len(loras), [0.0] * len(loras))
-    dense = dense_modules(loras)
     diffs: Diffs = {}
-    # What meets an update that is passed through has strength 0.
-    in_order = dict.fromkeys([*(module for lora in loras for module in lora.modules), *dense])
-    modules = [module for module in in_order if module not in passing.updates]
-    for done, module in enumerate(modules, start=1):
-        owners = [index for index, lora in enumerate(loras) if module in lora.modules]
-        terms: Sequence[Term] = [(loras[index].modules[module], strengths[index]) for index in owners]
-        if module in dense:
-            part, total = weight_sum(module, loras, strengths)
-            diffs[module, part] = total
-        elif rank == 0:
-            layers[module] = weighted_sum(stage(terms))
-        else:
-            result = truncated_sum(stage(terms), rank)
-            layers[module] = result.layer
-            tally.add(result, owners)
-        if progress is not None:
-            progress(done, len(modules))
-    diffs |= bias_sums(loras, strengths, {module for module, part in diffs if part == "w_norm"})
-    account = _account(loras, strengths, method, rank, tally, len(modules), passing)
+    tally = Tally(len(loras))
+    finish = partial(_finish, engine, ranks, options.rank)
+    with closing(in_order(finish, modules, threads)) as results:
+        for done in results:
+            if done.layer is not None:
+                layers[done.module] = done.layer
+            elif done.diff is not None:
+                part, diff = done.diff
+                diffs[done.module, part] = diff
+            tally.add(done, None if done.layer is None else done.layer.rank)
+            steps.done()
+    diffs |= biases
+    digests = list(sha256() if callable(sha256) else sha256)
+    digests += [None] * (len(loras) - len(digests))
+    account = account_of(loras, strengths, options, tally, len(modules), passing, digests, warnings)
+    used = layers.keys() | passing.updates.keys() | {module for module, _ in diffs}
+    spellings = {module: spelling for module, spelling in spellings.items() if module in used}
+    title = " + ".join(f"{lora.source} * {strength:g}" for lora, strength in zip(loras, strengths.base, strict=True))
+    metadata = agreed([lora.metadata for lora in loras]) | {
+        PROVENANCE_KEY: to_json(account),
+        "modelspec.merged_from": ", ".join(lora.source for lora in loras),
+    }
+    return Lora(layers, diffs, names.tidy(spellings), metadata, title, passing.updates), account
+
+
+def resize(lora: Lora, **keywords: Any) -> Lora:
+    """A smaller LoRA for the same, cut where least is lost. Its metadata stays, with the provenance added.
+
+    keywords: exactly one of rank, keep, max_mb (and retain, which is keep here), and others of `merge_with_account`.
+    Raises ValueError as that does, and if nothing says how small the result is to be.
+    """
+    return resize_with_account(lora, **keywords)[0]
+
+
+def resize_with_account(lora: Lora, **keywords: Any) -> tuple[Lora, Account]:
+    """`resize`, and what it did."""
+    if not MergeOptions(**{k: v for k, v in keywords.items() if k in ("rank", "keep", "retain", "max_mb")}).cuts:
+        raise ValueError("nothing says how small the result is to be. Give rank, keep or max_mb.")
+    small, account = merge_with_account([(lora, 1.0)], **keywords)
+    metadata = dict(lora.metadata) | {PROVENANCE_KEY: small.metadata[PROVENANCE_KEY]}
+    return replace(small, metadata=metadata, source=lora.source), account
+
+
+def _finish(engine: Engine, ranks: Mapping[str, int], rank: int, module: str) -> Finished:
+    return engine.finish(module, ranks.get(module, rank))
+
+
+def _allocated(
+    engine: Engine, options: MergeOptions, modules: Sequence[str], threads: int, steps: _Steps, parameters: int | None
+) -> dict[str, int]:
+    """The first of two passes: ranks by what each would keep. Directions are computed anew in the second, since keeping
+    those of all modules would take as much memory as the inputs in float32."""
+    steps.more(len(modules))
+    prospects = {}
+    with closing(in_order(engine.prospect, modules, threads)) as results:
+        for module, prospect in zip(modules, results, strict=True):
+            prospects[module] = prospect
+            steps.done()
+    if options.balanced:
+        prospects = alike(prospects)
+    return allocate(prospects, keep=options.keep, retain=options.retain, parameters=parameters)
+
+
+class _Steps:
+    """Counts steps for whoever watches."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self.progress = progress
+        self.total = total
+        self.counter = count(1)
+
+    def more(self, steps: int) -> None:
+        self.total += steps
+
+    def done(self) -> None:
+        number = next(self.counter)
+        if self.progress is not None:
+            self.progress(number, self.total)
+
+
+def _check_signs(options: MergeOptions, strengths: Strengths, modules: Iterable[str]) -> None:
+    if options.the_method.signed:
+        return
+    for module in modules:
+        lowest = min(strengths.at(module))
+        if lowest < 0:
+            raise ValueError(
+                f"{module}: strength is {lowest:g}, but method {options.method} goes from one LoRA to another and takes "
+                "no negative strength. Choose another method, such as linear."
+            )
+
+
+def _spellings(loras: Sequence[Lora]) -> dict[str, str]:
     spellings: dict[str, str] = {}
     for lora in loras:
         for module, spelling in lora.spellings.items():
             spellings.setdefault(module, spelling)
-    used = layers.keys() | passing.updates.keys() | {module for module, _ in diffs}
-    spellings = {module: spelling for module, spelling in spellings.items() if module in used}
-    title = " + ".join(f"{lora.source} * {strength:g}" for lora, strength in zip(loras, strengths, strict=True))
-    metadata = agreed([lora.metadata for lora in loras]) | {
-        PROVENANCE_KEY: account.to_json(),
-        "modelspec.merged_from": ", ".join(lora.source for lora in loras),
-    }
-    merged = Lora(layers, diffs, names.tidy(spellings), metadata, title, passing.updates)
-    return merged, account
+    return spellings
 
 
-@dataclass
-class _Tally:
-    source_energy: list[float]
-    kept_energy: list[float]
-    energy: float = 0.0
-    lost_energy: float = 0.0
-    cut: int = 0
-
-    def add(self, result: Truncated, owners: Sequence[int]) -> None:
-        self.energy += result.energy
-        self.lost_energy += result.lost_energy
-        self.cut += result.lost_energy > 0
-        for index, whole, kept in zip(owners, result.source_energy, result.kept_energy, strict=True):
-            self.source_energy[index] += whole
-            self.kept_energy[index] += kept
-
-
-def _account(
-    loras: Sequence[Lora],
-    strengths: Sequence[float],
-    method: str,
-    rank: int,
-    tally: _Tally,
-    modules: int,
-    passing: Passing,
-) -> Account:
-    sources = []
-    for index, (lora, strength) in enumerate(zip(loras, strengths, strict=True)):
-        others = {module for other in [*loras[:index], *loras[index + 1 :]] for module in other.spellings}
-        ranks = [layer.rank for layer in lora.modules.values()]
-        alphas = [layer.written_alpha for layer in lora.modules.values()]
-        retention: float | None = 1.0
-        if rank:
-            whole = tally.source_energy[index]
-            retention = min(1.0, tally.kept_energy[index] / whole) if whole > 0 else None
-        sources.append(
-            Source(
-                name=lora.source,
-                strength=strength,
-                modules=len(lora.spellings),
-                only_here=len(set(lora.spellings) - others),
-                diffs=len(lora.diffs),
-                ranks=(min(ranks), max(ranks)) if ranks else None,
-                alphas=(min(alphas), max(alphas)) if alphas else None,
-                retention=retention,
-                merged=len(lora.spellings) - passing.passed_from(index) - passing.refused_from(index),
-                passed_through=passing.passed_from(index),
-                refused=passing.refused_from(index),
-            )
-        )
-    error = math.sqrt(tally.lost_energy / tally.energy) if tally.energy > 0 else 0.0
-    return Account(tuple(sources), method, rank, modules, tally.cut, error)
+def _is_norm(loras: Sequence[Lora], module: str) -> bool:
+    """Whether the weight's difference is a norm's everywhere."""
+    parts = {part for lora in loras for part in ("diff", "w_norm") if (module, part) in lora.diffs}
+    return parts == {"w_norm"} and not any(module in lora.modules for lora in loras)

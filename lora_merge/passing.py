@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from .carried import Carried
 from .keys import BIAS_PARTS
 from .lora import Lora
+from .strengths import Strengths
 
 _SHOWN = 3
 
@@ -30,21 +31,23 @@ class Passing:
         return len(self.refused.get(index, ()))
 
 
-def sort_carried(loras: Sequence[Lora], strengths: Sequence[float]) -> Passing:
+def sort_carried(loras: Sequence[Lora], strengths: Strengths) -> Passing:
     """Which updates that depend on the weight go through a merge; the LoRAs have canonical names that agree.
 
-    One goes through as it is if its strength is 1 and no other input of a strength other than 0 changes that weight.
-    At strength 0 it falls away, like everything else of that input.
+    One goes through as it is if its strength there is 1 and no other input of a strength other than 0 changes that
+    weight. At strength 0 it falls away, like everything else of that input.
     """
     sources: dict[str, int] = {}
     refused: dict[int, list[str]] = {}
-    changed = [_weights(lora) if strength else set() for lora, strength in zip(loras, strengths, strict=True)]
-    for index, (lora, strength) in enumerate(zip(loras, strengths, strict=True)):
-        others = set().union(*changed[:index], *changed[index + 1 :])
-        for module in lora.carried if strength else ():
-            if strength == 1 and module not in others:
+    carried = dict.fromkeys(module for lora in loras for module in lora.carried)
+    changed = [_weights(lora) for lora in loras] if carried else []
+    for index, lora in enumerate(loras):
+        for module in lora.carried:
+            at = strengths.at(module)
+            others = any(at[other] and module in changed[other] for other in range(len(loras)) if other != index)
+            if at[index] == 1 and not others:
                 sources[module] = index
-            else:
+            elif at[index]:
                 refused.setdefault(index, []).append(module)
     updates = {module: loras[index].carried[module] for module, index in sources.items()}
     return Passing(sources, updates, {index: tuple(modules) for index, modules in refused.items()})

@@ -91,6 +91,14 @@ class BlockStrengths:
         by_pattern = math.prod(factor for pattern, factor in self.by_pattern if pattern.search(module))
         return by_block * self.by_kind.get(where.kind, 1.0) * by_pattern
 
+    @property
+    def text(self) -> str:
+        """As `parse_block_strengths` reads it."""
+        entries = [f"{name}={factor!r}" for name, factor in (*self.by_block.items(), *self.by_kind.items())]
+        # A slash ends the expression unless a backslash stands before it.
+        patterns = [(re.sub(r"(?<!\\)/", r"\\/", pattern.pattern), factor) for pattern, factor in self.by_pattern]
+        return ", ".join(entries + [f"/{pattern}/={factor!r}" for pattern, factor in patterns])
+
 
 def parse_block_strengths(text: str) -> BlockStrengths | None:
     """Factors from a text such as "down=0.5, mid=1, up.1=0.3, attention=1.2, te=0, /attn2_to_k/=0"; None if blank.

@@ -76,19 +76,23 @@ def _fits(up: Tensor, down: Tensor) -> bool:
 
 
 def _component_maxima(factor: Tensor, rank_dim: int) -> Tensor:
-    return factor.abs().movedim(rank_dim, 0).flatten(1).amax(dim=1)
+    # Without abs, which would take as much memory again.
+    flat = factor.movedim(rank_dim, 0).flatten(1)
+    return torch.maximum(flat.amax(dim=1), -flat.amin(dim=1))
 
 
 def _balance(up: Tensor, down: Tensor, *, per_component: bool) -> tuple[Tensor, Tensor, bool]:
     # float64: the ratio of two float32 numbers can leave float32's range.
-    up, down = up.to(torch.float64), down.to(torch.float64)
-    above, below = _component_maxima(up, 1), _component_maxima(down, 0)
+    above, below = _component_maxima(up, 1).double(), _component_maxima(down, 0).double()
+    # Powers of two are exact in float32 as well, and whole factors in float64 would take twice the memory.
+    large = any(bool(((maxima > 0) & ((maxima > 2.0**60) | (maxima < 2.0**-60))).any()) for maxima in (above, below))
+    up, down = (factor.to(torch.float64 if large else torch.float32) for factor in (up, down))
     if not per_component:
         above, below = above.amax().reshape(1), below.amax().reshape(1)
     # A component with one factor 0 is 0, whatever stands in the other one.
     alive = (above > 0) & (below > 0)
     ratio = torch.where(alive, below, 1.0) / torch.where(alive, above, 1.0)
-    factor = torch.exp2(torch.round(torch.log2(ratio) / 2))
+    factor = torch.exp2(torch.round(torch.log2(ratio) / 2)).to(up.dtype)
     in_up, in_down = (1, -1, *(1 for _ in up.shape[2:])), (-1, *(1 for _ in down.shape[1:]))
     up = torch.where(alive.reshape(in_up), up * factor.reshape(in_up), 0.0)
     down = torch.where(alive.reshape(in_down), down / factor.reshape(in_down), 0.0)

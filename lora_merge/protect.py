@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .arithmetic import Term
-from .layer import Layer, LoraLayer
+from .identity import identify
+from .layer import Layer, LoraLayer, whole_factors
+from .lora import Lora
 
 
 def stepping_aside(terms: Sequence[Term], protected: int, mu: float, energy: float = 0.5) -> list[Term]:
@@ -25,13 +27,27 @@ def stepping_aside(terms: Sequence[Term], protected: int, mu: float, energy: flo
         raise ValueError(f"mu is {mu}; it must be 0 (exact sum) or more (others step aside, 1 by half).")
     if not 0 < energy <= 1:
         raise ValueError(f"energy is {energy}; it must be above 0 and at most 1, the share of the protected LoRA.")
-    if mu == 0 or len(terms) == 1:
+    if mu == 0 or len(terms) == 1 or terms[protected][1] == 0:
         return list(terms)
     directions = leading_inputs(terms[protected][0].factors(), energy)
     return [
         term if index == protected else (_projected(term[0], directions, mu / (1.0 + mu)), term[1])
         for index, term in enumerate(terms)
     ]
+
+
+def dense_stepping_aside(deltas: Sequence[Tensor], protected: int, mu: float, energy: float = 0.5) -> list[Tensor]:
+    """The same for whole updates (out, in, *kernel) of one weight."""
+    if mu == 0 or len(deltas) == 1 or not deltas[protected].any():
+        return list(deltas)
+    rows = deltas[0].shape[0]
+    directions = leading_inputs(whole_factors(deltas[protected].reshape(rows, -1)), energy)
+    result = []
+    for index, delta in enumerate(deltas):
+        flat = delta.reshape(rows, -1)
+        moved = flat - mu / (1.0 + mu) * (flat @ directions.T) @ directions
+        result.append(delta if index == protected else moved.reshape(delta.shape))
+    return result
 
 
 def leading_inputs(factors: tuple[Tensor, Tensor], energy: float) -> Tensor:
@@ -53,3 +69,16 @@ def _projected(layer: Layer, directions: Tensor, share: float) -> LoraLayer:
     return LoraLayer(
         up.reshape(*up.shape, *ones), down.reshape(down.shape[0], *shape[1:]), alpha=layer.scale * down.shape[0]
     )
+
+
+def protected_input(loras: Sequence[Lora], strengths: Sequence[float]) -> int | None:
+    """Number of the input that is recognised as an acceleration LoRA (identity.py), None if there is none.
+
+    Of several the first; one that covers what acceleration LoRAs cover goes before one that only says so.
+    """
+    found = []
+    for index, (lora, strength) in enumerate(zip(loras, strengths, strict=True)):
+        identity = identify(lora)
+        if identity.preset is not None and strength != 0:
+            found.append((not identity.structure.accelerates, index))
+    return min(found)[1] if found else None

@@ -6,7 +6,7 @@ from .distilling import Distill
 from .editing import LCMEdit
 from .guidance import LCMGuidanceEmbedding, LCMNegativePrompt, LimitDenoised
 from .loading import ApplyLoRA, LCMLoader, LoadLoRA
-from .merging import MergeLoRA, SaveLoRA
+from .merging import MergeLoRA, ResizeLoRA, SaveLoRA
 from .sampling import LCMKSampler, LCMPreset, LCMSampler, LCMScheduler
 
 
@@ -23,6 +23,7 @@ class LCMKitExtension(ComfyExtension):
             LCMLoader,
             LoadLoRA,
             MergeLoRA,
+            ResizeLoRA,
             ApplyLoRA,
             SaveLoRA,
             LCMNegativePrompt,

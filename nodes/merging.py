@@ -1,7 +1,8 @@
-"""Declares the nodes that make LoRAs out of LoRAs: Merge LoRAs, Save LoRA."""
+"""Declares the nodes that make LoRAs out of LoRAs: Merge LoRAs, Resize LoRA, Save LoRA."""
 
 from comfy_api.latest import io, ui
 
+from ..lora_merge import METHODS
 from .host import files, merging
 from .host.compat import if_known
 from .host.show import show
@@ -9,6 +10,33 @@ from .host.show import show
 CATEGORY = "LCM Kit/LoRA"
 STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
 STRENGTH_TOOLTIP = "Factor on this LoRA: 1 as trained, 0 leaves it out, below 0 subtracts it."
+
+
+def share(name, tooltip):
+    return io.Float.Input(
+        name,
+        default=0.0,
+        min=0.0,
+        max=1.0,
+        step=0.005,
+        optional=True,
+        tooltip=tooltip,
+        **if_known(io.Float.Input, advanced=True),
+    )
+
+
+def size():
+    return io.Float.Input(
+        "max_mb",
+        default=0.0,
+        min=0.0,
+        max=1_000_000.0,
+        step=1.0,
+        optional=True,
+        tooltip="Largest size of the file in MB, as fp16 unless the node has a dtype. Ranks go where they are worth most. "
+        "0 is off.",
+        **if_known(io.Float.Input, advanced=True),
+    )
 
 
 class MergeLoRA(io.ComfyNode):
@@ -34,7 +62,11 @@ class MergeLoRA(io.ComfyNode):
                 io.LoraModel.Input("lora_6", optional=True, tooltip="Another LoRA, if there is one."),
                 io.Float.Input("strength_6", **STRENGTH, tooltip=STRENGTH_TOOLTIP),
                 io.Combo.Input(
-                    "method", options=["linear"], default="linear", tooltip="linear adds the LoRAs up, weighted."
+                    "method",
+                    options=list(METHODS),
+                    default="linear",
+                    tooltip="linear adds the LoRAs up, weighted and exact: what the LCM-LoRA paper does. The others prune, "
+                    "vote on signs or turn directions before they add, for LoRAs that disturb one another. See the help.",
                 ),
                 io.Int.Input(
                     "rank",
@@ -50,7 +82,8 @@ class MergeLoRA(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of each LoRA that a pruning method keeps. linear keeps all of it: 1.",
+                    tooltip="Share of each LoRA that a pruning method keeps; 1 keeps all. Usual: ties 0.2, magnitude 0.5, "
+                    "breadcrumbs 0.9, dare and della 0.5. linear, slerp and tsv prune nothing and want 1.",
                     **if_known(io.Float.Input, advanced=True),
                 ),
                 io.Int.Input(
@@ -59,8 +92,82 @@ class MergeLoRA(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
-                    tooltip="Seed of methods that draw at random. linear draws nothing.",
+                    tooltip="Seed of methods that draw at random, dare and della. The others draw nothing.",
                     **if_known(io.Int.Input, advanced=True),
+                ),
+                share(
+                    "keep",
+                    tooltip="Share of the sum's energy to keep, with as few numbers as possible: ranks differ from module "
+                    "to module. 0 is off. Use one of rank, keep, retain and max_mb.",
+                ),
+                share(
+                    "retain",
+                    tooltip="Share of its own energy that every LoRA keeps, also the weakest: 0.9 is a good start. 0 is "
+                    "off. Use one of rank, keep, retain and max_mb.",
+                ),
+                size(),
+                io.Boolean.Input(
+                    "balanced",
+                    default=False,
+                    optional=True,
+                    tooltip="When the result is cut: let every LoRA count alike, so that a weak style is not what gets lost. "
+                    "Off is the smallest error of the sum.",
+                    **if_known(io.Boolean.Input, advanced=True),
+                ),
+                io.Combo.Input(
+                    "protect",
+                    options=list(merging.PROTECT),
+                    default="auto",
+                    optional=True,
+                    tooltip="The LoRA that the others make room for when mu is above 0. auto is the one recognised as an "
+                    "LCM-LoRA or another acceleration LoRA.",
+                ),
+                io.Float.Input(
+                    "mu",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="How far the others step aside where the protected LoRA is strong. 0 is the plain sum, 1 halves "
+                    "them there, large values clear them there.",
+                ),
+                io.String.Input(
+                    "block_strengths",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Factors on the strengths by part of the model, such as down=0.5, mid=1, up=1, attention=0.8, "
+                    "conv=1, te=0, /attn2/=0.3. For all LoRAs, or on a line of its own for one: lora_2: down=0",
+                    **if_known(io.String.Input, advanced=True),
+                ),
+                io.Boolean.Input(
+                    "dense",
+                    default=False,
+                    optional=True,
+                    tooltip="Let pruning methods look at the whole weights as in their papers. Minutes instead of seconds, "
+                    "and without a rank the file is as large as the model's weights.",
+                    **if_known(io.Boolean.Input, advanced=True),
+                ),
+                io.Float.Input(
+                    "spread",
+                    default=METHODS["della"].parameters["spread"].default,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Of della: how much likelier the largest entries stay than the smallest. 0 is dare.",
+                    **if_known(io.Float.Input, advanced=True),
+                ),
+                io.Float.Input(
+                    "outliers",
+                    default=METHODS["breadcrumbs"].parameters["outliers"].default,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    optional=True,
+                    tooltip="Of breadcrumbs: share of the entries that is cut off as too large. With density at most 1.",
+                    **if_known(io.Float.Input, advanced=True),
                 ),
             ],
             outputs=[
@@ -71,10 +178,92 @@ class MergeLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, method, rank, density, seed, **slots) -> io.NodeOutput:
-        merged, text = merging.merge(slots, method=method, rank=rank, density=density)
+    def execute(
+        cls,
+        method,
+        rank,
+        density,
+        seed,
+        keep=0.0,
+        retain=0.0,
+        max_mb=0.0,
+        balanced=False,
+        protect="auto",
+        mu=0.0,
+        block_strengths="",
+        dense=False,
+        spread=METHODS["della"].parameters["spread"].default,
+        outliers=METHODS["breadcrumbs"].parameters["outliers"].default,
+        **slots,
+    ) -> io.NodeOutput:
+        merged, text = merging.merge(
+            slots,
+            method=method,
+            rank=rank,
+            density=density,
+            seed=seed,
+            keep=keep,
+            retain=retain,
+            max_mb=max_mb,
+            balanced=balanced,
+            protect=protect,
+            mu=mu,
+            block_strengths=block_strengths,
+            dense=dense,
+            spread=spread,
+            outliers=outliers,
+        )
         show(text)
         return io.NodeOutput(merged, text, ui=ui.PreviewText(text))
+
+
+class ResizeLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LCMKitResizeLoRA",
+            display_name="Resize LoRA",
+            category=CATEGORY,
+            description="A smaller LoRA that does nearly the same, by rank, by share of its energy or by size of the file. "
+            "What is cut is what matters least, and the report says how much that is.",
+            inputs=[
+                io.LoraModel.Input("lora", tooltip="The LoRA to make smaller."),
+                io.Int.Input(
+                    "rank",
+                    default=32,
+                    min=0,
+                    max=4096,
+                    tooltip="Largest rank of any module. 0 is off. Use one of rank, keep and max_mb, the others at 0.",
+                ),
+                io.Float.Input(
+                    "keep",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    tooltip="Share of the energy to keep, with as few numbers as possible: ranks differ from module to "
+                    "module. 0.98 is a good start, 0 is off.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(files.DTYPES),
+                    default="fp16",
+                    tooltip="fp16 is what most LoRAs use; fp32 is twice as large; bf16 is coarser.",
+                ),
+                size(),
+            ],
+            outputs=[
+                io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The smaller LoRA, for the same strengths."),
+                io.String.Output(display_name="report", tooltip="Ranks, size and what was lost."),
+            ],
+            **if_known(io.Schema, search_aliases=["lora rank", "shrink lora", "compress lora", "svd resize"]),
+        )
+
+    @classmethod
+    def execute(cls, lora, rank, keep, dtype, max_mb=0.0) -> io.NodeOutput:
+        small, text = merging.resize(lora, rank=rank, keep=keep, max_mb=max_mb, dtype=dtype)
+        show(text)
+        return io.NodeOutput(small, text, ui=ui.PreviewText(text))
 
 
 class SaveLoRA(io.ComfyNode):

@@ -88,7 +88,19 @@ CONTRACT = {
     "LCMKitMergeLoRA": (
         "Merge LoRAs",
         [*STRENGTHS, ("method", "COMBO", "linear"), ("rank", "INT", 0), ("density", "FLOAT", 1.0), ("seed", "INT", 0)],
-        [(f"lora_{n}", "LORA_MODEL", None) for n in range(3, 7)],
+        [
+            *((f"lora_{n}", "LORA_MODEL", None) for n in range(3, 7)),
+            ("keep", "FLOAT", 0.0),
+            ("retain", "FLOAT", 0.0),
+            ("max_mb", "FLOAT", 0.0),
+            ("balanced", "BOOLEAN", False),
+            ("protect", "COMBO", "auto"),
+            ("mu", "FLOAT", 0.0),
+            ("block_strengths", "STRING", ""),
+            ("dense", "BOOLEAN", False),
+            ("spread", "FLOAT", 0.3),
+            ("outliers", "FLOAT", 0.01),
+        ],
         ["LORA_MODEL", "STRING"],
     ),
     "LCMKitApplyLoRA": (
@@ -164,6 +176,12 @@ CONTRACT = {
         [("model", "MODEL", None), ("quantile", "FLOAT", 0.95)],
         [],
         ["MODEL"],
+    ),
+    "LCMKitResizeLoRA": (
+        "Resize LoRA",
+        [("lora", "LORA_MODEL", None), ("rank", "INT", 32), ("keep", "FLOAT", 0.0), ("dtype", "COMBO", "fp16")],
+        [("max_mb", "FLOAT", 0.0)],
+        ["LORA_MODEL", "STRING"],
     ),
 }
 

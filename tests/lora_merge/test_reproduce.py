@@ -1,0 +1,174 @@
+"""Files that say how they were made, made again."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lcm_kit.lora_merge import load, merge, save
+from lcm_kit.lora_merge.__main__ import main
+from lcm_kit.lora_merge.reproducing import reproduce
+from lcm_kit.tests.lora_merge.make import factors, kohya
+
+MODULES = (
+    "lora_unet_input_blocks_1_1_proj_in",
+    "lora_unet_middle_block_1_proj_in",
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+)
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "inputs").mkdir()
+    for name, seed in (("style", 1), ("lcm", 2)):
+        state = {}
+        for number, module in enumerate(MODULES):
+            state |= kohya(module, *factors(12, 4, 10, seed=10 * seed + number), alpha=2)
+        save_file(state, tmp_path / "inputs" / f"{name}.safetensors")
+    return tmp_path
+
+
+def made(files, *more, command="merge", name="out"):
+    style, lcm = (str(files / "inputs" / f"{one}.safetensors") for one in ("style", "lcm"))
+    inputs = [f"{style}:0.8", lcm] if command == "merge" else [lcm]
+    out = files / f"{name}.safetensors"
+    assert main([command, *inputs, "-o", str(out), *more]) == 0
+    return out
+
+
+CHOICES = [
+    (),
+    ("--rank", "3"),
+    ("--retain", "0.9", "--balanced"),
+    ("--max-mb", "0.006"),
+    ("--method", "della_ties", "--density", "0.4", "--spread", "0.1", "--seed", "7"),
+    ("--method", "breadcrumbs", "--outliers", "0.1", "--density", "0.5", "--dtype", "bf16"),
+    ("--method", "ties", "--dense", "--rank", "4"),
+    ("--method", "slerp", "--dtype", "fp32"),
+    ("--protect", "2", "--mu", "0.5", "--format", "diffusers", "--dtype", "fp32"),
+    ("--block-strengths", "down=0.5", "--block-strengths", "2: te=0, /middle/=-1"),
+]
+
+
+@pytest.mark.parametrize("choices", CHOICES)
+def test_a_merge_is_made_again_bit_for_bit(files, choices, capsys):
+    out = made(files, *choices)
+    capsys.readouterr()
+    assert main(["reproduce", str(out), "--inputs", str(files / "inputs"), "--workers", "2"]) == 0
+    assert "is the same, bit for bit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("choices", [("--rank", "2"), ("--keep", "0.8", "--dtype", "fp32"), ("--max-mb", "0.006")])
+def test_so_is_a_smaller_one(files, choices):
+    result = reproduce(made(files, *choices, command="resize"), [files])
+    assert result.identical
+    assert [path.name for path in result.inputs] == ["lcm.safetensors"]
+
+
+def test_the_file_names_its_inputs_with_their_hashes(files, capsys):
+    out = made(files, "--rank", "3")
+    with safe_open(out, framework="pt") as file:
+        notes = json.loads(file.metadata()["lcm_kit.merge"])
+    for entry in notes["inputs"]:
+        assert entry["sha256"] == hashlib.sha256((files / "inputs" / entry["name"]).read_bytes()).hexdigest()
+    capsys.readouterr()
+    assert main(["info", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "made from: rank 3" in text
+    assert f"style.safetensors * 0.8, sha256 {notes['inputs'][0]['sha256']}" in text
+
+
+def test_a_renamed_input_is_found_by_its_hash_and_a_changed_one_is_named(files, capsys):
+    out = made(files)
+    (files / "inputs" / "style.safetensors").rename(files / "inputs" / "other name.safetensors")
+    assert reproduce(out).identical
+    (files / "inputs" / "other name.safetensors").unlink()
+    state = load_file(files / "inputs" / "lcm.safetensors")
+    save_file({key: 2 * value for key, value in state.items()}, files / "inputs" / "lcm.safetensors")
+    assert main(["reproduce", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "style.safetensors is not there" in error
+    assert "lcm.safetensors is another file than the one it was made from" in error
+
+
+def rewritten(path, change):
+    """The file with another state dict and the same metadata."""
+    with safe_open(path, framework="pt") as file:
+        notes = file.metadata()
+    save_file(change(load_file(path)), path, notes)
+
+
+def test_a_file_that_was_changed_is_not_the_same(files, capsys):
+    out = made(files, "--rank", "3", "--dtype", "fp32")
+    key = f"{MODULES[0]}.lora_up.weight"
+    rewritten(out, lambda state: state | {key: state[key] * (1 + 1e-6)})
+    result = reproduce(out, [files])
+    assert not result.identical
+    assert result.same
+    assert 0 < result.difference < 1e-5
+    rewritten(out, lambda state: state | {key: state[key] * 1.1})
+    assert main(["reproduce", str(out)]) == 1
+    assert "NOT the same" in capsys.readouterr().out
+    rewritten(out, lambda state: {name: value for name, value in state.items() if not name.startswith(MODULES[0])})
+    assert main(["reproduce", str(out)]) == 2
+    assert "was changed since it was made" in capsys.readouterr().err
+
+
+def test_a_file_without_a_recipe_is_refused(files, capsys):
+    assert main(["reproduce", str(files / "inputs" / "lcm.safetensors")]) == 2
+    assert "it does not say how it was made" in capsys.readouterr().err
+    for notes in ("{", "[]", '{"version": 9}', '{"version": 2, "inputs": [], "options": {"rank": "x"}}'):
+        state = load_file(files / "inputs" / "lcm.safetensors")
+        save_file(state, files / "odd.safetensors", {"lcm_kit.merge": notes})
+        assert main(["reproduce", str(files / "odd.safetensors")]) == 2
+        assert "cannot be read" in capsys.readouterr().err
+        assert main(["info", str(files / "odd.safetensors")]) == 0
+
+
+def test_a_merge_without_files_is_made_again_by_name(files):
+    """In a graph nobody knows the files' hashes."""
+    inputs = [(load(files / "inputs" / f"{name}.safetensors"), 1.0) for name in ("style", "lcm")]
+    save(merge(inputs, keep=0.9), files / "graph.safetensors", dtype=torch.float16)
+    assert reproduce(files / "graph.safetensors").identical
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["merge", "lcm.safetensors", "-o", "x.safetensors", "--keep", "0.5", "--rank", "3"],
+            "rank and keep are given",
+        ),
+        (["merge", "lcm.safetensors", "-o", "x.safetensors", "--protect", "0"], "--protect is '0'"),
+        (["merge", "lcm.safetensors", "-o", "x.safetensors", "--protect", "3", "--mu", "1"], "protect is 2, but"),
+        (["merge", "lcm.safetensors", "-o", "x.safetensors", "--block-strengths", "2: down=0"], "is for LoRA 2"),
+        (["merge", "lcm.safetensors", "-o", "x.txt"], "has to end in .safetensors"),
+        (["resize", "lcm.safetensors", "-o", "x.safetensors"], "how small the result is to be"),
+        (["resize", "missing.safetensors", "-o", "x.safetensors", "--rank", "2"], "there is no such file"),
+        (["resize", "lcm.safetensors", "-o", "x.safetensors", "--max-mb", "0.001"], "max_mb is 0.001"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_two(files, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(files / "inputs")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["merge", "resize", "reproduce", "info"])
+def test_help_shows_examples(capsys, command):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"python -m lora_merge {command}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_refused(files, capsys):
+    lcm = str(files / "inputs" / "lcm.safetensors")
+    assert main(["merge", lcm, "-o", str(files / "x.safetensors"), "--device", "cuda"]) == 2
+    assert "torch finds no CUDA device" in capsys.readouterr().err

@@ -1,0 +1,196 @@
+"""Merge LoRAs with all its widgets, and Resize LoRA, on the real ComfyUI."""
+
+import hashlib
+import json
+import os
+import re
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import folder_paths
+import pytest
+import safetensors.torch
+import torch
+
+from lcm_kit.lora_merge import METHODS, load, merge, resize
+from lcm_kit.lora_merge.reproducing import reproduce
+from lcm_kit.nodes.host.weights import to_lora
+from lcm_kit.nodes.loading import ApplyLoRA, LoadLoRA
+from lcm_kit.nodes.merging import MergeLoRA, ResizeLoRA, SaveLoRA
+from lcm_kit.tests.with_comfyui import tiny
+
+FEW = re.compile("down_blocks_0_(attentions|resnets)_0")
+EXACT = {"rtol": 0, "atol": 2e-6}  # float32 sums of weights of size 1, in another order
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    """As in ComfyUI's own execution."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.tiny_model()
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return tiny.tiny_clip()
+
+
+@pytest.fixture(scope="module")
+def pair(model):
+    """A style and an LCM-LoRA of few modules, some of them in both."""
+    style, lcm = tiny.lora(model, endings=tiny.STYLE, rank=3, seed=1), tiny.lora(model, seed=2)
+    return tuple({key: tensor for key, tensor in one.items() if FEW.search(key)} for one in (style, lcm))
+
+
+@pytest.fixture
+def loras_folder(comfy_home, tmp_path, monkeypatch):
+    from lcm_kit.nodes.host import files
+
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(folder)], {".safetensors"}))
+    folder_paths.filename_list_cache.pop("loras", None)
+    yield folder
+    files._cache.clear()
+
+
+def merged(*pairs, method="linear", rank=0, density=1.0, seed=0, **more):
+    slots = {f"strength_{n}": 1.0 for n in range(1, 7)}
+    for n, (lora, strength) in enumerate(pairs, start=1):
+        slots |= {f"lora_{n}": lora, f"strength_{n}": strength}
+    return MergeLoRA.execute(method=method, rank=rank, density=density, seed=seed, **slots, **more).result
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_is_that_of_lora_merge(pair, method):
+    density = 0.6 if "density" in METHODS[method].parameters else 1.0
+    ours, text = merged((pair[0], 0.8), (pair[1], 1.0), method=method, density=density, seed=5)
+    inputs = [(to_lora(pair[0]), 0.8), (to_lora(pair[1]), 1.0)]
+    wanted = merge(inputs, method=method, density=density, seed=5)
+    assert same(ours, wanted.to_state_dict())
+    assert f"Merged 2 LoRAs, method {method}" in text
+
+
+def test_a_file_of_the_merge_equals_the_patch_in_the_graph_and_two_of_cores_loaders(model, clip, loras_folder):
+    """Also for text-encoder modules, in float32."""
+    from nodes import LoraLoader
+
+    loras = [tiny.lora(model, endings=tiny.STYLE, rank=3, seed=1) | tiny.clip_lora(clip), tiny.lora(model, seed=2)]
+    one, _ = merged((loras[0], 0.8), (loras[1], -0.6))
+    in_graph = ApplyLoRA.execute(model, one, 1.0, 1.0, clip).result
+    path = SaveLoRA.execute(one, "merged", "fp32", "kohya", "increment").result[0]
+    from_file = LoraLoader().load_lora(model, clip, os.path.relpath(path, loras_folder), 1.0, 1.0)
+    stacked = model, clip
+    for tensors, strength in zip(loras, (0.8, -0.6), strict=True):
+        stacked = comfy.sd.load_lora_for_models(*stacked, dict(tensors), strength, strength)
+    for other in (from_file, stacked):
+        ours, theirs = tiny.patched_weights(in_graph[0]), tiny.patched_weights(other[0])
+        for key, weight in ours.items():
+            torch.testing.assert_close(weight, theirs[key], **EXACT)
+        assert in_graph[1].patcher.patches.keys() == other[1].patcher.patches.keys() != set()
+        for key in in_graph[1].patcher.patches:
+            weight = torch.zeros(comfy.utils.get_attr(clip.cond_stage_model, key).shape)
+            first, second = (
+                comfy.lora.calculate_weight(one.patcher.patches[key], weight.clone(), key)
+                for one in (in_graph[1], other[1])
+            )
+            torch.testing.assert_close(first, second, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("widgets", "keywords"),
+    [
+        ({"rank": 2}, {"rank": 2}),
+        ({"keep": 0.9, "balanced": True}, {"keep": 0.9, "balanced": True}),
+        ({"retain": 0.9}, {"retain": 0.9}),
+        ({"max_mb": 0.2}, {"max_mb": 0.2}),
+        ({"mu": 1.0, "protect": "lora_2"}, {"mu": 1.0, "protect": 1}),
+        ({"mu": 1.0, "protect": "lora_1"}, {"mu": 1.0, "protect": 0}),
+        (
+            {"block_strengths": "attention=0.5\nlora_2: down=2"},
+            {"block_strengths": ["attention=0.5", "attention=0.5, down=2"]},
+        ),
+        ({"method": "della", "density": 0.5, "spread": 0.1}, {"method": "della", "density": 0.5, "spread": 0.1}),
+        ({"method": "ties", "density": 0.3, "dense": True}, {"method": "ties", "density": 0.3, "dense": True}),
+        # Widgets of other methods have values too.
+        ({"method": "ties", "density": 0.3, "spread": 0.7}, {"method": "ties", "density": 0.3}),
+    ],
+)
+def test_each_widget_reaches_the_merge(pair, widgets, keywords):
+    ours, _ = merged((pair[0], 0.8), (pair[1], 1.0), **widgets)
+    wanted = merge([(to_lora(pair[0]), 0.8), (to_lora(pair[1]), 1.0)], **keywords)
+    assert same(ours, wanted.to_state_dict())
+
+
+def test_protect_counts_slots_and_not_connected_loras(pair):
+    slots = {f"strength_{n}": 1.0 for n in range(1, 7)} | {"lora_1": pair[0], "lora_2": None, "lora_5": pair[1]}
+    ours = MergeLoRA.execute("linear", 0, 1.0, 0, protect="lora_5", mu=1.0, **slots).result[0]
+    assert same(ours, merge([(to_lora(pair[0]), 1.0), (to_lora(pair[1]), 1.0)], protect=1, mu=1.0).to_state_dict())
+    with pytest.raises(ValueError, match="protect is lora_2, but no LoRA is connected there"):
+        MergeLoRA.execute("linear", 0, 1.0, 0, protect="lora_2", mu=1.0, **slots)
+    with pytest.raises(ValueError, match=r"'lora_2: down=0' is for LoRA 2; there are 1, 5"):
+        MergeLoRA.execute("linear", 0, 1.0, 0, block_strengths="lora_2: down=0", **slots)
+
+
+def test_the_bar_moves_and_an_interrupt_ends_the_merge(pair, monkeypatch):
+    seen = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda done, total, preview, **_: seen.append((done, total)))
+    merged((pair[0], 0.8), (pair[1], 1.0))
+    assert seen[-1][0] == seen[-1][1] == len(to_lora(pair[1]).modules)
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        merged((pair[0], 0.8), (pair[1], 1.0))
+    comfy.model_management.interrupt_current_processing(False)
+
+
+def test_a_merge_of_files_names_their_hashes_and_is_made_again_from_its_file(pair, loras_folder):
+    (loras_folder / "more").mkdir()
+    for name, tensors in (("style", pair[0]), ("more/lcm", pair[1])):
+        safetensors.torch.save_file(tensors, loras_folder / f"{name}.safetensors")
+    names = ("style.safetensors", os.path.join("more", "lcm.safetensors"))
+    inputs = [LoadLoRA.execute(name).result[0] for name in names]
+    one, _ = merged((inputs[0], 0.8), (inputs[1], 1.0), keep=0.95)
+    notes = json.loads(one.metadata["lcm_kit.merge"])
+    hashes = [hashlib.sha256((loras_folder / name).read_bytes()).hexdigest() for name in names]
+    assert [entry["sha256"] for entry in notes["inputs"]] == hashes
+    path = SaveLoRA.execute(one, "merged", "fp16", "kohya", "increment").result[0]
+    assert reproduce(path).identical
+    # What was changed on the way is not that file.
+    inputs[0][next(iter(inputs[0]))] = next(iter(inputs[0].values())) * 2
+    notes = json.loads(merged((inputs[0], 0.8), (inputs[1], 1.0))[0].metadata["lcm_kit.merge"])
+    assert [entry["sha256"] for entry in notes["inputs"]] == [None, hashes[1]]
+
+
+@pytest.mark.parametrize(
+    ("widgets", "keywords"), [({"rank": 2}, {"rank": 2}), ({"rank": 0, "keep": 0.9}, {"keep": 0.9})]
+)
+@pytest.mark.parametrize(("dtype", "of"), [("fp16", torch.float16), ("fp32", torch.float32)])
+def test_resize_is_that_of_lora_merge_in_the_dtype(pair, widgets, keywords, dtype, of):
+    small, text = ResizeLoRA.execute(pair[1], **({"keep": 0.0} | widgets), dtype=dtype).result
+    assert same(small, resize(to_lora(pair[1]), **keywords, out_dtype=of).to_state_dict())
+    assert {tensor.dtype for key, tensor in small.items() if not key.endswith("alpha")} == {of}
+    assert "Left of each input's energy" in text
+
+
+def test_resize_to_a_size_gives_a_file_of_that_size(pair, loras_folder):
+    small = ResizeLoRA.execute(pair[1], 0, 0.0, "fp16", 0.03).result[0]
+    path = SaveLoRA.execute(small, "small", "fp16", "kohya", "increment").result[0]
+    assert os.path.getsize(path) <= 30_000
+    assert len(load(path).modules) == len(to_lora(pair[1]).modules)
+
+
+def test_resize_wants_one_aim(pair):
+    with pytest.raises(ValueError, match=r"rank and keep are given"):
+        ResizeLoRA.execute(pair[1], 32, 0.9, "fp16")
+    with pytest.raises(ValueError, match="how small the result is to be"):
+        ResizeLoRA.execute(pair[1], 0, 0.0, "fp16")
