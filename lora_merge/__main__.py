@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import commands
+from . import commands, compare_command, extract_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +27,8 @@ def _parser() -> argparse.ArgumentParser:
     # Each adds its own; COMMAND --help explains it with examples.
     found = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_commands(found)
+    compare_command.add_command(found)
+    extract_command.add_command(found)
     return parser
 
 

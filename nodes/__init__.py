@@ -2,8 +2,10 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .comparing import CompareLoRA
 from .distilling import Distill
 from .editing import LCMEdit
+from .extracting import ExtractLoRA
 from .guidance import LCMGuidanceEmbedding, LCMNegativePrompt, LimitDenoised
 from .loading import ApplyLoRA, LCMLoader, LoadLoRA
 from .merging import MergeLoRA, ResizeLoRA, SaveLoRA
@@ -16,16 +18,18 @@ class LCMKitExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             LCMKSampler,
+            LCMEdit,
             LCMSampler,
             LCMScheduler,
             LCMPreset,
-            LCMEdit,
             LCMLoader,
             LoadLoRA,
             MergeLoRA,
             ResizeLoRA,
             ApplyLoRA,
             SaveLoRA,
+            CompareLoRA,
+            ExtractLoRA,
             LCMNegativePrompt,
             LCMGuidanceEmbedding,
             LimitDenoised,

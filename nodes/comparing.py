@@ -1,0 +1,68 @@
+"""Declares the node that looks at LoRAs together: Compare LoRAs."""
+
+from comfy_api.latest import io, ui
+
+from .host import comparing
+from .host.compat import if_known
+from .host.show import show
+
+CATEGORY = "LCM Kit/LoRA"
+MOST = 6
+STRENGTH_TOOLTIP = "Strength it is meant to have: 1 as trained, below 0 subtracts it."
+
+
+def slots() -> list:
+    """lora_1, strength_1, lora_2, ...; the first two are required."""
+    inputs: list = []
+    for number in range(1, MOST + 1):
+        is_extra = number > 2
+        words = ("The first LoRA: its strength is swept in the picture.", "The second LoRA, for example an LCM-LoRA.")
+        tooltip = "Another LoRA, if there is one." if is_extra else words[number - 1]
+        inputs += [
+            io.LoraModel.Input(f"lora_{number}", optional=is_extra, tooltip=tooltip),
+            io.Float.Input(
+                f"strength_{number}", default=1.0, min=-100.0, max=100.0, step=0.01, tooltip=STRENGTH_TOOLTIP
+            ),
+        ]
+    return inputs
+
+
+class CompareLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LCMKitCompareLoRA",
+            display_name="Compare LoRAs",
+            category=CATEGORY,
+            description="Will these LoRAs fight, and where? How strong each is in every block, whether they cancel, share "
+            "directions or leave each other alone, and what a smaller rank of their sum would lose.",
+            is_output_node=True,
+            inputs=[
+                *slots(),
+                io.Int.Input(
+                    "rank",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    tooltip="A rank that you think of cutting their merge to: it is marked in the picture and told in the "
+                    "report. 0 marks none.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="IMAGE",
+                    tooltip="Norms by block, what a cut to each rank loses, and how the sum grows with strength_1.",
+                ),
+                io.String.Output(
+                    display_name="report", tooltip="All of it in numbers, and the answer in words at the end."
+                ),
+            ],
+            **if_known(io.Schema, search_aliases=["analyze lora", "lora conflict", "lora similarity", "lora heat map"]),
+        )
+
+    @classmethod
+    def execute(cls, rank, **slots) -> io.NodeOutput:
+        picture, text = comparing.compare_slots(slots, rank)
+        show(text)
+        preview = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
+        return io.NodeOutput(picture, text, ui=preview)

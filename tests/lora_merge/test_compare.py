@@ -1,0 +1,279 @@
+import math
+
+import pytest
+import torch
+
+from lcm_kit.lora_merge import Lora, LoraLayer, merge
+from lcm_kit.lora_merge.compare import compare
+from lcm_kit.lora_merge.lowrank import truncated_sum
+from lcm_kit.lora_merge.protect import stepping_aside
+from lcm_kit.lora_merge.verdict import answer, headline, relation
+from lcm_kit.tests.lora_merge.kinds import ADDITIVE, CARRIED, parts
+from lcm_kit.tests.lora_merge.make import dense, factors, generator, kohya
+
+ATTENTION = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
+CONVOLUTION = "lora_unet_output_blocks_5_0_in_layers_2"
+TEXT = "lora_te1_text_model_encoder_layers_3_mlp_fc1"
+SHAPES = {ATTENTION: (24, 20, ()), CONVOLUTION: (16, 6, (3, 3)), TEXT: (30, 12, ())}
+
+
+def lora(rank=4, alpha=2.0, seed=0, modules=SHAPES, source="LoRA"):
+    tensors = {}
+    for number, (name, (out, inputs, kernel)) in enumerate(modules.items()):
+        up, down = factors(out, rank, inputs, kernel, seed=100 * seed + number)
+        tensors |= kohya(name, up, down, alpha)
+    return Lora.from_state_dict(tensors, source=source)
+
+
+def deltas(one):
+    """Module -> (out, in * kernel) in float64, from the definition alone."""
+    return {
+        name: dense(layer.up, layer.down, layer.alpha / layer.rank).flatten(1) for name, layer in one.modules.items()
+    }
+
+
+def the_pair(found):
+    assert len(found.whole.pairs) == 1
+    return found.whole.pairs[0]
+
+
+@pytest.mark.parametrize(("sign", "kind"), [(1.0, "alike"), (-1.0, "oppose")])
+def test_a_lora_and_itself_have_cosine_1_and_its_negative_minus_1(sign, kind):
+    one = lora()
+    found = compare([(one, 0.7), (one, sign * 0.5)])
+    pair = the_pair(found)
+    assert pair.cosine == pytest.approx(sign, abs=1e-6)
+    assert (pair.left.share, pair.right.share) == pytest.approx((1, 1), abs=1e-5)
+    assert relation(pair).kind == kind
+    assert found.growth() == pytest.approx(abs(0.7 + sign * 0.5) / math.hypot(0.7, 0.5), abs=1e-6)
+    assert {block.name for block in found.blocks} == {"te1 layers.3", "unet down.0", "unet up.1"}
+
+
+def test_orthogonal_loras_have_cosine_0_and_share_nothing():
+    eye = torch.eye(12)
+    first = Lora({"m": LoraLayer(eye[:, :3].clone(), eye[:3].clone())}, source="a")
+    second = Lora({"m": LoraLayer(eye[:, 3:5].clone(), eye[3:5].clone())}, source="b")
+    pair = the_pair(compare([(first, 1.0), (second, 1.0)]))
+    assert (pair.cosine, pair.left.share, pair.right.share) == pytest.approx((0, 0, 0), abs=1e-6)
+    assert pair.left.expected_share == 3 / 12  # max(rank) / width
+    assert pair.first_inside.share == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("strengths", [(0.8, 1.0), (-1.5, 0.3)])
+def test_every_figure_is_that_of_the_whole_updates_in_float64(strengths):
+    loras = [lora(rank=5, alpha=3.0, seed=1), lora(rank=3, alpha=8.0, seed=2, modules=dict(list(SHAPES.items())[:2]))]
+    found = compare([*zip(loras, strengths, strict=True)])
+    first, second = map(deltas, loras)
+    for index, (own, strength) in enumerate(zip((first, second), strengths, strict=True)):
+        norm = math.sqrt(sum(float((strength * delta).square().sum()) for delta in own.values()))
+        assert found.norm(index) == pytest.approx(norm, rel=1e-6)
+    weighted = {name: strengths[0] * delta + strengths[1] * second.get(name, 0) for name, delta in first.items()}
+    assert math.sqrt(found.whole.energy) == pytest.approx(
+        math.sqrt(sum(float(total.square().sum()) for total in weighted.values())), rel=1e-6
+    )
+    for module in found.modules:
+        if module.name not in second:
+            assert module.pairs == ()
+            continue
+        (pair,) = module.pairs
+        a, b = strengths[0] * first[module.name], strengths[1] * second[module.name]
+        assert pair.cosine == pytest.approx(float((a * b).sum() / a.norm() / b.norm()), abs=1e-6)
+        (ua, sa, va), (ub, sb, vb) = (torch.linalg.svd(x, full_matrices=False) for x in (a, b))
+        angles = torch.linalg.svdvals(ua[:, :5].T @ ub[:, :3])  # cosines of the principal angles
+        assert pair.left.share == pytest.approx(float(angles.square().mean()), abs=1e-5)
+        angles = torch.linalg.svdvals(va[:5] @ vb[:3].T)
+        assert pair.right.share == pytest.approx(float(angles.square().mean()), abs=1e-5)
+        for inside, (x, s, v) in ((pair.first_inside, (a, sb, vb)), (pair.second_inside, (b, sa, va))):
+            held = s.square().cumsum(0) / s.square().sum()
+            lead = v[: int((held < 0.5).sum()) + 1]
+            assert inside.share == pytest.approx(float((x @ lead.T).square().sum() / x.square().sum()), abs=1e-5)
+    dot = sum(float((strengths[0] * first[n] * strengths[1] * second[n]).sum()) for n in second)
+    assert the_pair(found).cosine == pytest.approx(dot / found.norm(0) / found.norm(1), abs=1e-6)
+
+
+def test_the_norm_of_the_sum_follows_the_identity_at_any_strength():
+    loras = [lora(seed=1), lora(seed=2), lora(seed=3)]
+    found = compare([*zip(loras, (0.8, 1.0, -0.4), strict=True)])
+    for strength in (-1.0, 0.0, 0.8, 2.5):
+        merged = merge([*zip(loras, (strength, 1.0, -0.4), strict=True)])
+        norm = math.sqrt(sum(float(layer.delta().double().square().sum()) for layer in merged.modules.values()))
+        assert found.norm_at(0, strength) == pytest.approx(norm, rel=1e-5)
+    assert found.norm_at(0, 0.8) == pytest.approx(math.sqrt(found.whole.energy), rel=1e-6)
+
+
+def test_what_is_inside_is_what_full_protection_takes():
+    style, lcm = lora(seed=1), lora(rank=8, seed=2)
+    pair = the_pair(compare([(style, 1.0), (lcm, 1.0)]))
+    left = 0.0
+    for name, layer in style.modules.items():
+        moved = stepping_aside([(layer, 1.0), (lcm.modules[name], 1.0)], 1, mu=1e6)[0][0]
+        left += float(moved.delta().double().square().sum())
+    assert 1 - left / pair.first_inside.whole == pytest.approx(pair.first_inside.share, abs=1e-4)  # mu / (1 + mu)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6, 8, 99])
+def test_a_cut_loses_what_truncated_sum_loses(rank):
+    inputs = [(lora(rank=4, seed=1), 0.8), (lora(rank=5, seed=2), 1.0)]
+    found = compare(inputs)
+    energy = lost = 0.0
+    whole, kept = [0.0, 0.0], [0.0, 0.0]
+    numbers = 0
+    for name in SHAPES:
+        cut = truncated_sum([(one.modules[name], strength) for one, strength in inputs], rank)
+        energy, lost = energy + cut.energy, lost + cut.lost_energy
+        numbers += cut.layer.up.numel() + cut.layer.down.numel()
+        for index in (0, 1):
+            whole[index] += cut.source_energy[index]
+            kept[index] += cut.kept_energy[index]
+    assert found.error_at(rank) == pytest.approx(math.sqrt(lost / energy), abs=2e-4)  # the root of float32's rounding
+    assert found.retention(0, rank) == pytest.approx(kept[0] / whole[0], abs=1e-5)
+    assert found.retention(1, rank) == pytest.approx(kept[1] / whole[1], abs=1e-5)
+    assert found.megabytes(rank) == numbers * 2 / 1e6
+    assert found.full_rank == 9
+
+
+@pytest.mark.parametrize("kind", ADDITIVE)
+def test_every_additive_kind_is_compared_as_its_whole_update(kind):
+    kernel = (3, 3) if ADDITIVE[kind][1] else ()
+    one = Lora.from_state_dict({f"m{end}": part for end, part in parts(kind, kernel=kernel).items()})
+    found = compare([(one, 1.0), (one, 1.0)])
+    assert found.norm(0) == pytest.approx(float(one.delta("m").double().norm()), rel=1e-5)
+    assert the_pair(found).cosine == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", CARRIED)
+def test_what_does_not_add_up_is_counted_not_compared(kind):
+    tensors = {f"m{end}": part for end, part in parts(kind).items()} | kohya("other", *factors(5, 2, 6))
+    (facts,) = compare([(Lora.from_state_dict(tensors), 1.0)]).inputs
+    assert (facts.modules, facts.compared, facts.carried) == (2, 1, ((CARRIED[kind], 1),))
+
+
+def test_whole_weight_and_norm_differences_count():
+    g = generator()
+    diff, norm = torch.randn(10, 8, generator=g), torch.randn(7, generator=g)
+    one = Lora.from_state_dict({"a.diff": diff, "n.w_norm": norm, "a.diff_b": torch.ones(10)})
+    found = compare([(one, 2.0)])
+    assert found.norm(0) == pytest.approx(2 * math.sqrt(float(diff.square().sum() + norm.square().sum())), rel=1e-6)
+    assert found.inputs[0].biases == 1
+    assert found.error_at(1) == 0  # a merge cuts no whole differences
+    assert found.megabytes() == (80 + 7) * 2 / 1e6
+
+
+def test_modules_that_are_zero_deficient_or_alone_are_named():
+    up, down = factors(12, 4, 10)
+    flat = up.clone()
+    flat[:, 3] = flat[:, 0]
+    tensors = kohya("zero", torch.zeros_like(up), down) | kohya("deficient", flat, down, 2.0) | kohya("fine", up, down)
+    other = Lora.from_state_dict(kohya("fine", *factors(12, 2, 10, seed=5)))
+    one, two = compare([(Lora.from_state_dict(tensors), 1.0), (other, 1.0)]).inputs
+    assert (one.zero, one.deficient, one.only_here, two.only_here) == (
+        ("zero",),
+        ("deficient",),
+        ("zero", "deficient"),
+        (),
+    )
+    assert one.settings == (("LoRA", 4, None, 1.0, 2), ("LoRA", 4, 2.0, 0.5, 1))
+    part = next(
+        module.parts[0]
+        for module in compare([(Lora.from_state_dict(tensors), 1.0)]).modules
+        if module.name == "deficient"
+    )
+    assert (part.rank, part.effective) == (4, 3)
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (4, 2), (16, 40)])
+@pytest.mark.parametrize("shape", [(2, 3), (7, 90), (40, 40), (300, 5), (120, 200)])
+def test_independent_loras_are_called_independent_at_any_shape(shape, ranks):
+    """Also where narrow layers and high ranks overlap of necessity, or small ones align by chance."""
+    rows, columns = shape
+    for seed in range(20):
+        g = generator(seed)
+        pair = [
+            Lora({"m": LoraLayer(torch.randn(rows, rank, generator=g), torch.randn(rank, columns, generator=g))})
+            for rank in ranks
+        ]
+        found = compare([(pair[0], 1.0), (pair[1], -2.0)])
+        assert relation(the_pair(found)).kind == "independent"
+
+
+def test_the_expectations_are_the_means_of_independent_loras():
+    """And the deviations are theirs: cosine and overlaps of many random pairs."""
+    rows, columns, ranks, draws = 30, 24, (6, 4), 300
+    figures = []
+    for seed in range(draws):
+        g = generator(seed)
+        pair = [
+            Lora({"m": LoraLayer(torch.randn(rows, rank, generator=g), torch.randn(rank, columns, generator=g))})
+            for rank in ranks
+        ]
+        figures.append(the_pair(compare([(one, 1.0) for one in pair], workers=1)))
+    for name in ("left", "right"):
+        shares = torch.tensor([getattr(one, name).share for one in figures])
+        measure = getattr(figures[0], name)
+        assert float(shares.mean()) == pytest.approx(measure.expected_share, abs=4 * measure.deviation / draws**0.5)
+        assert float(shares.std()) == pytest.approx(measure.deviation, rel=0.2)  # 300 draws tell it to 4 %
+    cosines = torch.tensor([one.cosine for one in figures])
+    assert abs(float(cosines.mean())) < 4 * figures[0].cosine_deviation / draws**0.5
+    assert float(cosines.std()) == pytest.approx(figures[0].cosine_deviation, rel=0.2)
+    excesses = torch.tensor([one.second_inside.excess for one in figures])
+    assert abs(float(excesses.mean())) < 4 * float(excesses.std()) / draws**0.5
+    assert float(excesses.std()) <= figures[0].second_inside.deviation  # assumes rank 1, the most that it can be
+
+
+def test_a_fight_in_one_block_is_found_there():
+    first = lora(rank=4, seed=1)
+    second = lora(rank=4, seed=2)
+    against = {
+        **second.modules,
+        CONVOLUTION: LoraLayer(-first.modules[CONVOLUTION].up, first.modules[CONVOLUTION].down, 0.2),
+    }
+    found = compare([(first, 1.0), (Lora(against, source="b.safetensors"), 1.0)])
+    assert relation(the_pair(found)).kind == "independent"
+    assert headline(found).startswith("They fight in places")
+    assert "unet up.1 (cosine -1.00)" in "\n".join(answer(found))
+
+
+def test_crowding_is_told_from_cancelling():
+    """The second acts on the first's leading inputs and writes elsewhere."""
+    g = generator(3)
+    down = torch.randn(2, 60, generator=g)
+    first = Lora({"m": LoraLayer(torch.randn(50, 2, generator=g), down)}, source="lcm.safetensors")
+    second = Lora({"m": LoraLayer(torch.randn(50, 2, generator=g), down + 0.1)}, source="style.safetensors")
+    found = compare([(first, 1.0), (second, 1.0)])
+    assert relation(the_pair(found)).kind == "crowd"
+    assert headline(found).startswith("They do not cancel, but they crowd")
+
+
+def test_strength_0_and_separate_modules_are_no_fight():
+    one, other = lora(seed=1, source="a"), lora(seed=2, source="b", modules={"elsewhere": (5, 5, ())})
+    assert "change different modules" in "\n".join(answer(compare([(one, 1.0), (other, 1.0)])))
+    silent = compare([(one, 0.0), (lora(seed=2, source="b"), 1.0)])
+    assert "a adds nothing" in "\n".join(answer(silent))
+    assert silent.retention(0, 2) is None
+    assert silent.full_rank == 4  # what has no strength takes no rank
+
+
+def test_workers_change_nothing_and_the_progress_counts_modules():
+    inputs = [(lora(seed=1), 0.8), (lora(seed=2), 1.0)]
+    seen = []
+    assert compare(inputs, workers=1) == compare(inputs, workers=3, progress=lambda *step: seen.append(step))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_stopping_in_the_progress_stops():
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare([(lora(), 1.0)], progress=stop)
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="at least one LoRA"):
+        compare([])
+    with pytest.raises(ValueError, match=r"strength is nan, but it has to be a finite number"):
+        compare([(lora(), float("nan"))])
+    with pytest.raises(ValueError, match="energy is 0"):
+        compare([(lora(), 1.0)], energy=0)
+    with pytest.raises(ValueError, match="different base models"):
+        compare([(lora(), 1.0), (lora(modules={ATTENTION: (24, 21, ())}), 1.0)])

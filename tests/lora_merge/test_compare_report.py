@@ -1,0 +1,117 @@
+import csv
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from lcm_kit.lora_merge import Lora, load, save
+from lcm_kit.lora_merge.__main__ import main
+from lcm_kit.lora_merge.canvas import Canvas
+from lcm_kit.lora_merge.compare import compare
+from lcm_kit.lora_merge.compare_report import as_csv, as_json, as_text
+from lcm_kit.lora_merge.picture import WIDTH, draw
+from lcm_kit.tests.lora_merge.make import factors, kohya
+
+BLOCKS = [f"lora_unet_double_blocks_{n}_img_attn_qkv" for n in range(40)]
+
+
+def lora(seed, names=BLOCKS[:3], source="LoRA", rank=3):
+    tensors = {}
+    for number, name in enumerate(names):
+        tensors |= kohya(name, *factors(12, rank, 10, seed=100 * seed + number), 2.0)
+    return Lora.from_state_dict(tensors, source=source)
+
+
+def test_the_text_ends_in_an_answer_in_words():
+    found = compare([(lora(1, source="style.safetensors"), 0.8), (lora(2, source="lcm.safetensors"), 1.0)])
+    text = as_text(found, 4)
+    assert "style * 0.8: norm" in text
+    assert "LoRA rank 3 alpha 2 (scale 0.666667): 3" in text
+    assert text.count("<- this rank") == 1
+    assert text.splitlines()[-3].startswith("Will they fight?")
+    assert text.splitlines()[-1].startswith("  style and lcm: independent, cosine")
+
+
+def test_equal_file_names_are_told_apart():
+    assert compare([(lora(1), 1.0), (lora(2), 1.0)]).labels == ("LoRA (1)", "LoRA (2)")
+
+
+def test_csv_has_a_row_for_each_module_and_json_all_figures():
+    found = compare([(lora(1), 0.5), (lora(2, BLOCKS[1:5]), -1.0)])
+    rows = list(csv.DictReader(io.StringIO(as_csv(found))))
+    assert [row["module"] for row in rows] == BLOCKS[:5]
+    assert rows[0]["norm_2"] == rows[0]["cosine_1_2"] == ""
+    assert float(rows[1]["cosine_1_2"]) == found.modules[1].pairs[0].cosine
+    assert (rows[1]["rank_1"], rows[1]["alpha_1"], rows[1]["effective_rank_1"]) == ("3", "2.0", "3")
+    told = json.loads(as_json(found, 2))
+    assert told["whole"]["norms"] == [found.norm(0), found.norm(1)]
+    assert told["inputs"][0]["only_here"] == [BLOCKS[0]]
+    assert told["modules"][1]["pairs"][0]["right_chance"] == pytest.approx(3 / 10)
+    assert told["cut"]["kept"][1][2] == found.retention(1, 2)
+    assert [block["name"] for block in told["blocks"]] == [f"unet double_blocks.{n}" for n in range(5)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_the_picture_is_as_wide_as_promised_and_not_taller_than_a_screen(count):
+    found = compare([(lora(n, BLOCKS), 1.0 - 0.3 * n) for n in range(count)])
+    image = draw(found, 4)
+    assert image.mode == "RGB"
+    assert image.width == WIDTH == 1024
+    assert image.height < 1000  # 40 blocks share rows
+    assert len(image.resize((256, 180)).getcolors(256 * 180)) > 50  # charts, not an empty sheet
+
+
+def test_the_sweep_and_the_cut_are_in_the_picture():
+    found = compare([(lora(1), 1.0), (lora(2), 1.0)])
+    plain, cut = draw(found), draw(found, 4)
+    assert plain.tobytes() != cut.tobytes()
+    assert cut.tobytes() == draw(found, 4).tobytes()
+
+
+def test_nothing_comparable_still_gives_a_text_and_a_picture():
+    carried = Lora.from_state_dict(kohya("m", *factors(6, 2, 5)) | {"m.dora_scale": factors(6, 1, 1)[0]})
+    found = compare([(carried, 1.0)])
+    assert "not compared: 1 modules of kind DoRA" in as_text(found)
+    assert draw(found).width == WIDTH
+    assert json.loads(as_json(found))["modules"] == []
+
+
+def test_a_text_too_long_loses_its_middle():
+    canvas = Canvas(200, 40)
+    canvas.text((0, 0), "a_very_long_name_of_a_file_that_goes_on_and_on", width=100)
+    right = canvas.image().crop((110, 0, 200, 40))
+    assert right.getcolors() == [(90 * 40, (255, 255, 255))]
+
+
+def test_the_command_prints_and_writes(tmp_path, capsys):
+    for number, name in enumerate(("style", "lcm")):
+        save(lora(number), tmp_path / f"{name}.safetensors")
+    files = {end: tmp_path / f"out.{end}" for end in ("csv", "json", "png")}
+    options = ["--csv", files["csv"], "--json", files["json"], "--picture", files["png"], "--rank", 4]
+    inputs = [f"{tmp_path / 'style.safetensors'}:0.8", tmp_path / "lcm.safetensors"]
+    assert main([str(word) for word in ("compare", *inputs, *options)]) == 0
+    told = capsys.readouterr().out
+    found = compare([(load(tmp_path / "style.safetensors"), 0.8), (load(tmp_path / "lcm.safetensors"), 1.0)])
+    assert told.startswith(as_text(found, 4))
+    assert files["csv"].read_text(encoding="utf-8") == as_csv(found)
+    assert json.loads(files["json"].read_text(encoding="utf-8"))["rank"] == 4
+    with Image.open(files["png"]) as image:
+        assert image.size == draw(found, 4).size
+    assert main([str(word) for word in ("compare", *inputs, *options)]) == 2
+    assert "exists already; choose another name or add --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--rank", "-1"], "--rank is -1"),
+        (["--picture", "a.txt"], "has to end in .png or .jpg"),
+        (["--csv", "no/such/folder.csv"], "there is no such folder"),
+    ],
+)
+def test_bad_options_are_refused_before_the_work(options, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(lora(0), tmp_path / "a.safetensors")
+    assert main(["compare", "a.safetensors", *options]) == 2
+    assert said in capsys.readouterr().err

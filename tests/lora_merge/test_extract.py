@@ -1,0 +1,210 @@
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lcm_kit.lora_merge import Lora, load
+from lcm_kit.lora_merge.__main__ import main
+from lcm_kit.lora_merge.checkpoints import places
+from lcm_kit.lora_merge.extract import extract
+from lcm_kit.tests.lora_merge.make import dense, factors, generator, relative
+
+LINEAR = "lora_unet_middle_block_1_proj_in"
+CONVOLUTION = "lora_unet_input_blocks_1_0_in_layers_2"
+
+
+def weight(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed)) * math.prod(shape[1:]) ** -0.5
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (12, 60), (60, 12), (20, 8, 3, 3), (8, 20, 3, 3), (16, 16, 1, 1)])
+def test_a_lora_on_a_model_is_found_again(shape):
+    up, down = factors(shape[0], 4, shape[1], shape[2:])
+    delta = dense(up, down, 0.5)
+    base = weight(*shape)
+    lora, account = extract([(f"{LINEAR}.weight", base + delta.float(), base)], rank=4)
+    (layer,) = lora.modules.values()
+    assert (layer.rank, layer.shape, layer.scale) == (4, shape, 1.0)
+    assert relative(layer.delta(), delta) < 1e-5
+    assert account.error < 1e-5  # float32 rounding of the sum
+    assert (account.modules, account.ranks) == (1, (4, 4))
+
+
+@pytest.mark.parametrize("rank", [1, 5, 20])
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30), (6, 4, 3, 3)])
+def test_the_error_is_the_smallest_possible_and_is_told(shape, rank):
+    tuned, base = weight(*shape, seed=1), weight(*shape, seed=2)
+    lora, account = extract([(f"{LINEAR}.weight", tuned, base)], rank=rank)
+    wanted = tuned.double() - base.double()
+    spectrum = torch.linalg.svdvals(wanted.flatten(1))
+    best = math.sqrt(float(spectrum[rank:].square().sum() / spectrum.square().sum()))
+    assert relative(lora.delta(LINEAR), wanted) == pytest.approx(best, abs=1e-6)
+    assert account.error == pytest.approx(best, abs=1e-6)
+
+
+def test_an_outlier_is_not_clamped():
+    base = weight(64, 64)
+    tuned = base.clone()
+    tuned[3, 5] += 100.0
+    lora, account = extract([(f"{LINEAR}.weight", tuned, base)], rank=1)
+    assert lora.delta(LINEAR)[3, 5] == pytest.approx(100, rel=1e-6)
+    assert account.error < 1e-6
+
+
+def test_keep_stops_at_the_smallest_rank_that_holds_the_share():
+    s = torch.tensor([4.0, 2.0, 1.0, 0.5])
+    q = torch.linalg.qr(weight(20, 4, seed=3))[0]
+    delta = (q * s) @ torch.linalg.qr(weight(30, 4, seed=4))[0].T
+    base = torch.zeros(20, 30)
+    for keep in (0.5, 0.94, 0.95, 0.99, 1.0):
+        lora, _ = extract([(f"{LINEAR}.weight", delta, base)], rank=3, keep=keep)
+        needed = int((s.square().cumsum(0) / s.square().sum() < keep - 1e-6).sum()) + 1
+        assert lora.modules[LINEAR].rank == min(3, needed)
+
+
+def test_equal_weights_are_left_out_and_others_are_accounted_for():
+    base, norm, bias = weight(8, 6), torch.ones(5), torch.zeros(8)
+    weights = [
+        ("lora_unet_input_blocks_1_1_proj_in.weight", base, base.clone()),
+        (f"{LINEAR}.weight", base + 1, base),
+        (f"{LINEAR}.bias", bias + 1, bias),
+        ("lora_unet_middle_block_1_norm.bias", norm + 1, norm),
+        ("lora_unet_middle_block_1_norm.weight", norm + 2, norm),
+        ("positions", base + 1, base),
+    ]
+    lora, account = extract(weights, rank=2)
+    assert set(lora.modules) == {LINEAR}
+    assert {key: float(diff[0]) for key, diff in lora.diffs.items()} == {
+        (LINEAR, "diff_b"): 1.0,
+        ("lora_unet_middle_block_1_norm", "w_norm"): 2.0,
+        ("lora_unet_middle_block_1_norm", "b_norm"): 1.0,
+    }
+    assert (account.modules, account.vectors, account.equal, account.other) == (1, 3, 1, ("positions",))
+    assert "1 weights do not differ" in account.describe()
+    again = Lora.from_state_dict(lora.to_state_dict())
+    assert again.diffs.keys() == lora.diffs.keys()
+    none, account = extract(weights, rank=2, vectors=False)
+    assert not none.diffs
+    assert len(account.other) == 4
+
+
+def test_rounding_of_float32_is_no_difference():
+    base = weight(50, 40)
+    moved = (base.double() + 1.0).float() - 1.0  # as far as float32 rounds
+    delta = dense(*factors(50, 2, 40))
+    lora, account = extract([(f"{LINEAR}.weight", (base.double() + delta).float(), base)], rank=40)
+    assert lora.modules[LINEAR].rank == 2
+    _, account = extract([("a.weight", base * (1 + 2**-24), base), ("b.weight", moved, moved)], rank=4)
+    assert (account.modules, account.equal) == (0, 2)
+
+
+def test_inputs_are_left_alone_and_half_precision_is_read_exactly():
+    tuned, base = weight(20, 10, seed=1).half(), weight(20, 10, seed=2).bfloat16()
+    before = tuned.clone(), base.clone()
+    lora, _ = extract([(f"{LINEAR}.weight", tuned, base)], rank=10)
+    assert torch.equal(tuned, before[0])
+    assert torch.equal(base, before[1])
+    assert relative(lora.delta(LINEAR), tuned.double() - base.double()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "said"),
+    [
+        ([], {"rank": 0}, "rank is 0, but the smallest rank is 1"),
+        ([], {"keep": 0.0}, "above 0 and at most 1"),
+        ([("a.weight", torch.ones(2, 3), torch.ones(3, 2))], {}, r"a.weight: the tuned model has \(2, 3\), the base"),
+        ([("a.weight", torch.full((2, 3), torch.inf), torch.ones(2, 3))], {}, "not all finite"),
+        ([("a.bias", torch.full((2,), torch.nan), torch.ones(2))], {}, "not all finite"),
+    ],
+)
+def test_bad_input_is_refused(weights, options, said):
+    with pytest.raises(ValueError, match=said):
+        extract(weights, **options)
+
+
+@pytest.mark.parametrize(
+    ("key", "bare", "name"),
+    [
+        ("model.diffusion_model.input_blocks.1.0.in_layers.2.weight", False, f"{CONVOLUTION}.weight"),
+        ("input_blocks.1.0.in_layers.2.bias", True, f"{CONVOLUTION}.bias"),
+        ("down_blocks.0.resnets.0.conv1.weight", True, "lora_unet_down_blocks_0_resnets_0_conv1.weight"),
+        ("double_blocks.0.img_attn.qkv.weight", True, "diffusion_model.double_blocks.0.img_attn.qkv.weight"),
+        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", False, "diffusion_model.double_blocks.0.img_attn.qkv.weight"),
+        ("transformer_blocks.0.attn.to_q.weight", True, "transformer.transformer_blocks.0.attn.to_q.weight"),
+        ("cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight", False, "lora_te_text_model_encoder_layers_0_mlp_fc1.weight"),
+        ("conditioner.embedders.0.transformer.text_model.encoder.layers.2.self_attn.q_proj.bias", False, "lora_te1_text_model_encoder_layers_2_self_attn_q_proj.bias"),
+        ("conditioner.embedders.1.model.transformer.resblocks.3.mlp.c_proj.weight", False, "lora_te2_text_model_encoder_layers_3_mlp_fc2.weight"),
+    ],
+)  # fmt: skip
+def test_checkpoint_keys_get_the_names_of_lora_files(key, bare, name):
+    assert places(key, bare) == [(name, (0.0, 1.0))]
+
+
+def test_the_fused_attention_of_open_clip_is_taken_apart():
+    found = places("conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj_weight", False)
+    assert [name for name, _ in found] == [
+        f"lora_te2_text_model_encoder_layers_3_self_attn_{x}_proj.weight" for x in "qkv"
+    ]
+    assert [round(12 * end) for _, (_, end) in found] == [4, 8, 12]
+
+
+def checkpoint(seed=0):
+    prefix = "model.diffusion_model."
+    return {
+        f"{prefix}input_blocks.1.0.in_layers.2.weight": weight(8, 6, 3, 3, seed=seed),
+        f"{prefix}input_blocks.1.0.in_layers.2.bias": weight(8, seed=seed + 1),
+        f"{prefix}middle_block.1.proj_in.weight": weight(10, 12, seed=seed + 2),
+        "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight": weight(12, 4, seed=seed + 3),
+        "cond_stage_model.model.token_embedding.weight": weight(9, 4, seed=seed + 4),
+        "first_stage_model.decoder.conv_in.weight": weight(4, 4, 3, 3, seed=seed + 5),
+    }
+
+
+def test_the_command_makes_the_lora_of_two_checkpoints(tmp_path, capsys):
+    base, tuned = checkpoint(), checkpoint()
+    up, down = factors(10, 2, 12)
+    tuned["model.diffusion_model.middle_block.1.proj_in.weight"] += dense(up, down).float()
+    fused = "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"
+    tuned[fused] = tuned[fused].clone()
+    tuned[fused][4:8] += 1.0  # of q, k, v the second
+    tuned["cond_stage_model.model.token_embedding.weight"] += 1.0
+    tuned["first_stage_model.decoder.conv_in.weight"] += 1.0
+    for name, tensors in (("tuned", tuned), ("base", base)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    words = [str(tmp_path / f"{name}.safetensors") for name in ("tuned", "base")]
+    output = tmp_path / "out.safetensors"
+    assert main(["extract", *words, "-o", str(output), "--rank", "2", "--dtype", "fp32"]) == 0
+    told = capsys.readouterr().out
+    assert "Extracted 2 modules, rank 1 to 2" in told
+    assert "token_embedding.weight" in told  # named, for no LoRA can hold it
+    lora = load(output)
+    assert set(lora.modules) == {LINEAR, "lora_te1_text_model_encoder_layers_0_self_attn_k_proj"}
+    assert relative(lora.delta(LINEAR), dense(up, down)) < 1e-5
+    assert main(["extract", *words, "-o", str(output)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: {f"other.{key}": value for key, value in t.items()}, "Give two models of one family"),
+        (lambda t: {key: torch.ones(3, 3) for key in t}, "weights differ in shape"),
+        (lambda t: t | {"model.diffusion_model.middle_block.1.proj_in.scale_weight": torch.ones(1)}, "are quantised"),
+        (lambda t: t, "do not differ: there is nothing to extract"),
+    ],
+)
+def test_files_that_do_not_go_together_are_refused(change, said, tmp_path, capsys):
+    save_file(checkpoint(), tmp_path / "base.safetensors")
+    save_file(change(checkpoint()), tmp_path / "tuned.safetensors")
+    words = [str(tmp_path / name) for name in ("tuned.safetensors", "base.safetensors")]
+    assert main(["extract", *words, "-o", str(tmp_path / "out.safetensors")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_other_formats_are_not_opened(tmp_path, capsys):
+    (tmp_path / "model.ckpt").write_bytes(b"anything")
+    words = [str(tmp_path / "model.ckpt")] * 2
+    assert main(["extract", *words, "-o", str(tmp_path / "out.safetensors")]) == 2
+    assert "only .safetensors files are read" in capsys.readouterr().err

@@ -1,0 +1,206 @@
+"""Extract LoRA from ComfyUI's own MODELs and CLIPs."""
+
+import sys
+from pathlib import Path
+
+import comfy.lora
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import pytest
+import torch
+
+from lcm_kit.lora_merge import Lora
+from lcm_kit.nodes.extracting import ExtractLoRA
+from lcm_kit.nodes.host.weights import to_lora
+from lcm_kit.nodes.loading import ApplyLoRA
+from lcm_kit.nodes.sampling import LCMKSampler
+from lcm_kit.tests.with_comfyui import tiny
+
+DEMO = Path(__file__).resolve().parents[2] / "demo"
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    """As in ComfyUI's own execution."""
+    with torch.inference_mode():
+        yield
+
+
+def with_lora(model, lora, strength=1.0, clip=None):
+    return comfy.sd.load_lora_for_models(model, clip, lora, strength, strength)
+
+
+def extracted(tuned, base, rank=4, keep=1.0, **clips):
+    return ExtractLoRA.execute(tuned, base, rank, keep, **clips).result
+
+
+def relative_deltas(found, wanted, strength=1.0):
+    """Largest relative difference of the updates of any module; the modules have to be the same."""
+    found, wanted = to_lora(found), Lora.from_state_dict(wanted)
+    assert set(found.modules) == set(wanted.modules)
+    worst = 0.0
+    for module in wanted.modules:
+        goal = strength * wanted.delta(module)
+        worst = max(worst, float((found.delta(module).reshape(goal.shape) - goal).norm() / goal.norm()))
+    return worst
+
+
+def snapshot(model):
+    return {key: value.clone() for key, value in model.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_lora_on_a_model_comes_back(loaded):
+    base = tiny.tiny_model()
+    lora = tiny.lora(base, "kohya on ldm", rank=4)
+    tuned, _ = with_lora(base, lora, 0.7)
+    before = snapshot(base)
+    if loaded:
+        # The patched weights stand in the model that both MODELs share; the stored ones are aside.
+        comfy.model_management.load_models_gpu([tuned])
+        assert not torch.equal(before[next(iter(tuned.patches))], tuned.model.state_dict()[next(iter(tuned.patches))])
+    now, on_device = snapshot(base), list(comfy.model_management.current_loaded_models)
+    found, report = extracted(tuned, base, rank=4)
+    assert relative_deltas(found, lora, 0.7) < 1e-5
+    assert "Extracted" in report
+    assert "do not differ and are left out" in report
+    # Nothing was loaded, unloaded or changed.
+    assert comfy.model_management.current_loaded_models == on_device
+    assert all(torch.equal(value, now[key]) for key, value in base.model.state_dict().items())
+    comfy.model_management.unload_all_models()
+
+
+def test_two_separate_models_with_patches_on_both():
+    base, tuned = tiny.tiny_model(), tiny.tiny_model()
+    first, second = tiny.lora(base, "kohya on ldm", seed=1), tiny.lora(base, "kohya on ldm", seed=2)
+    tuned, _ = with_lora(*with_lora(tuned, first)[:1], second)
+    base, _ = with_lora(base, first)
+    assert relative_deltas(extracted(tuned, base)[0], second) < 1e-5
+
+
+def test_the_extracted_lora_makes_the_tuned_model_at_full_rank():
+    """Every weight of another model, biases and norms included."""
+    base, tuned = tiny.tiny_model(seed=0), tiny.tiny_model(seed=1)
+    found, _ = extracted(tuned, base, rank=4096)
+    applied = ApplyLoRA.execute(base, found, 1.0, 1.0).result[0]
+    goal = tuned.model.state_dict()
+    got = goal | base.model.state_dict() | tiny.patched_weights(applied)
+    for key, value in goal.items():
+        if key.startswith("diffusion_model."):
+            torch.testing.assert_close(got[key], value, rtol=0, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_the_text_encoder_is_taken_if_it_is_connected():
+    base, clip = tiny.tiny_model(), tiny.tiny_clip()
+    lora, text = tiny.lora(base, "kohya on ldm"), tiny.clip_lora(clip, rank=4)
+    tuned, tuned_clip = with_lora(base, lora | text, 1.0, clip)
+    found, _ = extracted(tuned, base, clip_tuned=tuned_clip, clip_base=clip)
+    assert relative_deltas(found, lora | text) < 1e-5
+    assert all(key.startswith(("lora_unet_", "lora_te_")) for key in found)
+    with pytest.raises(ValueError, match="Only one CLIP is connected"):
+        extracted(tuned, base, clip_tuned=tuned_clip)
+
+
+def quantised(model):
+    """The same weights in ComfyUI's scaled fp8."""
+    config = tiny.TinyConfig(tiny.TWO_LEVELS)
+    config.unet_config, config.sampling_settings = tiny.TWO_LEVELS, {}
+    config.scaled_fp8 = torch.float8_e4m3fn
+    made = comfy.model_base.BaseModel(config, device=torch.device("cpu"))
+    source = dict(model.model.diffusion_model.named_parameters())
+    modules = dict(made.diffusion_model.named_modules())
+    for name, parameter in made.diffusion_model.named_parameters():
+        if name not in source:
+            continue
+        value = source[name]
+        if parameter.dtype == torch.float8_e4m3fn:
+            module = modules[name.removesuffix(".weight").removesuffix(".bias")]
+            if name.endswith(".weight"):
+                module.scale_weight.data.fill_(float(value.abs().max()) / 448)
+                value = value / module.scale_weight
+        parameter.data.copy_(value)
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(made, load_device=cpu, offload_device=cpu)
+
+
+def test_quantised_weights_are_read_through_comfyui_s_own_conversion():
+    base = tiny.tiny_model()
+    small = quantised(base)
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q"
+    layer = comfy.utils.get_attr(small.model, key)
+    assert layer.weight.dtype == torch.float8_e4m3fn
+    lora = tiny.lora(base, "kohya on ldm", endings=tiny.STYLE)
+    assert relative_deltas(extracted(with_lora(small, lora)[0], small)[0], lora) < 1e-5
+    # Against the unquantised model the rounding is the difference.
+    rounding = layer.weight.float() * layer.scale_weight - comfy.utils.get_attr(base.model, f"{key}.weight")
+    found = to_lora(extracted(small, base, rank=4096)[0])
+    delta = found.delta("lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q")
+    assert float((delta - rounding).norm() / rounding.norm()) < 1e-5
+
+
+def test_other_models_keep_comfyui_s_own_names():
+    base = tiny.tiny_video_model()
+    tuned = tiny.tiny_video_model(seed=1)
+    found, _ = extracted(tuned, base, rank=4096)
+    applied = ApplyLoRA.execute(base, found, 1.0, 1.0).result[0]
+    got = tiny.patched_weights(applied)
+    goal = tuned.model.state_dict()
+    assert len(got) > 20
+    for key, value in got.items():
+        torch.testing.assert_close(value, goal[key], rtol=0, atol=2e-5)
+
+
+def test_models_of_two_families_or_equal_ones_are_refused():
+    base = tiny.tiny_model()
+    with pytest.raises(ValueError, match=r"model_tuned .* and model_base .* are not of one family: .* another shape"):
+        extracted(tiny.tiny_model(model_channels=64), base)
+    with pytest.raises(ValueError, match=r"are not of one family: .* have the same name"):
+        extracted(tiny.tiny_video_model(), base)
+    with pytest.raises(ValueError, match="do not differ, so there is nothing to extract"):
+        extracted(base.clone(), base)
+
+
+def test_the_stop_button_stops():
+    base = tiny.tiny_model()
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        extracted(with_lora(base, tiny.lora(base))[0], base)
+
+
+@pytest.fixture(scope="module")
+def tiny_emoji():
+    """(model, clip), with the demo's model type known to ComfyUI for the time of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DEMO))
+        from tiny_emoji.model import TinyEmoji
+
+        patch.setattr(comfy.supported_models, "models", [TinyEmoji, *comfy.supported_models.models])
+        path = DEMO / "models" / "checkpoints" / "tiny_emoji.safetensors"
+        model, clip, *_ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False)
+        yield model, clip
+    for name in [name for name in sys.modules if name.startswith("tiny_emoji")]:
+        del sys.modules[name]
+
+
+def test_the_acceleration_of_the_embedded_model_makes_the_same_picture(tiny_emoji):
+    model, clip = tiny_emoji
+    lcm = comfy.utils.load_torch_file(str(DEMO / "models" / "loras" / "tiny_emoji_lcm_lora.safetensors"))
+    tuned, _ = with_lora(model, lcm)
+    found, _ = extracted(tuned, model, rank=32)
+    assert relative_deltas(found, lcm) < 1e-4  # of weights many times larger than the update
+    prompt = [[clip.encode_from_tokens(clip.tokenize("cat face")), {}]]
+
+    def picture(one):
+        settings = {"seed": 3, "steps": 4, "cfg": 1.0, "denoise": 1.0, "gamma": 1.0, "cfg_steps": -1}
+        empty = {"samples": torch.zeros(1, 4, 8, 8)}
+        sampled = LCMKSampler.execute(model=one, positive=prompt, latent_image=empty, original_steps=50, **settings)
+        return sampled.result[0]["samples"]
+
+    by_file, by_extraction = picture(tuned), picture(ApplyLoRA.execute(model, found, 1.0, 1.0).result[0])
+    apart = float((by_file - picture(model)).norm() / by_file.norm())
+    assert float((by_extraction - by_file).norm() / by_file.norm()) < 1e-3
+    assert apart > 0.05  # the acceleration does something
