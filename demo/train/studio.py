@@ -1,0 +1,127 @@
+"""The demo's models in ComfyUI, and the ways of drawing with them that are compared.
+
+Everything runs through ComfyUI's own loaders, samplers and schedulers, and through LCM Kit's host road: the same
+functions that its nodes call.
+"""
+
+import functools
+import hashlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import DEMO, MODELS, load_comfy, load_lcm_kit
+from data import NAMES
+
+CHECKPOINT = MODELS / "checkpoints" / "tiny_emoji.safetensors"
+VAE = MODELS / "vae" / "tiny_emoji_vae.safetensors"
+LORAS = {kind: MODELS / "loras" / f"tiny_emoji_{kind}_lora.safetensors" for kind in ("lcm", "ink")}
+
+# (a ComfyUI model, steps) -> (the model to sample, SAMPLER, SIGMAS)
+Plan = Callable[[Any, int], tuple[Any, Any, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of making pictures: what samples, with which LoRAs, at which guidance."""
+
+    name: str
+    plan: Plan
+    loras: dict[str, float] = field(default_factory=dict)  # kind -> strength
+    cfg: float = 1.0
+    step_seed_offset: int = 0  # added to the run's seed for the noise of the steps
+
+    def calls(self, steps: int) -> int:
+        """Model calls for one picture; guidance takes two a step."""
+        return steps * (1 if self.cfg == 1 else 2)
+
+
+def ours(gamma: float | Callable[[int], list[float]] = 1.0, original_steps: int = 50) -> Plan:
+    """LCM Kit. gamma: one number, or a function from steps to one number a step."""
+
+    def plan(model, steps):
+        from lcm_kit.nodes.host import sampling
+
+        sigmas = sampling.lcm_sigmas(model, steps=steps, denoise=1.0, original_steps=original_steps)
+        each = gamma(steps) if callable(gamma) else gamma
+        return model, sampling.lcm_sampler(gamma=each, seed=-1), sigmas
+
+    return plan
+
+
+def core(sampler: str, scheduler: str, prepare: Callable[[Any], Any] = lambda model: model) -> Plan:
+    """ComfyUI's own sampler and scheduler by name. prepare: patches the model first."""
+
+    def plan(model, steps):
+        import comfy.samplers
+
+        model = prepare(model)
+        sampling = model.get_model_object("model_sampling")
+        sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps)
+        return model, comfy.samplers.sampler_object(sampler), sigmas
+
+    return plan
+
+
+class Studio:
+    """The demo's models in ComfyUI, ready to draw one picture of each concept in any of the compared ways."""
+
+    def __init__(self) -> None:
+        load_comfy()
+        load_lcm_kit()
+        sys.path.insert(0, str(DEMO))
+        import comfy.sd
+        import comfy.supported_models
+        import comfy.utils
+        from tiny_emoji.model import TinyEmoji
+
+        comfy.supported_models.models.insert(0, TinyEmoji)
+        self.model, self.clip, *_ = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT), output_vae=False)
+        self.vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(VAE)))
+        self.vae.first_stage_model.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
+        self.loras = {k: comfy.utils.load_torch_file(str(path)) for k, path in LORAS.items() if path.exists()}
+        self.positive = [[torch.cat([self.encode(name)[0][0] for name in NAMES]), {}]]
+        self.negative = self.encode("")
+
+    def encode(self, text: str):
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+
+    def patched(self, **strengths: float):
+        """The model with LoRAs at the given strengths, by ComfyUI's own loader."""
+        import comfy.sd
+
+        model = self.model
+        for kind, strength in strengths.items():
+            model, _ = comfy.sd.load_lora_for_models(model, None, self.loras[kind], strength, 0.0)
+        return model
+
+    def latents(self, way: Way, steps: int, seed: int) -> torch.Tensor:
+        """One latent of every concept, (n, 12, 8, 8). The same seed is the same initial noise in every way."""
+        import comfy.sample
+
+        model, sampler, sigmas = way.plan(self.patched(**way.loras), steps)
+        latent = torch.zeros(len(NAMES), 12, 8, 8)
+        noise = comfy.sample.prepare_noise(latent, seed)
+        return comfy.sample.sample_custom(
+            model, noise, way.cfg, sampler, sigmas, self.positive, self.negative, latent,
+            disable_pbar=True, seed=seed + way.step_seed_offset,
+        )  # fmt: skip
+
+    def decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures (n, 3, 64, 64) in 0..1."""
+        # A few at a time: faster on a CPU, because the activations stay in its cache.
+        pictures = torch.cat([self.vae.decode(few) for few in latents.split(8)])
+        return pictures.movedim(-1, 1).clamp(0, 1)
+
+
+def fingerprint(*paths: Path) -> str:
+    """Short name of the content of files, in this order."""
+    return hashlib.sha256(b"".join(_digest(path) for path in paths)).hexdigest()[:16]
+
+
+@functools.cache
+def _digest(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
