@@ -67,7 +67,7 @@ def test_widget_values_are_in_range(path, known):
                 assert isinstance(value, int | float), (node["type"], name)
                 assert options["min"] <= value <= options["max"], (node["type"], name)
             else:
-                assert isinstance(value, str), (node["type"], name)
+                assert isinstance(value, bool if kind == "BOOLEAN" else str), (node["type"], name)
             if options.get("control_after_generate"):
                 assert next(values) in ("fixed", "increment", "decrement", "randomize"), (node["type"], name)
         assert list(values) == [], f"{node['type']} has more values than widgets"
