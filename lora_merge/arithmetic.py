@@ -25,10 +25,7 @@ def weighted_sum(terms: Sequence[Term]) -> LoraLayer:
     Raises ValueError without terms, or if the updates are not of one weight.
     """
     shape = common_shape([layer for layer, _ in terms])
-    ups, downs = stacked(terms)
-    if len(ups) == 1:
-        return shaped(ups[0], downs[0], shape)
-    return shaped(torch.cat(ups, dim=1), torch.cat(downs, dim=0), shape)
+    return joined(*stacked(terms), shape)
 
 
 def dense_sum(terms: Sequence[Term], diffs: Sequence[tuple[Tensor, float]]) -> Tensor:
@@ -68,6 +65,13 @@ def _times(factor: Tensor, number: float, layer: Layer) -> Tensor:
     """The product, without a second copy where the way to float32 has made one."""
     own = isinstance(layer, LoraLayer) and torch.float32 not in (layer.up.dtype, layer.down.dtype)
     return factor.mul_(number) if own else factor * number
+
+
+def joined(ups: Sequence[Tensor], downs: Sequence[Tensor], shape: tuple[int, ...]) -> LoraLayer:
+    """A layer of scale 1 whose update is the sum of up @ down over the pairs that `stacked` gives."""
+    if len(ups) == 1:
+        return shaped(ups[0], downs[0], shape)
+    return shaped(torch.cat(list(ups), dim=1), torch.cat(list(downs), dim=0), shape)
 
 
 def shaped(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> LoraLayer:

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import metadata
 from .header import check_header
 from .lora import FORMATS, Format, Lora
+from .pool import one_thread
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -38,7 +39,9 @@ def load(path: str | os.PathLike[str]) -> Lora:
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: is damaged ({error}); download it again.") from error
-    return Lora.from_state_dict(tensors, metadata=notes | _peft_config(path), source=path.name)
+    # Thousands of checks of small tensors: sharing out each of them takes longer than doing it.
+    with one_thread():
+        return Lora.from_state_dict(tensors, metadata=notes | _peft_config(path), source=path.name)
 
 
 def save(
@@ -63,7 +66,8 @@ def save(
         raise ValueError(f"format is {format!r}, but it has to be one of {', '.join(FORMATS)}")
     check_output(path, overwrite)
     # Nobody else sees these tensors, so what needs no conversion needs no copy.
-    tensors = lora.to_state_dict(dtype, format=format, copy=False)
+    with one_thread():
+        tensors = lora.to_state_dict(dtype, format=format, copy=False)
     notes = metadata.for_file(lora, path.stem, format)
     _write(path, _apart(tensors), notes, overwrite)
 

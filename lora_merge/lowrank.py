@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arithmetic import Term, common_shape, shaped, stacked, weighted_sum
+from .arithmetic import Term, common_shape, joined, shaped, stacked
 from .core_space import CoreSpace
 from .layer import LoraLayer
 
@@ -109,11 +109,14 @@ def directions(terms: Sequence[Term], *, balanced: bool = False) -> Directions:
     balanced True: the singular vectors of all terms side by side, each scaled to norm 1, so that a weak term has as
         much say as a strong one. The error of the sum is larger, what each term keeps is more even.
     """
+    return _directions(terms, *stacked(terms), balanced)
+
+
+def _directions(terms: Sequence[Term], ups: Sequence[Tensor], downs: Sequence[Tensor], balanced: bool) -> Directions:
     shape = common_shape([layer for layer, _ in terms])
-    ups, downs = stacked(terms)
     ranks = [up.shape[1] for up in ups]
-    q_up, r_up = torch.linalg.qr(torch.cat(ups, dim=1))
-    q_down, r_down = torch.linalg.qr(torch.cat(downs, dim=0).T)
+    q_up, r_up = torch.linalg.qr(torch.cat(list(ups), dim=1))
+    q_down, r_down = torch.linalg.qr(torch.cat(list(downs), dim=0).T)
     cores = [a @ b.T for a, b in zip(r_up.split(ranks, dim=1), r_down.split(ranks, dim=1), strict=True)]
     total = r_up @ r_down.T
     u, vh, worth = _by_importance(total, cores, balanced)
@@ -150,10 +153,11 @@ def truncated_sum(terms: Sequence[Term], rank: int, *, balanced: bool = False) -
         raise ValueError(f"rank is {rank}, but the smallest rank is 1")
     ups, downs = stacked(terms)
     if sum(up.shape[1] for up in ups) <= rank:
+        layer = joined(ups, downs, common_shape([layer for layer, _ in terms]))
         energies = tuple(map(_product_energy, ups, downs))
-        energy = _product_energy(torch.cat(ups, dim=1), torch.cat(downs, dim=0))
-        return Truncated(weighted_sum(terms), energy, 0.0, energies, energies)
-    return directions(terms, balanced=balanced).cut(rank)
+        whole = energies[0] if len(energies) == 1 else _product_energy(torch.cat(ups, dim=1), torch.cat(downs, dim=0))
+        return Truncated(layer, whole, 0.0, energies, energies)
+    return _directions(terms, ups, downs, balanced).cut(rank)
 
 
 def truncated_matrix(total: Tensor, deltas: Sequence[Tensor], rank: int) -> Truncated:

@@ -22,7 +22,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
     slower with more (measured: ten times, under load), and sums come out the same bit for bit.
     What `work` raises is raised here, and nothing further is begun.
     """
-    with _one_thread():
+    with one_thread():
         if workers <= 1:
             for item in items:
                 with torch.no_grad():
@@ -51,7 +51,8 @@ def _quietly(work: Callable[[Item], Result], item: Item) -> Result:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Arithmetic of this thread on one core, for work on many small tensors."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -25,6 +25,8 @@ class Strengths:
 
     def at(self, module: str) -> tuple[float, ...]:
         """Of each input, by the module's canonical name."""
+        if not any(self.blocks):
+            return self.base
         return tuple(
             strength if blocks is None else strength * blocks.factor(module, self.layout)
             for strength, blocks in zip(self.base, self.blocks, strict=True)
@@ -44,8 +46,11 @@ def strengths_of(loras: Sequence[Lora], base: Sequence[float], blocks: Blocks | 
     if len(each) != len(loras):
         raise ValueError(f"there are block strengths for {len(each)} inputs, but {len(loras)} inputs")
     parsed = [parse_block_strengths(one) if isinstance(one, str) else one for one in each]
-    bodies = names.unet_bodies([name for lora in loras for pair in lora.spellings.items() for name in pair])
-    return Strengths([float(strength) for strength in base], parsed, infer_layout(bodies))
+    layout = Layout()
+    if any(parsed):
+        bodies = names.unet_bodies([name for lora in loras for pair in lora.spellings.items() for name in pair])
+        layout = infer_layout(bodies)
+    return Strengths([float(strength) for strength in base], parsed, layout)
 
 
 def for_inputs(text: str, labels: Sequence[str]) -> list[str]:
