@@ -160,6 +160,9 @@ def _kinds(files):
     return kinds
 
 
+_SHARED = "shared"
+
+
 def _by_peft(files, modules, **how):
     """(kohya tensors of what add_weighted_adapter makes of these modules, its (wall, CPU) seconds)."""
     import peft as library
@@ -176,13 +179,15 @@ def _by_peft(files, modules, **how):
         layer.weight = torch.nn.Parameter(torch.zeros(()).expand(layer.weight.shape), requires_grad=False)
         layer.bias = None
         model.add_module(_plain(module), layer)
-    names = [name for name in files if any(f"{module}.alpha" in files[name] for module in modules)]
+    # Both adapters need a module; with one adapter alone PEFT would take another road than for a whole model.
+    model.add_module(_SHARED, torch.nn.Linear(96, 96, bias=False))
     wrapped = None
-    for name in names:
+    for name in files:
         here = [module for module in modules if f"{module}.alpha" in files[name]]
-        rank = files[name][f"{here[0]}.lora_up.weight"].shape[1]
-        alpha = float(files[name][f"{here[0]}.alpha"])
-        config = library.LoraConfig(r=rank, lora_alpha=alpha, target_modules=[_plain(module) for module in here])
+        some = next(key.partition(".")[0] for key in files[name])
+        rank, alpha = files[name][f"{some}.lora_up.weight"].shape[1], float(files[name][f"{some}.alpha"])
+        targets = [_SHARED, *map(_plain, here)]
+        config = library.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
         if wrapped is None:
             wrapped = library.get_peft_model(model, config, adapter_name=name)
         else:
@@ -191,9 +196,9 @@ def _by_peft(files, modules, **how):
             layer = getattr(model, _plain(module))
             layer.lora_A[name].weight.data = files[name][f"{module}.lora_down.weight"].float()
             layer.lora_B[name].weight.data = files[name][f"{module}.lora_up.weight"].float()
-    strengths = [STRENGTH if name == "style" else 1.0 for name in names]
+    strengths = [STRENGTH if name == "style" else 1.0 for name in files]
     wall, cpu = time.perf_counter(), time.process_time()
-    wrapped.add_weighted_adapter(names, strengths, "merged", **how)
+    wrapped.add_weighted_adapter(list(files), strengths, "merged", **how)
     seconds = time.perf_counter() - wall, time.process_time() - cpu
     result = {}
     for module in modules:
