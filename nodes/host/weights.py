@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ...lora_merge import Lora, describe
+from ...lora_merge import Lora
 
 
 class LoraWeights(dict):
@@ -35,8 +35,3 @@ def to_lora(weights: Mapping[str, torch.Tensor], fallback: str = "The LoRA") -> 
     """Raises ValueError, naming the keys, for what no LoRA loader of ComfyUI reads."""
     weights = named(weights, fallback)
     return Lora.from_state_dict(weights, metadata=weights.metadata, source=weights.name)
-
-
-def contents(weights: Mapping[str, torch.Tensor]) -> str:
-    """What is in a LORA_MODEL, in a few lines."""
-    return describe(to_lora(weights))
