@@ -100,6 +100,8 @@ def _training(add: argparse._ArgumentGroup) -> None:
         "--guidance-max", type=float, default=8.5, help="above it, each image draws one in between; default: 8.5"
     )
     add.add_argument("--skip", type=_positive, default=20, help="timesteps that a solver step skips; default: 20")
+    add.add_argument("--original-steps", type=int, default=0, metavar="N", help="timesteps that are trained, evenly spaced, as "
+                     "the samplers' input of that name; default: one every --skip")  # fmt: skip
     add.add_argument(
         "--huber-c", type=float, default=0.001, help="c of the pseudo-Huber distance, 0 for L2; default: 0.001"
     )

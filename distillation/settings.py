@@ -14,6 +14,8 @@ class Settings:
     learning_rate: of AdamW, reached after `warmup` steps; in the last share `decay` of all steps it falls to 0.
     clip: largest norm of the gradient.   cfg: lowest and highest guidance, ComfyUI's scale (the paper's omega + 1;
     LCM-LoRA: omega fixed at 7.5).   skip: training timesteps per solver step, the paper's k.
+    original_steps: how many timesteps are trained, evenly spaced, as the samplers' input of that name; 0 takes those that
+    the solver visits, one every `skip`. More of them than that train the timesteps between its visits as well.
     huber_c: c of the pseudo-Huber distance; None is L2.
     average: rate mu of the moving average that is returned, 0 for none; average_target: whether it is the target too.
     scale_loss: for float16, whose smallest gradients would vanish otherwise.
@@ -35,6 +37,7 @@ class Settings:
     average_target: bool = False
     scale_loss: bool = False
     seed: int = 0
+    original_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "skip"):
@@ -65,7 +68,15 @@ class Settings:
         facts = asdict(self)
         if not self.decay:
             del facts["steps"]
+        if not self.original_steps:  # the only way there was, which checkpoints do not name
+            del facts["original_steps"]
         return facts
+
+    def grid(self, train_timesteps: int) -> list[int]:
+        """The timesteps that are trained, ascending. Raises ValueError where the samplers would not visit them."""
+        if self.original_steps:
+            return training_grid(self.original_steps, train_timesteps=train_timesteps)
+        return skipping_grid(self.skip, train_timesteps)
 
 
 def skipping_grid(skip: int, train_timesteps: int) -> list[int]:
@@ -78,7 +89,7 @@ def skipping_grid(skip: int, train_timesteps: int) -> list[int]:
     if stride != skip:
         nearest = f"{stride} or {train_timesteps // (points + 1)}" if skip < train_timesteps else str(train_timesteps)
         raise ValueError(
-            f"skip is {skip}, but samplers divide the model's {train_timesteps} timesteps into whole steps; use {nearest}. "
-            "LCM-LoRA skips 20."
+            f"skip is {skip}, but samplers divide the model's {train_timesteps} timesteps into whole steps; use {nearest}, "
+            "or say by original_steps which timesteps are trained. LCM-LoRA skips 20."
         )
     return training_grid(points, train_timesteps=train_timesteps)

@@ -16,7 +16,7 @@ from .draws import START, WHOLE_RUN, draw, generator
 from .engine import Alone, Engine
 from .objective import Batch, ConditionalDenoiser, distillation_loss
 from .recompute import recomputing
-from .settings import Settings, skipping_grid
+from .settings import Settings
 
 Source = Callable[[int, Sequence[int]], Batch]
 """(step, items) -> the latents and conds of these items of this step; always the same for the same numbers."""
@@ -58,7 +58,7 @@ class Trainer:
         identity: Mapping[str, Any] | None = None,
         engine: Engine | None = None,
     ) -> None:
-        self.grid = skipping_grid(settings.skip, len(table))
+        self.grid = settings.grid(len(table))
         self.denoise, self.source, self.table, self.settings, self.flow = denoise, source, table, settings, flow
         self.adapters = adapters
         self.identity = dict(identity or {})

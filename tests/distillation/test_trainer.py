@@ -300,6 +300,14 @@ def test_the_grid_is_that_of_the_samplers(skip, points):
     assert skipping_grid(skip, 1000) == lcm_timesteps(points, original_steps=points)[::-1]
 
 
+def test_more_timesteps_may_be_trained_than_the_solver_visits():
+    settings = dataclasses.replace(SHORT, skip=200, original_steps=50)
+    assert settings.grid(1000) == lcm_timesteps(50)[::-1]
+    assert dataclasses.replace(settings, original_steps=0).grid(1000) == [199, 399, 599, 799, 999]
+    with pytest.raises(ValueError, match="original_steps is -1"):
+        dataclasses.replace(settings, original_steps=-1).grid(1000)
+
+
 @pytest.mark.parametrize(("skip", "use"), [(300, "333 or 250"), (600, "1000 or 500"), (1001, "1000")])
 def test_a_skip_that_no_sampler_has_is_refused_with_the_next_ones(skip, use):
     with pytest.raises(ValueError, match=f"skip is {skip}, .* use {use}"):
