@@ -1,10 +1,14 @@
 """Memory and speed of a training step of Distill LCM-LoRA, against ComfyUI's own TrainLoraNode on the same model.
 
-    COMFYUI_PATH=.comfyui .venv/bin/python benchmarks/distilling.py [--models embedded half sd15] [--rounds 2]
+    COMFYUI_PATH=.comfyui .venv/bin/python benchmarks/distilling.py [--models embedded half sd15] [--rounds 2] [--sizes]
 
-Same network, rank, batch, latents, fp32 and gradient checkpointing; each measurement is a process of its own, with one
-thread, in turn; the least of all rounds counts. Time is processor time, the first step left out. "half" is SD1.5's UNet at
-half its width, "sd15" the whole one, which takes long on a CPU.
+With --sizes nothing is computed: PyTorch's fake tensors have sizes only, and what lives of them at the same time is counted
+exactly, for the steps without the node around them. "embedded" is read from a file and cannot be had so. A kernel's scratch
+memory, the allocator and the process are not in it.
+
+Without it: same network, rank, batch, latents, fp32 and gradient checkpointing; each measurement is a process of its own,
+with one thread, in turn; the least of all rounds counts. Time is processor time, the first step left out. "half" is SD1.5's
+UNet at half its width, "sd15" the whole one, which takes long on a CPU.
 
 The two do not compute the same: TrainLoraNode takes one pass forward and one backward for a picture; a distillation step
 takes three more forward, the teacher with and without the prompt and the target. "one pass" is our network and LoRA with
@@ -114,22 +118,57 @@ def peak(*, reset: bool = False) -> float:
 def measure(kind: str, name: str, home: str) -> dict[str, float]:
     """Seconds of the fastest step, and bytes beyond those of a process that has loaded everything but the model."""
     prepare(home)
+    import comfy_extras.nodes_train  # noqa: F401
+
+    from lcm_kit.nodes.host import distilling  # noqa: F401
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    before = peak(reset=True)
+    watch = Watch()
+    found = work(kind, name, watch)
+    found["memory"] = watch_peak(watch) - before
+    found["seconds"] = min(watch.times[1:])
+    return found
+
+
+def sizes(kind: str, name: str, home: str) -> dict[str, float]:
+    """Bytes of all tensors that live at once, at most, from building the model on; of tensors without contents."""
+    prepare(home)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from lcm_kit.tests.distillation.live_memory import LiveMemory
+
+    class Counted(LiveMemory):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            # A loss, a drawn timestep: any number does.
+            if function is torch.ops.aten._local_scalar_dense.default:
+                return 1
+            return super().__torch_dispatch__(function, types, args, kwargs)
+
+    # Everything is on the CPU and in fp32 already, and PyTorch cannot exchange the parameters of modules for fake ones.
+    torch.nn.Module.to = lambda module, *_, **__: module
+    with FakeTensorMode(allow_non_fake_inputs=True), Counted() as memory:
+        found = work("our passes" if kind == "ours" else kind, name, Watch())
+    found["memory"] = float(memory.peak)
+    return found
+
+
+def work(kind: str, name: str, watch: Watch) -> dict[str, float]:
+    """STEPS steps of one kind on a fresh model; the bytes of its network, and how many numbers are trained."""
     import comfy.sample
     import comfy_extras.nodes_train as core
 
     from lcm_kit.nodes.host import distilling
 
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
     rank, batch, side = MODELS[name]
-    before = peak(reset=True)
     model = model_of(name)
     network = model.model.diffusion_model
     latents = torch.randn(batch, model.model.latent_format.latent_channels, side, side)
     context = model.model.model_config.unet_config["context_dim"]
     positive, negative = ([[torch.randn(1, 77, context), {}]] for _ in range(2))
-    watch = Watch()
     found = {"network": float(sum(p.numel() * p.element_size() for p in network.parameters()))}
+    watch.last = time.process_time()
     if kind == "core":
         with_hook(watch)
         settings = {
@@ -151,8 +190,8 @@ def measure(kind: str, name: str, home: str) -> dict[str, float]:
             width=64, height=64, dtype="fp32", gradient_checkpointing=True, resume="",
         )[0]  # fmt: skip
         found["LoRA"] = float(sum(tensor.numel() for key, tensor in lora.items() if not key.endswith("alpha")))
-    elif kind == "one pass":
-        one_pass(model, latents, positive, negative, rank, watch)
+    elif kind in ("one pass", "our passes"):
+        found["LoRA"] = float(passes(kind, model, latents, positive, negative, rank, watch))
     else:
         for _ in range(2):
             comfy.sample.sample(
@@ -160,8 +199,6 @@ def measure(kind: str, name: str, home: str) -> dict[str, float]:
                 torch.zeros_like(latents), disable_pbar=True, seed=0,
             )  # fmt: skip
             watch.step_done()
-    found["memory"] = watch_peak(watch) - before
-    found["seconds"] = min(watch.times[1:])
     return found
 
 
@@ -201,33 +238,48 @@ def watch_peak(watch: Watch) -> float:
     return getattr(watch, "memory", None) or peak()
 
 
-def one_pass(model, latents, positive, negative, rank: int, watch: Watch) -> None:
-    """What TrainLoraNode computes, with our branches: one pass forward, its loss, one backward, AdamW."""
-    from lcm_kit.distillation.trainer import adapters_on
-    from lcm_kit.nodes.host import distilling
+def passes(kind: str, model, latents, positive, negative, rank: int, watch: Watch) -> int:
+    """Steps without the node around them; returns how many numbers are trained.
+
+    "one pass": what TrainLoraNode computes, with our branches: one pass forward, its loss, one backward, AdamW.
+    """
+    from lcm_kit.distillation.settings import Settings
+    from lcm_kit.distillation.trainer import Trainer, adapters_on
     from lcm_kit.nodes.host.training_data import Batches
     from lcm_kit.nodes.host.training_loan import Denoiser, lent
+    from lcm_kit.nodes.host.training_run import items_of, sigma_table
 
+    count, table = len(latents), sigma_table(model)
     with lent(model, torch.float32) as patcher:
         network, device = patcher.model.diffusion_model, patcher.load_device
-        items = distilling._items(patcher, latents.split(1), positive, negative, [(0, 0)] * len(latents))
-        batch = Batches(items, seed=0, per_step=len(items), device=device).batch(range(len(items)))
+        items = items_of(patcher, latents.split(1), positive, negative, [(0, 0)] * count)
+        batches = Batches(items, seed=0, per_step=count, device=device)
         denoise = Denoiser(patcher)
         with adapters_on(network, rank, recompute=True) as adapters:
-            optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-4)
+            if kind == "our passes":
+                trainer = Trainer(denoise, adapters, batches, table, Settings(steps=STEPS, batch=count))
+                step = trainer.step
+            else:
+                optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-4)
+                batch = batches.batch(range(count))
+
+                def step() -> None:
+                    sigma = torch.full((count,), 2.0)
+                    x = batch.z0 + sigma.view(-1, 1, 1, 1) * torch.randn_like(batch.z0)
+                    (denoise(x, sigma, batch.cond) - batch.z0).square().mean().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+
             watch.last = time.process_time()
             for _ in range(STEPS):
-                sigma = torch.full((len(latents),), 2.0)
-                x = batch.z0 + sigma.view(-1, 1, 1, 1) * torch.randn_like(batch.z0)
-                (denoise(x, sigma, batch.cond) - batch.z0).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                step()
                 watch.step_done()
                 watch.memory = peak()
+            return sum(parameter.numel() for parameter in adapters.parameters())
 
 
-def fresh(kind: str, name: str, home: str, more: dict[str, str]) -> dict[str, float]:
-    command = [sys.executable, __file__, "--measure", kind, name, home]
+def fresh(kind: str, name: str, home: str, more: dict[str, str], *, sizes: bool = False) -> dict[str, float]:
+    command = [sys.executable, __file__, "--measure", kind, name, home, *(["--sizes"] if sizes else [])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | more
     print(f"measuring {kind} on {name} ...", file=sys.stderr, flush=True)
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -240,13 +292,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["embedded", "half"])
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--sizes", action="store_true", help="count tensors in place of measuring a process")
     parser.add_argument("--measure", nargs=3, metavar=("KIND", "MODEL", "HOME"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(*options.measure)))
+        print(json.dumps((sizes if options.sizes else measure)(*options.measure)))
         return
+    if options.sizes and "embedded" in options.models:
+        parser.error(
+            "--sizes needs --models half sd15; embedded is read from a file, which has no tensors without contents"
+        )
     with tempfile.TemporaryDirectory() as home:
         for name in options.models:
+            if options.sizes:
+                print(sizes_table(name, {kind: fresh(kind, name, home, {}, sizes=True) for kind in KINDS}), flush=True)
+                continue
             memory = {kind: fresh(kind, name, home, TIGHT) for kind in KINDS}
             seconds = {kind: float("inf") for kind in KINDS}
             for _ in range(options.rounds):
@@ -294,6 +354,23 @@ def table(name: str, memory: dict[str, dict[str, float]], seconds: dict[str, flo
         "",
     ]
     return "\n".join(lines)
+
+
+def sizes_table(name: str, found: dict[str, dict[str, float]]) -> str:
+    rank, batch, side = MODELS[name]
+    network, base = found["ours"]["network"], found["inference"]["memory"]
+    lines = [
+        f"{name}: {network / 1e6:.0f} MB of weights, rank {rank}, batch {batch}, latents {side} x {side}; tensors at the peak, MB",
+        "",
+        "| | all | beyond inference | of them LoRA, gradients, Adam's means | the rest, in networks |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for kind, title in zip(KINDS, ("TrainLoraNode", "Distill LCM-LoRA", "one pass", "inference"), strict=True):
+        state, extra = 16 * found[kind].get("LoRA", 0.0), found[kind]["memory"] - base
+        row = [f"{value / 1e6:.0f}" for value in (found[kind]["memory"], extra, state)]
+        lines.append(f"| {title} | {' | '.join(row)} | {(extra - state) / network:.2f} |")
+    ratio = found["ours"]["memory"] / found["core"]["memory"]
+    return "\n".join([*lines, "", f"Distill LCM-LoRA to TrainLoraNode: {ratio:.2f}.", ""])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ images each draw what one process with n * b images draws.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -43,5 +44,9 @@ def draw(
 def shuffled(seed: int, count: int, position: int) -> int:
     """Which of `count` things comes at `position` 0, 1, ... when all are gone through in a new random order each time."""
     epoch, place = divmod(position, count)
-    order = torch.randperm(count, generator=generator(seed, epoch, 0, ORDER))
-    return int(order[place])
+    return int(_order(seed, count, epoch)[place])
+
+
+@lru_cache(maxsize=2)  # a batch may lie in two epochs
+def _order(seed: int, count: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=generator(seed, epoch, 0, ORDER))

@@ -18,9 +18,10 @@ Captions and latents stay in main memory: about 0.3 MB for each caption of SD1.5
 _EPILOG = """examples:
   python -m lcm_kit.distillation --checkpoint sd15.safetensors --prompts captions.txt -o lcm.safetensors
     alone, without pictures; --checkpoint is a path, or a name in ComfyUI's folder of checkpoints.
-  accelerate launch --num_processes 4 -m lcm_kit.distillation --checkpoint sdxl.safetensors --pictures photos -o lcm.safetensors \\
-      --width 1024 --height 1024 --batch 4 --zero-negative
-    four GPUs: every step takes 4 * 4 pictures. Data parallel; each GPU needs the memory of one.
+  accelerate launch --multi_gpu --num_processes 4 -m lcm_kit.distillation --checkpoint sdxl.safetensors \\
+      --pictures photos -o lcm.safetensors --width 1024 --height 1024 --batch 4 --zero-negative
+    four GPUs: every step takes 4 * 4 pictures. Data parallel; each GPU needs the memory of one. --multi_gpu says that
+    there are several processes, of CPUs too (then with --cpu at the end): without it accelerate may start just one.
   torchrun --nproc_per_node 8 --nnodes 2 --node_rank 0 --rdzv_backend c10d --rdzv_endpoint host:29500 \\
       -m lcm_kit.distillation --checkpoint sd15.safetensors --pictures shards/*.tar -o /shared/lcm.safetensors
     two machines with eight GPUs each; the same command with --node_rank 1 on the other one. The folder of

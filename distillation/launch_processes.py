@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from .engine import Alone, Engine
+
+logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(hours=24)  # the others wait while the first one makes the pictures
 
@@ -29,15 +32,27 @@ def processes(*, cpu: bool) -> Iterator[Engine]:
     cpu: they compute on the CPU, also where there are GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        # What accelerate (1.15) leaves behind when it was asked for several and starts one: by default, on CPUs.
+        if "WORLD_SIZE" not in os.environ and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
+            logger.warning(
+                "`accelerate launch` has started one process. If you asked for more, add --multi_gpu, on CPUs too, or use "
+                "torchrun."
+            )
         yield Alone()
         return
     try:
         from accelerate import Accelerator  # type: ignore[import-untyped]
-        from accelerate.utils import DistributedType, InitProcessGroupKwargs  # type: ignore[import-untyped]
+        from accelerate.utils import (  # type: ignore[import-untyped]
+            DistributedDataParallelKwargs,
+            DistributedType,
+            InitProcessGroupKwargs,
+        )
     except ImportError as error:
         raise ValueError("more than one process needs accelerate: pip install accelerate") from error
     # The network computes in the type that --dtype says, whatever accelerate's own settings are.
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    # Gradients are views of what is exchanged, or each process would hold them twice.
+    handlers = [InitProcessGroupKwargs(timeout=PATIENCE), DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
     kinds = [name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if hasattr(DistributedType, name)]
     if accelerator.distributed_type in [getattr(DistributedType, name) for name in kinds]:
         raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import os
 import time
@@ -23,7 +22,7 @@ from . import checkpoint, launch_comfyui, launch_data
 from .engine import Engine
 from .launch_processes import check_same, first_of_a_machine, has_accelerator, processes
 from .settings import Settings
-from .trainer import Trainer, adapters_on
+from .trainer import Trainer
 
 # Pictures handed to the VAE; ComfyUI makes that as few as fit. Not --batch: latents differ with it in their last digits.
 AT_ONCE = 8
@@ -105,16 +104,13 @@ def _folder(options: argparse.Namespace) -> Path:
 
 def _distil(options: argparse.Namespace, settings: Settings, texts: Texts, folder: Path, engine: Engine) -> str:
     # ComfyUI is there only now.
-    from ..nodes.host import distilling
-    from ..nodes.host.strip import Strip
-    from ..nodes.host.teacher_pictures import is_flow
-    from ..nodes.host.training_data import Batches, fingerprint
-    from ..nodes.host.training_loan import Denoiser, compute_type, lent
+    from ..nodes.host.training_loan import compute_type
+    from ..nodes.host.training_run import Work, sigma_table, training
 
     started, kept = time.monotonic(), folder / "run.safetensors"
     with torch.no_grad():
         model, clip, vae = launch_comfyui.load(options.checkpoint, options.vae, options.lora)
-        table, dtype = distilling._table(model), compute_type(model, options.dtype)
+        table, dtype = sigma_table(model), compute_type(model, options.dtype)
         settings = dataclasses.replace(settings, scale_loss=dtype == torch.float16)
         conds = [_encoded(clip, caption) for caption in texts.captions]
         uncond = _zeros(conds[0]) if options.zero_negative else _encoded(clip, options.negative)
@@ -123,48 +119,30 @@ def _distil(options: argparse.Namespace, settings: Settings, texts: Texts, folde
             data = _latents(options, settings, texts, model, vae, conds, uncond, folder / "data.safetensors")
         if not options.picture:
             del vae
-    prompts = [(place, 0) for place in texts.which]
-    per_step = settings.batch * settings.accumulate * engine.num_processes
-    with torch.enable_grad(), lent(model, dtype) as patcher:
-        device, network = patcher.load_device, patcher.model.diffusion_model
-        items = distilling._items(patcher, data, conds, [uncond], prompts)
-        batches = Batches(items, seed=settings.seed, per_step=per_step, device=device)
-        with adapters_on(
-            network, options.rank, options.alpha or None, seed=settings.seed, recompute=options.gradient_checkpointing,
-            device=device,
-        ) as adapters:  # fmt: skip
-            identity = {
-                "model": distilling._fingerprint_of_weights(network, adapters.names),
-                "data": fingerprint([[item.latent, item.cond, item.uncond] for item in items]),
-                "rank": options.rank,
-                "alpha": options.alpha or options.rank,
-                "images per step": per_step,
-            }
-            done = checkpoint.read(kept)[1].get("done") if kept.exists() else 0
-            check_same(engine, identity | {"steps done, by the checkpoint": done, "settings": settings.kept()})
-            denoise = Denoiser(patcher)
-            trainer = Trainer(
-                denoise, adapters, batches, table.to(device), settings, flow=is_flow(model), identity=identity,
-                engine=engine,
-            )  # fmt: skip
-            _train(trainer, kept, options.save_every)
-            if engine.process_index:
-                return ""
-            with trainer.result():
-                tensors = adapters.lora_state_dict(spelling=distilling._published_names(patcher.model))
-            strip = Strip(patcher, denoise, batches, trainer, vae) if options.picture else None
-            last = strip.last() if strip else None
+    work = Work(
+        model, data, conds, [uncond], [(place, 0) for place in texts.which], table=table, settings=settings, dtype=dtype,
+        rank=options.rank, alpha=options.alpha, recompute=options.gradient_checkpointing,
+    )  # fmt: skip
+    together = {"images per step": settings.batch * settings.accumulate * engine.num_processes}
+
+    def check(identity: dict[str, Any]) -> None:
+        done = checkpoint.read(kept)[1].get("done") if kept.exists() else 0
+        check_same(engine, identity | {"steps done, by the checkpoint": done, "settings": settings.kept()})
+
+    with training(work, engine=engine, facts=together, check=check) as run:
+        _train(run.trainer, kept, options.save_every)
+        if engine.process_index:
+            return ""
+        tensors = run.tensors()
+        strip = run.strip(vae) if options.picture else None
+        last = strip.last() if strip else None
     if strip:
         _write_picture(strip.picture(last), options.picture)
-    facts = {"settings": settings.kept(), "steps": trainer.done, "images per step": per_step,
-             "model": type(model.model.model_config).__name__}  # fmt: skip
-    metadata = {"modelspec.title": "LCM-LoRA", "lcm_kit.distillation": json.dumps(facts, sort_keys=True)}
-    lora = Lora.from_state_dict(tensors, metadata=metadata, source=options.output.name)
+    lora = Lora.from_state_dict(tensors, metadata=run.metadata(**together), source=options.output.name)
     save(lora, options.output, dtype=DTYPES[options.save_dtype], overwrite=options.overwrite)
-    seconds = time.monotonic() - started
-    lines = distilling._report(trainer, tensors, len(data), bool(texts.pictures), seconds, dtype)
+    lines = run.report(tensors, bool(texts.pictures), time.monotonic() - started)
     if engine.num_processes > 1:
-        lines.append(f"On {engine.num_processes} processes, {per_step} images to a step together.")
+        lines.append(f"On {engine.num_processes} processes, {together['images per step']} images to a step together.")
     return "\n".join([*lines, f"Written: {options.output}. {folder} can be removed.", ""])
 
 
@@ -196,13 +174,13 @@ def _latents(
     uncond: Any, cache: Path,
 ) -> list[Tensor]:  # fmt: skip
     """One (1, ...) latent for each place of texts.which, of the pictures or by the model; kept in `cache`."""
-    from ..nodes.host import distilling
     from ..nodes.host.teacher_pictures import teachers_pictures
     from ..nodes.host.training_data import pictures as as_pictures
+    from ..nodes.host.training_run import empty_latent
 
     if not texts.pictures:
         prompts = [(conds[place], uncond) for place in texts.which]
-        empty = distilling._empty(model, [], options.width, options.height)
+        empty = empty_latent(model, [], options.width, options.height)
         with _one_bar("Making pictures", len(prompts)):
             found: list[Tensor] = teachers_pictures(model, prompts, empty, settings, cache)
         return found

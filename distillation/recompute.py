@@ -1,6 +1,6 @@
 """Gradient checkpointing of any network: activations of a block are computed again in the backward pass, not kept."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,15 +39,23 @@ def recomputing(network: nn.Module, active: bool = True) -> Iterator[None]:
     The network must be deterministic (no dropout); it then gives the same numbers as without. `active` False does
     nothing.
     """
-    changed = blocks(network) if active else []
-    for block in changed:
-        # On the instance, so the class and every other network of it stay as they are.
-        block.forward = _recomputed(block.forward)
+    with replaced_forwards({block: _recomputed(block.forward) for block in blocks(network)} if active else {}):
+        yield
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Within it these modules compute so. On the instance: the class and every other network of it stay as they are."""
+    before = {module: vars(module).get("forward") for module in forwards}
     try:
+        for module, forward in forwards.items():
+            module.forward = forward
         yield
     finally:
-        for block in changed:
-            del block.forward
+        for module, forward_before in before.items():
+            vars(module).pop("forward", None)
+            if forward_before is not None:
+                module.forward = forward_before
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

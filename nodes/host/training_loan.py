@@ -1,15 +1,17 @@
 """A MODEL lent to training: loaded by ComfyUI's memory management, its weights fit for gradients, then given back."""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sampler_helpers
-import comfy.utils
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
+from ...distillation.recompute import replaced_forwards
 from .training_data import Rows
 
 COMPUTE_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -56,12 +58,67 @@ def lent(model, dtype: torch.dtype) -> Iterator:
 
 def _leave_inference_mode(model: torch.nn.Module) -> None:
     """Replaces weights that were loaded in inference mode by equal ones that autograd can keep, one at a time."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_inference():
-            value = tensor.detach().clone()
-            if isinstance(tensor, torch.nn.Parameter):
-                value = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
-            comfy.utils.set_attr(model, name, value)
+    # Never a list of all of them: it would keep every old weight beside its copy, the network twice.
+    for module in model.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None and tensor.is_inference():
+                value = tensor.detach().clone()
+                module._parameters[name] = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
+        for name, tensor in module._buffers.items():
+            if tensor is not None and tensor.is_inference():
+                module._buffers[name] = tensor.detach().clone()
+
+
+# How core's plain layers, and no others, compute with a cast weight.
+_PLAIN = [
+    getattr(comfy.ops.disable_weight_init, name).forward_comfy_cast_weights
+    for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")
+]
+
+
+@contextmanager
+def casting_again(network: torch.nn.Module, active: bool = True) -> Iterator[None]:
+    """Within it the backward pass casts anew the weights that ComfyUI casts to another type in every call.
+
+    Autograd would keep every cast weight until then: a second network. Not together with `recomputing`, which keeps
+    none of them, and whose own handling of what autograd keeps this would hide. `active` False does nothing.
+    """
+    cast = [
+        module
+        for module in network.modules()
+        if getattr(module, "comfy_cast_weights", False)
+        and getattr(type(module), "forward_comfy_cast_weights", None) in _PLAIN
+        and "forward" not in vars(module)
+    ]
+    with replaced_forwards({module: _casting_again(module) for module in cast} if active else {}):
+        yield
+
+
+def _casting_again(module: torch.nn.Module) -> Callable:
+    """The forward of a linear or convolution layer with a frozen weight. Of its inputs the gradient needs no values."""
+    forward = module.forward
+
+    def keep(tensor: torch.Tensor):
+        weight = module.weight
+        cast = tensor.dtype != weight.dtype and tensor.shape in (weight.shape, weight.shape[::-1])
+        if not cast or module.weight_function:
+            return tensor
+        return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+    def again(kept):
+        if isinstance(kept, torch.Tensor):
+            return kept
+        dtype, device, shape, stride = kept
+        weight, _ = comfy.ops.cast_bias_weight(module, dtype=dtype, device=device)
+        return weight.as_strided(shape, stride)
+
+    def called(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        with saved_tensors_hooks(keep, again):
+            return forward(*args, **kwargs)
+
+    return called
 
 
 class Denoiser:

@@ -11,7 +11,9 @@ from PIL import Image
 
 from lcm_kit.distillation import launch_data
 from lcm_kit.distillation.__main__ import main
+from lcm_kit.distillation.engine import Alone
 from lcm_kit.distillation.launch_options import parsed
+from lcm_kit.distillation.launch_processes import processes
 from lcm_kit.distillation.launch_run import _settings, _texts
 from lcm_kit.distillation.settings import Settings
 from lcm_kit.tests.helpers import ROOT
@@ -143,3 +145,17 @@ def test_what_is_no_picture_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"a\.png cannot be read as a picture"):
         launch_data.pixels(launch_data.find_pictures([tmp_path])[0], 8, 8)
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_launcher_that_has_started_one_process_of_several_is_told(several, monkeypatch, caplog):
+    """The environment of accelerate 1.15's launcher of one process, which it takes for several on CPUs, too."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    if several:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    else:
+        monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with processes(cpu=True) as engine:
+        assert isinstance(engine, Alone)
+    assert ("add --multi_gpu, on CPUs too" in caplog.text) == several

@@ -113,9 +113,17 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_lora(in_process, pictures, wh
         assert torch.equal(actual[key], tensor), key
 
 
-def test_two_processes_make_what_one_makes_with_their_batches_together(pictures, whole, tmp_path):
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+        ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"],
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_two_processes_make_what_one_makes_with_their_batches_together(launcher, pictures, whole, tmp_path):
+    pytest.importorskip("accelerate", reason="the engine for several processes: pip install -r tools/requirements.txt")
     file = tmp_path / "two.safetensors"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     shard = pictures.with_suffix(".tar")
     report = run("--pictures", shard, "--steps", 3, "--batch", 1, "-o", file, launcher=launcher)
     assert report.count("LCM-LoRA with") == 1
