@@ -106,6 +106,8 @@ def _training(add: argparse._ArgumentGroup) -> None:
     add.add_argument(
         "--huber-c", type=float, default=0.001, help="c of the pseudo-Huber distance, 0 for L2; default: 0.001"
     )
+    add.add_argument("--weighting", choices=["x0", "v"], default="x0", help="what the distance is measured in; v asks for the "
+                     "same precision at every noise level; default: x0, as published")  # fmt: skip
     add.add_argument("--average", type=float, default=0.0, metavar="RATE", help="rate of a moving average that is saved in "
                      "place of the last weights, such as 0.95; default: 0, none")  # fmt: skip
     add.add_argument(

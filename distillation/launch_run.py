@@ -79,6 +79,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         clip=options.clip, cfg=(options.guidance_min, options.guidance_max), skip=options.skip,
         huber_c=options.huber_c or None, average=options.average, average_target=options.average_target,
         seed=options.seed, original_steps=options.original_steps,
+        weighting=options.weighting,
     )  # fmt: skip
 
 

@@ -10,13 +10,15 @@ Teacher, student and target are one network, with its LoRA off or on.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..samplers.consistency import boundary_scalings
 from .adapter import LoraAdapters
+
+Weighting = Literal["x0", "v"]
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x (b, ...), sigma (b,)) -> denoised (b, ...)."""
@@ -106,6 +108,7 @@ def consistency_loss(
     table: Tensor,
     *,
     huber_c: float | None = 0.001,
+    weighting: Weighting = "x0",
     flow: bool = False,
 ) -> Tensor:
     """Mean distance d(f(z_{t_n+k}, t_n+k), f_minus(z_hat_{t_n}, t_n)) of Algorithm 1: (), float32.
@@ -114,6 +117,8 @@ def consistency_loss(
     z0, noise: (b, ...).   timestep: (b,) points of the skipping grid.   stride: training timesteps per solver step
     (the paper's k; 20 for a grid of 50).   table: ascending sigmas of all training timesteps.
     huber_c: c of the pseudo-Huber distance, as in the authors' scripts; None is the paper's L2, squared.
+    weighting: "x0" as published; "v" measures the same error as one of v, x0's times sqrt(1 + 1 / sigma^2) (Salimans and
+    Ho 2022, section 4), so that the network is asked for the same precision at every noise level.
     The neighbour of timestep t is max(t - stride, 0); there the target is the trajectory's own point.
     """
     shape = (-1, *[1] * (z0.ndim - 1))
@@ -124,6 +129,9 @@ def consistency_loss(
         x_next = ddim_step(x, teacher(x, sigma), sigma.view(shape), sigma_next.view(shape))
         wanted = consistency(target, x_next, sigma_next, timestep_next, flow=flow)
     error = consistency(student, x, sigma, timestep, flow=flow) - wanted
+    if weighting == "v":
+        # A flow model's v is (x - x0) / sigma.
+        error = error * (1 / sigma if flow else (1 + sigma**-2).sqrt()).view(shape)
     return (error.square() if huber_c is None else pseudo_huber(error, huber_c)).mean()
 
 
@@ -136,6 +144,7 @@ def distillation_loss(
     stride: int,
     table: Tensor,
     huber_c: float | None = 0.001,
+    weighting: Weighting = "x0",
     flow: bool = False,
     averaged: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Tensor:
@@ -163,5 +172,6 @@ def distillation_loss(
         return guided(cond, uncond, cfg)
 
     return consistency_loss(
-        student, teacher, target, batch.z0, draws.noise, draws.timestep, stride, table, huber_c=huber_c, flow=flow
-    )
+        student, teacher, target, batch.z0, draws.noise, draws.timestep, stride, table, huber_c=huber_c,
+        weighting=weighting, flow=flow,
+    )  # fmt: skip

@@ -1,9 +1,10 @@
 """What a training is told, and the grid of timesteps it works on."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from ..samplers.schedule import training_grid
+from .objective import Weighting
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Settings:
     original_steps: how many timesteps are trained, evenly spaced, as the samplers' input of that name; 0 takes those that
     the solver visits, one every `skip`. More of them than that train the timesteps between its visits as well.
     huber_c: c of the pseudo-Huber distance; None is L2.
+    weighting: what the distance is measured in, "x0" or "v"; see objective.consistency_loss.
     average: rate mu of the moving average that is returned, 0 for none; average_target: whether it is the target too.
     scale_loss: for float16, whose smallest gradients would vanish otherwise.
     """
@@ -38,6 +40,7 @@ class Settings:
     scale_loss: bool = False
     seed: int = 0
     original_steps: int = 0
+    weighting: Weighting = "x0"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "skip"):
@@ -54,6 +57,8 @@ class Settings:
             raise ValueError(
                 f"average is {self.average} and decay is {self.decay}; average lies in [0, 1), decay in [0, 1]."
             )
+        if self.weighting not in get_args(Weighting):
+            raise ValueError(f"weighting is {self.weighting!r}; it has to be one of {', '.join(get_args(Weighting))}.")
         if self.average_target and not self.average:
             raise ValueError("average_target needs a moving average: set average, for example to 0.95.")
 
@@ -68,8 +73,9 @@ class Settings:
         facts = asdict(self)
         if not self.decay:
             del facts["steps"]
-        if not self.original_steps:  # the only way there was, which checkpoints do not name
-            del facts["original_steps"]
+        for name in ("original_steps", "weighting"):  # earlier checkpoints do not name them
+            if facts[name] == getattr(Settings, name):
+                del facts[name]
         return facts
 
     def grid(self, train_timesteps: int) -> list[int]:

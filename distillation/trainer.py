@@ -121,6 +121,7 @@ class Trainer:
             stride=settings.skip,
             table=self.table,
             huber_c=settings.huber_c,
+            weighting=settings.weighting,
             flow=self.flow,
             averaged=self.average.in_place if self.average and settings.average_target else nullcontext,
         )

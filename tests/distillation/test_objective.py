@@ -79,6 +79,37 @@ def test_without_huber_the_distance_is_the_mean_square():
     assert loss.item() == pytest.approx((x_next / (1 + TABLE[0] ** 2).sqrt()).square().mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("flow", [False, True])
+def test_the_distance_in_v_is_that_of_the_velocities(flow):
+    """v = alpha * eps - sigma * x0 of Salimans and Ho 2022, in VP scale; of a flow model, eps - x0."""
+    generator = torch.Generator().manual_seed(3)
+    z0, noise, found, wanted = torch.randn(4, 16, 3, generator=generator).unbind()
+    table = torch.arange(1, 1001) / 1000 if flow else TABLE
+    timestep, last = torch.randint(20, 1000, (16,), generator=generator), torch.zeros(1, dtype=torch.int64)
+    sigma = table[timestep].view(-1, 1)
+    x = noised(z0, noise, sigma, flow=flow)
+
+    def v(x0):
+        if flow:
+            return (x - x0) / sigma
+        alpha = (1 + sigma**2).rsqrt()
+        return alpha * (x - x0) / sigma - alpha * sigma * x0
+
+    def student(_, at):
+        return found if at.max() > table[last] else wanted
+
+    def loss(weighting):
+        # At stride 999 the neighbour is timestep 0 for all, where the target is where the teacher's step has led.
+        return consistency_loss(
+            student, lambda *_: wanted, student, z0, noise, timestep, 999, table, huber_c=None, weighting=weighting, flow=flow
+        )  # fmt: skip
+
+    target = ddim_step(x, wanted, sigma, table[last])
+    target = target if flow else target / (1 + table[last] ** 2).sqrt()
+    torch.testing.assert_close(loss("v"), (v(found) - v(target)).square().mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(loss("x0"), (found - target).square().mean(), rtol=1e-4, atol=0)
+
+
 def test_the_consistency_function_at_timestep_0_is_its_input():
     x, sigma = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)), TABLE[:1].expand(4)
     f = consistency(lambda x, sigma: torch.full_like(x, 99.0), x, sigma, torch.zeros(4, dtype=torch.long))

@@ -288,6 +288,7 @@ def test_a_loss_that_is_no_number_ends_the_run():
         ({"cfg": (3.0, 2.0)}, "from 3.0 down to 2.0"),
         ({"average": 1.0}, "average is 1.0"),
         ({"average_target": True}, "average_target needs"),
+        ({"weighting": "eps"}, "weighting is 'eps'; it has to be one of x0, v"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong, message):
