@@ -1,33 +1,42 @@
 """Merging full-size LoRAs: time, memory and error, against reading and writing alone and against other tools.
 
-    .venv/bin/python benchmarks/merging.py [--bases SD1.5 SDXL] [--svd] [--kohya PATH/sd-scripts]
+    .venv/bin/python benchmarks/merging.py [--bases SD1.5 SDXL] [--only ROW ...] [--peft-svd all]
+        [--kohya PATH/sd-scripts] [--merger PATH/pack ...]
 
 LoRAs with the names and shapes of the LCM-LoRAs for SD1.5 (67,252,224 numbers) and SDXL (196,751,360), rank 64, and an
 attention-only style of rank 32, with falling spectra, are made in a temporary folder. Every job runs in a fresh process,
-`--repeat` times in turn with the floor, and the least wall and processor time count, since other work on the machine only adds.
+`--repeat` times in turn with the floor, and the least wall and processor time count, since other work on the machine only adds;
+what takes minutes runs once. Imports do not count.
 The floor reads both inputs and writes a file as large as the exact merge, fsync included, as `save` does.
 The error is that of the written file against 0.8 * style + LCM, all modules together, float64 on the factors.
---svd adds PEFT's svd (full_matrices=False), one module of each shape, times the number of such modules: minutes.
---kohya runs the merge scripts of a checkout of kohya's sd-scripts in this Python: its requirements have to be there.
+--only runs the rows with these names, `*` for any letters: --only "LCM Kit, rank 64" "kohya*". The floor always runs.
+--peft-svd adds PEFT's svd (full_matrices=False), of all modules, or of one of each shape times their number: minutes.
+--kohya adds the merge scripts of a checkout of kohya's sd-scripts, run by --kohya-python: its requirements have to be there.
+--merger adds packs of ComfyUI nodes, of which it knows LoRA Power-Merger (larsupb), LoRA Optimizer (ethanfel) and LoRA-Merger
+(laksjdjf), run by --merger-python in the ComfyUI at COMFYUI_PATH.
+Rows with svd take 10 to 30 minutes for SD1.5, kohya's needs 7 GB; take them with --workers 1 and `--only "*svd*" "*rank 64"`.
 Prints Markdown tables, as kept in benchmarks/RESULTS.md.
 """
 
 import argparse
 import json
-import resource
+import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-STRENGTH = 0.8
-PARAMETERS = {"SD1.5": 67_252_224, "SDXL": 196_751_360}
-KINDS_OF_STYLE = {f"attn{n}_to_{what}" for n in (1, 2) for what in ("q", "k", "v", "out_0")}
+import merging_peers as peers  # noqa: E402
+from merging_pair import PARAMETERS, STRENGTHS, error_of, modules_of, write, write_pair  # noqa: E402
+
+RANK = "LCM Kit, rank 64"
 OURS = {
     "exact": {},
     "rank 64": {"rank": 64},
@@ -41,39 +50,7 @@ OURS = {
 }
 
 
-# ---- the LoRAs
-
-
-def write_inputs(folder, base):
-    import torch
-    from lora_merge.bases import BY_NAME, kind_of
-    from safetensors.torch import save_file
-
-    def lora(rank, alpha, decay, keep, seed):
-        g = torch.Generator().manual_seed(seed)
-        tensors = {}
-        # Half of a falling spectrum in each factor.
-        fall = decay ** (torch.arange(rank) / 2)
-        for name, (out, inside, *kernel) in BY_NAME[base].modules.items():
-            if not keep(kind_of(name)):
-                continue
-            up = torch.randn(out, rank, *(1 for _ in kernel), generator=g) * out**-0.5
-            down = torch.randn(rank, inside, *kernel, generator=g) * inside**-0.5
-            up = up * fall.reshape(1, -1, *(1 for _ in kernel))
-            down = down * fall.reshape(-1, 1, *(1 for _ in kernel))
-            tensors[f"lora_unet_{name}.alpha"] = torch.tensor(alpha)
-            tensors[f"lora_unet_{name}.lora_up.weight"] = up.half()
-            tensors[f"lora_unet_{name}.lora_down.weight"] = down.half()
-        return tensors
-
-    lcm = lora(64, 8.0, 0.97, lambda kind: kind is not None, 1)
-    count = sum(tensor.numel() for key, tensor in lcm.items() if not key.endswith(".alpha"))
-    assert count == PARAMETERS[base], count
-    save_file(lcm, folder / "lcm.safetensors")
-    save_file(lora(32, 2.0, 0.95, KINDS_OF_STYLE.__contains__, 2), folder / "style.safetensors")
-
-
-# ---- jobs, each in a process of its own: () -> path of what it wrote, or None
+# ---- jobs, each in a process of its own: import what they need, and return the work to be timed
 
 
 def floor(folder, out, _):
@@ -81,220 +58,81 @@ def floor(folder, out, _):
     import torch
     from safetensors.torch import load_file
 
-    read = [load_file(folder / f"{name}.safetensors") for name in ("lcm", "style")]
-    style = {key: tensor for key, tensor in read[1].items()}
-    result = {}
-    for key, tensor in read[0].items():
-        if key in style and not key.endswith(".alpha"):
-            along = 1 if ".lora_up." in key else 0
-            result[key] = torch.cat([tensor, style[key]], dim=along)
-        else:
-            result[key] = tensor.clone()  # read it: the file is only mapped so far
-    write(result, out)
+    def work():
+        lcm, style = (load_file(folder / f"{name}.safetensors") for name in ("lcm", "style"))
+        result = {}
+        for key, tensor in lcm.items():
+            if key in style and not key.endswith(".alpha"):
+                along = 1 if ".lora_up." in key else 0
+                result[key] = torch.cat([tensor, style[key]], dim=along)
+            else:
+                result[key] = tensor.clone()  # read it: the file is only mapped so far
+        write(result, out)
 
-
-def write(tensors, out):
-    import os
-
-    from safetensors.torch import save_file
-
-    save_file(tensors, out)
-    with open(out, "rb+") as file:
-        os.fsync(file.fileno())
+    return work
 
 
 def ours(folder, out, options):
     import torch
     from lora_merge import load, merge, save
 
-    inputs = [(load(folder / "style.safetensors"), STRENGTH), (load(folder / "lcm.safetensors"), 1.0)]
     choices = dict(OURS[options["name"]])
     if options["name"] == "half the size":
-        choices["max_mb"] = sum((folder / f"{name}.safetensors").stat().st_size for name in ("lcm", "style")) / 2e6
-    save(merge(inputs, workers=options["workers"], out_dtype=torch.float16, **choices), out)
+        choices["max_mb"] = sum((folder / f"{name}.safetensors").stat().st_size for name in STRENGTHS) / 2e6
+
+    def work():
+        inputs = [(load(folder / f"{name}.safetensors"), strength) for name, strength in STRENGTHS.items()]
+        save(merge(inputs, workers=options["workers"], out_dtype=torch.float16, **choices), out)
+
+    return work
 
 
 def compared(folder, out, options):
     from lora_merge import load
     from lora_merge.compare import compare
 
-    compare([(load(folder / "style.safetensors"), STRENGTH), (load(folder / "lcm.safetensors"), 1.0)])
+    def work():
+        compare([(load(folder / f"{name}.safetensors"), strength) for name, strength in STRENGTHS.items()])
+
+    return work
 
 
-def peft(folder, out, options):
-    """Both as adapters of one model of empty weights, then add_weighted_adapter; loading and saving count as well.
-
-    svd: each module of another shape in a model of its own, and its seconds times the number of such modules.
-    """
-    from safetensors.torch import load_file
-
-    files = {name: load_file(folder / f"{name}.safetensors") for name in ("style", "lcm")}
-    kinds = _kinds(files)
-    if options["method"] == "cat":
-        modules = [module for alike in kinds.values() for module in alike]
-        result, _ = _by_peft(files, modules, combination_type="cat")
-        write(result, out)
-        return None
-    result, wall, cpu = {}, 0.0, 0.0
-    for alike in kinds.values():
-        merged, seconds = _by_peft(files, alike[:1], combination_type="svd", svd_rank=64, svd_full_matrices=False)
-        result |= merged
-        wall, cpu = wall + len(alike) * seconds[0], cpu + len(alike) * seconds[1]
-    write(result, out)
-    return {"wall": wall, "cpu": cpu, "done": len(kinds), "of": sum(map(len, kinds.values()))}
-
-
-def _plain(module):
-    # PEFT passes over modules with lora_ in their name.
-    return module.removeprefix("lora_unet_")
-
-
-def _kinds(files):
-    """(shape of the weight, whether both LoRAs have it) -> the modules that are so."""
-    kinds = {}
-    for key, up in files["lcm"].items():
-        module, _, part = key.partition(".")
-        if part == "lora_up.weight":
-            shape = (up.shape[0], *files["lcm"][f"{module}.lora_down.weight"].shape[1:])
-            kinds.setdefault((shape, key in files["style"]), []).append(module)
-    return kinds
-
-
-_SHARED = "shared"
-
-
-def _by_peft(files, modules, **how):
-    """(kohya tensors of what add_weighted_adapter makes of these modules, its (wall, CPU) seconds)."""
-    import peft as library
-    import torch
-
-    model = torch.nn.Module()
-    for module in modules:
-        out, inside, *kernel = (
-            files["lcm"][f"{module}.lora_up.weight"].shape[:1] + files["lcm"][f"{module}.lora_down.weight"].shape[1:]
-        )
-        with torch.device("meta"):
-            layer = torch.nn.Conv2d(inside, out, kernel) if kernel else torch.nn.Linear(inside, out)
-        # Weights that take no memory: nothing here is run.
-        layer.weight = torch.nn.Parameter(torch.zeros(()).expand(layer.weight.shape), requires_grad=False)
-        layer.bias = None
-        model.add_module(_plain(module), layer)
-    # Both adapters need a module; with one adapter alone PEFT would take another road than for a whole model.
-    model.add_module(_SHARED, torch.nn.Linear(96, 96, bias=False))
-    wrapped = None
-    for name in files:
-        here = [module for module in modules if f"{module}.alpha" in files[name]]
-        some = next(key.partition(".")[0] for key in files[name])
-        rank, alpha = files[name][f"{some}.lora_up.weight"].shape[1], float(files[name][f"{some}.alpha"])
-        targets = [_SHARED, *map(_plain, here)]
-        config = library.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
-        if wrapped is None:
-            wrapped = library.get_peft_model(model, config, adapter_name=name)
-        else:
-            wrapped.add_adapter(name, config)
-        for module in here:
-            layer = getattr(model, _plain(module))
-            layer.lora_A[name].weight.data = files[name][f"{module}.lora_down.weight"].float()
-            layer.lora_B[name].weight.data = files[name][f"{module}.lora_up.weight"].float()
-    strengths = [STRENGTH if name == "style" else 1.0 for name in files]
-    wall, cpu = time.perf_counter(), time.process_time()
-    wrapped.add_weighted_adapter(list(files), strengths, "merged", **how)
-    seconds = time.perf_counter() - wall, time.process_time() - cpu
-    result = {}
-    for module in modules:
-        layer = getattr(model, _plain(module))
-        down, up = layer.lora_A["merged"].weight.data, layer.lora_B["merged"].weight.data * layer.scaling["merged"]
-        result[f"{module}.lora_down.weight"] = down.half().contiguous()
-        result[f"{module}.lora_up.weight"] = up.half().contiguous()
-        result[f"{module}.alpha"] = torch.tensor(float(down.shape[0]))
-    return result, seconds
-
-
-def kohya(folder, out, options):
-    """networks/sdxl_merge_lora.py --concat or networks/svd_merge_lora.py of a checkout."""
-    script = "sdxl_merge_lora.py" if options["method"] == "concat" else "svd_merge_lora.py"
-    more = ["--concat", "--shuffle"] if options["method"] == "concat" else ["--new_rank", "64", "--new_conv_rank", "64"]
-    command = [sys.executable, str(Path(options["path"]) / "networks" / script), "--save_to", str(out)]
-    command += ["--models", str(folder / "style.safetensors"), str(folder / "lcm.safetensors")]
-    command += ["--ratios", str(STRENGTH), "1.0", "--save_precision", "fp16", *more]
-    subprocess.run(command, check=True, cwd=options["path"], stdout=subprocess.DEVNULL)
-
-
-JOBS = {"floor": floor, "ours": ours, "compare": compared, "peft": peft, "kohya": kohya}
+JOBS = {"floor": floor, "ours": ours, "compare": compared} | peers.JOBS
 
 
 def job(name, folder, out, options):
-    """Runs in the fresh process; imports that every job needs anyway are not counted."""
-    import lora_merge
+    """Runs in the fresh process."""
     import safetensors.torch  # noqa: F401
     import torch
 
-    assert lora_merge
     torch.set_num_threads(options["workers"])
-    if name == "peft":
-        import peft as library
-
-        assert library
-    wall, cpu = time.perf_counter(), _cpu()
-    facts = JOBS[name](folder, out, options)
-    result = {"wall": time.perf_counter() - wall, "cpu": _cpu() - cpu, "facts": facts}
+    work = JOBS[name](folder, out, options)
+    wall, cpu = time.perf_counter(), time.process_time()
+    facts = work()
+    result = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "facts": facts}
     print(json.dumps(result | {"rss": _peak()}))
 
 
 def _peak():
-    """Peak memory in GB, of this process or of a child."""
-    # ru_maxrss begins with the parent's memory at the time of the fork.
+    """Peak memory in GB. Not ru_maxrss, which begins with the parent's memory at the time of the fork."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    own = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return max(own, children) * 1024 / 1e9
-
-
-def _cpu():
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
 
 
 # ---- the table
 
 
-def error_of(out, folder, only=None):
-    """Relative Frobenius distance of a written file from the exact sum. only: modules that count, all by default."""
-    import torch
-    from safetensors.torch import load_file
-
-    made, style, lcm = (load_file(path) for path in (out, folder / "style.safetensors", folder / "lcm.safetensors"))
-
-    def factors(state, module, strength):
-        up, down = (state[f"{module}.lora_{part}.weight"].double().flatten(1) for part in ("up", "down"))
-        return up * (strength * float(state[f"{module}.alpha"]) / up.shape[1]), down
-
-    def energy(terms):
-        up, down = torch.cat([up for up, _ in terms], dim=1), torch.cat([down for _, down in terms], dim=0)
-        # float64 Gram matrices: good to 1e-8 of the norm, where the smallest error here is 1e-5.
-        return float(((up.T @ up) * (down @ down.T)).sum())
-
-    lost = whole = 0.0
-    for module in only or modules_of(made):
-        exact = [factors(lcm, module, 1.0)]
-        if f"{module}.alpha" in style:
-            exact.append(factors(style, module, STRENGTH))
-        up, down = factors(made, module, 1.0)
-        lost += energy([*exact, (-up, down)])
-        whole += energy(exact)
-    return (lost / whole) ** 0.5
-
-
-def modules_of(keys):
-    return dict.fromkeys(key.partition(".")[0] for key in keys)
-
-
 def run(name, folder, out, options):
-    """What a job says of itself, run in a fresh process; the last line of its error if there is one."""
+    """What a job says of itself, run in a fresh process; the last line of its error, and where, if there is one."""
     out.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--job", name, str(folder), str(out), json.dumps(options)]
+    python = options.get("python") or sys.executable
+    command = [python, __file__, "--job", name, str(folder), str(out), json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        return {"trouble": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+        message = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        places = re.findall(r'File "(.+)", line (\d+)', done.stderr)
+        inside = [f"{Path(file).name}:{line}" for file, line in places if file.startswith(options.get("path", "/"))]
+        return {"trouble": f"{message} ({inside[-1]})" if inside else message}
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -309,56 +147,77 @@ def least(runs):
     )
 
 
-def table(base, arguments):
-    from safetensors import safe_open
+def chosen(base, arguments):
+    """(words, job, options) of each row that was asked for."""
+    rows = [(f"LCM Kit, {name}", "ours", {"name": name}) for name in OURS]
+    rows += [("LCM Kit, compare", "compare", {}), *peers.rows(arguments)]
+    common = {"workers": arguments.workers, "base": base, "comfyui": arguments.comfyui}
+    found = [
+        (words, name, common | options)
+        for words, name, options in rows
+        if any(fnmatchcase(words, pattern) for pattern in arguments.only)
+    ]
+    if not found:
+        raise SystemExit(f"no row is named so; there are: {'; '.join(words for words, _, _ in rows)}")
+    return found
 
+
+def table(base, arguments):
+    jobs = chosen(base, arguments)
+    print(f"\n{base}: {PARAMETERS[base]:,} numbers in the LCM-LoRA; threads: {arguments.workers}.")
+    print(f"{time.strftime('%Y-%m-%d')}: {peers.versions(arguments)}.\n")
+    print("| job | wall, s | CPU, s | wall / floor | CPU / floor | peak memory, GB | error |")
+    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_inputs(folder, base)
+        write_pair(folder, base)
         out = folder / "out.safetensors"
-        common = {"workers": arguments.workers}
-        jobs = [(f"LCM Kit, {name}", "ours", common | {"name": name}) for name in OURS]
-        jobs.append(("LCM Kit, compare", "compare", common))
-        jobs.append(("PEFT cat", "peft", common | {"method": "cat"}))
-        if arguments.kohya:
-            jobs += [(f"kohya {method}", "kohya", common | {"method": method, "path": arguments.kohya})
-                     for method in ("concat", "svd")]  # fmt: skip
-        if arguments.svd:
-            jobs.append(("PEFT svd, rank 64", "peft", common | {"method": "svd"}))
-        print(f"\n{base}: {PARAMETERS[base]:,} numbers in the LCM-LoRA, {arguments.workers} threads.\n")
-        print("| job | wall, s | CPU, s | wall / floor | CPU / floor | peak memory, GB | error |")
-        print("| --- | --- | --- | --- | --- | --- | --- |")
-        floors, rows = [], []
+        floors, rows = [], {}
         for words, name, options in jobs:
-            slow = name == "kohya" or (name == "peft" and options["method"] == "svd")
             runs = []
-            for _ in range(1 if slow else arguments.repeat):
+            for _ in range(1 if options.get("once") else arguments.repeat):
                 # In turn, so that both see the same load of the machine.
-                floors.append(run("floor", folder, out, common))
+                floors.append(run("floor", folder, out, options | {"python": None}))
                 runs.append(run(name, folder, out, options))
-            found = least(runs)
-            error = error_of(out, folder) if out.exists() and "trouble" not in found else None
-            if words == "LCM Kit, rank 64":
-                shutil.copy(out, folder / "of rank 64.safetensors")
-            elif found.get("facts"):
-                with safe_open(out, framework="pt") as file:
-                    only = modules_of(file.keys())
-                found |= {"ours": error_of(folder / "of rank 64.safetensors", folder, only)}
-            rows.append((words, found | {"error": error}))
-            print(f"{words}: done", file=sys.stderr)
-        base_line = least(floors)
-        for words, found in [("read and write only", base_line | {"error": None}), *rows]:
-            print(row(words, found, base_line), flush=True)
+            found = rows[words] = least(runs)
+            if "trouble" not in found:
+                measure_error(words, found, out, folder)
+            print(f"{words}: {found}", file=sys.stderr)
+    base_line = least(floors)
+    for words, found in {"read and write only": base_line, **rows}.items():
+        print(row(words, found, base_line))
+    print()
+    for words, _, options in jobs:
+        if options.get("full_svd") and "cpu" in rows[words] and "cpu" in rows.get(RANK, {}):
+            print(f"{words} takes {rows[words]['cpu'] / rows[RANK]['cpu']:.0f} times the CPU time of {RANK}.")
+
+
+def measure_error(words, found, out, folder):
+    """Adds the error of what was written; of an extrapolated job, also LCM Kit's on the same modules."""
+    from safetensors import safe_open
+
+    of_rank = folder / "of rank 64.safetensors"
+    if not out.exists():
+        return
+    if words == RANK:
+        shutil.copy(out, of_rank)
+    only = None
+    if found["facts"]:
+        found |= {key: found["facts"][key] for key in ("wall", "cpu")}
+        with safe_open(out, framework="pt") as file:
+            only = modules_of(file.keys())
+        if of_rank.exists():
+            found["ours"] = error_of(of_rank, folder, only)
+    found["error"] = error_of(out, folder, only)
 
 
 def row(words, found, base_line):
     if "trouble" in found:
         return f"| {words} | - | - | - | - | - | {found['trouble']} |"
-    error = "" if found["error"] is None else f"{found['error']:.2g}"
+    error = f"{found['error']:.2g}" if "error" in found else ""
     if facts := found["facts"]:
         words += f" (from {facts['done']} of {facts['of']} modules)"
-        found |= {"wall": facts["wall"], "cpu": facts["cpu"]}
-        error += f" of these, where LCM Kit's is {found['ours']:.2g}"
+        error += " of these" + (f", where LCM Kit's is {found['ours']:.2g}" if "ours" in found else "")
     ratios = [f"{found[key] / base_line[key]:.2f}" for key in ("wall", "cpu")]
     return (
         f"| {words} | {found['wall']:.2f} | {found['cpu']:.2f} | {' | '.join(ratios)} | {found['rss']:.2f} | {error} |"
@@ -368,12 +227,20 @@ def row(words, found, base_line):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bases", nargs="+", choices=PARAMETERS, default=list(PARAMETERS))
+    parser.add_argument("--only", nargs="+", metavar="ROW", default=["*"], help="rows by name, * for any letters")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--svd", action="store_true", help="PEFT's svd too, extrapolated: minutes")
+    parser.add_argument("--peft-svd", choices=["all", "shapes"], help="PEFT's svd too, the second extrapolated")
     parser.add_argument("--kohya", metavar="PATH", help="a checkout of kohya-ss/sd-scripts")
+    parser.add_argument("--kohya-python", metavar="PYTHON", help="with its requirements; this one by default")
+    parser.add_argument("--merger", metavar="PATH", nargs="+", default=[], help="checkouts of ComfyUI packs")
+    parser.add_argument("--merger-python", metavar="PYTHON", help="with ComfyUI's and theirs; this one by default")
     parser.add_argument("--job", nargs=4, metavar=("NAME", "FOLDER", "OUT", "OPTIONS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    # Absolute, since a pack or sd-scripts may import by it from elsewhere.
+    arguments.kohya = arguments.kohya and str(Path(arguments.kohya).resolve())
+    arguments.merger = [str(Path(path).resolve()) for path in arguments.merger]
+    arguments.comfyui = os.environ.get("COMFYUI_PATH", str(ROOT / ".comfyui"))
     if arguments.job:
         name, folder, out, options = arguments.job
         job(name, Path(folder), Path(out), json.loads(options))
