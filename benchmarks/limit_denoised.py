@@ -17,13 +17,12 @@ sys.path[:0] = [str(ROOT / "demo" / "train"), str(ROOT / "demo")]
 
 import torch  # noqa: E402
 from data import NAMES  # noqa: E402
-from evaluate import TEACHER_CFG  # noqa: E402
 from frechet import frechet  # noqa: E402
 from judged import Judge  # noqa: E402
 from PIL import Image  # noqa: E402
 from quality_against_steps import teacher_features  # noqa: E402
 from sheet import Row, draw, enlarge, side_by_side  # noqa: E402
-from studio import Studio, Way, ours  # noqa: E402
+from studio import TEACHER_CFG, Studio, Way, ours  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 CFGS = (1.0, 1.5, 2.0, 3.0, 4.0)

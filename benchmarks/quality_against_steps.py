@@ -23,13 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo" / "train"))
 import classifier
 import torch
 from against_core import with_schedule
-from common import ROOT, WORK, load_state, save_state
+from common import CHECKPOINT, LORAS, ROOT, VAE, WORK, load_state, save_state
 from data import NAMES
-from evaluate import TEACHER_CFG, TEACHER_STEPS, teacher
 from frechet import frechet, without_each_seed
 from judged import Judge, Verdict
 from quality_table import tables
-from studio import CHECKPOINT, LORAS, VAE, Studio, Way, core, fingerprint, ours
+from studio import TEACHER_CFG, TEACHER_STEPS, Studio, Way, core, fingerprint, ours, teacher
 from tqdm import tqdm
 
 RESULTS = ROOT / "benchmarks" / "quality_against_steps.json"

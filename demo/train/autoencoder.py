@@ -13,12 +13,11 @@ import time
 
 import torch
 import torch.nn.functional as F
-from common import MODELS, WORK, load_comfy, load_state, save_state
+from common import VAE, WORK, load_comfy, load_state, save_state
 from data import CHANNELS, COLOUR_NAMES, NAMES, draw, glyphs
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-VAE_FILE = MODELS / "vae" / "tiny_emoji_vae.safetensors"
 BLOCK = 8  # pixels
 INNER = 0.6  # the decoder sees latent * INNER: its first layer, 3 tanh(x / 3), is then nearly the identity
 
@@ -110,7 +109,7 @@ def build(sets: dict[str, torch.Tensor]):
 
 def export(vae) -> None:
     # float32 for the encoder's few exact numbers would not help: fp16 rounds a latent by less than 0.002.
-    save_file({k: v.half().contiguous() for k, v in vae.state_dict().items()}, VAE_FILE, metadata={"format": "pt"})
+    save_file({k: v.half().contiguous() for k, v in vae.state_dict().items()}, VAE, metadata={"format": "pt"})
 
 
 def main() -> None:
@@ -138,9 +137,9 @@ def main() -> None:
         export(vae)
 
     generator = torch.Generator().manual_seed(1000 + step)
-    start, seconds, running = time.monotonic(), args.minutes * 60, None
+    start, seconds, running = time.thread_time(), args.minutes * 60, None
     with tqdm(total=round(seconds), unit="s", mininterval=5) as bar:
-        while (elapsed := time.monotonic() - start) < seconds:
+        while (elapsed := time.thread_time() - start) < seconds:
             left = 1 - elapsed / seconds
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1.0, (step + 1) / 30, max(left / 0.5, 0.02))

@@ -8,17 +8,15 @@ Resumes from its checkpoint in the work folder; exports demo/models/checkpoints/
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
-from autoencoder import VAE_FILE, principal_components, project
-from common import DEMO, MODELS, WORK, load_comfy, load_state, save_state
-from data import CHANNELS, COLOUR_NAMES, NAMES, caption, draw, glyphs
+from autoencoder import principal_components, project
+from common import CHECKPOINT, DEMO, VAE, WORK, load_comfy
+from data import CHANNELS, COLOUR_NAMES, NAMES, PACKAGES, draw, glyphs
+from loop import Course, train
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-
-CHECKPOINT = MODELS / "checkpoints" / "tiny_emoji.safetensors"
 
 
 def load_vae():
@@ -27,7 +25,7 @@ def load_vae():
     from comfy.taesd.taesd import TAESD
 
     vae = TAESD(latent_channels=CHANNELS)
-    vae.load_state_dict({k: v.float() for k, v in load_file(VAE_FILE).items()})
+    vae.load_state_dict({k: v.float() for k, v in load_file(VAE).items()})
     return vae.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -36,9 +34,10 @@ def latents(kind: str, views: int) -> dict[str, torch.Tensor]:
     """`views` pictures of every concept, encoded once and kept: latent (n, CHANNELS, 8, 8), concept (n,), colour (n,)."""
     path = WORK / f"latents_{kind}_{views}.safetensors"
     if not path.exists():
-        sets = {name: glyphs(name, WORK / "data") for name in ("noto", "ink")}
-        pictures, code = sets[kind], principal_components(sets)
-        generator = torch.Generator().manual_seed(7 if kind == "noto" else 8)
+        # The encoder was built from these two, and encodes every other set too.
+        code = principal_components({name: glyphs(name, WORK / "data") for name in ("noto", "ink")})
+        pictures = glyphs(kind, WORK / "data")
+        generator = torch.Generator().manual_seed(7 + list(PACKAGES).index(kind))
         rows = []
         for _ in tqdm(range(views), desc=f"encode {kind}"):
             colour = torch.randint(len(COLOUR_NAMES), (len(NAMES),), generator=generator)
@@ -135,6 +134,19 @@ def export(model_state: dict, text_state: dict, path: Path) -> None:
     save_file({k: v.half().contiguous() for k, v in state.items()}, path, metadata={"format": "pt"})
 
 
+def load_base():
+    """(BaseModel, Captions) with the exported weights in float32, frozen."""
+    model, text = build()
+    state = load_file(CHECKPOINT)
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)}
+
+    model.diffusion_model.load_state_dict(part("model.diffusion_model."))
+    text.load_state_dict(part("cond_stage_model.clip_tiny.transformer."))
+    return model.requires_grad_(False), Captions(text.requires_grad_(False).eval())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60, help="training time in this run")
@@ -146,59 +158,17 @@ def main() -> None:
     data = latents("noto", args.views)
     fit_preview()
     model, text = build()
-    unet, encode = model.diffusion_model, Captions(text)
-    parameters = [*unet.parameters(), *text.parameters()]
-    for p in parameters:
-        p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2)
-    step, path = 0, WORK / "base.pt"
-    if state := load_state(path):
-        unet.load_state_dict(state["unet"])
-        text.load_state_dict(state["text"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-        average = state["average"]
-    else:
-        average = [p.detach().clone() for p in parameters]
-
-    def checkpoint() -> None:
-        save_state(
-            path,
-            {"unet": unet.state_dict(), "text": text.state_dict(), "optimizer": optimizer.state_dict(),
-             "step": step, "average": average},
-        )  # fmt: skip
-        n = len(list(unet.parameters()))
-        names = [name for name, _ in unet.named_parameters()], [name for name, _ in text.named_parameters()]
-        export(dict(zip(names[0], average[:n], strict=True)), dict(zip(names[1], average[n:], strict=True)), CHECKPOINT)
-
-    generator = torch.Generator().manual_seed(2000 + step)
-    start, seconds, running = time.monotonic(), args.minutes * 60, None
-    with tqdm(total=round(seconds), unit="s", mininterval=5) as bar:
-        while (elapsed := time.monotonic() - start) < seconds:
-            left = 1 - elapsed / seconds
-            for group in optimizer.param_groups:
-                # Warm-up, flat, and linear to nothing over the last 40 % of the time.
-                group["lr"] = args.lr * min(1.0, (step + 1) / 200, max(left / 0.4, 0.01))
-            index = torch.randint(len(data["latent"]), (args.batch,), generator=generator)
-            z0 = data["latent"][index].float()
-            words = [
-                "" if torch.rand((), generator=generator) < 0.12 else caption(k, c, generator)
-                for k, c in zip(data["concept"][index].tolist(), data["colour"][index].tolist(), strict=True)
-            ]
-            loss = v_loss(model, z0, encode(words), generator)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            step += 1
-            with torch.no_grad():
-                torch._foreach_lerp_(average, parameters, 1 - min(0.999, step / (step + 20)))
-            running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
-            bar.n = round(elapsed)
-            bar.set_postfix(step=step, loss=f"{running:.4f}")
-            if step % 500 == 0:
-                checkpoint()
-    checkpoint()
+    encode = Captions(text)
+    course = Course(
+        args.minutes, args.batch, args.lr,
+        warm_up=200, average=0.999, seed=2000, weight_decay=1e-2, empty=0.12, save_every=500,
+    )  # fmt: skip
+    train(
+        {"unet": model.diffusion_model, "text": text}, data,
+        lambda z0, words, generator: v_loss(model, z0, encode(words), generator),
+        course, WORK / "base.pt",
+        lambda averaged, step: export(averaged["unet"], averaged["text"], CHECKPOINT),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,10 +13,22 @@ DEMO = ROOT / "demo"
 MODELS = DEMO / "models"
 WORK = ROOT / ".work"  # data, checkpoints, latents; ignored by git
 
+CHECKPOINT = MODELS / "checkpoints" / "tiny_emoji.safetensors"
+VAE = MODELS / "vae" / "tiny_emoji_vae.safetensors"
+LORAS = {kind: MODELS / "loras" / f"tiny_emoji_{kind}_lora.safetensors" for kind in ("lcm", "ink")}
+# Only measured, not shipped.
+LORAS["twemoji"] = WORK / "tiny_emoji_twemoji_lora.safetensors"
+FINETUNE = WORK / "tiny_emoji_fluent.safetensors"
+
+
+def comfyui_path() -> str:
+    """The folder of ComfyUI: COMFYUI_PATH, or the project's own copy."""
+    return os.environ.get("COMFYUI_PATH", str(ROOT / ".comfyui"))
+
 
 def load_comfy() -> None:
-    """Make ComfyUI importable, on the CPU when there is no GPU. COMFYUI_PATH overrides the project's own copy."""
-    path = os.environ.get("COMFYUI_PATH", str(ROOT / ".comfyui"))
+    """Make ComfyUI importable, on the CPU when there is no GPU."""
+    path = comfyui_path()
     if path not in sys.path:
         sys.path.insert(0, path)
         from comfy.cli_args import args

@@ -1,9 +1,9 @@
 """The emoji pictures that the demo's models learn from, and their captions.
 
-Two openly licensed sets, fetched from the npm registry: Noto Color Emoji (the base) and Fluent Emoji High
-Contrast (the "ink" style). Every picture is one of `CONCEPTS` in a random pose on a random background colour, so
-one caption stands for very many pictures: a set with one picture per caption would make every few-step solver
-look as good as fifty steps.
+Openly licensed sets, fetched from the npm registry: Noto Color Emoji (the base), Fluent Emoji High Contrast (the "ink"
+style), and two that only measurements use, Twemoji and Fluent Emoji 3D. Every picture is one of `CONCEPTS` in a random
+pose on a random background colour, so one caption stands for very many pictures: a set with one picture per caption would
+make every few-step solver look as good as fifty steps.
 """
 
 import io
@@ -87,7 +87,12 @@ COLOURS = {
 }  # fmt: skip
 COLOUR_NAMES = list(COLOURS)
 
-PACKAGES = {"noto": "emoji-datasource-google@16.0.0", "ink": "@iconify-json/fluent-emoji-high-contrast@1.2.6"}
+PACKAGES = {
+    "noto": "emoji-datasource-google@16.0.0",
+    "ink": "@iconify-json/fluent-emoji-high-contrast@1.2.6",
+    "twemoji": "emoji-datasource-twitter@16.0.0",
+    "fluent": "@lobehub/fluent-emoji-3d@1.1.0",
+}
 
 
 def vocabulary() -> list[str]:
@@ -111,25 +116,35 @@ def fetch(kind: str, cache: Path) -> Path:
 
 
 def glyphs(kind: str, cache: Path) -> torch.Tensor:
-    """One picture per concept, premultiplied RGBA float32 in 0..1: (len(NAMES), 4, h, w). kind: "noto" or "ink"."""
+    """One picture per concept, premultiplied RGBA float32 in 0..1: (len(NAMES), 4, 64, 64). kind: one of `PACKAGES`."""
     folder = fetch(kind, cache)
-    pictures = []
+    codes = ["-".join(f"{ord(c):04x}" for c in emoji) for emoji, _ in CONCEPTS.values()]
     if kind == "ink":
-        import resvg_py  # a wheel from PyPI; only the training needs it
+        pictures = _svg_icons(folder, codes)
+    else:
+        place = {"noto": "img/google/64/{}.png", "twemoji": "img/twitter/64/{}.png", "fluent": "assets/{}.webp"}[kind]
+        pictures = [Image.open(folder / place.format(code)) for code in codes]
+    return torch.stack([_premultiplied(picture) for picture in pictures])
 
-        file_names = json.loads((folder / "chars.json").read_text())
-        icons = json.loads((folder / "icons.json").read_text())["icons"]
-    for name in NAMES:
-        code = "-".join(f"{ord(c):04x}" for c in CONCEPTS[name][0])
-        if kind == "noto":
-            picture = Image.open(folder / "img" / "google" / "64" / f"{code}.png")
-        else:
-            body = icons[file_names.get(code) or file_names[code.removesuffix("-fe0f")]]["body"]
-            svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64" viewBox="0 0 32 32">{body}</svg>'
-            picture = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg))))
-        rgba = torch.from_numpy(np.array(picture.convert("RGBA"))).permute(2, 0, 1).float() / 255
-        pictures.append(torch.cat([rgba[:3] * rgba[3:], rgba[3:]]))
-    return torch.stack(pictures)
+
+def _svg_icons(folder: Path, codes: list[str]) -> list[Image.Image]:
+    import resvg_py  # a wheel from PyPI; only the training needs it
+
+    file_names = json.loads((folder / "chars.json").read_text())
+    icons = json.loads((folder / "icons.json").read_text())["icons"]
+    pictures = []
+    for code in codes:
+        body = icons[file_names.get(code) or file_names[code.removesuffix("-fe0f")]]["body"]
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64" viewBox="0 0 32 32">{body}</svg>'
+        pictures.append(Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))))
+    return pictures
+
+
+def _premultiplied(picture: Image.Image) -> torch.Tensor:
+    rgba = torch.from_numpy(np.array(picture.convert("RGBA"))).permute(2, 0, 1).float() / 255
+    rgba = torch.cat([rgba[:3] * rgba[3:], rgba[3:]])
+    # The mean of whole blocks, after premultiplying: transparent pixels have a colour too, which must not bleed in.
+    return F.avg_pool2d(rgba, picture.width // SIZE)
 
 
 def draw(glyph: torch.Tensor, colour: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -13,12 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEMO, MODELS, load_comfy, load_lcm_kit
+from common import CHECKPOINT, DEMO, LORAS, VAE, load_comfy, load_lcm_kit
 from data import NAMES
-
-CHECKPOINT = MODELS / "checkpoints" / "tiny_emoji.safetensors"
-VAE = MODELS / "vae" / "tiny_emoji_vae.safetensors"
-LORAS = {kind: MODELS / "loras" / f"tiny_emoji_{kind}_lora.safetensors" for kind in ("lcm", "ink")}
 
 # (a ComfyUI model, steps) -> (the model to sample, SAMPLER, SIGMAS)
 Plan = Callable[[Any, int], tuple[Any, Any, torch.Tensor]]
@@ -66,10 +62,22 @@ def core(sampler: str, scheduler: str, prepare: Callable[[Any], Any] = lambda mo
     return plan
 
 
-class Studio:
-    """The demo's models in ComfyUI, ready to draw one picture of each concept in any of the compared ways."""
+TEACHER_CFG = 3.0
+TEACHER_STEPS = 50
 
-    def __init__(self) -> None:
+
+def teacher(cfg: float = TEACHER_CFG) -> Way:
+    """What the LCM-LoRA was distilled from, with as many steps as change anything."""
+    return Way("teacher, other noise", core("ddim", "ddim_uniform"), cfg=cfg)
+
+
+class Studio:
+    """The demo's models in ComfyUI, ready to draw one picture of each concept in any of the compared ways.
+
+    checkpoint: the demo's base, or another of its kind. LoRAs are those of common.LORAS that are there.
+    """
+
+    def __init__(self, checkpoint: Path = CHECKPOINT) -> None:
         load_comfy()
         load_lcm_kit()
         sys.path.insert(0, str(DEMO))
@@ -78,8 +86,9 @@ class Studio:
         import comfy.utils
         from tiny_emoji.model import TinyEmoji
 
-        comfy.supported_models.models.insert(0, TinyEmoji)
-        self.model, self.clip, *_ = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT), output_vae=False)
+        if TinyEmoji not in comfy.supported_models.models:
+            comfy.supported_models.models.insert(0, TinyEmoji)
+        self.model, self.clip, *_ = comfy.sd.load_checkpoint_guess_config(str(checkpoint), output_vae=False)
         self.vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(VAE)))
         self.vae.first_stage_model.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
         self.loras = {k: comfy.utils.load_torch_file(str(path)) for k, path in LORAS.items() if path.exists()}
@@ -100,13 +109,18 @@ class Studio:
 
     def latents(self, way: Way, steps: int, seed: int) -> torch.Tensor:
         """One latent of every concept, (n, 12, 8, 8). The same seed is the same initial noise in every way."""
+        return self.sampled(self.patched(**way.loras), way, steps, seed)
+
+    def sampled(self, model: Any, way: Way, steps: int, seed: int, first: int = len(NAMES)) -> torch.Tensor:
+        """The same of the first concepts, (first, 12, 8, 8), with a model that has the way's LoRAs on it already."""
         import comfy.sample
 
-        model, sampler, sigmas = way.plan(self.patched(**way.loras), steps)
-        latent = torch.zeros(len(NAMES), 12, 8, 8)
+        model, sampler, sigmas = way.plan(model, steps)
+        latent = torch.zeros(first, 12, 8, 8)
+        positive = [[self.positive[0][0][:first], {}]]
         noise = comfy.sample.prepare_noise(latent, seed)
         return comfy.sample.sample_custom(
-            model, noise, way.cfg, sampler, sigmas, self.positive, self.negative, latent,
+            model, noise, way.cfg, sampler, sigmas, positive, self.negative, latent,
             disable_pbar=True, seed=seed + way.step_seed_offset,
         )  # fmt: skip
 
