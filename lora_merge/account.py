@@ -17,8 +17,8 @@ from .options import MergeOptions
 from .passing import Passing
 from .strengths import Strengths
 
-# An effect below this is worth a warning for the protected LoRA.
-_AS_IT_IS = 0.99
+# An effect below these is worth a warning: for the protected LoRA, and for any other.
+_AS_IT_IS, _HALF = 0.99, 0.5
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def account_of(
         )
     error = math.sqrt(tally.lost_energy / tally.energy) if tally.energy > 0 else 0.0
     spread = (min(tally.ranks), median(tally.ranks), max(tally.ranks)) if tally.ranks else None
-    notes = [*warnings, *_scaled_protection(sources, options)]
+    notes = [*warnings, *_idle(options), *_scaled_protection(sources, options), *_lost(sources, options)]
     return Account(
         tuple(sources),
         options.method,
@@ -205,3 +205,29 @@ def _scaled_protection(sources: Sequence[Source], options: MergeOptions) -> list
         for source in sources
         if source.protected and options.the_method.scales_down and (source.effect or 0) < _AS_IT_IS
     ]
+
+
+def _idle(options: MergeOptions) -> list[str]:
+    if options.the_method.combine is None or not options.the_method.is_sum(options.values):
+        return []
+    return [
+        f"density is 1, at which method {options.method} prunes nothing: this is the plain sum. Choose a lower density."
+    ]
+
+
+def _lost(sources: Sequence[Source], options: MergeOptions) -> list[str]:
+    """Inputs of which the method or the cut has left less than half."""
+    result = []
+    for source in sources:
+        warned = source.protected and options.the_method.scales_down
+        if source.effect is not None and source.effect < _HALF and not warned:
+            result.append(
+                f"method {options.method} leaves about {100 * max(0.0, source.effect):.0f} % of {source.name}. Choose a "
+                "higher density, or another method such as linear."
+            )
+        if options.cuts and source.retention is not None and source.retention < _HALF:
+            result.append(
+                f"the cut leaves {100 * source.retention:.0f} % of the energy of {source.name}. Choose a higher rank, or "
+                "retain or balanced, which look after the weaker LoRA."
+            )
+    return result

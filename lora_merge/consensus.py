@@ -16,8 +16,8 @@ def elected_sign(deltas: Sequence[Tensor]) -> Tensor:
 def disjoint(deltas: Sequence[Tensor], *, mean: bool) -> Tensor:
     """At each place the mean, or the sum, of the entries with the elected sign; zero where there are none.
 
-    TIES-Merging's disjoint merge (Yadav et al. 2023, arXiv 2306.01708) is the mean. DARE-TIES and
-    DELLA, which have rescaled the entries before, take the sum.
+    TIES-Merging's disjoint merge (Yadav et al. 2023, arXiv 2306.01708) is the mean. The sum is for entries that have been
+    rescaled before (DARE-TIES). DELLA's authors take the mean there too; ours is the sum: strengths are not averaged.
     """
     stack = torch.stack(list(deltas))
     agreeing = (torch.sign(stack) == elected_sign(deltas)) & (stack != 0)

@@ -56,8 +56,9 @@ class Method:
         cores of a CoreSpace, or whole updates (out, in * kernel). None for the plain sum, which needs neither.
     summary: what comes out.   source: where the formula stands.
     parameters: by name, in the order of the formula.
-    entrywise: it looks at single entries, so that it makes another result of whole updates than of their cores.
-    scales_down: inputs come out weaker than strength * update, as a rule.
+    entrywise: it looks at single entries, so that its result depends on the axes: of whole updates it is another one than
+        of their cores, of the same strength (core_space.py).
+    elects: entries of the weaker sign fall away.   scales_down: inputs come out weaker than strength * update, as a rule.
     exact_inputs: how many inputs it takes, 0 for any number.   signed: strengths may be negative.
     """
 
@@ -66,6 +67,7 @@ class Method:
     source: str
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     entrywise: bool = False
+    elects: bool = False
     scales_down: bool = False
     exact_inputs: int = 0
     signed: bool = True
@@ -73,6 +75,10 @@ class Method:
     def changes_one(self, values: Mapping[str, float]) -> bool:
         """Whether it changes an update that is alone on its weight."""
         return self.entrywise and values.get("density") != 1
+
+    def is_sum(self, values: Mapping[str, float]) -> bool:
+        """Whether it makes the plain sum."""
+        return self.combine is None or (values.get("density") == 1 and not self.elects)
 
 
 def _each(prune: Callable[[Tensor, Situation, int], Tensor], together: Callable[[list[Tensor]], Tensor]) -> Combine:
@@ -129,6 +135,7 @@ def _density(default: float, meaning: str) -> Parameter:
     return Parameter(default, 0.0, 1.0, meaning)
 
 
+# DELLA's epsilon is the whole width; mergekit's is half of it, 0.15 unless told otherwise.
 _SPREAD = Parameter(
     0.3, 0.0, 1.0, "difference between the chances of the largest and the smallest entry of a row; 0 is DARE"
 )
@@ -137,9 +144,14 @@ _DELLA = "Deep et al. 2024, DELLA-Merging, arXiv 2406.11617"
 _TIES = "Yadav et al. 2023, TIES-Merging, arXiv 2306.01708"
 _CHANCE = "chance of an entry to stay; those that stay are divided by it"
 
-# Defaults are those of the papers where they give one: TIES keeps 20 %. DARE and DELLA report 10 % and less for large
-# language models; few-step sampling does not bear the noise of that (its energy is 1 / density - 1 times the update's),
-# so theirs is 0.5, as in the examples of mergekit and PEFT. Breadcrumbs' and DELLA's further ones are mergekit's.
+# Where the defaults come from, and where others differ (mergekit of June 2026, PEFT 0.21, the authors' own code):
+# TIES keeps 20 % in its paper. For DARE and DELLA there is none: they drop up to 90 % and more of large language models,
+# mergekit drops nothing and PEFT wants a number. Few-step sampling does not bear the noise, whose energy is
+# 1 / density - 1 times the update's: as strong as the update at 0.5, harmless at 0.9 (benchmarks/RESULTS.md). mergekit's `rescale` restores the sum of
+# magnitudes; ours is the papers' 1 / density, and DELLA's 1 / chance of each entry. mergekit's `della` elects signs and
+# takes the mean, as the authors do; our `della` is its `della_linear`, and our `della_ties` takes the sum, as
+# strengths are never averaged. Breadcrumbs' authors keep some 15 % of each row and cut off 0.6 % as too large, for merging
+# many models at a fifth of their strength; mergekit keeps all unless told, and 90 % less 1 % in its guide, as here.
 METHODS: dict[str, Method] = {
     "linear": Method(
         None,
@@ -152,36 +164,39 @@ METHODS: dict[str, Method] = {
         _TIES,
         {"density": _density(0.2, "share of entries kept, the largest")},
         entrywise=True,
+        elects=True,
         scales_down=True,
     ),
     "dare": Method(
         _each(_any, _sum),
         "entries dropped at random and the rest scaled up, then the sum",
         _DARE,
-        {"density": _density(0.5, _CHANCE)},
+        {"density": _density(0.9, _CHANCE)},
         entrywise=True,
     ),
     "dare_ties": Method(
         _each(_any, _disjoint_sum),
         "entries dropped at random and the rest scaled up, then at each place the sum of those with the stronger sign",
         f"{_DARE}, with {_TIES}",
-        {"density": _density(0.5, _CHANCE)},
+        {"density": _density(0.9, _CHANCE)},
         entrywise=True,
+        elects=True,
         scales_down=True,
     ),
     "della": Method(
         _each(_rather_large, _sum),
         "entries dropped at random, small ones rather than large ones, the rest scaled up, then the sum",
         _DELLA,
-        {"density": _density(0.5, f"mean {_CHANCE}"), "spread": _SPREAD},
+        {"density": _density(0.9, f"mean {_CHANCE}"), "spread": _SPREAD},
         entrywise=True,
     ),
     "della_ties": Method(
         _each(_rather_large, _disjoint_sum),
         "entries dropped as in della, then at each place the sum of those with the stronger sign",
         f"{_DELLA}, with {_TIES}",
-        {"density": _density(0.5, f"mean {_CHANCE}"), "spread": _SPREAD},
+        {"density": _density(0.9, f"mean {_CHANCE}"), "spread": _SPREAD},
         entrywise=True,
+        elects=True,
         scales_down=True,
     ),
     "magnitude": Method(

@@ -26,8 +26,9 @@ def by_magnitude(delta: Tensor, density: float) -> Tensor:
 def without_outliers(delta: Tensor, density: float, outliers: float) -> Tensor:
     """The middle: the largest share `outliers` goes, then the smallest until the share `density` is left.
 
-    Model Breadcrumbs (Davari & Belilovsky 2023, arXiv 2312.06795), whose gamma is `outliers` and whose beta
-    is 1 - density - outliers. Raises ValueError if the two shares add up to more than 1.
+    Model Breadcrumbs (Davari & Belilovsky 2023, arXiv 2312.06795). In the authors' code gamma is the share cut off as
+    too large and beta the share kept of the rest, row by row; here both are shares of the whole update, as in mergekit,
+    whose gamma is `outliers`. Raises ValueError if the two add up to more than 1.
     """
     if density + outliers > 1 + 1e-9:
         raise ValueError(
@@ -60,7 +61,7 @@ def by_magnitude_at_random(delta: Tensor, density: float, spread: float, generat
 
     DELLA's MAGPRUNE (Deep et al. 2024, arXiv 2406.11617): within a row of n entries ranked from the
     smallest (0) to the largest (n - 1), the probability runs evenly from density - spread / 2 to density + spread / 2.
-    spread: their epsilon, [0, 1]; 0 is DARE. Probabilities are held within [0, 1], those at 0 keep nothing.
+    spread: their epsilon (twice mergekit's), [0, 1]; 0 is DARE. Probabilities are held within [0, 1], those at 0 keep nothing.
     Tensors of more than two dimensions count as (first, rest). Its expectation is the input where no probability is 0.
     """
     rows = delta.float().reshape(delta.shape[0], -1)

@@ -82,9 +82,9 @@ class MergeLoRA(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of each LoRA that a pruning method keeps; 1 keeps all. Usual: ties 0.2, magnitude 0.5, "
-                    "breadcrumbs 0.9, dare and della 0.5. linear, slerp and tsv prune nothing and want 1.",
-                    **if_known(io.Float.Input, advanced=True),
+                    tooltip="Share of each LoRA that a pruning method keeps; at 1 dare, della, magnitude and breadcrumbs "
+                    "are the plain sum. Usual: ties 0.2, magnitude 0.5, breadcrumbs, dare and della 0.9. linear, slerp "
+                    "and tsv prune nothing and want 1.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -121,6 +121,7 @@ class MergeLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="The LoRA that the others make room for when mu is above 0. auto is the one recognised as an "
                     "LCM-LoRA or another acceleration LoRA.",
+                    **if_known(io.Combo.Input, advanced=True),
                 ),
                 io.Float.Input(
                     "mu",
@@ -131,6 +132,7 @@ class MergeLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="How far the others step aside where the protected LoRA is strong. 0 is the plain sum, 1 halves "
                     "them there, large values clear them there.",
+                    **if_known(io.Float.Input, advanced=True),
                 ),
                 io.String.Input(
                     "block_strengths",
@@ -145,8 +147,9 @@ class MergeLoRA(io.ComfyNode):
                     "dense",
                     default=False,
                     optional=True,
-                    tooltip="Let pruning methods look at the whole weights as in their papers. Minutes instead of seconds, "
-                    "and without a rank the file is as large as the model's weights.",
+                    tooltip="Let pruning methods look at the whole weights as in their papers, which is gentler where they "
+                    "draw at random. Minutes instead of seconds, and without a rank the file is as large as the model's "
+                    "weights.",
                     **if_known(io.Boolean.Input, advanced=True),
                 ),
                 io.Float.Input(

@@ -64,3 +64,19 @@ def test_tsv_merge_makes_singular_vectors_orthogonal():
 def test_tsv_merge_of_one_update_is_that_update():
     update = torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(orthogonalised([update]), update, rtol=0, atol=1e-5)
+
+
+def test_tsv_merge_of_updates_of_full_rank_keeps_an_equal_share_of_each():
+    """As the paper does it: the leading min(m, n) / T triples of each of T updates, then the nearest orthonormal sets."""
+    g = torch.Generator().manual_seed(2)
+    updates = [torch.randn(9, 6, generator=g, dtype=torch.float64) for _ in range(3)]
+    triples = [torch.linalg.svd(update) for update in updates]
+    left, right = torch.cat([u[:, :2] for u, _, _ in triples], dim=1), torch.cat([v[:2] for _, _, v in triples]).T
+
+    def orthonormal(vectors):
+        """X (X^T X)^(-1/2)."""
+        values, axes = torch.linalg.eigh(vectors.T @ vectors)
+        return vectors @ (axes / values.sqrt()) @ axes.T
+
+    wanted = orthonormal(left) @ torch.diag(torch.cat([s[:2] for _, s, _ in triples])) @ orthonormal(right).T
+    torch.testing.assert_close(orthogonalised(updates).double(), wanted, rtol=0, atol=1e-5)

@@ -32,6 +32,56 @@ def test_coordinates_lose_nothing(kernel):
         assert core.norm().item() == pytest.approx(delta.norm().item(), rel=1e-5)
 
 
+def steep(out=96, inside=80, rank=16, seed=0):
+    """An update whose energy is in a few directions, as trained LoRAs have it."""
+    generator = torch.Generator().manual_seed(seed)
+    up = torch.linalg.qr(torch.randn(out, rank, generator=generator))[0] * 0.6 ** torch.arange(rank)
+    return LoraLayer(up, torch.linalg.qr(torch.randn(inside, rank, generator=generator))[0].T.contiguous())
+
+
+def held_by_the_largest(delta, shares=(0.01, 0.1, 0.5)):
+    energy = delta.square().flatten().sort(descending=True).values.cumsum(0)
+    return [float(energy[round(share * len(energy)) - 1] / energy[-1]) for share in shares]
+
+
+def test_the_largest_entries_of_a_core_hold_as_much_as_those_of_the_whole_update():
+    terms = [(steep(seed=1), 0.8), (steep(seed=2), 1.0)]
+    space = core_space(terms)
+    for (update, _), core in zip(terms, space.cores, strict=True):
+        assert held_by_the_largest(core) == pytest.approx(held_by_the_largest(update.delta()), abs=0.1)
+        # Along its singular vectors one entry of a hundred would be nearly all of it.
+        assert held_by_the_largest(torch.diag(torch.linalg.svdvals(core)))[0] > 0.99
+
+
+def test_the_axes_depend_on_the_spans_alone():
+    """Other factors of the same updates, in another order, with a direction that no update has: the same coordinates."""
+    first, second = (steep(rank=5, seed=seed) for seed in (1, 2))
+    mix = torch.randn(5, 5, generator=torch.Generator().manual_seed(3))
+    other = LoraLayer(
+        torch.cat([first.up @ mix, torch.ones(96, 1)], dim=1),
+        torch.cat([torch.linalg.solve(mix, first.down), torch.zeros(1, 80)]),
+    )
+    space, again = core_space([(first, 1.0), (second, 0.5)]), core_space([(second, 0.5), (other, 1.0)])
+    assert again.left.shape == space.left.shape == (96, 10)
+    torch.testing.assert_close(again.left, space.left, rtol=0, atol=1e-4)
+    torch.testing.assert_close(again.right, space.right, rtol=0, atol=1e-4)
+    torch.testing.assert_close(again.cores[1], space.cores[0], rtol=0, atol=1e-4)
+
+
+def test_updates_in_the_same_directions_share_their_axes():
+    update = steep(rank=4)
+    space = core_space([(update, 1.0), (update, -0.5)])
+    assert [tuple(core.shape) for core in space.cores] == [(4, 4)] * 2
+    torch.testing.assert_close(space.cores[1], -0.5 * space.cores[0], rtol=0, atol=1e-6)
+
+
+def test_updates_that_are_zero_have_a_space_too():
+    nothing = LoraLayer(torch.zeros(6, 2), torch.ones(2, 5))
+    space = core_space([(nothing, 1.0), (steep(6, 5, 2), 0.0)])
+    assert [core.tolist() for core in space.cores] == [[[0.0]], [[0.0]]]
+    assert not space.layer(space.cores[0]).delta().any()
+
+
 def test_the_layer_of_a_core_is_that_core_and_its_rank_is_the_cores_own():
     space = core_space(TERMS)
     total = sum(space.cores)

@@ -366,12 +366,12 @@ def test_the_file_says_all_that_was_asked_for():
     notes = json.loads(merged.metadata["lcm_kit.merge"])
     assert [entry["sha256"] for entry in notes["inputs"]] == ["ab", None]
     assert notes["inputs"][0]["block_strengths"] == "down=0.5"
-    assert notes["options"]["density"] == 0.5  # the default, so that another default later changes nothing
+    assert notes["options"]["density"] == 0.9  # the default, so that another default later changes nothing
     assert options_from_dict(notes["options"]) == MergeOptions(
-        method="della", density=0.5, spread=0.2, retain=0.9, seed=5
+        method="della", density=0.9, spread=0.2, retain=0.9, seed=5
     )
     text = describe_merge(account, merged)
-    assert "method della (density 0.5, spread 0.2, seed 5)" in text
+    assert "method della (density 0.9, spread 0.2, seed 5)" in text
     assert "times down=0.5" in text
     assert "Cut so that each input keeps 90 % of its energy" in text
 

@@ -1,6 +1,7 @@
 """Merge methods against slow versions written from the papers, on whole updates; and in the core space."""
 
 import math
+import re
 
 import peft
 import pytest
@@ -8,6 +9,7 @@ import torch
 from peft.utils import merge_utils
 
 from lcm_kit.lora_merge import METHODS, Lora, merge, merge_with_account
+from lcm_kit.lora_merge.core_space import core_space
 from lcm_kit.lora_merge.methods import Situation
 from lcm_kit.tests.lora_merge.make import dense, factors, generator, kohya, relative
 
@@ -130,7 +132,7 @@ def breadcrumbs(deltas, module, density, outliers=0.01):
 PAPERS = {f.__name__: f for f in (ties, magnitude, dare, dare_ties, della, della_ties, breadcrumbs)}
 
 
-@pytest.mark.parametrize("density", [0.0, None, 1.0])
+@pytest.mark.parametrize("density", [0.0, 0.4, None, 1.0])
 @pytest.mark.parametrize("method", PAPERS)
 def test_on_whole_updates_each_method_is_its_paper(method, density):
     if method.startswith("della") and density is None:
@@ -152,10 +154,10 @@ def test_defaults_are_those_of_the_table():
     assert defaults == {
         "linear": {},
         "ties": {"density": 0.2},
-        "dare": {"density": 0.5},
-        "dare_ties": {"density": 0.5},
-        "della": {"density": 0.5, "spread": 0.3},
-        "della_ties": {"density": 0.5, "spread": 0.3},
+        "dare": {"density": 0.9},
+        "dare_ties": {"density": 0.9},
+        "della": {"density": 0.9, "spread": 0.3},
+        "della_ties": {"density": 0.9, "spread": 0.3},
         "magnitude": {"density": 0.5},
         "breadcrumbs": {"density": 0.9, "outliers": 0.01},
         "slerp": {},
@@ -187,11 +189,54 @@ def test_agreement_with_peft_on_dare(monkeypatch):
         torch, "bernoulli", lambda chances: (draws(module, next(numbers), chances.shape) < chances).to(chances.dtype)
     )
     wanted = merge_utils.dare_linear([delta.float() for delta in weighted(module)], torch.ones(3), 0.5)
-    merged = merge(INPUTS, method="dare", dense=True)
+    merged = merge(INPUTS, method="dare", density=0.5, dense=True)
     torch.testing.assert_close(merged.delta(module), wanted, rtol=0, atol=1e-5)
 
 
 # ---- in the core space
+
+
+@pytest.mark.parametrize("density", [0.0, 0.4, None, 1.0])
+@pytest.mark.parametrize("method", PAPERS)
+def test_in_the_core_space_each_method_is_its_paper_on_the_coordinates(method, density):
+    merged = merge(INPUTS, method=method, density=density)
+    value = METHODS[method].parameters["density"].default if density is None else density
+    for module in SHAPES:
+        space = core_space([(one.modules[module], strength) for one, strength in INPUTS])
+        wanted = space.left @ PAPERS[method](space.cores, module, value).float() @ space.right
+        got = merged.delta(module).flatten(1)
+        assert (got - wanted).abs().max() < 1e-5 * max(1.0, float(wanted.abs().max()))
+
+
+def steep(seed, modules=6, size=96, rank=16):
+    """A LoRA whose updates have their energy in a few directions, as trained ones."""
+    state, g = {}, generator(seed)
+    for number in range(modules):
+        up = torch.linalg.qr(torch.randn(size, rank, generator=g))[0] * 0.7 ** torch.arange(rank)
+        state |= kohya(f"lora_unet_block_{number}", up, torch.linalg.qr(torch.randn(size, rank, generator=g))[0].T)
+    return Lora.from_state_dict(state)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_default_removes_an_update_or_does_nothing(method, dense):
+    inputs = [(steep(1), 0.8), (steep(2), 1.0)]
+    merged, account = merge_with_account(inputs, method=method, dense=dense)
+    assert all(0.5 < source.effect < 1.5 for source in account.sources)
+    if method != "linear":
+        total = merge(inputs)
+        ours, plain = (torch.cat([one.delta(m).flatten() for m in total.modules]) for one in (merged, total))
+        assert relative(ours, plain) > 0.05
+
+
+@pytest.mark.parametrize("method", PAPERS)
+def test_in_the_core_space_a_method_leaves_as_much_as_on_whole_weights(method):
+    inputs = [(steep(1), 0.8), (steep(2), 1.0)]
+    core, whole = (
+        [source.effect for source in merge_with_account(inputs, method=method, dense=dense)[1].sources]
+        for dense in (False, True)
+    )
+    assert core == pytest.approx(whole, abs=0.1)
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.exact_inputs == 0])
@@ -234,7 +279,7 @@ def test_one_lora_with_nothing_to_prune_is_itself(method):
 def test_dare_keeps_the_expectation():
     """The mean over many seeds is the sum: the rescale is 1 / density."""
     runs = 150
-    mean = sum(merge(INPUTS[:2], method="dare", seed=seed).delta(HERE) for seed in range(runs)) / runs
+    mean = sum(merge(INPUTS[:2], method="dare", density=0.5, seed=seed).delta(HERE) for seed in range(runs)) / runs
     wanted = sum(weighted(HERE, INPUTS[:2]))
     # Each entry of a core has variance (1 / 0.5 - 1) * value^2; the mean of 150 runs has 1 / sqrt(150) of that deviation.
     spread = math.sqrt(sum(float(delta.square().sum()) for delta in weighted(HERE, INPUTS[:2])) / runs)
@@ -243,7 +288,7 @@ def test_dare_keeps_the_expectation():
 
 def test_seeds_differ_and_draws_depend_on_the_module_and_the_input_only():
     def update(inputs, seed=0):
-        return merge(inputs, method="dare", seed=seed).delta(HERE)
+        return merge(inputs, method="dare", density=0.5, seed=seed).delta(HERE)
 
     assert torch.equal(update(INPUTS), update(INPUTS))
     assert not torch.allclose(update(INPUTS, 0), update(INPUTS, 1))
@@ -310,6 +355,37 @@ def test_tsv_keeps_orthogonal_updates_and_their_singular_values():
 
 
 # ---- what they say
+
+
+def warnings(**options):
+    return merge_with_account([(steep(1), 0.8), (steep(2), 1.0)], protect=None, **options)[1].warnings
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_warn_of_nothing(method, dense):
+    assert warnings(method=method, dense=dense) == ()
+
+
+@pytest.mark.parametrize("method", PAPERS)
+def test_what_loses_half_of_a_lora_says_so(method):
+    notes = warnings(method=method, density=0.0)
+    assert len(notes) == 2
+    assert all(f"method {method} leaves about 0 % of " in note and "higher density" in note for note in notes)
+
+
+def test_a_method_that_prunes_nothing_says_so():
+    sums = [name for name in PAPERS if warnings(method=name, density=1.0)]
+    assert sums == ["magnitude", "dare", "della", "breadcrumbs"]
+    assert "density is 1, at which method dare prunes nothing" in warnings(method="dare", density=1.0)[0]
+
+
+def test_a_cut_that_loses_half_of_a_lora_says_so():
+    weak, strong = steep(1), steep(2)
+    notes = merge_with_account([(weak, 0.1), (strong, 1.0)], rank=4, protect=None)[1].warnings
+    assert len(notes) == 1
+    assert re.match(r"the cut leaves [0-4]?\d % of the energy of ", notes[0])
+    assert merge_with_account([(weak, 0.1), (strong, 1.0)], retain=0.9, protect=None)[1].warnings == ()
 
 
 def test_the_effect_is_the_fitted_coefficient():

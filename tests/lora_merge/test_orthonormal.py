@@ -1,0 +1,64 @@
+"""Orthonormal bases by way of Gram matrices, against the QR decomposition in float64."""
+
+import pytest
+import torch
+
+from lcm_kit.lora_merge.orthonormal import basis, triangle
+
+
+def random(rows, columns, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def dependent(rows, columns):
+    return random(rows, 3) @ random(3, columns, seed=1)
+
+
+def nearly_dependent(rows, columns):
+    """One column off the span of the others by 1e-5 of its length."""
+    factor = random(rows, columns)
+    factor[:, -1] = factor[:, 0] + factor[:, 1] + 1e-5 * factor[:, -1]
+    return factor
+
+
+FACTORS = {
+    "tall": random(40, 7),
+    "one column": random(40, 1),
+    "wide": random(5, 9),
+    "dependent": dependent(40, 7),
+    "nearly dependent": nearly_dependent(40, 7),
+    "a column of zeros": torch.cat([random(40, 3), torch.zeros(40, 1), random(40, 2, seed=1)], dim=1),
+    "zero": torch.zeros(40, 3),
+    "columns of very different size": random(40, 6) * 10.0 ** torch.arange(-12, 12, 4),
+}
+
+
+@pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS)
+def test_q_is_orthonormal_and_q_r_is_the_factor(factor):
+    found, r = basis(factor)
+    q = (found.vectors @ found.coefficients(torch.eye(r.shape[0], dtype=torch.float64))).double()
+    # float32 throughout, times the inverse of the least distance that a Cholesky factor is trusted with
+    assert (q.T @ q - torch.eye(r.shape[0])).abs().max() < 1e-4
+    scale = factor.double().norm(dim=0).clamp(min=1e-30)
+    assert ((q @ r - factor) / scale).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS)
+def test_both_triangles_have_the_factors_gram_matrix(factor):
+    expected = factor.double().T @ factor.double()
+    size = expected.diagonal().sqrt().clamp(min=1e-30)
+    for r in (basis(factor)[1], triangle(factor)):
+        assert ((r.T @ r - expected) / size / size[:, None]).abs().max() < 1e-12
+
+
+def test_only_what_is_near_to_dependent_takes_the_slow_way():
+    assert basis(FACTORS["tall"])[0].r is not None
+    assert basis(FACTORS["columns of very different size"])[0].r is not None
+    for name in ("wide", "dependent", "nearly dependent", "a column of zeros", "zero"):
+        assert basis(FACTORS[name])[0].r is None
+
+
+def test_half_precision_and_turned_factors_are_the_same():
+    half = FACTORS["tall"].half()
+    torch.testing.assert_close(triangle(half), triangle(half.float()))
+    torch.testing.assert_close(triangle(half.T.contiguous().T), triangle(half))
