@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import torch
@@ -23,6 +24,7 @@ from .layer import LoraLayer, whole_factors
 from .lora import Lora
 from .lowrank import directions_in
 from .meeting import unify
+from .orthonormal import triangle
 from .places import place
 from .pool import in_order
 from .unet import infer_layout
@@ -118,12 +120,12 @@ def _has(lora: Lora, module: str) -> bool:
 def _factors(lora: Lora, module: str) -> tuple[Tensor, Tensor, Tensor] | None:
     """up (out, r), down (r, in * kernel) and scales (r,): the update at strength 1 is (up * scales) @ down.
 
-    None if the LoRA does not change this weight.
+    None if the LoRA does not change this weight. Each in the dtype it came in.
     """
     ups, downs, scales = [], [], []
     if module in lora.modules:
         layer = lora.modules[module]
-        up, down = layer.factors()
+        up, down = layer.stored_factors()
         ups.append(up)
         downs.append(down)
         scales.append(torch.full((up.shape[1],), layer.scale))
@@ -134,46 +136,55 @@ def _factors(lora: Lora, module: str) -> tuple[Tensor, Tensor, Tensor] | None:
             ups.append(up)
             downs.append(down)
             scales.append(torch.ones(up.shape[1]))
+    if len(ups) == 1:
+        return ups[0], downs[0], scales[0]
     return (torch.cat(ups, dim=1), torch.cat(downs, dim=0), torch.cat(scales)) if ups else None
 
 
 @dataclass(frozen=True, eq=False)
 class _Own:
-    """One update in the common small space. core: (p, q) float64.   values: its squared singular values, descending.
-    left: (p, k), right: (q, k) orthonormal, of those that are not 0.   leading: number of right ones that hold the wanted
-    share of its energy.
+    """One update in the common small space. up: (p, r), down: (q, r), float64, the update's columns of R_u and R_d, scales
+    in up.   values: its squared singular values, descending.   inner @ vectors: the right ones, (q, r) @ (r, r).
+    effective: number of those that are not 0.   leading: number of them that hold the wanted share of its energy.
     """
 
-    core: Tensor
+    up: Tensor
+    down: Tensor
     values: Tensor
-    left: Tensor
-    right: Tensor
+    inner: Tensor
+    vectors: Tensor
+    effective: int
     leading: int
     energy: float
 
+    @cached_property
+    def core(self) -> Tensor:
+        """(p, q)"""
+        return self.up @ self.down.T
+
+    @cached_property
+    def right(self) -> Tensor:
+        """(q, effective), orthonormal."""
+        return self.inner @ self.vectors[:, : self.effective]
+
+    @cached_property
+    def left(self) -> Tensor:
+        """(p, effective), orthonormal."""
+        return (self.core @ self.right) / self.values[: self.effective].sqrt()
+
 
 def _own(up: Tensor, down: Tensor, share: float) -> _Own:
-    """up: (p, r), down: (q, r), the update's columns of R_u and R_d.
-
-    Singular values as roots of eigenvalues, in float64: good to 1e-8 of the largest one, which is below float32's
+    """Singular values as roots of eigenvalues: good to 1e-8 of the largest one, which is below float32's
     rounding of the factors, in half the time of a singular value decomposition.
     """
-    up, down = up.double(), down.double()
-    q_down, r_down = torch.linalg.qr(down)
-    thin = up @ r_down.T
+    inner, r = torch.linalg.qr(down)
+    thin = up @ r.T
     values, vectors = torch.linalg.eigh(thin.T @ thin)
-    s, right = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-    used = int((s > _ZERO * s[0]).sum())
-    held = s.square().cumsum(0)
+    values = values.flip(0).clamp(min=0)
+    effective = int((values > _ZERO**2 * values[0]).sum())
+    held = values.cumsum(0)
     leading = int((held < share * (1 - 1e-9) * held[-1]).sum()) + 1
-    return _Own(
-        up @ down.T,
-        s.square(),
-        (thin @ right[:, :used]) / s[:used],
-        q_down @ right[:, :used],
-        min(leading, used),
-        float(held[-1]),
-    )
+    return _Own(up, down, values, inner, vectors.flip(1), effective, min(leading, effective), float(held[-1]))
 
 
 def _module(
@@ -183,8 +194,8 @@ def _module(
     found = {index: pair for index, lora in enumerate(loras) if (pair := _factors(lora, name)) is not None}
     ups, downs = [up for up, _, _ in found.values()], [down for _, down, _ in found.values()]
     rows, columns, ranks = ups[0].shape[0], downs[0].shape[1], [up.shape[1] for up in ups]
-    r_up = torch.linalg.qr(torch.cat(ups, dim=1), mode="r").R.split(ranks, dim=1)
-    r_down = torch.linalg.qr(torch.cat(downs, dim=0).T, mode="r").R.split(ranks, dim=1)
+    up, down = (ups[0], downs[0]) if len(found) == 1 else (torch.cat(ups, dim=1), torch.cat(downs, dim=0))
+    r_up, r_down = torch.split(triangle(up), ranks, dim=1), torch.split(triangle(down.T), ranks, dim=1)
     owns = {
         index: _own(a * scales, b, share)
         for (index, (_, _, scales)), a, b in zip(found.items(), r_up, r_down, strict=True)
@@ -213,17 +224,17 @@ def _module(
 def _part(lora: Lora, module: str, own: _Own, rank: int) -> Part:
     layer = lora.modules.get(module)
     if layer is None:
-        return Part("difference", rank, len(own.right.T), None, 1.0, own.energy, False)
+        return Part("difference", rank, own.effective, None, 1.0, own.energy, False)
     # Only of a plain LoRA the factors' rank is what somebody chose.
     possible = min(layer.rank, layer.shape[0], math.prod(layer.shape[1:]))
-    deficient = isinstance(layer, LoraLayer) and 0 < own.left.shape[1] < possible and (module, "diff") not in lora.diffs
-    return Part(layer.kind, layer.rank, own.left.shape[1], layer.alpha, layer.scale, own.energy, deficient)
+    deficient = isinstance(layer, LoraLayer) and 0 < own.effective < possible and (module, "diff") not in lora.diffs
+    return Part(layer.kind, layer.rank, own.effective, layer.alpha, layer.scale, own.energy, deficient)
 
 
 def _pair(which: tuple[int, int], first: _Own, second: _Own, dot: float, shape: tuple[int, int]) -> Pair:
     rows, columns = shape
     lefts, rights = first.left.T @ second.left, first.right.T @ second.right
-    ranks = (first.left.shape[1], second.left.shape[1])
+    ranks = (first.effective, second.effective)
     first_led = float((first.core @ second.right[:, : second.leading]).square().sum())
     second_led = float((second.core @ first.right[:, : first.leading]).square().sum())
     return Pair(
@@ -257,9 +268,8 @@ def _curve(
         kept_of_one = strengths[index] ** 2 * torch.cat([own.values.new_zeros(1), own.values.cumsum(0)])
         known = kept_of_one.expand(2, -1)
     else:
-        cores = tuple(core.float() for core in weighted.values())
-        space = CoreSpace(total.new_zeros(rows, 0), total.new_zeros(0, columns), cores, shape)
-        known = directions_in(space, total.float()).prospect().kept
+        space = CoreSpace(total.new_zeros(rows, 0), total.new_zeros(0, columns), tuple(weighted.values()), shape)
+        known = directions_in(space, total).prospect().kept
     # An exact merge takes no rank for strength 0, but one rank of zeros where nothing is left.
     rank = max(rank, 1)
     kept = energies.expand(-1, 1 + rank).clone()

@@ -116,7 +116,8 @@ class Engine:
         if method.combine is None or alone:
             products = _products_of_one(terms[0]) if alone else None
             if not rank:
-                return Finished(module, owners, weighted_sum(terms), None, None, products, aside)
+                layer = weighted_sum(terms, self.options.out_dtype or torch.float32)
+                return Finished(module, owners, layer, None, None, products, aside)
             cut = truncated_sum(terms, rank, balanced=self.options.balanced)
             return Finished(module, owners, cut.layer, None, cut, products, aside)
         if self.options.dense and method.entrywise:

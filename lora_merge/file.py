@@ -8,14 +8,12 @@ import secrets
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from . import metadata
-from .header import check_header
 from .lora import FORMATS, Format, Lora
 from .pool import one_thread
+from .tensor_file import mapped, write
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -32,16 +30,11 @@ def load(path: str | os.PathLike[str]) -> Lora:
         raise FileNotFoundError(f"{path}: there is no such file; check the name and the folder.")
     if path.is_dir():
         raise ValueError(f"{path}: this is a folder; give the .safetensors file in it.")
-    check_header(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            notes = dict(file.metadata() or {})
-            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: is damaged ({error}); download it again.") from error
-    # Thousands of checks of small tensors: sharing out each of them takes longer than doing it.
-    with one_thread():
-        return Lora.from_state_dict(tensors, metadata=notes | _peft_config(path), source=path.name)
+        tensors, notes = mapped(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error}).") from error
+    return Lora.from_state_dict(tensors, metadata={**notes, **_peft_config(path)}, source=path.name)
 
 
 def save(
@@ -69,7 +62,7 @@ def save(
     with one_thread():
         tensors = lora.to_state_dict(dtype, format=format, copy=False)
     notes = metadata.for_file(lora, path.stem, format)
-    _write(path, _apart(tensors), notes, overwrite)
+    _write(path, tensors, notes, overwrite)
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -82,32 +75,21 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{path}: exists already; choose another name or allow overwriting.")
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor in memory of its own: safetensors refuses one that stands under two names."""
-    seen: set[int] = set()
-    result = {}
-    for key, tensor in tensors.items():
-        result[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
-    return result
-
-
 def _write(path: Path, tensors: dict[str, Tensor], notes: dict[str, str], overwrite: bool) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        mode = os.fstat(descriptor).st_mode & 0o777  # what the umask makes of an ordinary new file
-        os.close(descriptor)
-        save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary, notes)
-        os.chmod(temporary, mode)  # safetensors 0.8 replaces the file by one of mode 0600
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        try:
+            # Of the mode that the umask makes of an ordinary new file.
+            with open(temporary, "xb") as file:
+                write(file, tensors, notes)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(f"{path}: could not be written ({error}); is the disk full?") from error
         if overwrite:
             os.replace(temporary, path)
         else:
             _put_if_free(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: could not be written ({error}); is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
 

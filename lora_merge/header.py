@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
+
+import torch
 
 # The largest LoRAs known have some 10,000 tensors; a million costs seconds, and gigabytes, before anything is looked at.
 MAX_TENSORS = 100_000
@@ -20,18 +23,42 @@ MAX_HEADER = 64_000_000
 MAX_NAME = 500
 MAX_DIMENSIONS = 8
 
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
-_BYTES |= {f"{sign}{bits}": bits // 8 for sign in "IU" for bits in (8, 16, 32, 64)}
+_TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
+_TORCH |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+_TORCH |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)} | {
+    f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)
+}
+# Older torch has no uint16, uint32 and uint64.
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, dtype) for name, dtype in _TORCH.items() if hasattr(torch, dtype)
+}
 
 
-def check_header(path: Path) -> None:
+@dataclass(frozen=True)
+class Header:
+    """entries: name -> (dtype, shape, first byte, byte behind the last), counted from `begin`, in the order of the data.
+    size: of the whole file in bytes.
+    """
+
+    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...], int, int]]
+    metadata: Mapping[str, str]
+    begin: int
+    size: int
+
+
+def check_header(path: Path) -> Header:
     """Raises ValueError, saying what is wrong, for a file that is no whole safetensors file of a sane size."""
-    problem = _problem(path)
-    if problem is not None:
-        raise ValueError(f"{path}: {problem}")
+    try:
+        return _read(path)
+    except _Refused as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def _problem(path: Path) -> str | None:
+class _Refused(Exception):
+    """What is wrong, in words."""
+
+
+def _read(path: Path) -> Header:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -40,24 +67,29 @@ def _problem(path: Path) -> str | None:
             file.seek(8)
             text = file.read(length) if length <= min(MAX_HEADER, size) else b""
     except OSError as error:
-        return f"cannot be read ({error})."
+        raise _Refused(f"cannot be read ({error}).") from None
     if (other := _something_else(head)) is not None:
-        return other
+        raise _Refused(other)
     if head[8:9] != b"{":
-        return "is not a safetensors file; choose a LoRA saved as .safetensors."
+        raise _Refused("is not a safetensors file; choose one saved as .safetensors.")
     if length > MAX_HEADER and (length > 100_000_000 or length <= size):
-        return f"claims a header of {length} bytes, and no LoRA has more than {MAX_HEADER}; it is damaged."
+        raise _Refused(f"claims a header of {length} bytes, and no LoRA has more than {MAX_HEADER}; it is damaged.")
     if 8 + length > size:
-        return f"is cut off within its first {length} bytes, at {size}; download it again."
+        raise _Refused(f"is cut off within its first {length} bytes, at {size}; download it again.")
     if text.count(b'"data_offsets"') > MAX_TENSORS:
-        return _too_many(text.count(b'"data_offsets"'))
+        raise _Refused(_too_many(text.count(b'"data_offsets"')))
     try:
-        entries = _parse(text)
-    except _Refused as error:
-        return str(error)
+        parsed = _parse(text)
     except (ValueError, RecursionError) as error:
-        return f"is not a safetensors file ({str(error) or 'too deep'}); choose a LoRA saved as .safetensors."
-    return _wrong_entry(entries) or _wrong_layout(entries, size - 8 - length, size)
+        message = f"is not a safetensors file ({str(error) or 'too deep'}); choose one saved as .safetensors."
+        raise _Refused(message) from None
+    metadata = parsed.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _Refused("is damaged: its metadata is not text by name; download it again.")
+    entries = {name: _entry(name, entry) for name, entry in parsed.items()}
+    order = sorted((start, stop, name) for name, (_, _, start, stop) in entries.items())
+    _check_layout(order, size - 8 - length, size)
+    return Header({name: entries[name] for _, _, name in order}, metadata, 8 + length, size)
 
 
 def _something_else(head: bytes) -> str | None:
@@ -70,16 +102,12 @@ def _something_else(head: bytes) -> str | None:
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer and not the file itself; fetch it with git lfs pull."
     if head.lstrip().startswith(b"<") and head[8:9] != b"{":
-        return "is a web page and not a LoRA; the download needs a login or another link."
+        return "is a web page and not a model; the download needs a login or another link."
     return None
 
 
-class _Refused(Exception):
-    """What stops the parser early."""
-
-
 def _parse(text: bytes) -> dict[str, Any]:
-    """Name -> entry. Stops at a name that stands there twice and at too many objects."""
+    """Name -> entry, and the metadata. Stops at a name that stands there twice and at too many objects."""
     objects = 0
 
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -96,31 +124,34 @@ def _parse(text: bytes) -> dict[str, Any]:
     header = json.loads(text.decode("utf-8"), object_pairs_hook=pairs)
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
-    header.pop("__metadata__", None)  # safetensors sees to it
     return header
 
 
-def _wrong_entry(entries: Mapping[str, Any]) -> str | None:
-    for name, entry in entries.items():
-        if not 0 < len(name) <= MAX_NAME or not name.isprintable():
-            return (
-                f"has a tensor named {name[:60]!r}, {len(name)} characters; names have 1 to {MAX_NAME} printable ones."
-            )
-        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-            return f"is not a safetensors file: {name} has no dtype, shape and data_offsets in the header."
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-            return f"is damaged: {name} has shape {str(shape)[:60]} and data_offsets {str(offsets)[:60]} in the header."
-        if not isinstance(dtype, str) or dtype not in _BYTES:
-            return f"has {name} in dtype {str(dtype)[:60]}, which holds no weights here; save it as F16 or F32 first."
-        if prod(shape) == 0:
-            return f"is damaged: {name} has shape {tuple(shape)}, so no values at all."
-        if prod(shape) * _BYTES[dtype] != offsets[1] - offsets[0]:
-            return (
-                f"is damaged: {name} is {dtype} of shape {tuple(shape)}, {prod(shape) * _BYTES[dtype]} bytes, but has "
-                f"{offsets[1] - offsets[0]}."
-            )
-    return None
+def _entry(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        raise _Refused(
+            f"has a tensor named {name[:60]!r}, {len(name)} characters; names have 1 to {MAX_NAME} printable ones."
+        )
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise _Refused(f"is not a safetensors file: {name} has no dtype, shape and data_offsets in the header.")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+        raise _Refused(
+            f"is damaged: {name} has shape {str(shape)[:60]} and data_offsets {str(offsets)[:60]} in the header."
+        )
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _Refused(
+            f"has {name} in dtype {str(dtype)[:60]}, which holds no weights here; save it as F16 or F32 first."
+        )
+    numbers, (start, stop) = prod(shape), offsets
+    if numbers == 0:
+        raise _Refused(f"is damaged: {name} has shape {tuple(shape)}, so no values at all.")
+    needed = numbers * DTYPES[dtype].itemsize
+    if needed != stop - start:
+        raise _Refused(
+            f"is damaged: {name} is {dtype} of shape {tuple(shape)}, {needed} bytes, but has {stop - start}."
+        )
+    return DTYPES[dtype], tuple(shape), start, stop
 
 
 def _counts(value: Any) -> bool:
@@ -128,19 +159,19 @@ def _counts(value: Any) -> bool:
     return few and all(type(number) is int and 0 <= number < 1 << 63 for number in value)
 
 
-def _wrong_layout(entries: Mapping[str, Any], available: int, size: int) -> str | None:
+def _check_layout(order: Sequence[tuple[int, int, str]], available: int, size: int) -> None:
+    """order: first byte, byte behind the last and name of each tensor, sorted."""
     end, before = 0, ""
-    for (start, stop), name in sorted((tuple(entry["data_offsets"]), name) for name, entry in entries.items()):
+    for start, stop, name in order:
         if start < end:
-            return f"is damaged: {before} and {name} share bytes {start} to {min(end, stop)}."
+            raise _Refused(f"is damaged: {before} and {name} share bytes {start} to {min(end, stop)}.")
         if start > end:
-            return f"is damaged: bytes {end} to {start}, before {name}, belong to no tensor."
+            raise _Refused(f"is damaged: bytes {end} to {start}, before {name}, belong to no tensor.")
         end, before = stop, name
     if end > available:
-        return f"is cut off: {size} of {size - available + end} bytes are there; download it again."
+        raise _Refused(f"is cut off: {size} of {size - available + end} bytes are there; download it again.")
     if end < available:
-        return f"is damaged: {available - end} bytes at its end belong to no tensor; download it again."
-    return None
+        raise _Refused(f"is damaged: {available - end} bytes at its end belong to no tensor; download it again.")
 
 
 def _too_many(count: int) -> str:

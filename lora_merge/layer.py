@@ -45,6 +45,10 @@ class Layer(ABC):
     def factors(self) -> tuple[Tensor, Tensor]:
         """(out, rank) and (rank, in * kernel) in float32 whose product is the update without the scale; exact."""
 
+    def stored_factors(self) -> tuple[Tensor, Tensor]:
+        """`factors` in the dtype they came in, where they need no arithmetic; else in float32."""
+        return self.factors()
+
     @property
     def scale(self) -> float:
         """Factor on the product: alpha / dim, 1 without alpha."""
@@ -119,6 +123,11 @@ class LoraLayer(Layer):
 
     def parts(self) -> dict[str, Tensor]:
         return {"up": self.up, "down": self.down} | ({} if self.mid is None else {"mid": self.mid})
+
+    def stored_factors(self) -> tuple[Tensor, Tensor]:
+        if self.mid is not None:
+            return self.factors()
+        return self.up.detach().flatten(1), self.down.detach().flatten(1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(out, rank) and (rank, in * kernel) in float32, without the scale; exact, `mid` is folded into down."""

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arithmetic import Term, common_shape, joined, shaped, stacked
+from .arithmetic import Stack, Term, shaped, stacked
 from .core_space import CoreSpace
 from .layer import LoraLayer
+from .orthonormal import Basis, basis
+
+# Least ratio of eigenvalues from which singular vectors are computed.
+_CLEAR = 1e-10
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +61,12 @@ class Prospect:
 class Directions:
     """The sum's core and terms' cores in an order of directions in which they can be cut anywhere.
 
-    q_up @ u and vh @ q_down^T are orthonormal directions, most important first; `worth` says how important.
-    singular: they are the singular vectors of the sum, worth its squared singular values.
+    With q the columns of the bases, q_up @ u and vh @ q_down^T are orthonormal directions, most important first; `worth`
+    says how important. singular: they are the singular vectors of the sum, worth its squared singular values.
     """
 
-    q_up: Tensor
-    q_down: Tensor
+    up: Basis
+    down: Basis
     u: Tensor
     vh: Tensor
     total: Tensor
@@ -75,12 +79,12 @@ class Directions:
         blocks = torch.stack([(self.u.T @ core @ self.vh.T).double().square() for core in (self.total, *self.cores)])
         corners = torch.diagonal(blocks.cumsum(1).cumsum(2), dim1=1, dim2=2)
         kept = torch.cat([corners.new_zeros(len(blocks), 1), corners], dim=1)
-        cost = self.q_up.shape[0] + self.q_down.shape[0]
+        cost = self.up.vectors.shape[0] + self.down.vectors.shape[0]
         return Prospect(kept, self.worth, cost)
 
     def cut(self, rank: int) -> Truncated:
         u, vh = self.u[:, :rank], self.vh[:rank]
-        left, s, right = u, self.worth[:rank].float().sqrt(), vh
+        left, s, right = u, self.worth[:rank].to(u.dtype).sqrt(), vh
         lost = float(self.worth[rank:].sum())
         if not self.singular:
             # The projected sum has singular vectors of its own; they share its size evenly between the factors.
@@ -89,7 +93,9 @@ class Directions:
             inner, s, outer = torch.linalg.svd(core, full_matrices=False)
             left, right = u @ inner, outer @ vh
         root = s.sqrt()
-        layer = shaped(self.q_up @ (left * root), (root[:, None] * right) @ self.q_down.T, self.shape)
+        up = self.up.vectors @ self.up.coefficients(left * root)
+        down = self.down.coefficients(right.T * root).T @ self.down.vectors.T
+        layer = shaped(up, down, self.shape)
         return Truncated(
             layer,
             energy=_energy(self.total),
@@ -103,42 +109,58 @@ def directions(terms: Sequence[Term], *, balanced: bool = False) -> Directions:
     """Orthonormal directions of the weighted sum of (layer, strength) terms of one weight, by importance.
 
     up and down are the terms' factors side by side; with up = Q_u R_u and down^T = Q_d R_d the sum is
-    Q_u (R_u R_d^T) Q_d^T, and all that follows happens in the small core in the middle. Float32, no clamping.
+    Q_u (R_u R_d^T) Q_d^T, and all that follows happens in the small core in the middle, in float64. No clamping.
     balanced False: the singular vectors of the sum; the first r of them give the nearest update of rank r (Frobenius
         norm; Eckart & Young 1936). They follow the strong terms: a weak one may be lost whole at a small error.
     balanced True: the singular vectors of all terms side by side, each scaled to norm 1, so that a weak term has as
         much say as a strong one. The error of the sum is larger, what each term keeps is more even.
     """
-    return _directions(terms, *stacked(terms), balanced)
+    return _directions(stacked(terms), balanced)
 
 
-def _directions(terms: Sequence[Term], ups: Sequence[Tensor], downs: Sequence[Tensor], balanced: bool) -> Directions:
-    shape = common_shape([layer for layer, _ in terms])
-    ranks = [up.shape[1] for up in ups]
-    q_up, r_up = torch.linalg.qr(torch.cat(list(ups), dim=1))
-    q_down, r_down = torch.linalg.qr(torch.cat(list(downs), dim=0).T)
-    cores = [a @ b.T for a, b in zip(r_up.split(ranks, dim=1), r_down.split(ranks, dim=1), strict=True)]
+def _directions(whole: Stack, balanced: bool) -> Directions:
+    up, r_up = basis(whole.up)
+    down, r_down = basis(whole.down.T)
+    ranks = list(whole.ranks)
+    cores = [a @ b.T for a, b in zip(torch.split(r_up, ranks, 1), torch.split(r_down, ranks, 1), strict=True)]
     total = r_up @ r_down.T
     u, vh, worth = _by_importance(total, cores, balanced)
-    return Directions(q_up, q_down, u, vh, total, tuple(cores), worth, not balanced, shape)
+    return Directions(up, down, u, vh, total, tuple(cores), worth, not balanced, whole.shape)
 
 
 def directions_in(space: CoreSpace, core: Tensor, *, balanced: bool = False) -> Directions:
     """The same for left @ core @ right, what a merge method made of the cores of a CoreSpace."""
     u, vh, worth = _by_importance(core, space.cores, balanced)
-    return Directions(space.left, space.right.T, u, vh, core, space.cores, worth, not balanced, space.shape)
+    return Directions(
+        Basis(space.left), Basis(space.right.T), u, vh, core, space.cores, worth, not balanced, space.shape
+    )
 
 
 def _by_importance(total: Tensor, cores: Sequence[Tensor], balanced: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(u, vh, worth) of `Directions`."""
     if not balanced:
-        u, s, vh = torch.linalg.svd(total, full_matrices=False)
+        u, s, vh = _singular(total)
         return u, vh, s.double().square()
     side_by_side = [core / norm for core in cores if (norm := core.norm()) > 0] or [total]
     u, left, _ = torch.linalg.svd(torch.cat(side_by_side, dim=1), full_matrices=False)
     v, right, _ = torch.linalg.svd(torch.cat([core.T for core in side_by_side], dim=1), full_matrices=False)
     count = min(len(left), len(right))
     return u[:, :count], v[:, :count].T, (left[:count] * right[:count]).double()
+
+
+def _singular(total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(u, s, vh) of a singular value decomposition.
+
+    From eigenvectors, in half the time, where float64 leaves them as exact as float32 needs: u is orthonormal to about
+    1e-16 / (smallest / largest eigenvalue).
+    """
+    if total.dtype == torch.float64 and total.shape[0] >= total.shape[1]:
+        values, v = torch.linalg.eigh(total.T @ total)
+        if bool(values[0] > _CLEAR * values[-1]):
+            s, v = values.flip(0).sqrt(), v.flip(1)
+            return (total @ v) / s, s, v.T
+    u, s, vh = torch.linalg.svd(total, full_matrices=False)
+    return u, s, vh
 
 
 def truncated_sum(terms: Sequence[Term], rank: int, *, balanced: bool = False) -> Truncated:
@@ -151,13 +173,12 @@ def truncated_sum(terms: Sequence[Term], rank: int, *, balanced: bool = False) -
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}, but the smallest rank is 1")
-    ups, downs = stacked(terms)
-    if sum(up.shape[1] for up in ups) <= rank:
-        layer = joined(ups, downs, common_shape([layer for layer, _ in terms]))
-        energies = tuple(map(_product_energy, ups, downs))
-        whole = energies[0] if len(energies) == 1 else _product_energy(torch.cat(ups, dim=1), torch.cat(downs, dim=0))
-        return Truncated(layer, whole, 0.0, energies, energies)
-    return _directions(terms, ups, downs, balanced).cut(rank)
+    whole = stacked(terms)
+    if sum(whole.ranks) <= rank:
+        energies = tuple(_product_energy(up, down) for up, down in whole.parts)
+        energy = energies[0] if len(energies) == 1 else _product_energy(whole.up, whole.down)
+        return Truncated(whole.layer(), energy, 0.0, energies, energies)
+    return _directions(whole, balanced).cut(rank)
 
 
 def truncated_matrix(total: Tensor, deltas: Sequence[Tensor], rank: int) -> Truncated:

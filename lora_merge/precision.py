@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .layer import LoraLayer
+from .pool import in_order
 
 # Largest entry of a factor below which float16 starts to round it coarser than its 11 bits (subnormals begin at 2**-14).
 _SMALL = 2.0**-12
+# Numbers that one thread looks at in one go.
+_PIECE = 1 << 22
+_WORTH_A_THREAD = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,15 +38,23 @@ def cast(layer: LoraLayer, dtype: torch.dtype) -> Cast:
     up, down, mid = layer.up.detach(), layer.down.detach(), layer.mid
     if {factor.dtype for factor in (up, down, mid) if factor is not None} == {dtype}:
         return Cast(layer, False)
+    result = _rounded(layer, up, down, dtype)
+    if mid is None and holds(result.up, result.down):
+        return Cast(result, False)
     balanced = False
     if dtype == torch.float16 and not _fits(up, down):
         # With mid, rank indices of up and down do not pair up: one factor for all of them.
         up, down, balanced = _balance(up, down, per_component=mid is None)
-    result = replace(layer, up=up.to(dtype), down=down.to(dtype), mid=None if mid is None else mid.detach().to(dtype))
+        result = _rounded(layer, up, down, dtype)
     factors = [result.up, result.down] + ([] if result.mid is None else [result.mid])
     if not all(map(is_finite, factors)):
         raise ValueError(f"values are too large for {str(dtype).removeprefix('torch.')}; save as float32 or bfloat16")
     return Cast(result, balanced)
+
+
+def _rounded(layer: LoraLayer, up: Tensor, down: Tensor, dtype: torch.dtype) -> LoraLayer:
+    mid = None if layer.mid is None else layer.mid.detach().to(dtype)
+    return replace(layer, up=up.to(dtype), down=down.to(dtype), mid=mid)
 
 
 def cast_part(part: Tensor, dtype: torch.dtype | None, *, copy: bool = True) -> Tensor:
@@ -57,6 +71,29 @@ def cast_part(part: Tensor, dtype: torch.dtype | None, *, copy: bool = True) -> 
     return result
 
 
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all values of all tensors are numbers. Neighbours in one memory, as those of a file are, count as one."""
+    runs: list[tuple[Tensor, int, int]] = []  # first tensor, its storage, numbers
+    apart = []
+    for tensor in sorted(tensors, key=Tensor.data_ptr):
+        if not tensor.is_contiguous():
+            apart.append(tensor)
+            continue
+        storage = tensor.untyped_storage().data_ptr()
+        if runs:
+            first, where, numbers = runs[-1]
+            follows = tensor.storage_offset() == first.storage_offset() + numbers
+            if storage == where and tensor.dtype == first.dtype and follows:
+                runs[-1] = (first, where, numbers + tensor.numel())
+                continue
+        runs.append((tensor, storage, tensor.numel()))
+    pieces = [*apart, *(piece for first, _, n in runs for piece in torch.split(first.as_strided((n,), (1,)), _PIECE))]
+    # To share out thousands of small tensors takes longer than to look at them.
+    large = sum(piece.numel() for piece in pieces) > len(pieces) * _WORTH_A_THREAD
+    with closing(in_order(is_finite, pieces, torch.get_num_threads() if large else 1)) as found:
+        return all(found)
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether all values are numbers; true for a tensor without values, and for integers."""
     if tensor.numel() == 0 or not tensor.dtype.is_floating_point:
@@ -65,6 +102,17 @@ def is_finite(tensor: Tensor) -> bool:
     # aminmax hands NaN on and needs no memory: 20 times the speed of isfinite().all(). 8-bit floats have none.
     low, high = torch.aminmax(tensor.half() if tensor.dtype.itemsize == 1 else tensor)
     return math.isfinite(float(low)) and math.isfinite(float(high))
+
+
+def holds(up: Tensor, down: Tensor) -> bool:
+    """Whether factors that were rounded to this dtype lost nothing but the rounding: `cast` would have left them so."""
+    if up.dtype != torch.float16:
+        return is_finite(up) and is_finite(down)
+    largest = torch.finfo(torch.float16).max
+    # float32: torch takes up to ten times as long over columns of float16, not over rows.
+    maxima = torch.cat([_component_maxima(up.float(), 1), _component_maxima(down, 0).float()])
+    # Without the bounds themselves: what is there may have been rounded to them, and 0 may have been a small number.
+    return bool(((maxima > _SMALL) & (maxima < largest)).all())
 
 
 def _fits(up: Tensor, down: Tensor) -> bool:

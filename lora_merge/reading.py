@@ -14,7 +14,7 @@ from .keys import DIFF_PARTS
 from .kinds import build, is_carried, problem
 from .layer import Layer
 from .peft import adapter_alpha
-from .precision import is_finite
+from .precision import all_finite, is_finite
 from .unet import infer_layout
 
 _NUMBERS = ("alpha", "reshape_weight")
@@ -175,8 +175,8 @@ def _check_values(tensors: Mapping[str, Tensor], source: str) -> None:
     empty = sorted(key for key, tensor in tensors.items() if tensor.numel() == 0)
     if empty:
         raise ValueError(f"{source}: {len(empty)} tensors have no values, {', '.join(empty[:3])}; the file is damaged.")
-    broken = sorted(key for key, tensor in tensors.items() if not is_finite(tensor))
-    if broken:
+    if not all_finite(tensors.values()):
+        broken = sorted(key for key, tensor in tensors.items() if not is_finite(tensor))
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise ValueError(
             f"{source}: NaN or infinite values in {', '.join(broken[:3])}{more}; the training diverged or the file was "

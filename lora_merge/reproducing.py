@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from .arithmetic import Term, stacked
@@ -18,6 +17,7 @@ from .lora import Format, Lora
 from .merging import Progress, merge_with_account
 from .options import DTYPES
 from .provenance import Ingredient, recipe_of
+from .tensor_file import mapped
 
 # Other processors round otherwise, so that factors of cut modules differ and their product hardly does. Twice to four
 # times the rounding of the dtype.
@@ -53,7 +53,7 @@ def reproduce(
     given = load(path)
     recipe = recipe_of(given.metadata, path.name)
     found = _find(recipe.inputs, [Path(folder) for folder in folders] or [path.parent], path)
-    tensors = _tensors(path)
+    tensors, _ = mapped(path)
     dtype, format = _dtype(tensors), _format(tensors)
     inputs = [(load(file), entry.strength) for file, entry in zip(found, recipe.inputs, strict=True)]
     made, _ = merge_with_account(
@@ -97,11 +97,6 @@ def _find(inputs: Iterable[Ingredient], folders: Sequence[Path], made: Path) -> 
     return found
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}
-
-
 def _dtype(tensors: dict[str, Tensor]) -> torch.dtype:
     kinds = [tensor.dtype for key, tensor in tensors.items() if not key.endswith(".alpha") and tensor.dtype in DTYPES]
     return max(set(kinds), key=kinds.count) if kinds else torch.float32
@@ -125,6 +120,6 @@ def _difference(first: Lora, second: Lora) -> float:
 
 def _norm(terms: list[Term]) -> float:
     # Triangular factors: products of Gram matrices would lose half of the digits where terms cancel.
-    ups, downs = stacked(terms)
-    up, down = torch.linalg.qr(torch.cat(ups, dim=1))[1], torch.linalg.qr(torch.cat(downs, dim=0).T)[1]
+    total = stacked(terms)
+    up, down = torch.linalg.qr(total.up)[1], torch.linalg.qr(total.down.T)[1]
     return float((up @ down.T).double().norm())

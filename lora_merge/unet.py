@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 DEFAULT_RES_BLOCKS = 2
 MAX_RES_BLOCKS = 8
@@ -151,20 +152,21 @@ def to_diffusers(name: str, layout: Layout) -> str | None:
     return None
 
 
-def fits(name: str, res_blocks: int) -> bool:
-    """Whether a UNet with that many residual blocks a level can have a module of this name."""
-    size = res_blocks + 1
+@lru_cache(maxsize=8192)
+def _sizes(name: str) -> frozenset[int]:
+    """Every R, up to MAX_RES_BLOCKS, with which a UNet can have a module of this name."""
+    every = range(1, MAX_RES_BLOCKS + 1)
     if match := _INPUT_OP.fullmatch(name):
-        return int(match[1]) > 0 and int(match[1]) % size == 0
+        return frozenset(size for size in every if int(match[1]) > 0 and int(match[1]) % (size + 1) == 0)
     if match := (_INPUT_RESNET.fullmatch(name) or _INPUT_ATTENTION.fullmatch(name)):
-        return int(match[1]) % size != 0
+        return frozenset(size for size in every if int(match[1]) % (size + 1) != 0)
     if match := _OUTPUT_CONV.fullmatch(name):
-        return (int(match[1]) + 1) % size == 0
+        return frozenset(size for size in every if (int(match[1]) + 1) % (size + 1) == 0)
     if match := _DOWN.fullmatch(name):
-        return _block(match) < res_blocks
+        return frozenset(size for size in every if _block(match) < size)
     if match := _UP.fullmatch(name):
-        return _block(match) <= res_blocks
-    return True
+        return frozenset(size for size in every if _block(match) <= size)
+    return frozenset(every)
 
 
 def _block(match: re.Match[str]) -> int:
@@ -180,7 +182,7 @@ def possible_res_blocks(names: Iterable[str]) -> list[int]:
     this family share, then the others in ascending order.
     """
     names = set(names)
-    allowed = [size for size in range(1, MAX_RES_BLOCKS + 1) if all(fits(name, size) for name in names)]
+    allowed = frozenset(range(1, MAX_RES_BLOCKS + 1)).intersection(*map(_sizes, names))
     ways: dict[tuple[str, int], int] = {}
     for name in names:
         for way, pattern in (("down", _DOWN), ("up", _UP)):

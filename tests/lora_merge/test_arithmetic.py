@@ -1,10 +1,11 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lcm_kit.lora_merge import LoraLayer
 from lcm_kit.lora_merge.arithmetic import weighted_sum
+from lcm_kit.lora_merge.precision import cast
 from lcm_kit.tests.lora_merge.make import dense, factors, relative
 
 
@@ -109,3 +110,43 @@ def test_layers_of_different_weights_do_not_add():
         weighted_sum([])
     with pytest.raises(ValueError, match="strength is nan"):
         weighted_sum([(layer(6, 2, 5), float("nan"))])
+
+
+dtypes = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
+# Where float16 holds all, where components overflow, and where they are lost among its subnormal numbers.
+sizes = st.sampled_from([1.0, 1.0, 1e-2, 3e-3, 1e-4, 1e-8, 0.0, 1e6])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(ranks, alphas, strengths, dtypes, sizes, sizes), min_size=1, max_size=3), dtypes)
+def test_straight_to_a_dtype_is_what_comes_by_way_of_float32_bit_for_bit(terms, dtype):
+    layers = []
+    for number, (rank, alpha, strength, given_dtype, up_size, down_size) in enumerate(terms):
+        up, down = factors(6, rank, 5, seed=number)
+        up, down = ((factor * size).to(given_dtype) for factor, size in ((up, up_size), (down, down_size)))
+        layers.append((LoraLayer(up, down, alpha), strength))
+    assume(all(factor.isfinite().all() for layer, _ in layers for factor in (layer.up, layer.down)))
+    exact = weighted_sum(layers)
+    try:
+        expected = cast(exact, dtype)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=str(error)):
+            cast(weighted_sum(layers, dtype), dtype)
+        return
+    found = cast(weighted_sum(layers, dtype), dtype)
+    assert found.balanced == expected.balanced
+    assert torch.equal(found.layer.up, expected.layer.up)
+    assert torch.equal(found.layer.down, expected.layer.down)
+    alive = found.layer.up.abs().amax(0) * found.layer.down.abs().amax(1) > 0
+    if not found.balanced and alive.all():  # a component with one factor 0 is 0 in both
+        assert torch.equal(found.layer.up, exact.up.to(dtype))
+        assert torch.equal(found.layer.down, exact.down.to(dtype))
+
+
+def test_a_sum_in_another_dtype_leaves_its_terms_alone():
+    one = LoraLayer(*factors(6, 2, 5, dtype=torch.float16), 1.0)
+    before = one.up.clone(), one.down.clone()
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        weighted_sum([(one, 0.3)], dtype)
+    assert torch.equal(one.up, before[0])
+    assert torch.equal(one.down, before[1])

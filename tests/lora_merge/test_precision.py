@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lcm_kit.lora_merge import Lora, LoraLayer
-from lcm_kit.lora_merge.precision import cast
+from lcm_kit.lora_merge.precision import all_finite, cast
 from lcm_kit.tests.lora_merge.make import dense, factors, kohya, relative
 
 MODULE = "lora_unet_conv_in"
@@ -74,3 +74,23 @@ def test_keeping_the_dtype_keeps_every_bit():
     state = Lora.from_state_dict(kohya(MODULE, up, down)).to_state_dict()
     assert torch.equal(state[f"{MODULE}.lora_up.weight"], up)
     assert torch.equal(state[f"{MODULE}.lora_down.weight"], down)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", range(0, 30, 7))
+def test_one_value_that_is_no_number_is_found_wherever_it_is(value, where):
+    """In neighbours of one memory, with a gap between two of them and one that is turned."""
+    memory = torch.zeros(40)
+    parts = [memory[:4], memory[4:10].view(2, 3), memory[12:12], memory[12:20].view(2, 4).T, memory[20:30]]
+    assert all_finite([*parts, torch.ones(3).half(), torch.tensor([1])])
+    memory[10:12], memory[30:] = value, value  # of nobody
+    assert all_finite(parts)
+    memory[where] = value
+    assert not all_finite(parts)
+
+
+@pytest.mark.parametrize("where", [0, 1 << 22, (3 << 22) - 1])
+def test_it_is_found_in_large_tensors_that_threads_share_too(where):
+    memory = torch.zeros(3 << 22, dtype=torch.float16)
+    memory[where] = float("nan")
+    assert not all_finite([memory[: 1 << 20], memory[1 << 20 :]])
