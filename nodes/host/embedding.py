@@ -8,6 +8,7 @@ import logging
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 import comfy.lora
 import comfy.model_management
@@ -16,6 +17,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 from safetensors import SafetensorError, safe_open
 
+from ...lora_merge.header import check_header
 from ...samplers.guidance import guidance_embedding
 
 logger = logging.getLogger(__name__)
@@ -165,7 +167,9 @@ def _read(path: str) -> FileTensors:
             if len(keys) == 1:
                 return FileTensors(_projection(path, file, keys[0]), _layer_after(file, keys[0]))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: {_what_is_wrong(path, error)}") from error
+        # Only now: whole models hold tensors without values, which are no damage.
+        check_header(Path(path))
+        raise ValueError(f"{path}: is damaged ({error}); download it again.") from error
     if keys:
         raise ValueError(f"{path}: has {len(keys)} such tensors ({', '.join(keys)}). Choose a file with one UNet.")
     raise ValueError(
@@ -195,20 +199,3 @@ def _projection(path: str, file, key: str) -> torch.Tensor:
 def _path(unet_name: str) -> str | None:
     paths = (folder_paths.get_full_path(folder, unet_name) for folder in FOLDERS)
     return next((path for path in paths if path is not None), None)
-
-
-def _what_is_wrong(path: str, error: Exception) -> str:
-    try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-    except OSError as cause:
-        return f"cannot be read ({cause})."
-    if head.startswith((b"PK\x03\x04", b"\x80")):
-        return (
-            "is a pickle (.pt, .ckpt) under another name; pickles can run code and are not opened. Get the safetensors."
-        )
-    if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer and not the file itself; fetch it with git lfs pull."
-    if head.lstrip().startswith(b"<"):
-        return "is a web page and not a model; the download needs a login or another link."
-    return f"is no whole safetensors file ({error}); it may be cut off, download it again."

@@ -347,6 +347,12 @@ def test_a_file_in_half_precision_and_a_checkpoint_are_read(unet, model, written
     torch.testing.assert_close(made, constant_of(applied(model)), rtol=0, atol=2e-3 * float(made.abs().max()))
 
 
+def test_a_file_with_a_tensor_without_values_is_read(unet, model, written):
+    """As scaled fp8 models have it, to say so."""
+    written("marked.safetensors", {PROJECTION: unet.state_dict()[PROJECTION], "scaled_fp8": torch.zeros(0)})
+    assert torch.equal(constant_of(applied(model, unet_name="marked.safetensors")), constant_of(applied(model)))
+
+
 def test_file_list_names_both_folders_and_no_pickles(file, written):
     written("some.safetensors", b"", "checkpoints")
     written("some.ckpt", b"")
@@ -386,12 +392,12 @@ def test_an_overwritten_file_is_noticed_and_a_changed_guidance_reads_nothing(une
         ({PROJECTION: torch.full((32, 256), torch.nan)}, r"finite"),
         ({PROJECTION: torch.zeros(32, 3)}, r"dim is 3; "),
         ({PROJECTION: torch.zeros(32, 256), f"unet.{PROJECTION}": torch.zeros(32, 256)}, r"has 2 such tensors"),
-        (b"", r"no whole safetensors file"),
+        (b"", r"is empty; download it again"),
         (b"PK\x03\x04" + bytes(100), r"is a pickle .*not opened"),
         (b"\x80\x02}q\x00.", r"is a pickle .*not opened"),
         (b"<!DOCTYPE html><html>", r"is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", r"Git LFS pointer"),
-        (b"\xff" * 4096, r"no whole safetensors file"),
+        (b"\xff" * 4096, r"is not a safetensors file"),
     ],
 )
 def test_a_file_of_no_use_is_refused_with_the_reason(model, written, content, message):
@@ -403,7 +409,7 @@ def test_a_file_of_no_use_is_refused_with_the_reason(model, written, content, me
 
 def test_a_truncated_file_is_refused(model, file, written):
     written("cut.safetensors", file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"no whole safetensors file.*download it again"):
+    with pytest.raises(ValueError, match=r"is cut off: \d+ of \d+ bytes are there; download it again"):
         applied(model, unet_name="cut.safetensors")
 
 
