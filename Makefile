@@ -24,6 +24,10 @@ else
   RUN := $(or $(PYTHON),$(CURDIR)/.venv/bin/python)
 endif
 
+# Where pytest-xdist is installed the tests share two processes, file by file. Each takes about 1 GB of memory.
+WORKERS ?= 2
+PYTEST = "$(RUN)" -m pytest $(shell "$(RUN)" -c 'import xdist' 2>/dev/null && echo '-n $(WORKERS) --dist loadfile')
+
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 	@echo
@@ -49,7 +53,7 @@ unit: setup  ## the tests that need no ComfyUI
 	env -u COMFYUI_PATH "$(RUN)" -m pytest tests --ignore=tests/with_comfyui
 
 integration: setup  ## the tests that run the real ComfyUI: nodes, server, web page
-	COMFYUI_PATH="$(COMFYUI)" "$(RUN)" -m pytest tests/with_comfyui
+	COMFYUI_PATH="$(COMFYUI)" $(PYTEST) tests/with_comfyui
 
 clean:  ## removes .venv, .comfyui and everything that tools left behind
 	rm -rf .venv .comfyui .comfyui.part .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info demo/output

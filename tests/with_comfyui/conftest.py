@@ -6,6 +6,7 @@ of their own: nothing is written into anybody's ComfyUI. `server` is a whole Com
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from lcm_kit.tests.helpers import ROOT
 
+DEMO_MODELS = ROOT / "demo" / "models"
 HOME = None
 
 if os.environ.get("COMFYUI_PATH"):
@@ -50,6 +52,43 @@ def pytest_unconfigure():
 def comfy_home():
     """The base directory (models/, input/, output/) of the ComfyUI that runs in process."""
     return HOME
+
+
+@pytest.fixture(scope="session")
+def tiny_emoji():
+    """(MODEL, CLIP) of the demo by ComfyUI's own loader, which knows the model type only meanwhile. Work on clones."""
+    import comfy.sd
+    import comfy.supported_models
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "demo"))
+        from tiny_emoji.model import TinyEmoji
+
+        patch.setattr(comfy.supported_models, "models", [TinyEmoji, *comfy.supported_models.models])
+        path = DEMO_MODELS / "checkpoints" / "tiny_emoji.safetensors"
+        model, clip, *_ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False)
+    for name in [name for name in sys.modules if name.startswith("tiny_emoji")]:
+        del sys.modules[name]
+    return model, clip
+
+
+@pytest.fixture(scope="session")
+def tiny_emoji_lcm(tiny_emoji):
+    """The demo's MODEL with its LCM-LoRA, by ComfyUI's own loader."""
+    import comfy.sd
+    import comfy.utils
+
+    lora = comfy.utils.load_torch_file(str(DEMO_MODELS / "loras" / "tiny_emoji_lcm_lora.safetensors"))
+    return comfy.sd.load_lora_for_models(tiny_emoji[0], None, lora, 1.0, 0.0)[0]
+
+
+@pytest.fixture(scope="session")
+def vae():
+    """The demo's VAE."""
+    import comfy.sd
+    import comfy.utils
+
+    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(DEMO_MODELS / "vae" / "tiny_emoji_vae.safetensors")))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
-"""The workflows in ComfyUI's real web page: a Chromium opens them, runs one, and sees its picture.
+"""The workflows and the loader's report in ComfyUI's real web page: a Chromium opens, runs and sees them.
 
-CHROMIUM names the browser; else chromium, chromium-browser or google-chrome on the PATH is taken. The screenshot goes
-to demo/output/screenshot.png.
+CHROMIUM names the browser; else chromium, chromium-browser or google-chrome on the PATH is taken. The screenshots go
+to demo/output/screenshot.png and loader.png.
 """
 
 import json
@@ -17,6 +17,7 @@ from lcm_kit.tests.helpers import ROOT
 DEMO = ROOT / "demo" / "workflow.json"
 EXAMPLES = ROOT / "example_workflows"
 SCREENSHOT = ROOT / "demo" / "output" / "screenshot.png"
+LOADER = SCREENSHOT.with_name("loader.png")
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 OPTIONS += ["--disable-component-update", "--disable-sync"]
 SLOW = 120_000  # ms; two slow cores also run the server
@@ -117,6 +118,45 @@ def test_example_workflow_opens_without_a_red_node_and_is_the_tested_graph(page,
     prompt = next(node["inputs"]["text"] for node in opened.values() if node["class_type"] == "CLIPTextEncode")
     assert tree_of_picture(opened) == tree_of_picture(graph(SD15, Shot(prompt, seed=1, steps=4)))
     page.keyboard.press("Escape")  # the dialog that lists the models to download
+
+
+def test_the_report_is_on_the_node_after_a_run(page):
+    graph = json.dumps(lcm_only(TINY, Shot("cat face", seed=7, steps=4)))
+    page.evaluate("text => app.loadApiJson(JSON.parse(text), 'loader')", graph)
+    page.wait_for_function("() => app.graph.nodes.some(n => n.type === 'LCMKitLoader')")
+    page.get_by_test_id("queue-button").click()
+    report = page.wait_for_function(
+        """() => {
+            const node = app.graph.nodes.find(n => n.type === 'LCMKitLoader');
+            const shown = node.widgets.find(w => w.name.includes('node-text-preview'))?.value;
+            const finished = app.graph.nodes.find(n => n.type === 'SaveImage').imgs?.length;
+            return finished && shown || app.lastExecutionError;
+        }"""
+    ).json_value()
+    assert isinstance(report, str), report
+    for words in (
+        "modules applied at strength 1.",
+        "It is: LCM LoRA, likely: by metadata",
+        "this model: of ComfyUI's class TinyEmoji.",
+        "Settings (LCM): LCM KSampler, 4 steps, cfg 1, gamma 1",
+        "Rank 32, alpha 32, effective scale 1, parameters",
+    ):
+        assert words in report
+    page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find(n => n.type === 'LCMKitLoader');
+            node.pos = [0, 3000];  // away from the others
+            node.setSize([620, 420]);
+            app.canvas.ds.scale = 1.6;
+            app.canvas.ds.offset = [90, 70 - node.pos[1]];
+            app.canvas.setDirty(true, true);
+        }"""
+    )
+    page.wait_for_timeout(1500)  # the page fades its progress out
+    # what a person sees, and not only what the node holds
+    assert page.get_by_text("effective scale 1").first.is_visible()
+    LOADER.parent.mkdir(exist_ok=True)
+    page.screenshot(path=LOADER, clip={"x": 60, "y": 50, "width": 1160, "height": 740})
 
 
 def test_demo_workflow_runs_in_the_page_and_shows_its_pictures(page):

@@ -1,10 +1,8 @@
 """The embedded model's files, through ComfyUI's own loaders."""
 
-import sys
 from pathlib import Path
 
 import comfy.sd
-import comfy.supported_models
 import comfy.utils
 import pytest
 import torch
@@ -13,27 +11,6 @@ from lcm_kit.distillation.adapter import adapted
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 MODELS = DEMO / "models"
-
-
-@pytest.fixture(scope="module")
-def tiny_emoji():
-    """(model, clip), with the demo's model type known to ComfyUI for the time of these tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(DEMO))
-        from tiny_emoji.model import TinyEmoji
-
-        patch.setattr(comfy.supported_models, "models", [TinyEmoji, *comfy.supported_models.models])
-        model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
-            str(MODELS / "checkpoints" / "tiny_emoji.safetensors"), output_vae=False
-        )
-        yield model, clip
-    for name in [name for name in sys.modules if name.startswith("tiny_emoji")]:
-        del sys.modules[name]
-
-
-@pytest.fixture(scope="module")
-def vae():
-    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(MODELS / "vae" / "tiny_emoji_vae.safetensors")))
 
 
 def pictures(*fill):

@@ -1,13 +1,9 @@
 """LCM Edit on ComfyUI's own models, masks, areas, ControlNets and progress, and on the embedded model."""
 
-import sys
-from pathlib import Path
-
 import comfy.controlnet
 import comfy.hooks
 import comfy.model_management
 import comfy.sd
-import comfy.supported_models
 import comfy.utils
 import latent_preview
 import pytest
@@ -25,7 +21,6 @@ from lcm_kit.tests.with_comfyui import tiny
 
 SEED = 5
 CAT, DOG = tiny.cond(1), tiny.cond(2)
-DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 
 @pytest.fixture(autouse=True)
@@ -60,12 +55,12 @@ def relative(a, b):
 @pytest.mark.parametrize("model_type", [ModelType.EPS, ModelType.V_PREDICTION, ModelType.FLOW])
 def test_equal_prompts_return_the_picture_to_the_bit(model_type):
     latent = tiny.latent(2, seed=9)
-    assert torch.equal(edit(tiny.tiny_model(model_type), latent, target=CAT), latent["samples"])
+    assert torch.equal(edit(tiny.small_model(model_type), latent, target=CAT), latent["samples"])
 
 
 @pytest.mark.parametrize("with_apg", [False, True])
 def test_equal_prompts_return_the_picture_at_any_cfg(with_apg):
-    model, latent = tiny.tiny_model(ModelType.V_PREDICTION), tiny.latent(seed=9)
+    model, latent = tiny.small_model(ModelType.V_PREDICTION), tiny.latent(seed=9)
     if with_apg:  # keeps a running average of what it has seen
         model = nodes_apg.APG.execute(model, 1.0, 5.0, -0.5).result[0]
     # float32 rounding of both prompts in one call against one alone
@@ -76,7 +71,7 @@ def test_equal_prompts_return_the_picture_at_any_cfg(with_apg):
 @pytest.mark.parametrize(("steps", "denoise", "cfg"), [(1, 1.0, 1.0), (4, 0.6, 1.0), (4, 1.0, 1.7)])
 def test_is_the_picture_and_the_difference_of_two_predictions(model_type, steps, denoise, cfg):
     """The same written without guider or sampler, on the model's own apply_model."""
-    model, latent = tiny.tiny_model(model_type), tiny.latent(2, seed=9)
+    model, latent = tiny.small_model(model_type), tiny.latent(2, seed=9)
     sampling = model.get_model_object("model_sampling")
     picture = model.model.process_latent_in(latent["samples"])
 
@@ -97,7 +92,7 @@ def test_is_the_picture_and_the_difference_of_two_predictions(model_type, steps,
 
 def test_a_lora_hook_on_the_target_acts_on_the_target_alone():
     """A LoRA that ComfyUI puts on one prompt, against two models of the same weights, one with the LoRA."""
-    model, with_lora = tiny.tiny_model(), tiny.tiny_model()
+    model, with_lora = tiny.small_model(), tiny.small_model()
     lora, latent = tiny.lora(model), tiny.latent(seed=9)
     patched, _ = comfy.sd.load_lora_for_models(with_lora, None, lora, 0.5, 0.0)
     patched.patch_model()
@@ -116,7 +111,7 @@ def test_a_lora_hook_on_the_target_acts_on_the_target_alone():
 
 @pytest.mark.parametrize(("cfg", "calls", "conds"), [(1.0, 8, [[0], [0]]), (2.0, 12, [[0], [0, 1]])])
 def test_calls_the_model_once_a_prompt_and_step(cfg, calls, conds):
-    model, seen = tiny.count_calls(tiny.tiny_model())
+    model, seen = tiny.count_calls(tiny.small_model())
     edit(model, tiny.latent(seed=9), cfg=cfg)
     assert seen.calls == calls
     assert seen.conds == conds * 4
@@ -126,7 +121,7 @@ def test_calls_the_model_once_a_prompt_and_step(cfg, calls, conds):
 
 
 def test_an_image_of_a_batch_is_the_image_edited_alone():
-    model, latent = tiny.tiny_model(ModelType.V_PREDICTION), tiny.latent(3, 10, 14, seed=9)
+    model, latent = tiny.small_model(ModelType.V_PREDICTION), tiny.latent(3, 10, 14, seed=9)
     together = edit(model, latent)
     for index in range(3):
         (alone,) = LatentFromBatch().frombatch(latent, index, 1)
@@ -134,7 +129,7 @@ def test_an_image_of_a_batch_is_the_image_edited_alone():
 
 
 def test_the_seed_decides_and_torchs_own_generator_is_left_alone():
-    model, latent = tiny.tiny_model(), tiny.latent(seed=9)
+    model, latent = tiny.small_model(), tiny.latent(seed=9)
     torch.manual_seed(123)
     expected = torch.randn(3)
     torch.manual_seed(123)
@@ -160,7 +155,7 @@ def by_frames(model):
 
 
 def test_video_latents_are_edited_and_kept():
-    model = by_frames(tiny.tiny_model(ModelType.V_PREDICTION))
+    model = by_frames(tiny.small_model(ModelType.V_PREDICTION))
     video = {"samples": tiny.latent(6, seed=9)["samples"].unflatten(0, (2, 3)).movedim(1, 2)}
     assert torch.equal(edit(model, video, target=CAT), video["samples"])
     assert relative(edit(model, video), video["samples"]) > 0.1
@@ -176,28 +171,43 @@ def left_half(value=1.0):
 
 
 def test_a_noise_mask_keeps_what_it_does_not_cover_to_the_bit():
-    model, latent = tiny.tiny_model(ModelType.V_PREDICTION), tiny.latent(2, seed=9)
+    model, latent = tiny.small_model(ModelType.V_PREDICTION), tiny.latent(2, seed=9)
     (masked,) = SetLatentNoiseMask().set_mask(latent, left_half())
     images = edit(model, masked)
     assert torch.equal(images[..., 4:], latent["samples"][..., 4:])
     assert (images[..., :4] - latent["samples"][..., :4]).abs().max() > 0.1
 
 
+def test_nested_latents_are_edited_together_and_a_mask_keeps_its_part():
+    model, latent = (
+        tiny.pair_model(),
+        tiny.nested(tiny.latent(2, seed=9)["samples"], torch.linspace(-1, 1, 30).view(2, 3, 5)),
+    )
+    parts = latent["samples"].unbind()
+    assert all(map(torch.equal, edit(model, latent, target=CAT).unbind(), parts))
+    assert all(relative(edited, part) > 1e-4 for edited, part in zip(edit(model, latent).unbind(), parts, strict=True))
+    masked = tiny.with_packed_mask(model, left_half().expand(4, 8, 8), torch.zeros(3, 5))
+    picture, sound = edit(masked, latent).unbind()
+    assert torch.equal(sound, parts[1])
+    assert torch.equal(picture[..., 4:], parts[0][..., 4:])
+    assert (picture[..., :4] - parts[0][..., :4]).abs().max() > 0.1
+
+
 def test_a_noise_mask_over_all_changes_nothing_but_rounding():
-    model, latent = tiny.tiny_model(ModelType.V_PREDICTION), tiny.latent(seed=9)
+    model, latent = tiny.small_model(ModelType.V_PREDICTION), tiny.latent(seed=9)
     (masked,) = SetLatentNoiseMask().set_mask(latent, torch.ones(1, 8, 8))
     assert relative(edit(model, masked), edit(model, latent)) < 1e-5
 
 
 def test_half_a_mask_is_half_the_change_in_one_step():
-    model, latent = tiny.tiny_model(ModelType.V_PREDICTION), tiny.latent(seed=9)
+    model, latent = tiny.small_model(ModelType.V_PREDICTION), tiny.latent(seed=9)
     (masked,) = SetLatentNoiseMask().set_mask(latent, torch.full((1, 8, 8), 0.5))
     full, half = (edit(model, entry, steps=1) - latent["samples"] for entry in (latent, masked))
     assert relative(2 * half, full) < 1e-3
 
 
 def test_differential_diffusion_decides_step_by_step_what_is_masked():
-    model, latent = tiny.tiny_model(ModelType.V_PREDICTION), tiny.latent(seed=9)
+    model, latent = tiny.small_model(ModelType.V_PREDICTION), tiny.latent(seed=9)
     model = nodes_differential_diffusion.DifferentialDiffusion.execute(model).result[0]
     masks = {value: SetLatentNoiseMask().set_mask(latent, left_half(value))[0] for value in (0.2, 0.5)}
     change = (edit(model, masks[0.5]) - latent["samples"]).abs()
@@ -209,7 +219,7 @@ def test_differential_diffusion_decides_step_by_step_what_is_masked():
 
 def test_a_prompt_for_an_area_changes_that_area():
     """One step: in later ones the network carries the change beyond the area, as it should."""
-    model, latent = tiny.tiny_model(ModelType.V_PREDICTION), tiny.latent(height=16, width=16, seed=9)
+    model, latent = tiny.small_model(ModelType.V_PREDICTION), tiny.latent(height=16, width=16, seed=9)
     (area,) = ConditioningSetArea().append(DOG, width=64, height=128, x=0, y=0, strength=1.0)
     result = edit(model, latent, target=CAT + area, steps=1)
     change = (result - latent["samples"]).abs()
@@ -232,7 +242,7 @@ class MiddleControl(comfy.controlnet.ControlBase):
 
 @pytest.mark.parametrize(("to_all", "calls"), [(True, 8), (False, 4)])
 def test_a_controlnet_on_the_target_reaches_the_source_where_its_node_says_so(to_all, calls):
-    model, latent = tiny.tiny_model(ModelType.V_PREDICTION), tiny.latent(seed=9)
+    model, latent = tiny.small_model(ModelType.V_PREDICTION), tiny.latent(seed=9)
     control = MiddleControl()
     target = [[DOG[0][0], {"control": control, "control_apply_to_uncond": to_all}]]
     controlled = edit(model, latent, target=target)
@@ -248,13 +258,13 @@ def test_progress_counts_model_calls(monkeypatch):
     monkeypatch.setattr(
         comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **more: seen.append((value, total))
     )
-    edit(tiny.tiny_model(), tiny.latent(seed=9), steps=3)
+    edit(tiny.small_model(), tiny.latent(seed=9), steps=3)
     assert seen == [(call, 6) for call in range(1, 7)]
 
 
 @pytest.mark.parametrize("last_call", [1, 2, 5])
 def test_an_interrupt_stops_after_the_model_call_it_came_in(last_call):
-    model, seen = tiny.count_calls(tiny.tiny_model())
+    model, seen = tiny.count_calls(tiny.small_model())
     inner = model.model_options["model_function_wrapper"]
 
     def interrupted(apply_model, given):
@@ -270,7 +280,7 @@ def test_an_interrupt_stops_after_the_model_call_it_came_in(last_call):
 
 
 def test_what_is_handed_in_stays_as_it_was():
-    model, latent = tiny.tiny_model(), tiny.latent(2, seed=9) | {"batch_index": [3, 4]}
+    model, latent = tiny.small_model(), tiny.latent(2, seed=9) | {"batch_index": [3, 4]}
     before, sampling, conds = latent["samples"].clone(), model.get_model_object("model_sampling"), CAT[0][0].clone()
     result = LCMEdit.execute(model, CAT, DOG, latent, SEED, 2, 1.0, 1.0, 50, 0.2).result[0]
     assert result["batch_index"] == [3, 4]
@@ -293,28 +303,17 @@ def test_what_is_handed_in_stays_as_it_was():
 def test_refuses_with_the_value_and_the_way_out(changed, message):
     changed = {"latent": tiny.latent(seed=9)} | changed
     with pytest.raises(ValueError, match=message):
-        edit(tiny.tiny_model(), **changed)
+        edit(tiny.small_model(), **changed)
 
 
 # ---- the embedded model
 
 
 @pytest.fixture(scope="module")
-def demo():
+def demo(tiny_emoji, tiny_emoji_lcm):
     """(model with its LCM-LoRA, function from a prompt to its conditioning)"""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(DEMO))
-        from tiny_emoji.model import TinyEmoji
-
-        patch.setattr(comfy.supported_models, "models", [TinyEmoji, *comfy.supported_models.models])
-        model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
-            str(DEMO / "models" / "checkpoints" / "tiny_emoji.safetensors"), output_vae=False
-        )
-        lora = comfy.utils.load_torch_file(str(DEMO / "models" / "loras" / "tiny_emoji_lcm_lora.safetensors"))
-        model, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
-        yield model, lambda text: clip.encode_from_tokens_scheduled(clip.tokenize(text))
-    for name in [name for name in sys.modules if name.startswith("tiny_emoji")]:
-        del sys.modules[name]
+    _, clip = tiny_emoji
+    return tiny_emoji_lcm, lambda text: clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Extract LoRA from ComfyUI's own MODELs and CLIPs."""
 
-import sys
 from pathlib import Path
 
 import comfy.lora
@@ -8,7 +7,6 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
-import comfy.supported_models
 import comfy.utils
 import pytest
 import torch
@@ -169,21 +167,6 @@ def test_the_stop_button_stops():
     comfy.model_management.interrupt_current_processing(True)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         extracted(with_lora(base, tiny.lora(base))[0], base)
-
-
-@pytest.fixture(scope="module")
-def tiny_emoji():
-    """(model, clip), with the demo's model type known to ComfyUI for the time of these tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(DEMO))
-        from tiny_emoji.model import TinyEmoji
-
-        patch.setattr(comfy.supported_models, "models", [TinyEmoji, *comfy.supported_models.models])
-        path = DEMO / "models" / "checkpoints" / "tiny_emoji.safetensors"
-        model, clip, *_ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False)
-        yield model, clip
-    for name in [name for name in sys.modules if name.startswith("tiny_emoji")]:
-        del sys.modules[name]
 
 
 def test_the_acceleration_of_the_embedded_model_makes_the_same_picture(tiny_emoji):

@@ -58,8 +58,7 @@ def _no_gradients():
 
 @pytest.fixture(scope="module")
 def model():
-    small = {"num_res_blocks": [1, 1], "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1]}
-    return tiny.tiny_model(ModelType.V_PREDICTION, **small)
+    return tiny.small_model(ModelType.V_PREDICTION)
 
 
 def lcm(model, **changed):

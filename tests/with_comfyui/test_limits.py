@@ -22,7 +22,7 @@ def _no_gradients():
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.tiny_model()
+    return tiny.small_model()
 
 
 def limited(model, quantile=0.9):

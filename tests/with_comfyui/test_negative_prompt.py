@@ -1,6 +1,5 @@
 """LCM Negative Prompt (NAG) on ComfyUI's own UNet, against attention worked out by hand."""
 
-import sys
 from contextlib import contextmanager
 
 import comfy.ldm.flux.model
@@ -8,9 +7,6 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
-import comfy.sd
-import comfy.supported_models
-import comfy.utils
 import pytest
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
@@ -21,7 +17,6 @@ from nodes import KSampler
 
 from lcm_kit.nodes.guidance import LCMNegativePrompt
 from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler, LCMScheduler
-from lcm_kit.tests.helpers import ROOT
 from lcm_kit.tests.with_comfyui import tiny
 
 SEED = 5
@@ -318,32 +313,9 @@ def test_without_a_schedule_an_end_is_refused_and_no_end_works(model):
 # ---- on a model that can paint
 
 
-@pytest.fixture
-def painter():
-    """(model with its LCM-LoRA, clip, vae) of the demo, with its model type known to ComfyUI for one test."""
-    models = ROOT / "demo" / "models"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "demo"))
-        from tiny_emoji.model import TinyEmoji
-
-        patch.setattr(comfy.supported_models, "models", [TinyEmoji, *comfy.supported_models.models])
-        model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
-            str(models / "checkpoints" / "tiny_emoji.safetensors"), output_vae=False
-        )
-        lora = comfy.utils.load_torch_file(str(models / "loras" / "tiny_emoji_lcm_lora.safetensors"))
-        model, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
-        yield (
-            model,
-            clip,
-            comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(models / "vae" / "tiny_emoji_vae.safetensors"))),
-        )
-    for name in [name for name in sys.modules if name.startswith("tiny_emoji")]:
-        del sys.modules[name]
-
-
-def test_what_is_not_wanted_is_not_painted(painter):
+def test_what_is_not_wanted_is_not_painted(tiny_emoji, tiny_emoji_lcm, vae):
     """Where the prompt names no background the demo's model chooses: white in 5 of these 16 (0.89 and up; guided, none is above 0.75)."""
-    model, clip, vae = painter
+    model, clip = tiny_emoji_lcm, tiny_emoji[1]
     wanted, unwanted = (
         clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("strawberry", "white background")
     )

@@ -62,7 +62,7 @@ def relative(a, b):
 
 @pytest.mark.parametrize("model_type", [ModelType.EPS, ModelType.V_PREDICTION, ModelType.FLOW])
 def test_schedule_holds_the_entries_of_the_models_own_table(model_type):
-    model = tiny.tiny_model(model_type)
+    model = tiny.small_model(model_type)
     table = model.get_model_object("model_sampling").sigmas
     expected = torch.cat([table[[999, 759, 499, 259]], torch.zeros(1)])
     assert torch.equal(scheduled(model), expected)
@@ -70,7 +70,7 @@ def test_schedule_holds_the_entries_of_the_models_own_table(model_type):
 
 @pytest.mark.parametrize("steps", STEP_COUNTS)
 def test_schedule_is_unchanged_by_cores_lcm_patch(steps):
-    model = tiny.tiny_model()
+    model = tiny.small_model()
     (patched,) = nodes_model_advanced.ModelSamplingDiscrete().patch(model, "lcm", False)
     expected = scheduled(model, steps=steps)
     # rtol: the patch keeps logarithms, float32 rounds them
@@ -80,31 +80,31 @@ def test_schedule_is_unchanged_by_cores_lcm_patch(steps):
 
 
 def test_schedule_refuses_timesteps_that_cores_lcm_patch_removed():
-    (patched,) = nodes_model_advanced.ModelSamplingDiscrete().patch(tiny.tiny_model(), "lcm", False)
+    (patched,) = nodes_model_advanced.ModelSamplingDiscrete().patch(tiny.small_model(), "lcm", False)
     with pytest.raises(ValueError, match=r"every 20th timestep only.*749.*Remove that node"):
         scheduled(patched, original_steps=100)
 
 
 def test_schedule_of_a_zero_terminal_snr_model_starts_at_its_last_entry():
-    model = tiny.tiny_model(ModelType.V_PREDICTION, sampling_settings={"zsnr": True})
+    model = tiny.small_model(ModelType.V_PREDICTION, sampling_settings={"zsnr": True})
     sigmas = scheduled(model)
     assert sigmas[0] == model.get_model_object("model_sampling").sigma_max > 4000
     assert torch.isfinite(lcm(model, tiny.latent())).all()
 
 
 def test_schedule_counts_in_a_tables_own_length():
-    model = tiny.tiny_model(ModelType.FLUX)
+    model = tiny.small_model(ModelType.FLUX)
     table = model.get_model_object("model_sampling").sigmas
     assert torch.equal(scheduled(model)[:-1], table[[9999, 7599, 4999, 2599]])
 
 
 def test_schedule_refuses_a_model_without_timesteps():
     with pytest.raises(ValueError, match=r"continuous noise levels.*LCM Multistep Sampler"):
-        scheduled(tiny.tiny_model(ModelType.V_PREDICTION_CONTINUOUS))
+        scheduled(tiny.small_model(ModelType.V_PREDICTION_CONTINUOUS))
 
 
 def test_custom_timesteps_replace_the_schedule():
-    model = tiny.tiny_model()
+    model = tiny.small_model()
     table = model.get_model_object("model_sampling").sigmas
     assert torch.equal(scheduled(model, timesteps="999, 749 ,499")[:-1], table[[999, 749, 499]])
 
@@ -125,7 +125,7 @@ def test_custom_timesteps_replace_the_schedule():
 )
 def test_schedule_refuses_with_the_value_and_the_way_out(changed, message):
     with pytest.raises(ValueError, match=message):
-        scheduled(tiny.tiny_model(), **changed)
+        scheduled(tiny.small_model(), **changed)
 
 
 # ---- the sampler against diffusers
@@ -156,14 +156,14 @@ def diffusers_lcm(model, prediction_type, steps, noise, strength=1.0, image=None
 @pytest.mark.parametrize("steps", STEP_COUNTS)
 @pytest.mark.parametrize(("model_type", "name"), [(ModelType.EPS, "epsilon"), (ModelType.V_PREDICTION, "v_prediction")])
 def test_ksampler_equals_diffusers(model_type, name, steps):
-    model, latent = tiny.tiny_model(model_type), tiny.latent(2)
+    model, latent = tiny.small_model(model_type), tiny.latent(2)
     expected = diffusers_lcm(model, name, steps, comfy.sample.prepare_noise(latent["samples"], SEED))
     # float32 rounding, of the largest value: an untrained epsilon model makes pictures with a spread far above 1
     assert relative(lcm(model, latent, steps=steps), expected) < 1e-5
 
 
 def test_ksampler_equals_diffusers_on_a_zero_terminal_snr_model():
-    model = tiny.tiny_model(ModelType.V_PREDICTION, sampling_settings={"zsnr": True})
+    model = tiny.small_model(ModelType.V_PREDICTION, sampling_settings={"zsnr": True})
     latent = tiny.latent()
     noise = comfy.sample.prepare_noise(latent["samples"], SEED)
     expected = diffusers_lcm(model, "v_prediction", 4, noise, rescale_betas_zero_snr=True)
@@ -173,7 +173,7 @@ def test_ksampler_equals_diffusers_on_a_zero_terminal_snr_model():
 
 @pytest.mark.parametrize("denoise", [0.3, 0.58, 0.75, 0.9])
 def test_image_to_image_equals_diffusers_at_that_strength(denoise):
-    model, latent = tiny.tiny_model(ModelType.V_PREDICTION), tiny.latent(seed=9)
+    model, latent = tiny.small_model(ModelType.V_PREDICTION), tiny.latent(seed=9)
     noise = comfy.sample.prepare_noise(latent["samples"], SEED)
     # 1e-9: diffusers cuts its grid at int(50 * strength) without a guard, 28 for 0.58
     expected = diffusers_lcm(model, "v_prediction", 4, noise, strength=denoise + 1e-9, image=latent["samples"])
@@ -183,12 +183,12 @@ def test_image_to_image_equals_diffusers_at_that_strength(denoise):
 @pytest.mark.parametrize("model_type", [ModelType.EPS, ModelType.V_PREDICTION, ModelType.FLOW])
 @pytest.mark.parametrize("gamma", [1.0, 0.4, 0.0])
 def test_sampler_node_in_sampler_custom_equals_the_ksampler_node(model_type, gamma):
-    model, latent = tiny.tiny_model(model_type), tiny.latent(2)
+    model, latent = tiny.small_model(model_type), tiny.latent(2)
     assert torch.equal(through_sampler_custom(model, latent, gamma=gamma), lcm(model, latent, gamma=gamma))
 
 
 def test_sampler_node_in_sampler_custom_advanced_equals_the_ksampler_node():
-    model, latent = tiny.tiny_model(), tiny.latent(2)
+    model, latent = tiny.small_model(), tiny.latent(2)
     noise = custom.RandomNoise.execute(SEED).result[0]
     guider = custom.BasicGuider.execute(model, tiny.cond(1)).result[0]
     sampler = LCMSampler.execute(gamma=1.0, seed=-1).result[0]
@@ -199,14 +199,14 @@ def test_sampler_node_in_sampler_custom_advanced_equals_the_ksampler_node():
 @pytest.mark.parametrize(("gamma", "tolerance"), [(1.0, 1e-5), (0.4, 1e-3)])
 def test_cores_lcm_patch_changes_nothing_but_rounding(gamma, tolerance):
     """Between its 50 entries, where only gamma looks, the patched table is interpolated."""
-    model, latent = tiny.tiny_model(), tiny.latent()
+    model, latent = tiny.small_model(), tiny.latent()
     (patched,) = nodes_model_advanced.ModelSamplingDiscrete().patch(model, "lcm", False)
     expected = lcm(model, latent, steps=8, gamma=gamma)
     assert relative(lcm(patched, latent, steps=8, gamma=gamma), expected) < tolerance
 
 
 def test_gamma_zero_is_eulers_method():
-    model, latent = tiny.tiny_model(), tiny.latent()
+    model, latent = tiny.small_model(), tiny.latent()
     noise = comfy.sample.prepare_noise(latent["samples"], SEED)
     sigmas, euler = scheduled(model, steps=8), comfy.samplers.sampler_object("euler")
     expected = comfy.sample.sample_custom(
@@ -221,7 +221,7 @@ def test_gamma_zero_is_eulers_method():
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (10, 14)])
 def test_an_image_of_a_batch_is_the_image_made_alone(height, width):
-    model, latent = tiny.tiny_model(), tiny.latent(3, height, width)
+    model, latent = tiny.small_model(), tiny.latent(3, height, width)
     together = lcm(model, latent)
     for index in range(3):
         (alone,) = LatentFromBatch().frombatch(latent, index, 1)
@@ -246,14 +246,14 @@ def test_initial_noise_is_cores_own():
 
 
 def test_repeated_images_of_a_batch_are_equal_where_their_index_is():
-    model = tiny.tiny_model()
+    model = tiny.small_model()
     repeated = tiny.latent(2) | {"batch_index": [4, 4]}
     images = lcm(model, repeated)
     assert relative(images[0], images[1]) < 1e-5
 
 
 def test_a_latent_whose_batch_index_is_too_short_counts_from_zero(caplog):
-    model = tiny.tiny_model()
+    model = tiny.small_model()
     images = lcm(model, tiny.latent(2) | {"batch_index": [7]})
     assert "2 images but 1 batch indices" in caplog.text
     assert torch.equal(images, lcm(model, tiny.latent(2)))
@@ -263,12 +263,12 @@ def test_torchs_own_generator_is_left_alone():
     torch.manual_seed(123)
     expected = torch.randn(3)
     torch.manual_seed(123)
-    lcm(tiny.tiny_model(), tiny.latent())
+    lcm(tiny.small_model(), tiny.latent())
     assert torch.equal(torch.randn(3), expected)
 
 
 def test_step_noise_has_a_seed_of_its_own_in_the_sampler_node():
-    model, latent = tiny.tiny_model(), tiny.latent()
+    model, latent = tiny.small_model(), tiny.latent()
     follows = through_sampler_custom(model, latent)
     assert torch.equal(through_sampler_custom(model, latent, seed=SEED), follows)
     assert relative(through_sampler_custom(model, latent, seed=SEED + 1), follows) > 0.01
@@ -278,7 +278,7 @@ def test_step_noise_has_a_seed_of_its_own_in_the_sampler_node():
 
 
 def test_cfg_one_asks_the_model_once_a_step_with_or_without_a_negative():
-    model, seen = tiny.count_calls(tiny.tiny_model())
+    model, seen = tiny.count_calls(tiny.small_model())
     alone = lcm(model, tiny.latent())
     assert seen.calls == 4
     assert torch.equal(lcm(model, tiny.latent(), negative=tiny.cond(2)), alone)
@@ -287,13 +287,13 @@ def test_cfg_one_asks_the_model_once_a_step_with_or_without_a_negative():
 
 @pytest.mark.parametrize(("cfg_steps", "calls"), [(-1, 8), (0, 4), (1, 5), (2, 6), (4, 8), (9, 8)])
 def test_cfg_is_used_in_the_first_cfg_steps(cfg_steps, calls):
-    model, seen = tiny.count_calls(tiny.tiny_model())
+    model, seen = tiny.count_calls(tiny.small_model())
     lcm(model, tiny.latent(), cfg=2.0, negative=tiny.cond(2), cfg_steps=cfg_steps)
     assert seen.calls == calls
 
 
 def test_cfg_equals_cores_cfg():
-    model, latent = tiny.tiny_model(), tiny.latent()
+    model, latent = tiny.small_model(), tiny.latent()
     sampler = LCMSampler.execute(gamma=1.0, seed=-1).result[0]
     expected = custom.SamplerCustom.execute(
         model, True, SEED, 1.5, tiny.cond(1), tiny.cond(2), sampler, scheduled(model), latent
@@ -303,11 +303,11 @@ def test_cfg_equals_cores_cfg():
 
 def test_cfg_without_a_negative_is_refused():
     with pytest.raises(ValueError, match=r"cfg is 1\.5, .*none is connected.*set cfg to 1"):
-        lcm(tiny.tiny_model(), tiny.latent(), cfg=1.5)
+        lcm(tiny.small_model(), tiny.latent(), cfg=1.5)
 
 
 def test_cfg_without_a_negative_is_fine_where_no_step_uses_it():
-    model = tiny.tiny_model()
+    model = tiny.small_model()
     assert torch.equal(lcm(model, tiny.latent(), cfg=1.5, cfg_steps=0), lcm(model, tiny.latent()))
 
 
@@ -317,14 +317,14 @@ def test_cfg_without_a_negative_is_fine_where_no_step_uses_it():
 )
 def test_ksampler_refuses_with_the_value(changed, message):
     with pytest.raises(ValueError, match=message):
-        lcm(tiny.tiny_model(), tiny.latent(), **changed)
+        lcm(tiny.small_model(), tiny.latent(), **changed)
 
 
 # ---- the latent, and the host around the loop
 
 
 def test_a_noise_mask_keeps_what_it_does_not_cover():
-    model, latent = tiny.tiny_model(ModelType.V_PREDICTION), tiny.latent(seed=9)
+    model, latent = tiny.small_model(ModelType.V_PREDICTION), tiny.latent(seed=9)
     mask = torch.zeros(1, 8, 8)
     mask[:, :, :4] = 1.0
     (masked,) = SetLatentNoiseMask().set_mask(latent, mask)
@@ -335,20 +335,20 @@ def test_a_noise_mask_keeps_what_it_does_not_cover():
 
 def test_an_empty_latent_gets_the_models_number_of_channels():
     latent = {"samples": torch.zeros(1, 1, 8, 8)}
-    assert lcm(tiny.tiny_model(), latent).shape == (1, 4, 8, 8)
+    assert lcm(tiny.small_model(), latent).shape == (1, 4, 8, 8)
     assert latent["samples"].shape == (1, 1, 8, 8)
 
 
 def test_the_rest_of_the_latent_is_passed_on_and_the_input_kept():
     latent = tiny.latent(2) | {"batch_index": [3, 4]}
     before = latent["samples"].clone()
-    result = LCMKSampler.execute(tiny.tiny_model(), tiny.cond(1), latent, SEED, 1, 1.0, 1.0, 1.0, -1, 50).result[0]
+    result = LCMKSampler.execute(tiny.small_model(), tiny.cond(1), latent, SEED, 1, 1.0, 1.0, 1.0, -1, 50).result[0]
     assert result["batch_index"] == [3, 4]
     assert torch.equal(latent["samples"], before)
 
 
 def test_an_interrupt_stops_before_the_next_step():
-    model, seen = tiny.count_calls(tiny.tiny_model())
+    model, seen = tiny.count_calls(tiny.small_model())
     inner = model.model_options["model_function_wrapper"]
 
     def interrupted(apply_model, args):
@@ -364,7 +364,7 @@ def test_an_interrupt_stops_before_the_next_step():
 
 
 def test_the_models_sampling_is_left_untouched():
-    model = tiny.tiny_model()
+    model = tiny.small_model()
     before = model.get_model_object("model_sampling")
     state = {name: value.clone() for name, value in before.named_buffers()}
     lcm(model, tiny.latent())
@@ -374,6 +374,6 @@ def test_the_models_sampling_is_left_untouched():
 
 
 def test_works_on_a_latent_batch_made_by_core():
-    model = tiny.tiny_model()
+    model = tiny.small_model()
     batch = nodes_latent.LatentBatch.execute(tiny.latent(1), tiny.latent(2)).result[0]
     assert lcm(model, batch).shape == (3, 4, 8, 8)

@@ -24,7 +24,7 @@ def _no_gradients():
 @pytest.fixture(scope="module")
 def model():
     """Predicts v, with which an untrained network keeps its latents near 1."""
-    return tiny.tiny_model(ModelType.V_PREDICTION)
+    return tiny.small_model(ModelType.V_PREDICTION)
 
 
 def preset(name, steps=0):

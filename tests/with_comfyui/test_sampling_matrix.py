@@ -6,12 +6,8 @@ and no gamma; everything else must be equal, whatever a model predicts and howev
 
 from functools import cache
 
-import comfy.conds
 import comfy.latent_formats
-import comfy.model_base
 import comfy.model_management
-import comfy.model_patcher
-import comfy.nested_tensor
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -43,21 +39,21 @@ def _no_gradients():
 
 def told(prediction):
     """An epsilon model that the user's ModelSamplingDiscrete says otherwise of."""
-    return nodes_model_advanced.ModelSamplingDiscrete().patch(tiny.tiny_model(), prediction, False)[0]
+    return nodes_model_advanced.ModelSamplingDiscrete().patch(tiny.small_model(), prediction, False)[0]
 
 
 # What a model predicts -> how to make it, and the shape of its latents without the batch.
 MODELS = {
-    "epsilon": (tiny.tiny_model, IMAGE),
-    "v": (lambda: tiny.tiny_model(ModelType.V_PREDICTION), IMAGE),
+    "epsilon": (tiny.small_model, IMAGE),
+    "v": (lambda: tiny.small_model(ModelType.V_PREDICTION), IMAGE),
     "v, zero terminal SNR": (
-        lambda: tiny.tiny_model(ModelType.V_PREDICTION, sampling_settings={"zsnr": True}),
+        lambda: tiny.small_model(ModelType.V_PREDICTION, sampling_settings={"zsnr": True}),
         IMAGE,
     ),
     "x0": (lambda: told("x0"), IMAGE),
     "image to image": (lambda: told("img_to_img"), IMAGE),
-    "flow": (lambda: tiny.tiny_model(ModelType.FLOW), IMAGE),
-    "flow, 10000 levels": (lambda: tiny.tiny_model(ModelType.FLUX), IMAGE),
+    "flow": (lambda: tiny.small_model(ModelType.FLOW), IMAGE),
+    "flow, 10000 levels": (lambda: tiny.small_model(ModelType.FLUX), IMAGE),
     "flow of videos": (tiny.tiny_video_model, VIDEO),
 }
 EVERY_MODEL = pytest.mark.parametrize("kind", MODELS)
@@ -224,38 +220,26 @@ def test_a_split_schedule_leaves_the_noise_of_its_last_level(kind):
     assert relative(sampler_custom(model, latent, ours(), high)[0]["samples"], expected["samples"]) < 2e-5
 
 
-class Pair(torch.nn.Module):
-    """A network of two latents at once, as of picture and sound: a UNet, and a line that hears the picture's mean."""
+def test_the_second_half_of_a_split_schedule_draws_other_noise_for_another_seed():
+    """Both count their steps from 0, so one seed repeats its noise. DisableNoise hands on seed 0."""
+    model, latent, sigmas = made("epsilon"), latent_for("epsilon"), scheduled(made("epsilon"))
 
-    def __init__(self, unet):
-        super().__init__()
-        self.unet, self.dtype = unet, unet.dtype
+    def drawn(noise_source, seed, latent, sigmas):
+        """What one step adds, and its output."""
+        noise, guider = noise_source.result[0], custom.BasicGuider.execute(model, tiny.cond(1)).result[0]
+        sampler = LCMSampler.execute(1.0, seed).result[0]
+        noisy, picture = custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).result
+        return model.model.process_latent_in(noisy["samples"] - picture["samples"]) / sigmas[-1], noisy
 
-    def forward(self, x, timesteps, context=None, **others):
-        picture, sound = x
-        output = self.unet(picture, timesteps, context=context)
-        return [output, 0.5 * sound + 0.1 * output.mean((1, 2, 3), keepdim=True).flatten(1)[:, :, None]]
-
-
-class PairModel(comfy.model_base.BaseModel):
-    def extra_conds(self, **kwargs):
-        return super().extra_conds(**kwargs) | {"latent_shapes": comfy.conds.CONDConstant(kwargs["latent_shapes"])}
-
-
-def pair_model():
-    inner = tiny.tiny_model(ModelType.FLOW)
-    model = PairModel(inner.model.model_config, model_type=ModelType.FLOW, device=torch.device("cpu"))
-    model.diffusion_model = Pair(inner.model.diffusion_model)
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
-
-
-def nested(*tensors):
-    return {"samples": comfy.nested_tensor.NestedTensor(tensors)}
+    first, halfway = drawn(custom.RandomNoise.execute(SEED), -1, latent, sigmas[:2])
+    assert relative(first, StepNoise(SEED)(0, first)) < 1e-4
+    for seed, expected in ((SEED, SEED), (SEED + 1, SEED + 1), (-1, 0)):
+        second, _ = drawn(custom.DisableNoise.execute(), seed, halfway, sigmas[1:3])
+        assert relative(second, StepNoise(expected)(0, second)) < 1e-4
 
 
 def test_nested_latents_are_sampled_together():
-    model, latent = pair_model(), nested(torch.zeros(2, 4, 8, 8), torch.zeros(2, 3, 5))
+    model, latent = tiny.pair_model(), tiny.nested(torch.zeros(2, 4, 8, 8), torch.zeros(2, 3, 5))
     together = ksampler(model, latent).unbind()
     assert [part.shape for part in together] == [(2, 4, 8, 8), (2, 3, 5)]
     expected = comfy.sample.sample_custom(
@@ -274,10 +258,10 @@ def test_nested_latents_are_sampled_together():
 
 
 def test_a_nested_latent_of_a_batch_is_the_one_made_alone():
-    model = pair_model()
-    together = ksampler(model, nested(torch.zeros(2, 4, 8, 8), torch.zeros(2, 3, 5))).unbind()
+    model = tiny.pair_model()
+    together = ksampler(model, tiny.nested(torch.zeros(2, 4, 8, 8), torch.zeros(2, 3, 5))).unbind()
     for index in (0, 1):
-        alone = nested(torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 5)) | {"batch_index": [index]}
+        alone = tiny.nested(torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 5)) | {"batch_index": [index]}
         for part, of_batch in zip(ksampler(model, alone).unbind(), together, strict=True):
             assert relative(part, of_batch[index : index + 1]) < 2e-5
 

@@ -5,10 +5,12 @@ a CLIP beside it, and LoRAs for both in the spellings that files come in.
 from functools import partial
 from types import SimpleNamespace
 
+import comfy.conds
 import comfy.latent_formats
 import comfy.lora
 import comfy.model_base
 import comfy.model_patcher
+import comfy.nested_tensor
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
@@ -16,6 +18,7 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 from comfy.model_base import ModelType
+from comfy.patcher_extension import WrappersMP
 
 CONTEXT = 16
 
@@ -37,6 +40,13 @@ TWO_LEVELS = {
     "use_temporal_attention": False,
     "adm_in_channels": None,
     "dtype": torch.float32,
+}
+
+# Half the work of TWO_LEVELS.
+SMALL = {
+    "num_res_blocks": [1, 1],
+    "transformer_depth": [0, 1],
+    "transformer_depth_output": [0, 0, 1, 1],
 }
 
 
@@ -65,6 +75,11 @@ def tiny_model(model_type=ModelType.EPS, *, seed=0, sampling_settings=None, **un
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
+def small_model(model_type=ModelType.EPS, **options):
+    """The same with fewer blocks, for what holds of any network with cross-attention: how it is sampled."""
+    return tiny_model(model_type, **SMALL | options)
+
+
 def tiny_video_model(*, seed=0):
     """A MODEL of Wan's architecture: a flow model whose latents are (b, 16, frames, h, w), with Wan's own scaling."""
     config = comfy.supported_models.WAN21_T2V(
@@ -83,6 +98,33 @@ def tiny_video_model(*, seed=0):
     cpu = torch.device("cpu")
     model = config.get_model({}, device=cpu)
     fill(model.diffusion_model, seed)
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+class Pair(torch.nn.Module):
+    """A network of two latents at once, as of picture and sound: a UNet, and a line that hears the picture's mean."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet, self.dtype = unet, unet.dtype
+
+    def forward(self, x, timesteps, context=None, **others):
+        picture, sound = x
+        output = self.unet(picture, timesteps, context=context)
+        return [output, 0.5 * sound + 0.1 * output.mean((1, 2, 3), keepdim=True).flatten(1)[:, :, None]]
+
+
+class PairModel(comfy.model_base.BaseModel):
+    def extra_conds(self, **kwargs):
+        return super().extra_conds(**kwargs) | {"latent_shapes": comfy.conds.CONDConstant(kwargs["latent_shapes"])}
+
+
+def pair_model():
+    """A MODEL of nested latents, a picture (b, 4, h, w) and a sound (b, 3, length)."""
+    inner = small_model(ModelType.FLOW)
+    model = PairModel(inner.model.model_config, model_type=ModelType.FLOW, device=torch.device("cpu"))
+    model.diffusion_model = Pair(inner.model.diffusion_model)
+    cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
@@ -129,6 +171,26 @@ def latent(batch=1, height=8, width=8, seed=None):
     if seed is None:
         return {"samples": torch.zeros(shape)}
     return {"samples": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
+
+
+def nested(*tensors):
+    """A LATENT of several tensors, as of picture and sound."""
+    return {"samples": comfy.nested_tensor.NestedTensor(tensors)}
+
+
+def with_packed_mask(model, *masks):
+    """A clone of the MODEL that is sampled under a mask for each part of a nested latent, in its shape but the batch.
+
+    Handed to the guider as newer ComfyUIs do it; 0.3.75 stops at a noise mask on such a latent.
+    """
+    packed, _ = comfy.utils.pack_latents([mask[None] for mask in masks])
+
+    def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask, *others, **named):
+        return executor(noise, latent_image, sampler, sigmas, packed, *others, **named)
+
+    model = model.clone()
+    model.add_wrapper(WrappersMP.OUTER_SAMPLE, outer_sample)
+    return model
 
 
 # How files spell a module: (diffusers name, ldm name) -> name of the module, and of its factors.
