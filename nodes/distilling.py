@@ -145,6 +145,36 @@ class Distill(io.ComfyNode):
                     tooltip="A name keeps checkpoints in the output folder, LCMKit/distilling: after a stop the same name "
                     "and inputs go on where it was, with more steps a finished training too. Empty keeps none.",
                 ),
+                io.Int.Input(
+                    "original_steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip="How many timesteps are trained, evenly spaced: the samplers' original_steps. 0 trains those that "
+                    "the solver visits, 1000 / skip. With a large skip, 50 trains those between them as well.",
+                    **if_known(io.Int.Input, advanced=True),
+                ),
+                io.Combo.Input(
+                    "weighting",
+                    options=list(distilling.WEIGHTINGS),
+                    default="x0",
+                    optional=True,
+                    tooltip="What the distance is measured in. x0 as published; v asks for the same precision at every noise "
+                    "level, which gave our own model clearly better pictures.",
+                    **if_known(io.Combo.Input, advanced=True),
+                ),
+                io.Float.Input(
+                    "average",
+                    default=0.0,
+                    min=0.0,
+                    max=0.9999,
+                    step=0.0001,
+                    optional=True,
+                    tooltip="Rate of a moving average of the LoRA, which is then the target and the result: 0.95 in the first "
+                    "paper. 0: none, as the published LCM-LoRAs.",
+                    **if_known(io.Float.Input, advanced=True),
+                ),
             ],
             outputs=[
                 io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The LoRA, for Save LoRA and Apply LoRA."),

@@ -3,6 +3,7 @@
 import re
 import time
 from pathlib import Path
+from typing import get_args
 
 import comfy.model_management
 import comfy.utils
@@ -10,6 +11,7 @@ import folder_paths
 import torch
 from tqdm.auto import tqdm
 
+from ...distillation.objective import Weighting
 from ...distillation.settings import Settings
 from ...distillation.trainer import Trainer
 from .show import show
@@ -21,6 +23,7 @@ from .training_run import Work, empty_latent, sigma_table, training
 from .weights import LoraWeights
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
+WEIGHTINGS = get_args(Weighting)
 WARMUP = 20
 SAVE_EVERY = 100
 STRIPS = 10  # sample strips in a run
@@ -29,14 +32,16 @@ NAME = re.compile(r"[\w\- ][\w\-. ]*")
 
 def distil(
     model, positive, negative, latents, vae, *, steps, batch, accumulate, rank, alpha, learning_rate, guidance_min,
-    guidance_max, skip, seed, samples, width, height, dtype, gradient_checkpointing, resume,
+    guidance_max, skip, seed, samples, width, height, dtype, gradient_checkpointing, resume, original_steps=0,
+    weighting="x0", average=0.0,
 ):  # fmt: skip
     """(LORA_MODEL, IMAGE, report). The MODEL is as before afterwards, whatever happens.
 
     positive, negative: lists of CONDITIONINGs.   latents: list of LATENTs, may be empty.   vae: VAE or None.
     alpha: 0 takes the rank.   guidance_min, guidance_max: on the scale of cfg.
     samples, width, height: of the model's own pictures, where no latents are given.
-    resume: name of the checkpoint, "" keeps none.
+    resume: name of the checkpoint, "" keeps none.   original_steps, weighting: see Settings.
+    average: rate of the moving average that is target and result, 0 for none.
     Raises ValueError for inputs that do not go together, before anything is loaded or trained.
     """
     checkpoint_file = _checkpoint_file(resume)
@@ -45,6 +50,7 @@ def distil(
     settings = Settings(
         steps=steps, batch=batch, accumulate=accumulate, learning_rate=learning_rate, warmup=WARMUP,
         cfg=(guidance_min, guidance_max), skip=skip, scale_loss=type_ == torch.float16, seed=seed,
+        original_steps=original_steps, weighting=weighting, average=average, average_target=average > 0,
     )  # fmt: skip
     given = pictures(model, latents)
     which = paired(conds, len(given)) if given else [number % len(conds) for number in range(samples)]

@@ -192,7 +192,13 @@ CONTRACT = {
             ("gradient_checkpointing", "BOOLEAN", True),
             ("resume", "STRING", ""),
         ],
-        [("latent", "LATENT", None), ("vae", "VAE", None)],
+        [
+            ("latent", "LATENT", None),
+            ("vae", "VAE", None),
+            ("original_steps", "INT", 0),
+            ("weighting", "COMBO", "x0"),
+            ("average", "FLOAT", 0.0),
+        ],
         ["LORA_MODEL", "IMAGE", "STRING"],
     ),
 }
