@@ -99,7 +99,7 @@ def test_our_guider_gives_what_cores_does_to_the_bit(model, name):
     assert torch.equal(lcm(NODES[name](model)), core(NODES[name](model)))
 
 
-@pytest.mark.parametrize("name", COMBINING.keys() - {"none"})
+@pytest.mark.parametrize("name", [name for name in COMBINING if name != "none"])
 def test_these_nodes_do_something_here(model, name):
     """Else the comparisons above would prove nothing."""
     assert relative(lcm(NODES[name](model)), lcm(model)) > 1e-3
