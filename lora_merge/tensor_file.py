@@ -1,7 +1,7 @@
 """The tensors of a safetensors file, mapped into memory without a copy, and written from where they lie.
 
-The format is in header.py. safetensors' own functions do the same through copies and one call a tensor, which took as
-long as the merge itself.
+The format is in header.py. Other than with safetensors' own functions all tensors of a file lie in one memory, so that
+their values can be checked together, and a new file keeps the ordinary permissions.
 """
 
 from __future__ import annotations
