@@ -1,0 +1,238 @@
+"""Does the LCM-LoRA distilled from the base speed up models it never saw? The embedded base, a fine-tune, two styles.
+
+    COMFYUI_PATH=.comfyui .venv/bin/python benchmarks/universality.py
+
+Section 3.2 of the LCM-LoRA paper (Luo et al. 2023, arXiv 2311.05556): the LCM-LoRA is added to a fine-tune, and to style
+LoRAs, and nothing is trained. Columns: prompted concept named and style seen by a judge that has seen real pictures only,
+and the Frechet distance of its features to the model's own pictures with 50 model calls (DPM++ 2M, guidance 3, other noise).
+The first row of a model is these pictures with the rows' noise: the floor. Prints Markdown, as kept in
+benchmarks/RESULTS.md, and writes docs/universality.png.
+
+Three of its files are not in the repository; they are made once, on the pictures of two further open sets:
+
+    python demo/train/lora.py twemoji --minutes 10
+    python demo/train/finetune.py --minutes 10
+    python demo/train/classifier.py --minutes 8 --styles noto ink twemoji fluent
+
+Rows are kept in the work folder and measured again when a model they depend on has changed. All of them take about half an
+hour of one CPU core; with another LCM-LoRA, five minutes.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo" / "train"))
+
+import classifier
+import torch
+from common import CHECKPOINT, DEMO, FINETUNE, LORAS, ROOT, VAE, WORK, load_state, save_state
+from data import COLOUR_NAMES, NAMES, draw, glyphs
+from frechet import frechet
+from judged import Judge
+from studio import Studio, Way, core, fingerprint, ours
+
+CFG = 3.0  # of everything without LCM-LoRA
+STYLES = ("noto", "ink", "twemoji", "fluent")  # the judge's
+KARRAS, UNIFORM = core("dpmpp_2m", "karras"), core("dpmpp_2m", "sgm_uniform")
+OWN = "DPM++ 2M karras, 25 steps: its own pictures"
+FEW_CALLS, FEW_STEPS, FAST = "DPM++ 2M sgm_uniform, 2 steps", "DPM++ 2M sgm_uniform, 4 steps", "LCM-LoRA, 4 steps"
+REFERENCE_SEEDS, SEEDS = 0, 1000  # the first of each
+SHOWN = ["fox face", "owl", "strawberry", "rocket"]
+MADE_BY = {
+    LORAS["twemoji"]: "python demo/train/lora.py twemoji --minutes 10",
+    FINETUNE: "python demo/train/finetune.py --minutes 10",
+    classifier.file_of(STYLES): f"python demo/train/classifier.py --minutes 8 --styles {' '.join(STYLES)}",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the LCM-LoRA is added to."""
+
+    name: str
+    style: str  # that its pictures should have
+    checkpoint: Path = CHECKPOINT
+    loras: dict[str, float] = field(default_factory=dict)  # kind -> strength
+
+
+MODELS = [
+    Model("the base", "noto"),
+    Model("fine-tune on Fluent 3D", "fluent", FINETUNE),
+    Model("base + ink LoRA", "ink", loras={"ink": 1.0}),
+    Model("base + Twemoji LoRA", "twemoji", loras={"twemoji": 1.0}),
+    Model("fine-tune + ink LoRA", "ink", FINETUNE, {"ink": 1.0}),
+]
+
+
+def ways(model: Model) -> list[tuple[Way, int]]:
+    """The rows of a model: a way, and its steps."""
+    rows = [
+        (Way(OWN, KARRAS, model.loras, CFG), 25),
+        (Way("DPM++ 2M karras, 4 steps", KARRAS, model.loras, CFG), 4),
+        (Way(FEW_STEPS, UNIFORM, model.loras, CFG), 4),
+        (Way(FEW_CALLS, UNIFORM, model.loras, CFG), 2),
+        (Way(FAST, ours(), {**model.loras, "lcm": 1.0}), 4),
+    ]
+    if model.loras:  # the paper's strengths of a style and the LCM-LoRA
+        weaker = {kind: 0.8 * strength for kind, strength in model.loras.items()}
+        rows.append((Way(f"{FAST}, style 0.8", ours(), {**weaker, "lcm": 1.0}), 4))
+    return rows
+
+
+class Jury:
+    """Judges rows, and keeps what it found in the work folder until a file that they depend on changes."""
+
+    def __init__(self) -> None:
+        self._judges: dict[Path, Judge] = {}
+
+    def judge(self, checkpoint: Path) -> Judge:
+        if checkpoint not in self._judges:
+            self._judges[checkpoint] = Judge(Studio(checkpoint), styles=STYLES)
+        return self._judges[checkpoint]
+
+    def row(self, model: Model, way: Way, steps: int, seeds: Sequence[int]) -> dict:
+        """features (pictures, d), latents (pictures, 12, 8, 8), and the shares of right names and of each style."""
+        strengths = "-".join(f"{kind}{strength:g}" for kind, strength in way.loras.items())
+        files = [model.checkpoint, *(LORAS[kind] for kind in way.loras)]
+        each = []
+        for seed in seeds:
+
+            def drawn(studio: Studio, seed: int = seed) -> torch.Tensor:
+                return studio.latents(way, steps, seed)
+
+            name = f"{way.name}-{strengths}-{way.cfg:g}-{seed}"
+            each.append(self._kept(files, name, model.checkpoint, drawn))
+        return {
+            "features": torch.cat([one["features"] for one in each]),
+            "latents": torch.cat([one["latents"] for one in each]),
+            "right": sum(one["right"] for one in each) / len(each),
+            "styles": {style: sum(one["styles"][style] for one in each) / len(each) for style in STYLES},
+        }
+
+    def real(self, style: str) -> dict:
+        """The same of real pictures that went through the autoencoder: what a perfect model could reach."""
+
+        def encoded(studio: Studio) -> torch.Tensor:
+            colour = torch.arange(len(NAMES)) % len(COLOUR_NAMES)
+            pictures = draw(glyphs(style, WORK / "data"), colour, torch.Generator().manual_seed(23))
+            return studio.vae.encode(pictures.movedim(1, -1))
+
+        return self._kept([], f"real {style}", CHECKPOINT, encoded)
+
+    def _kept(self, files: list[Path], name: str, checkpoint: Path, latents: Callable[[Studio], torch.Tensor]) -> dict:
+        """What is found of one picture of every concept."""
+        made_of = fingerprint(VAE, classifier.file_of(STYLES), *files)
+        path = WORK / "universality" / f"{made_of}-{''.join(c if c.isalnum() else '_' for c in name)}.pt"
+        if (state := load_state(path)) is None:
+            judge = self.judge(checkpoint)
+            with torch.inference_mode():
+                made = latents(judge.studio)
+            seen = judge.of([made])
+            shares = {style: share for style, (share,) in seen.styles.items()}
+            state = {"features": seen.features[0], "right": seen.right[0], "styles": shares, "latents": made}
+            save_state(path, state)
+        return state
+
+
+def missing() -> str:
+    """What is not there yet and how to make it, or nothing."""
+    absent = [f"  {path}: run {command}" for path, command in MADE_BY.items() if not path.exists()]
+    return "\n".join(["These files are not in the repository and have not been made yet:", *absent]) if absent else ""
+
+
+def table(jury: Jury, seeds: int) -> None:
+    print("| model | pictures by | model calls | names the prompt | style seen | Frechet to its own pictures |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for model in MODELS:
+        (own, own_steps), *_ = ways(model)
+        reference = jury.row(model, own, own_steps, [REFERENCE_SEEDS + k for k in range(seeds)])["features"]
+        for way, steps in ways(model):
+            seen = jury.row(model, way, steps, [SEEDS + k for k in range(seeds)])
+            distance = frechet(seen["features"], reference)
+            print(
+                f"| {model.name} | {way.name} | {way.calls(steps)} | {seen['right']:.1%} | "
+                f"{seen['styles'][model.style]:.1%} | {distance:.1f} |",
+                flush=True,
+            )
+    print()
+    for style in STYLES:
+        seen = jury.real(style)
+        print(
+            f"Real {style} pictures through the autoencoder: named {seen['right']:.1%}, style {seen['styles'][style]:.1%}."
+        )
+
+
+def times(studio: Studio, pictures: int = 16, rounds: int = 3) -> None:
+    """CPU time of a picture of the base, each way in turn, the least of some rounds."""
+    compared = [run for run in ways(MODELS[0]) if run[0].name in (OWN, FEW_STEPS, FAST)]
+    models = {way.name: studio.patched(**way.loras) for way, _ in compared}
+    least = {way.name: float("inf") for way, _ in compared}
+    decoder = float("inf")
+    with torch.inference_mode():
+        for _ in range(rounds):
+            for way, steps in compared:
+                model = models[way.name]
+                studio.sampled(model, way, 1, SEEDS, first=1)  # the weights are patched once, not for each picture
+                start = time.process_time()
+                latents = studio.sampled(model, way, steps, SEEDS, first=pictures)
+                least[way.name] = min(least[way.name], time.process_time() - start)
+            start = time.process_time()
+            studio.decoded(latents)
+            decoder = min(decoder, time.process_time() - start)
+    print("\n| base, CPU time of a picture | model calls | sampling, ms | own / this | with decoder, ms | own / this |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for way, steps in compared:
+        own, this = least[OWN], least[way.name]
+        print(
+            f"| {way.name} | {way.calls(steps)} | {this / pictures * 1000:.1f} | {own / this:.1f} | "
+            f"{(this + decoder) / pictures * 1000:.1f} | {(own + decoder) / (this + decoder):.1f} |"
+        )
+
+
+def picture(jury: Jury, seeds: int, path: Path) -> None:
+    """A row a model, a column a way, the same noise in all of them."""
+    sys.path.insert(0, str(DEMO))
+    import sheet
+    from torchvision.transforms.functional import to_pil_image
+
+    titles = {
+        OWN: "without LCM-LoRA: 25 steps, 50 calls", FEW_STEPS: "without: 4 steps, 8 calls",
+        FEW_CALLS: "without: 2 steps, 4 calls", FAST: "with the LCM-LoRA: 4 steps, 4 calls",
+    }  # fmt: skip
+    shown = [NAMES.index(name) for name in SHOWN]
+    rows = []
+    for model in MODELS:
+        by_name = {way.name: (way, steps) for way, steps in ways(model)}
+        cells = []
+        for name in titles:
+            latents = jury.row(model, *by_name[name], [SEEDS + k for k in range(seeds)])["latents"][shown]
+            with torch.inference_mode():
+                decoded = jury.judge(CHECKPOINT).studio.decoded(latents)
+            cells.append(sheet.side_by_side([to_pil_image(one) for one in decoded]))
+        label = model.name.replace(" + ", "\n+ ").replace(" on ", "\non ")
+        first, last = model is MODELS[0], model is MODELS[-1]
+        captions = [", ".join(SHOWN)] * len(titles) if last else ()
+        rows.append(sheet.Row(cells, label, captions, above=[*titles.values()] if first else ()))
+    sheet.draw(rows).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=2, help="pictures of every concept, for each row")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "universality.png")
+    args = parser.parse_args()
+    if text := missing():
+        sys.exit(text)
+    torch.set_grad_enabled(False)
+    jury = Jury()
+    table(jury, args.seeds)
+    times(jury.judge(CHECKPOINT).studio)
+    picture(jury, args.seeds, args.picture)
+
+
+if __name__ == "__main__":
+    main()
