@@ -14,8 +14,8 @@ Three of its files are not in the repository; they are made once, on the picture
     python demo/train/finetune.py --minutes 10
     python demo/train/classifier.py --minutes 8 --styles noto ink twemoji fluent
 
-Rows are kept in the work folder and measured again when a model they depend on has changed. All of them take about half an
-hour of one CPU core; with another LCM-LoRA, five minutes.
+Rows are kept in the work folder and measured again when a model they depend on has changed. All of them take about twenty
+minutes of one CPU core; with another LCM-LoRA, three.
 """
 
 import argparse
