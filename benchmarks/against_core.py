@@ -84,7 +84,7 @@ def sampled(model, positive, setup, steps: int, noise, step_noise) -> torch.Tens
     from comfy.k_diffusion import sampling as core
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
-    from lcm_kit.nodes.host import sampling as ours
+    from lcm_kit.host.sampling import sampling as ours
 
     if setup is None:
         sampler = ours.lcm_sampler(gamma=1.0, seed=step_noise.seed)

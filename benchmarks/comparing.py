@@ -38,7 +38,7 @@ def prepare() -> None:
 def make(folder: Path, base: str) -> None:
     from safetensors.torch import save_file
 
-    from lcm_kit.lora_merge.bases import BY_NAME, kind_of
+    from lcm_kit.lora_merge.recognise.base_models import BY_NAME, kind_of
 
     for name, rank, alpha, kinds in (("lcm", 64, 8.0, ("",)), ("style", 32, 16.0, STYLE)):
         generator = torch.Generator().manual_seed(rank)
@@ -64,9 +64,9 @@ def measure(which: str, folder: Path, workers: int) -> dict[str, float]:
     from safetensors.torch import load_file, save_file
 
     from lcm_kit.lora_merge import load, merge, save
-    from lcm_kit.lora_merge.compare import compare
-    from lcm_kit.lora_merge.compare_report import as_json, as_text
-    from lcm_kit.lora_merge.picture import draw
+    from lcm_kit.lora_merge.comparing.compare import compare
+    from lcm_kit.lora_merge.comparing.picture import draw
+    from lcm_kit.lora_merge.comparing.report import as_json, as_text
 
     torch.set_num_threads(workers)
     started, spent = time.monotonic(), time.process_time()

@@ -120,7 +120,7 @@ def measure(kind: str, name: str, home: str) -> dict[str, float]:
     prepare(home)
     import comfy_extras.nodes_train  # noqa: F401
 
-    from lcm_kit.nodes.host import distilling  # noqa: F401
+    from lcm_kit.host.training import distilling  # noqa: F401
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -159,7 +159,7 @@ def work(kind: str, name: str, watch: Watch) -> dict[str, float]:
     import comfy.sample
     import comfy_extras.nodes_train as core
 
-    from lcm_kit.nodes.host import distilling
+    from lcm_kit.host.training import distilling
 
     rank, batch, side = MODELS[name]
     model = model_of(name)
@@ -245,9 +245,9 @@ def passes(kind: str, model, latents, positive, negative, rank: int, watch: Watc
     """
     from lcm_kit.distillation.settings import Settings
     from lcm_kit.distillation.trainer import Trainer, adapters_on
-    from lcm_kit.nodes.host.training_data import Batches
-    from lcm_kit.nodes.host.training_loan import Denoiser, lent
-    from lcm_kit.nodes.host.training_run import items_of, sigma_table
+    from lcm_kit.host.training.data import Batches
+    from lcm_kit.host.training.loan import Denoiser, lent
+    from lcm_kit.host.training.run import items_of, sigma_table
 
     count, table = len(latents), sigma_table(model)
     with lent(model, torch.float32) as patcher:

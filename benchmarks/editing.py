@@ -121,7 +121,7 @@ class Editor:
         }
 
     def edited(self, kind: str, seed: int = 0, **settings) -> torch.Tensor:
-        from lcm_kit.nodes.host.editing import edit
+        from lcm_kit.host.sampling.editing import edit
 
         return self.studio.decoded(
             edit(
@@ -131,7 +131,7 @@ class Editor:
         )  # fmt: skip
 
     def redrawn(self, kind: str, seed: int = 0, **settings) -> torch.Tensor:
-        from lcm_kit.nodes.host.sampling import sample
+        from lcm_kit.host.sampling.sampling import sample
 
         return self.studio.decoded(
             sample(

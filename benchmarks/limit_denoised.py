@@ -37,7 +37,7 @@ def limited(quantile: float, cfg: float) -> Way:
     """The LCM-LoRA at this cfg, limited as the node does it."""
 
     def plan(model, steps):
-        from lcm_kit.nodes.host.limits import with_limit
+        from lcm_kit.host.sampling.limits import with_limit
 
         return ours()(with_limit(model, quantile), steps)
 

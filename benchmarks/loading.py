@@ -61,7 +61,7 @@ def make(path: Path) -> None:
     """The official file's names and shapes with small random values."""
     from safetensors.torch import save_file
 
-    from lcm_kit.lora_merge.bases import BY_NAME, kind_of
+    from lcm_kit.lora_merge.recognise.base_models import BY_NAME, kind_of
 
     generator, tensors = torch.Generator().manual_seed(0), {}
     for module, shape in BY_NAME["SDXL"].modules.items():

@@ -91,7 +91,7 @@ def cost(model, positive, negative, shape, steps: int, rounds: int) -> dict[str,
     """Set-up -> (seconds of processor time in the model for one run, the quickest; its floating point operations)."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lcm_kit.nodes.host.negative import with_negative_prompt
+    from lcm_kit.host.sampling.negative import with_negative_prompt
 
     best = {}
     for turn in range(rounds):
@@ -122,7 +122,7 @@ def timed_model(model):
 
 
 def sampled(model, positive, negative, samples, steps: int, setup: str):
-    from lcm_kit.nodes.host import sampling
+    from lcm_kit.host.sampling import sampling
 
     cfg = 2.0 if setup == "cfg 2" else 1.0
     numbers = {"seed": 0, "steps": steps, "cfg": cfg, "denoise": 1.0, "gamma": 1.0, "cfg_steps": -1}
@@ -168,7 +168,7 @@ def print_effect(file: Path) -> None:
     from PIL import Image
     from sheet import Row, draw, enlarge
 
-    from lcm_kit.nodes.host.negative import with_negative_prompt
+    from lcm_kit.host.sampling.negative import with_negative_prompt
 
     model, clip, vae = embedded()
     columns: dict[str, list[Image.Image]] = {name: [] for name in SETUPS}

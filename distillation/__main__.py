@@ -19,7 +19,7 @@ if (__package__ or "").count(".") == 0:
     sys.modules["lcm_kit"] = importlib.util.module_from_spec(spec)
     __package__ = "lcm_kit.distillation"
 
-from .launch_options import parsed
+from ..launch.options import parsed
 
 STOPPED = 130  # what a shell calls a program that was interrupted
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parsed(arguments)
         # Late: --help and bad options need no torch.
-        from .launch_run import run
+        from ..launch.run import run
 
         print(run(options), end="")
     except (ValueError, OSError, ArithmeticError, MemoryError) as error:

@@ -8,18 +8,18 @@ Data takes one road: file or state dict -> Lora (layers under canonical module n
 state dict. Pure torch and safetensors; ComfyUI is not needed.
 """
 
-from .carried import Carried
-from .file import load, save
-from .layer import Layer, LoraLayer
-from .loha import LohaLayer
-from .lokr import LokrLayer
-from .lora import Lora
-from .merging import Account, merge, merge_with_account, resize, resize_with_account
-from .methods import METHODS
-from .options import MergeOptions
-from .places import BlockStrengths, parse_block_strengths
-from .reading import KeyAccount, account_keys
-from .report import describe, describe_merge
+from .files.load_save import load, save
+from .files.lora import Lora
+from .files.reading import KeyAccount, account_keys
+from .merging.merge import Account, merge, merge_with_account, resize, resize_with_account
+from .merging.options import MergeOptions
+from .merging.report import describe, describe_merge
+from .methods.table import METHODS
+from .naming.blocks import BlockStrengths, parse_block_strengths
+from .updates.layer import Layer, LoraLayer
+from .updates.loha import LohaLayer
+from .updates.lokr import LokrLayer
+from .updates.weight_dependent import Carried
 
 __all__ = [
     "METHODS",

@@ -6,7 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import commands, compare_command, extract_command
+from .cli import compare as compare_command
+from .cli import extract as extract_command
+from .cli import merge as commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io, ui
 
-from .host import comparing
-from .host.compat import if_known
-from .host.show import show
+from ..host.compat import if_known
+from ..host.lora import comparing
+from ..host.show import show
 
 CATEGORY = "LCM Kit/LoRA"
 MOST = 6

@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io, ui
 
-from .host import distilling
-from .host.compat import if_known
-from .host.show import show
+from ..host.compat import if_known
+from ..host.show import show
+from ..host.training import distilling
 
 CATEGORY = "LCM Kit/training"
 

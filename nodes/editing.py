@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from .host import editing
-from .host.compat import if_known
+from ..host.compat import if_known
+from ..host.sampling import editing
 from .sampling import CATEGORY, MAX_SEED, ORIGINAL_STEPS_TOOLTIP
 
 

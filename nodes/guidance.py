@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io
 
-from .host import embedding, limits
-from .host import negative as host_negative
-from .host.compat import if_known
+from ..host.compat import if_known
+from ..host.sampling import embedding, limits
+from ..host.sampling import negative as host_negative
 
 CATEGORY = "LCM Kit/guidance"
 

@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io, ui
 
-from .host import files, patches, stack
-from .host.compat import if_known
-from .host.reports import contents
-from .host.show import show
+from ..host.compat import if_known
+from ..host.lora import files, patches, stack
+from ..host.lora.reports import contents
+from ..host.show import show
 
 CATEGORY = "LCM Kit/LoRA"
 STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}

@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io, ui
 
+from ..host.compat import if_known
+from ..host.lora import files, merging
+from ..host.show import show
 from ..lora_merge import METHODS
-from .host import files, merging
-from .host.compat import if_known
-from .host.show import show
 
 CATEGORY = "LCM Kit/LoRA"
 STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}

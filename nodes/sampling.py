@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io, ui
 
+from ..host.compat import if_known
+from ..host.sampling import sampling
+from ..host.show import show
 from ..samplers.presets import PRESETS
-from .host import sampling
-from .host.compat import if_known
-from .host.show import show
 
 CATEGORY = "LCM Kit/sampling"
 MAX_SEED = 0xFFFFFFFFFFFFFFFF

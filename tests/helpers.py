@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def imports_of(file: Path, root: Path = ROOT) -> Iterator[tuple[int, str]]:
     """Every import in a Python file as (line, dotted name); relative ones as "." + the path from `root`.
 
-    `from .host import files` in nodes/loading.py gives ".nodes.host.files", `import torch` gives "torch". A name
+    `from ..host import files` in nodes/loading.py gives ".host.files", `import torch` gives "torch". A name
     imported from a module counts as part of the path, whether it is a module or not: prefixes are what to compare.
     """
     package = file.relative_to(root).parent.parts

@@ -1,4 +1,4 @@
-"""Imports point one way: nodes -> nodes/host -> samplers, lora_merge, distillation; the cores know no ComfyUI."""
+"""Imports point one way: nodes -> host -> samplers, lora_merge, distillation; the cores know no ComfyUI."""
 
 import ast
 import sys
@@ -18,14 +18,15 @@ ALLOWED = {
     "samplers": TENSORS,
     "lora_merge": {*TENSORS, "PIL"},
     "distillation": {*TENSORS, "PIL", ".samplers"},
-    "nodes/host": {*TENSORS, *HOST, *CORES, "PIL"},
-    "nodes": {*CORES, "comfy_api"},
+    "host": {*TENSORS, *HOST, *CORES, "PIL"},
+    "nodes": {*CORES, ".host", "comfy_api"},
+    "launch": {*TENSORS, *HOST, *CORES, ".host", "PIL", "accelerate"},
 }
 
 # The command line of distillation/ is no part of its core: it starts the user's ComfyUI and hands its parts to the
-# trainer, as nodes/host does in a graph. It stays out of the archive, and nothing else may import it.
-COMMAND = ("distillation/__main__.py", "distillation/launch_*.py")
-ALLOWED_TO_COMMAND = {*HOST, ".nodes.host", ".lora_merge", "accelerate"}
+# trainer, as host does in a graph. It stays out of the archive, and nothing else may import it.
+COMMAND = ("distillation/__main__.py", "launch/*.py")
+ALLOWED_TO_COMMAND = {".launch"}
 
 
 def is_command(file: Path, root: Path = ROOT) -> bool:
@@ -39,7 +40,9 @@ def layer_of(file: Path, root: Path = ROOT) -> str:
 
 def shipped_modules() -> list[Path]:
     return sorted(
-        file for folder in ("samplers", "lora_merge", "distillation", "nodes") for file in (ROOT / folder).rglob("*.py")
+        file
+        for folder in ("samplers", "lora_merge", "distillation", "host", "nodes", "launch")
+        for file in (ROOT / folder).rglob("*.py")
     )
 
 
@@ -52,9 +55,7 @@ def offences(file: Path, root: Path = ROOT) -> list[str]:
     for line, name in imports_of(file, root):
         if name.split(".")[0] in sys.stdlib_module_names:
             continue
-        if is_within(name, own) and (
-            command or not name.startswith((".distillation.launch_", ".distillation.__main__"))
-        ):
+        if is_within(name, own) and (command or not name.startswith((".launch", ".distillation.__main__"))):
             continue
         if not any(is_within(name, one) for one in allowed):
             found.append(f"{file.relative_to(root)}:{line} imports {name}, which {layer}/ may not")
@@ -81,11 +82,11 @@ def test_imports_point_one_way(file):
         ("lora_merge", "from .. import nodes", False),
         ("distillation", "from ..samplers.schedule import lcm_timesteps", True),
         ("distillation", "from ..lora_merge import merge", False),
-        ("distillation", "from ..nodes.host import files", False),
-        ("nodes/host", "import comfy.utils", True),
-        ("nodes/host", "from ...samplers.noise import StepNoise", True),
-        ("nodes/host", "from ..sampling import LCMKitSampler", False),
-        ("nodes", "from .host import files", True),
+        ("distillation", "from ..host.lora import files", False),
+        ("host", "import comfy.utils", True),
+        ("host/sampling", "from ...samplers.noise import StepNoise", True),
+        ("host/lora", "from ...nodes.sampling import LCMKSampler", False),
+        ("nodes", "from ..host.lora import files", True),
         ("nodes", "from comfy_api.latest import io", True),
         ("nodes", "import comfy.samplers", False),
         ("nodes", "import samplers", False),
@@ -102,26 +103,27 @@ def test_rule_recognises(folder, line, allowed, tmp_path):
 @pytest.mark.parametrize(
     ("file", "line", "allowed"),
     [
-        ("launch_comfyui.py", "import comfy.sd", True),
-        ("__main__.py", "from ..nodes.host import distilling", True),
-        ("launch_run.py", "from ..nodes import distilling", False),
-        ("launch_run.py", "import torchvision", False),
-        ("launch_run.py", "from .launch_data import Picture", True),
-        ("trainer.py", "from .launch_data import Picture", False),
-        ("trainer.py", "from . import launch_run", False),
-        ("trainer.py", "import accelerate", False),
+        ("launch/comfyui.py", "import comfy.sd", True),
+        ("launch/run.py", "from ..host.training import run", True),
+        ("launch/run.py", "from ..nodes import distilling", False),
+        ("launch/run.py", "import torchvision", False),
+        ("distillation/__main__.py", "from ..launch.run import run", True),
+        ("distillation/__main__.py", "from ..host.training import run", False),
+        ("distillation/trainer.py", "from ..launch.data import Picture", False),
+        ("distillation/trainer.py", "import accelerate", False),
+        ("host/training/run.py", "from ...launch import run", False),
     ],
 )
 def test_rule_knows_the_command_line_of_distillation(file, line, allowed, tmp_path):
-    path = tmp_path / "distillation" / file
-    path.parent.mkdir()
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
     path.write_text(line)
     assert (offences(path, tmp_path) == []) is allowed
 
 
 def test_the_command_line_of_distillation_stays_out_of_the_archive():
     kept_out = (ROOT / ".comfyignore").read_text().splitlines()
-    assert {"/distillation/__main__.py", "/distillation/launch*"} <= set(kept_out)
+    assert {"/distillation/__main__.py", "/launch/"} <= set(kept_out)
     assert len([file for file in shipped_modules() if is_command(file)]) > 2
 
 

@@ -39,7 +39,7 @@ def ours(gamma: float | Callable[[int], list[float]] = 1.0, original_steps: int 
     """LCM Kit. gamma: one number, or a function from steps to one number a step."""
 
     def plan(model, steps):
-        from lcm_kit.nodes.host import sampling
+        from lcm_kit.host.sampling import sampling
 
         sigmas = sampling.lcm_sigmas(model, steps=steps, denoise=1.0, original_steps=original_steps)
         each = gamma(steps) if callable(gamma) else gamma

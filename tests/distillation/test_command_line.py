@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lcm_kit.distillation import launch_data
 from lcm_kit.distillation.__main__ import main
 from lcm_kit.distillation.engine import Alone
-from lcm_kit.distillation.launch_options import parsed
-from lcm_kit.distillation.launch_processes import processes
-from lcm_kit.distillation.launch_run import _settings, _texts
 from lcm_kit.distillation.settings import Settings
+from lcm_kit.launch import data as launch_data
+from lcm_kit.launch.options import parsed
+from lcm_kit.launch.processes import processes
+from lcm_kit.launch.run import _settings, _texts
 from lcm_kit.tests.helpers import ROOT
 
 RED = torch.tensor([1.0, 0.0, 0.0])

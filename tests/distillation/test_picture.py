@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_kit.distillation.picture import HEIGHT, INK, LABEL, MARGIN, WIDTH, loss_curve, row, smooth, stacked
+from lcm_kit.host.training.picture import HEIGHT, INK, LABEL, MARGIN, WIDTH, loss_curve, row, smooth, stacked
 
 
 def dark_rows(image, column):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lcm_kit.lora_merge import LoraLayer
-from lcm_kit.lora_merge.allocation import allocate
-from lcm_kit.lora_merge.lowrank import directions
+from lcm_kit.lora_merge.algebra.lowrank import directions
+from lcm_kit.lora_merge.algebra.ranks import allocate
 from lcm_kit.tests.lora_merge.make import factors
 
 

@@ -4,8 +4,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lcm_kit.lora_merge import LoraLayer
-from lcm_kit.lora_merge.arithmetic import weighted_sum
-from lcm_kit.lora_merge.precision import cast
+from lcm_kit.lora_merge.algebra.precision import cast
+from lcm_kit.lora_merge.algebra.sums import weighted_sum
 from lcm_kit.tests.lora_merge.make import dense, factors, relative
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lcm_kit.lora_merge.bases import BASES, BY_NAME, base_of, kind_of, recognise
+from lcm_kit.lora_merge.recognise.base_models import BASES, BY_NAME, base_of, kind_of, recognise
 from lcm_kit.tests.lora_merge import full_size
 from lcm_kit.tests.lora_merge.full_size import ATTENTION, TARGETS
 

@@ -7,10 +7,10 @@ from PIL import Image
 
 from lcm_kit.lora_merge import Lora, load, save
 from lcm_kit.lora_merge.__main__ import main
-from lcm_kit.lora_merge.canvas import Canvas
-from lcm_kit.lora_merge.compare import compare
-from lcm_kit.lora_merge.compare_report import as_csv, as_json, as_text
-from lcm_kit.lora_merge.picture import WIDTH, draw
+from lcm_kit.lora_merge.comparing.canvas import Canvas
+from lcm_kit.lora_merge.comparing.compare import compare
+from lcm_kit.lora_merge.comparing.picture import WIDTH, draw
+from lcm_kit.lora_merge.comparing.report import as_csv, as_json, as_text
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
 BLOCKS = [f"lora_unet_double_blocks_{n}_img_attn_qkv" for n in range(40)]

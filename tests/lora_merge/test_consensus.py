@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lcm_kit.lora_merge.consensus import disjoint, elected_sign, orthogonalised, slerp
+from lcm_kit.lora_merge.methods.consensus import disjoint, elected_sign, orthogonalised, slerp
 
 A = torch.tensor([3.0, -1.0, 2.0, 0.0, 1.0])
 B = torch.tensor([-1.0, -2.0, 4.0, 5.0, -1.0])

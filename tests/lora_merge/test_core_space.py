@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lcm_kit.lora_merge.consensus import disjoint, orthogonalised, slerp
-from lcm_kit.lora_merge.core_space import core_space
-from lcm_kit.lora_merge.layer import LoraLayer
-from lcm_kit.lora_merge.protect import leading_inputs, stepping_aside
+from lcm_kit.lora_merge.algebra.core_space import core_space
+from lcm_kit.lora_merge.merging.protect import leading_inputs, stepping_aside
+from lcm_kit.lora_merge.methods.consensus import disjoint, orthogonalised, slerp
+from lcm_kit.lora_merge.updates.layer import LoraLayer
 
 
 def layer(out=24, inside=20, rank=4, seed=0, alpha=2.0, kernel=()):

@@ -6,8 +6,8 @@ from safetensors.torch import save_file
 
 from lcm_kit.lora_merge import Lora, load
 from lcm_kit.lora_merge.__main__ import main
-from lcm_kit.lora_merge.checkpoints import places
-from lcm_kit.lora_merge.extract import extract
+from lcm_kit.lora_merge.extracting.checkpoints import places
+from lcm_kit.lora_merge.extracting.extract import extract
 from lcm_kit.tests.lora_merge.make import dense, factors, generator, relative
 
 LINEAR = "lora_unet_middle_block_1_proj_in"

@@ -7,10 +7,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from lcm_kit.lora_merge import Lora, identity, load, merge, save
-from lcm_kit.lora_merge.bases import BY_NAME
-from lcm_kit.lora_merge.catalogue import PUBLISHED, Published, instead
-from lcm_kit.lora_merge.identity import identify, sha256_of, worth_hashing
+from lcm_kit.lora_merge import Lora, load, merge, save
+from lcm_kit.lora_merge.recognise import identity
+from lcm_kit.lora_merge.recognise.base_models import BY_NAME
+from lcm_kit.lora_merge.recognise.catalogue import PUBLISHED, Published, instead
+from lcm_kit.lora_merge.recognise.identity import identify, sha256_of, worth_hashing
 from lcm_kit.samplers.presets import PRESETS
 from lcm_kit.tests.lora_merge import full_size
 from lcm_kit.tests.lora_merge.make import factors, kohya
@@ -227,7 +228,7 @@ def test_the_file_to_use_instead_is_of_the_same_kind_where_there_is_one():
 def test_identification_looks_at_no_values():
     """On the meta device there are none."""
     tensors = full_size.lora("SD1.5", make=lambda *shape: torch.empty(shape, dtype=torch.float16, device="meta"))
-    from lcm_kit.lora_merge.layer import LoraLayer
+    from lcm_kit.lora_merge.updates.layer import LoraLayer
 
     modules = {}
     for key in tensors:

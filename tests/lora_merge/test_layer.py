@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lcm_kit.lora_merge import LoraLayer
-from lcm_kit.lora_merge.layer import meeting_shape
+from lcm_kit.lora_merge.updates.layer import meeting_shape
 from lcm_kit.tests.lora_merge.make import dense, factors, relative
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcm_kit.lora_merge import LoraLayer
-from lcm_kit.lora_merge.lowrank import directions, truncated_sum
+from lcm_kit.lora_merge.algebra.lowrank import directions, truncated_sum
 from lcm_kit.tests.lora_merge.make import dense, factors, relative
 
 

@@ -18,8 +18,8 @@ from lcm_kit.lora_merge import (
     resize_with_account,
     save,
 )
-from lcm_kit.lora_merge.identity import PRESET_KEY
-from lcm_kit.lora_merge.options import MergeOptions, options_from_dict
+from lcm_kit.lora_merge.merging.options import MergeOptions, options_from_dict
+from lcm_kit.lora_merge.recognise.identity import PRESET_KEY
 from lcm_kit.tests.lora_merge.make import dense, factors, generator, kohya, relative
 
 SHAPES = {

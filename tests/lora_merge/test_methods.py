@@ -9,8 +9,8 @@ import torch
 from peft.utils import merge_utils
 
 from lcm_kit.lora_merge import METHODS, Lora, merge, merge_with_account
-from lcm_kit.lora_merge.core_space import core_space
-from lcm_kit.lora_merge.methods import Situation
+from lcm_kit.lora_merge.algebra.core_space import core_space
+from lcm_kit.lora_merge.methods.table import Situation
 from lcm_kit.tests.lora_merge.make import dense, factors, generator, kohya, relative
 
 HERE, THERE = "lora_unet_input_blocks_1_1_proj_in", "lora_unet_middle_block_1_proj_in"

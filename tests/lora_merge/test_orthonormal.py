@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lcm_kit.lora_merge.orthonormal import basis, triangle
+from lcm_kit.lora_merge.algebra.orthonormal import basis, triangle
 
 
 def random(rows, columns, seed=0):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lcm_kit.lora_merge.places import Place, parse_block_strengths, place
+from lcm_kit.lora_merge.naming.blocks import Place, parse_block_strengths, place
 
 
 @pytest.mark.parametrize(

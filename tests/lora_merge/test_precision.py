@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lcm_kit.lora_merge import Lora, LoraLayer
-from lcm_kit.lora_merge.precision import all_finite, cast
+from lcm_kit.lora_merge.algebra.precision import all_finite, cast
 from lcm_kit.tests.lora_merge.make import dense, factors, kohya, relative
 
 MODULE = "lora_unet_conv_in"

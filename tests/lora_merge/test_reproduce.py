@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lcm_kit.lora_merge import load, merge, save
 from lcm_kit.lora_merge.__main__ import main
-from lcm_kit.lora_merge.reproducing import reproduce
+from lcm_kit.lora_merge.merging.reproduce import reproduce
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
 MODULES = (

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcm_kit.lora_merge.sparsify import at_random, by_magnitude, by_magnitude_at_random, without_outliers
+from lcm_kit.lora_merge.methods.sparsify import at_random, by_magnitude, by_magnitude_at_random, without_outliers
 
 DELTA = torch.tensor([[4.0, -1.0, 0.5], [-3.0, 2.0, -5.0]])
 

@@ -5,7 +5,7 @@ import json
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcm_kit.lora_merge.tensor_file import mapped, write
+from lcm_kit.lora_merge.files.tensor_file import mapped, write
 
 TENSORS = {
     "b": torch.arange(6.0).reshape(2, 3).half(),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lcm_kit.lora_merge import Lora
-from lcm_kit.lora_merge.unet import (
+from lcm_kit.lora_merge.naming.unet import (
     Layout,
     infer_layout,
     is_diffusers,

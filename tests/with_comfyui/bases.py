@@ -42,7 +42,7 @@ def _wide(blocks, down, up, middle):
     }
 
 
-# Name in lora_merge/bases.py -> ComfyUI's class and what it detects in a checkpoint of that base.
+# Name in lora_merge/recognise/base_models.py -> ComfyUI's class and what it detects in a checkpoint of that base.
 CONFIGS = {
     "SD1.5": ("SD15", _FOUR | {"context_dim": 768, "use_linear_in_transformer": False}),
     "SD2": ("SD20", _FOUR | {"context_dim": 1024}),
@@ -52,7 +52,7 @@ CONFIGS = {
     "KOALA-1B": ("KOALA_1B", _wide(1, [0, 2, 6], [0, 0, 2, 2, 6, 6], 6)),
     "KOALA-700M": ("KOALA_700M", _wide(1, [0, 2, 5], [0, 0, 2, 2, 5, 5], -2)),
 }
-# One that lora_merge/bases.py does not know.
+# One that lora_merge/recognise/base_models.py does not know.
 REFINER = _FOUR | {
     "model_channels": 384,
     "context_dim": 1280,

@@ -4,10 +4,10 @@ import comfy.model_management
 import pytest
 import torch
 
-from lcm_kit.lora_merge.compare_report import as_text
+from lcm_kit.host.lora.comparing import compare_slots
+from lcm_kit.host.lora.weights import LoraWeights, to_lora
+from lcm_kit.lora_merge.comparing.report import as_text
 from lcm_kit.nodes.comparing import CompareLoRA
-from lcm_kit.nodes.host.comparing import compare_slots
-from lcm_kit.nodes.host.weights import LoraWeights, to_lora
 from lcm_kit.tests.with_comfyui import tiny
 
 
@@ -56,7 +56,7 @@ def test_slots_may_be_empty_and_strengths_belong_to_their_slot(loras):
 
 
 def test_the_report_is_that_of_the_core(loras):
-    from lcm_kit.lora_merge.compare import compare
+    from lcm_kit.lora_merge.comparing.compare import compare
 
     found = compare([(to_lora(lora), 1.0) for lora in loras])
     assert compared(loras).result[1] == as_text(found)

@@ -21,12 +21,12 @@ from comfy.model_base import ModelType
 from lcm_kit.distillation.adapter import LoraAdapters
 from lcm_kit.distillation.draws import draw
 from lcm_kit.distillation.objective import distillation_loss
+from lcm_kit.host.training import distilling, teacher_pictures
+from lcm_kit.host.training.data import Batches, Item, encoded, moved
+from lcm_kit.host.training.loan import Denoiser, lent
+from lcm_kit.host.training.strip import Strip
 from lcm_kit.lora_merge import Lora
 from lcm_kit.nodes.distilling import Distill
-from lcm_kit.nodes.host import distilling, teacher_pictures
-from lcm_kit.nodes.host.strip import Strip
-from lcm_kit.nodes.host.training_data import Batches, Item, encoded, moved
-from lcm_kit.nodes.host.training_loan import Denoiser, lent
 from lcm_kit.tests.distillation.live_memory import LiveMemory
 from lcm_kit.tests.with_comfyui import tiny
 

@@ -11,9 +11,9 @@ import comfy.utils
 import pytest
 import torch
 
+from lcm_kit.host.lora.weights import to_lora
 from lcm_kit.lora_merge import Lora
 from lcm_kit.nodes.extracting import ExtractLoRA
-from lcm_kit.nodes.host.weights import to_lora
 from lcm_kit.nodes.loading import ApplyLoRA
 from lcm_kit.nodes.sampling import LCMKSampler
 from lcm_kit.tests.with_comfyui import tiny

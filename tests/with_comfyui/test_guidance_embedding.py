@@ -14,8 +14,8 @@ import torch
 from comfy_extras import nodes_custom_sampler as custom
 from safetensors.torch import save_file
 
+from lcm_kit.host.sampling import embedding
 from lcm_kit.nodes.guidance import LCMGuidanceEmbedding
-from lcm_kit.nodes.host import embedding
 from lcm_kit.nodes.loading import ApplyLoRA
 from lcm_kit.nodes.sampling import LCMKSampler
 from lcm_kit.samplers.guidance import guidance_embedding

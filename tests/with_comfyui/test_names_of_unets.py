@@ -3,8 +3,8 @@
 import comfy.utils
 import pytest
 
-from lcm_kit.lora_merge import names, unet
-from lcm_kit.lora_merge.unet import infer_layout
+from lcm_kit.lora_merge.naming import names, unet
+from lcm_kit.lora_merge.naming.unet import infer_layout
 
 SD15 = {
     "num_res_blocks": [2, 2, 2, 2],

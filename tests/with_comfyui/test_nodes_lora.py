@@ -34,7 +34,7 @@ def model():
 @pytest.fixture
 def loras_folder(comfy_home, tmp_path, monkeypatch):
     """An empty folder that ComfyUI takes for its first loras folder, and nothing in memory."""
-    from lcm_kit.nodes.host import files
+    from lcm_kit.host.lora import files
 
     folder = tmp_path / "loras"
     folder.mkdir()
@@ -219,7 +219,7 @@ def test_a_file_that_was_overwritten_is_read_again(model, put):
 @pytest.fixture
 def reads(monkeypatch):
     """Paths that were read, in order; the reading itself is the real one."""
-    from lcm_kit.nodes.host import files
+    from lcm_kit.host.lora import files
 
     read, seen = files.load, []
 
@@ -244,7 +244,7 @@ def test_another_strength_does_not_read_the_file_again(model, put, reads):
 
 
 def test_a_changed_strength_looks_up_no_module_again(model, put, monkeypatch):
-    from lcm_kit.nodes.host import patches
+    from lcm_kit.host.lora import patches
 
     fit, seen = patches.fit, []
 
@@ -265,7 +265,7 @@ def test_a_changed_strength_looks_up_no_module_again(model, put, monkeypatch):
 
 
 def test_a_file_overwritten_in_place_is_read_again_and_the_old_one_forgotten(model, put, reads):
-    from lcm_kit.nodes.host import files
+    from lcm_kit.host.lora import files
 
     name = put("a.safetensors", tiny.lora(model, seed=1))
     loaded(name)
@@ -278,8 +278,8 @@ def test_a_file_overwritten_in_place_is_read_again_and_the_old_one_forgotten(mod
 
 def test_what_the_page_asks_before_a_run_reads_no_file(model, put, monkeypatch, reads):
     """ComfyUI calls it for every prompt that is queued."""
-    from lcm_kit.lora_merge import identity
-    from lcm_kit.nodes.host import files
+    from lcm_kit.host.lora import files
+    from lcm_kit.lora_merge.recognise import identity
 
     def never(path):
         raise AssertionError("hashed")
@@ -314,7 +314,7 @@ def test_what_a_later_node_does_to_a_lora_does_not_reach_the_cache(model, put):
 
 
 def test_the_cache_forgets_the_oldest_beyond_its_size(model, put, monkeypatch):
-    from lcm_kit.nodes.host import files
+    from lcm_kit.host.lora import files
 
     names = [put(f"{n}.safetensors", tiny.lora(model, rank=1, seed=n)) for n in range(3)]
     monkeypatch.setattr(files, "CACHE_BYTES", 1)

@@ -13,9 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from lcm_kit.host.lora.weights import to_lora
 from lcm_kit.lora_merge import METHODS, load, merge, resize
-from lcm_kit.lora_merge.reproducing import reproduce
-from lcm_kit.nodes.host.weights import to_lora
+from lcm_kit.lora_merge.merging.reproduce import reproduce
 from lcm_kit.nodes.loading import ApplyLoRA, LoadLoRA
 from lcm_kit.nodes.merging import MergeLoRA, ResizeLoRA, SaveLoRA
 from lcm_kit.tests.with_comfyui import tiny
@@ -50,7 +50,7 @@ def pair(model):
 
 @pytest.fixture
 def loras_folder(comfy_home, tmp_path, monkeypatch):
-    from lcm_kit.nodes.host import files
+    from lcm_kit.host.lora import files
 
     folder = tmp_path / "loras"
     folder.mkdir()

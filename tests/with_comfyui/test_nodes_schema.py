@@ -6,8 +6,8 @@ import inspect
 import pytest
 from comfy_api.latest import io
 
+from lcm_kit.host.compat import if_known
 from lcm_kit.nodes import LCMKitExtension
-from lcm_kit.nodes.host.compat import if_known
 from lcm_kit.tests.helpers import ROOT
 
 # node id -> (display name, required inputs in widget order, optional inputs, output types);

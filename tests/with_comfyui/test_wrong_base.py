@@ -4,11 +4,11 @@ import folder_paths
 import pytest
 import torch
 
-from lcm_kit.lora_merge.bases import BY_NAME
-from lcm_kit.nodes.host import bases as host_bases
-from lcm_kit.nodes.host import files
-from lcm_kit.nodes.host.bases import base_of
-from lcm_kit.nodes.host.fit import fit
+from lcm_kit.host.lora import bases as host_bases
+from lcm_kit.host.lora import files
+from lcm_kit.host.lora.bases import base_of
+from lcm_kit.host.lora.fit import fit
+from lcm_kit.lora_merge.recognise.base_models import BY_NAME
 from lcm_kit.nodes.loading import ApplyLoRA, LCMLoader
 from lcm_kit.tests.lora_merge import full_size
 from lcm_kit.tests.with_comfyui import bases

@@ -1,0 +1,148 @@
+"""Where the modules of a LoRA belong in a MODEL and a CLIP, and which belong nowhere."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import comfy.lora
+import comfy.lora_convert
+import torch
+
+from ...lora_merge.files.keys import BIAS_PARTS, DIFF_PARTS, parse, refused_format
+from ...lora_merge.updates.build import build
+from .cores import without_cores
+
+TEXT_PREFIXES = ("lora_te", "lora_prior_te", "text_encoder", "text_model.", "te1_", "te2_")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """patches: target weight -> ComfyUI's patch, for the placed modules only.
+    placed: modules with a place and the right shape.
+    homeless: modules that ComfyUI's key maps do not know in this model.
+    clashing: modules with a place but another shape, as "module: (out, in) on a weight of (out, in)".
+    twice: modules whose weight another module of the same file already takes.
+    waiting: text-encoder modules while no CLIP is connected.
+    """
+
+    patches: dict
+    placed: tuple[str, ...]
+    homeless: tuple[str, ...]
+    clashing: tuple[str, ...]
+    twice: tuple[str, ...]
+    waiting: tuple[str, ...]
+
+    @property
+    def asked(self) -> int:
+        """Modules that should have had a place."""
+        return len(self.placed) + len(self.homeless) + len(self.clashing) + len(self.twice)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.placed) == self.asked > 0
+
+    @property
+    def foreign(self) -> bool:
+        """Made for another model: a wrong shape anywhere, or fewer than half of the modules placed."""
+        return bool(self.clashing or self.twice) or 2 * len(self.placed) < max(self.asked, 1)
+
+
+def fit(weights: Mapping[str, torch.Tensor], model, clip=None) -> Fit:
+    """Looks up every module of a LORA_MODEL; changes nothing."""
+    shapes, homes = dict(model.model.state_dict()), comfy.lora.model_lora_keys_unet(model.model, {})
+    if clip is not None:
+        shapes |= clip.cond_stage_model.state_dict()
+        homes = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, homes)
+    lora = comfy.lora_convert.convert_lora(dict(weights))
+    lora = without_cores(lora, modules(lora))
+    named = modules(lora)
+    # The key maps also name weights that this very model lacks; add_patches drops patches for them in silence. And
+    # load_lora tries a dozen spellings of each name it is given, so it is given those of this file only.
+    homes = {module: homes[module] for module in named if module in homes and weight_of(homes[module]) in shapes}
+    patches = comfy.lora.load_lora(lora, homes, log_missing=False)
+
+    placed, homeless, clashing, twice, waiting = [], [], [], [], []
+    taken: set = set()
+    for module, parts in sorted(named.items()):
+        targets = _targets(homes.get(module), set(parts))
+        if not targets or any(target not in patches or weight_of(target) not in shapes for target in targets):
+            waits = clip is None and module.startswith(TEXT_PREFIXES)
+            (waiting if waits else homeless).append(module)
+        elif not taken.isdisjoint(targets):
+            twice.append(module)
+        elif clash := _clash(targets, {part: lora[key] for part, key in parts.items()}, shapes):
+            # ComfyUI would log an error for every picture and keep the weight as it is.
+            clashing.append(f"{module}: {clash}")
+        else:
+            placed.append(module)
+            taken.update(targets)
+    patches = {target: _in_shape(patch, target, shapes) for target, patch in patches.items() if target in taken}
+    return Fit(patches, *map(tuple, (placed, homeless, clashing, twice, waiting)))
+
+
+def modules(lora: Mapping[str, torch.Tensor]) -> dict[str, dict[str, str]]:
+    """Module, as the file spells it -> part of it -> key; a key of no known form is a module of its own."""
+    found: dict[str, dict[str, str]] = {}
+    for key in lora:
+        module, part = parse(key) or (refused_format(key)[1], "other")
+        found.setdefault(module, {})[part] = key
+    return found
+
+
+def weight_of(target) -> str:
+    """The weight that a patch target changes: itself, or the first of (weight, part of it)."""
+    return target if isinstance(target, str) else target[0]
+
+
+def _targets(home, parts: set[str]) -> list:
+    """What a module's keys patch: its weight, and the bias beside it, as comfy.lora.load_lora names them."""
+    if home is None or not isinstance(home, str):
+        return [] if home is None else [home]
+    weight = [home] if parts - {*BIAS_PARTS, "alpha"} else []
+    return weight + ([f"{home.removesuffix('.weight')}.bias"] if parts & {*BIAS_PARTS} else [])
+
+
+def _clash(targets: list, parts: dict[str, torch.Tensor], shapes) -> str | None:
+    """What is wrong with the shape of a module's updates, None if nothing is or if nothing is known about it."""
+    for target in targets:
+        shape = _shape_of(target, shapes)
+        is_bias = weight_of(target).endswith(".bias")
+        try:
+            delta = _delta_shape({part: tensor for part, tensor in parts.items() if (part in BIAS_PARTS) == is_bias})
+        except ValueError as error:
+            return f"{error} on a weight of {shape}"
+        # Some kinds tell only how many rows the weight has.
+        rows_only = delta is not None and len(delta) == 1 and "oft_blocks" in parts
+        if shape and delta and (delta[0] != shape[0] or not (rows_only or prod(delta) == prod(shape))):
+            return f"{delta} on a weight of {shape}"
+    return None
+
+
+def _shape_of(target, shapes) -> tuple[int, ...] | None:
+    """Shape of a weight, or of the part of it that a target names; None where the shape says nothing."""
+    weight = shapes.get(weight_of(target))
+    # A packed weight (nf4 and the like) is stored in another shape than it acts in.
+    if weight is None or not weight.is_floating_point():
+        return None
+    shape = list(weight.shape)
+    if not isinstance(target, str):
+        dim, _, length = target[1]
+        shape[dim] = length
+    return tuple(shape)
+
+
+def _delta_shape(parts: dict[str, torch.Tensor]) -> tuple[int, ...] | None:
+    """Shape of the weight that parts of one module change. Raises ValueError if they contradict one another."""
+    for part in (*DIFF_PARTS, "set_weight"):
+        if part in parts:
+            return tuple(parts[part].shape)
+    update = build(parts, None) if parts else None
+    return None if update is None else update.shape
+
+
+def _in_shape(patch, target, shapes):
+    """ComfyUI adds a difference only if it has the very shape of the weight: (out, in, 1, 1) is not (out, in)."""
+    shape = _shape_of(target, shapes)
+    if isinstance(patch, tuple) and patch[0] == "diff" and shape is not None:
+        return ("diff", (patch[1][0].reshape(shape), *patch[1][1:]))
+    return patch

@@ -1,0 +1,44 @@
+"""What a LORA_MODEL is, kept beside it where it was read from a file."""
+
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ...lora_merge.recognise.identity import Identity, identify
+from .weights import LoraWeights, to_lora
+
+
+class KnownWeights(LoraWeights):
+    """LoraWeights as they came from a file, with what was found out about them.
+
+    identity: what they are.   original: the file's tensors, shared by all copies.
+    cases: what other modules remember about the original, shared by all copies.
+    """
+
+    def __init__(self, original: Mapping[str, torch.Tensor], *, name: str, metadata, identity: Identity, cases=None):
+        super().__init__(original, name=name, metadata=metadata)
+        self.original = original
+        self.identity = identity
+        self.cases = WeakKeyDictionary() if cases is None else cases
+
+    def again(self) -> "KnownWeights":
+        """A copy of the dict, not of the tensors."""
+        return KnownWeights(
+            self.original, name=self.name, metadata=self.metadata, identity=self.identity, cases=self.cases
+        )
+
+    @property
+    def untouched(self) -> bool:
+        """False once somebody put something else into this dict; then nothing that is remembered holds for it."""
+        return len(self) == len(self.original) and all(self.get(key) is value for key, value in self.original.items())
+
+
+def identity_of(weights: LoraWeights) -> Identity | None:
+    """None for a LORA_MODEL of another make that lora_merge cannot read, which ComfyUI may still apply."""
+    if isinstance(weights, KnownWeights) and weights.untouched:
+        return weights.identity
+    try:
+        return identify(to_lora(weights))
+    except ValueError:
+        return None

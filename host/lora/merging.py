@@ -1,0 +1,95 @@
+"""LORA_MODELs through lora_merge/ and back."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePath
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+
+from ...lora_merge import METHODS, describe_merge, merge_with_account, resize_with_account
+from ...lora_merge.merging.strengths import for_inputs
+from ...lora_merge.recognise.identity import sha256_of
+from .files import DTYPES, lora_names
+from .identity import KnownWeights
+from .weights import LoraWeights, from_lora, to_lora
+
+PROTECT = ("auto", "none", *(f"lora_{number}" for number in range(1, 7)))
+AIMS = ("keep", "retain", "max_mb")
+# Widgets have a value always, so those of other methods are left out.
+PARAMETERS = ("spread", "outliers")
+
+
+def merge(slots: Mapping[str, object], *, method: str, block_strengths: str, protect: str, **choices):
+    """(merged, report). slots: lora_1, strength_1, lora_2, ... as the node has them; an empty lora slot is left out.
+
+    choices: the node's other widgets; 0 leaves keep, retain and max_mb out.
+    """
+    numbers = [key.removeprefix("lora_") for key in slots if key.startswith("lora_") and slots[key] is not None]
+    numbers = sorted(numbers, key=int)
+    weights = [slots[f"lora_{number}"] for number in numbers]
+    loras = [to_lora(one, f"lora_{number}") for one, number in zip(weights, numbers, strict=True)]
+    merged, account = _watched(
+        weights,
+        lambda **more: merge_with_account(
+            [(lora, slots[f"strength_{number}"]) for lora, number in zip(loras, numbers, strict=True)],
+            method=method,
+            protect=_protected(protect, numbers),
+            block_strengths=for_inputs(block_strengths, numbers),
+            **_given(method, choices),
+            **more,
+        ),
+    )
+    return from_lora(merged), describe_merge(account, merged)
+
+
+def resize(lora, *, dtype: str, **choices) -> tuple[LoraWeights, str]:
+    """(smaller one, report). choices: rank, keep, max_mb; 0 leaves them out."""
+    whole = to_lora(lora)
+    small, account = _watched(
+        [lora], lambda **more: resize_with_account(whole, out_dtype=DTYPES[dtype], **_given("linear", choices), **more)
+    )
+    return from_lora(small), describe_merge(account, small)
+
+
+def _given(method: str, choices: Mapping[str, object]) -> dict[str, object]:
+    result = {name: value for name, value in choices.items() if name not in AIMS or value}
+    for name in PARAMETERS:
+        if name not in METHODS[method].parameters:
+            result.pop(name, None)
+    return result
+
+
+def _protected(text: str, numbers: list[str]):
+    if text in ("auto", "none"):
+        return "auto" if text == "auto" else None
+    number = text.removeprefix("lora_")
+    if number not in numbers:
+        raise ValueError(f"protect is {text}, but no LoRA is connected there. Choose another, auto or none.")
+    return numbers.index(number)
+
+
+def _watched(weights: list, work: Callable):
+    """work with ComfyUI's progress bar and interrupt, and the hashes of the files computed beside it."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def progress(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    with ThreadPoolExecutor(1) as pool:
+        hashes = [pool.submit(_sha256, one) for one in weights]
+        try:
+            return work(progress=progress, sha256=lambda: [one.result() for one in hashes])
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _sha256(weights) -> str | None:
+    """Of the file that the weights came from as they are, None for what was made in the graph."""
+    if not isinstance(weights, KnownWeights) or not weights.untouched:
+        return None
+    paths = [name for name in lora_names() if PurePath(name).name == weights.name]
+    path = folder_paths.get_full_path("loras", paths[0]) if len(paths) == 1 else None
+    return None if path is None else sha256_of(path)

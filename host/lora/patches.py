@@ -1,0 +1,126 @@
+"""A LORA_MODEL on a MODEL and a CLIP, through ComfyUI's own patches; every node that applies one takes this road."""
+
+import logging
+from dataclasses import dataclass
+
+from ...lora_merge.recognise.identity import Identity
+from ...samplers.presets import Preset
+from .bases import ModelBase, base_of, uncovered
+from .fit import Fit, fit, weight_of
+from .identity import KnownWeights, identity_of
+from .reports import applied_lines, preset_of, refusal
+from .weights import LoraWeights, named
+
+logger = logging.getLogger(__name__)
+
+# Where the base is not known: what a model may lack of the modules that an acceleration LoRA changes.
+FEW = 0.05
+# An acceleration LoRA changes all modules of its kinds; one that leaves more than this share is for a smaller model.
+LEFT = 0.25
+
+
+@dataclass(frozen=True)
+class Case:
+    """All that is known before anything is patched.
+
+    name: of the LoRA.
+    left, could: modules of the model that the LoRA leaves alone, and all of them, in the kinds that it is for.
+    """
+
+    name: str
+    identity: Identity | None
+    found: Fit
+    model: ModelBase
+    left: tuple[str, ...]
+    could: int
+
+    @property
+    def other_base(self) -> bool:
+        """Both bases are known, and the model's is none that the LoRA can be for."""
+        return bool(self._bases and self.model.base and self.model.base not in self._bases)
+
+    @property
+    def same_base(self) -> bool:
+        """Both bases are known, and the model's is one that the LoRA can be for."""
+        return self.model.base in self._bases
+
+    @property
+    def _bases(self) -> tuple[str, ...]:
+        return self.identity.bases if self.identity else ()
+
+    @property
+    def accelerates(self) -> bool:
+        return self.identity is not None and self.identity.structure.accelerates
+
+    def wrong(self, demand_all: bool) -> bool:
+        """Whether the LoRA was made for another model.
+
+        A style LoRA that is for a sister of the model and fits in most of its modules works after a fashion. A model of
+        the right base may be pruned.
+        """
+        if self.found.foreign or (self.other_base and (self.accelerates or demand_all)):
+            return True
+        if self.same_base or not demand_all:
+            return False
+        lacking = self.found.asked - len(self.found.placed)
+        return lacking > FEW * self.found.asked or (self.accelerates and len(self.left) > LEFT * self.could)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """model, clip: clones with the patches, or what was given where there was nothing to do.
+    preset: the sampling settings that go with the LoRA, LCM's if it is not known.
+    """
+
+    model: object
+    clip: object
+    report: str
+    preset: Preset
+
+
+def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=False, allow_misfit=False) -> Applied:
+    """Raises ValueError, before anything is patched, for a LoRA that was made for another model.
+
+    demand_all: for LoRAs that have to fit as a whole: nearly every module needs a place, and one that accelerates has
+    to cover the model.   allow_misfit: makes a warning of that and applies what fits.
+    """
+    weights = named(weights)
+    identity = identity_of(weights)
+    preset = preset_of(identity)
+    if strength_model == 0 and (clip is None or strength_clip == 0):
+        return Applied(model, clip, f"{weights.name}: not applied, its strength is 0.", preset)
+    case = _case(weights, identity, model, clip)
+    found, wrong = case.found, case.wrong(demand_all)
+    if wrong and not allow_misfit:
+        raise ValueError(refusal(case))
+    lines = applied_lines(case, strength_model, strength_clip, clip, wrong=wrong)
+    # Text-encoder modules wait by choice, everything else that is left out is news.
+    (logger.info if found.complete and not wrong else logger.warning)("%s", " ".join(lines))
+    for_model = {target: patch for target, patch in found.patches.items() if weight_of(target) in case.model.weights}
+    for_clip = {target: patch for target, patch in found.patches.items() if target not in for_model}
+    return Applied(
+        _patched(model, for_model, strength_model), _patched(clip, for_clip, strength_clip), "\n".join(lines), preset
+    )
+
+
+def _case(weights: LoraWeights, identity: Identity | None, model, clip) -> Case:
+    """All about a LoRA on a model; remembered with the LoRA's file, for a changed strength changes nothing of it."""
+    remembered = isinstance(weights, KnownWeights) and clip is None and weights.untouched
+    if remembered and model.model in weights.cases:
+        return weights.cases[model.model]
+    found, model_base = fit(weights, model, clip), base_of(model)
+    kinds = identity.structure.recognised.kinds if identity else frozenset()
+    left, could = uncovered(found, model_base, kinds)
+    case = Case(weights.name, identity, found, model_base, tuple(left), could)
+    if remembered:
+        weights.cases[model.model] = case
+    return case
+
+
+def _patched(patcher, patches: dict, strength: float):
+    """A clone of a MODEL or CLIP with the patches; itself if there are none or strength is 0."""
+    if patcher is None or not patches or strength == 0:
+        return patcher
+    patcher = patcher.clone()
+    patcher.add_patches(patches, strength)
+    return patcher

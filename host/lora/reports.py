@@ -1,0 +1,152 @@
+"""What the LoRA nodes say: one screen about a LoRA and what became of it, or why it was refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...lora_merge import describe
+from ...lora_merge.recognise import catalogue
+from ...lora_merge.recognise.identity import Identity
+from ...samplers.presets import PRESETS, Preset
+from .identity import identity_of
+from .weights import named, to_lora
+
+if TYPE_CHECKING:
+    from .patches import Case
+
+SHOWN = 5
+
+
+def contents(weights: Mapping[str, torch.Tensor]) -> str:
+    """What is in a LORA_MODEL and what it is, in a few lines."""
+    weights = named(weights)
+    identity = identity_of(weights)
+    lines = [describe(to_lora(weights))]
+    if identity is not None:
+        lines += [f"  {line}" for line in _what(identity)]
+        lines += [f"  {line}" for line in _counts(identity)]
+    return "\n".join(lines)
+
+
+def applied_lines(case: Case, strength_model: float, strength_clip: float, clip, *, wrong: bool) -> list[str]:
+    """What was applied, what was not, and how to sample with it."""
+    found = case.found
+    strength = f"{strength_model:g}" if clip is None else f"{strength_model:g} (text encoder {strength_clip:g})"
+    lines = [f"{case.name}: {len(found.placed)} of {found.asked} modules applied at strength {strength}."]
+    if case.identity is not None:
+        lines += _what(case.identity, case.model.words)
+        lines += _counts(case.identity)
+    if wrong:
+        lines.append(f"Warning: {_why(case) or 'it was made for another base model'}; pictures may be spoilt.")
+    elif case.accelerates and case.left:
+        lines.append(f"{len(case.left)} of the model's {case.could} modules of these kinds are not changed by it.")
+    if found.waiting:
+        lines.append(f"{len(found.waiting)} text-encoder modules not applied: no CLIP is connected.")
+    for what, modules in (
+        ("have no place in this model", found.homeless),
+        ("have another shape than this model's weights", found.clashing),
+        ("name a weight that another module of the file already changes", found.twice),
+    ):
+        if modules:
+            more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
+            lines.append(f"{len(modules)} {what}: {', '.join(modules[:SHOWN])}{more}.")
+    return lines
+
+
+def refusal(case: Case) -> str:
+    """Why a LoRA is not applied: what it is, what the model is, the counts, and which file to use instead."""
+    name, found = case.name, case.found
+    if found.waiting and not found.asked:
+        return f"{name} changes the text encoder only ({len(found.waiting)} modules). Connect a CLIP."
+    if not found.asked:
+        return f"{name} is empty. Use another LoRA."
+    identity = case.identity
+    counts = ", ".join(filter(None, [f"of its {found.asked} modules {len(found.placed)} fit", _why(case)]))
+    end = "Setting wrong_base to warn applies what fits all the same."
+    if identity is None or not identity.bases:
+        return (
+            f"{name} does not fit this model ({case.model.config}): {counts}. It was made for another base model; use "
+            f"the LoRA for this one, or load the checkpoint family it was made for. {end}"
+        )
+    # "LCM-LoRA SDXL" says for what it is
+    made_for = " or ".join(identity.bases)
+    kind = (
+        identity.published.name if identity.published else f"{_article(identity.kind)} {identity.kind} for {made_for}"
+    )
+    other = case.model.base and case.accelerates and catalogue.instead(case.model.base, identity.preset)
+    checkpoint = f"load {_article(made_for)} {made_for} checkpoint"
+    way_out = (
+        f"Use {other.name} ({other.link}, {other.file}), or {checkpoint}"
+        if other
+        else f"It was made for another base model; use the LoRA for this one, or {checkpoint}"
+    )
+    return (
+        f"{name} does not fit this model ({case.model.config}): it is {kind}, and the model is {case.model.words}. "
+        f"{way_out}. {counts[0].upper()}{counts[1:]}. {end}"
+    )
+
+
+def _why(case: Case) -> str:
+    """What does not fit, in numbers; with the first of each where nothing else says what went wrong."""
+    found, known = case.found, case.other_base
+    reasons = []
+    for modules, words in (
+        (found.homeless, "have no place in it"),
+        (found.clashing, "have another shape"),
+        (found.twice, "name a weight twice"),
+    ):
+        if modules:
+            reasons.append(f"{len(modules)} {words}" + ("" if known else f" (the first: {modules[0]})"))
+    if case.left and (known or not reasons):
+        first = "" if known else f" (the first: {case.left[0]})"
+        reasons.append(
+            f"{len(case.left)} of the model's {case.could} modules of these kinds are left without it{first}"
+        )
+    return ", ".join(reasons)
+
+
+def _what(identity: Identity, model: str | None = None) -> list[str]:
+    lines = [f"It is: {identity.kind}, {identity.sure}."]
+    if identity.bases or model:
+        beside = f", this model: {model}" if model else ""
+        lines.append(f"Made for: {' or '.join(identity.bases) or 'not known'}{beside}.")
+    if identity.preset or identity.structure.accelerates:
+        whose = identity.preset if identity.preset in PRESETS else f"{preset_of(identity).name}, as a guess"
+        lines.append(f"Settings ({whose}): {_settings(preset_of(identity))}.")
+    return lines
+
+
+def preset_of(identity: Identity | None) -> Preset:
+    """The sampling settings that go with a LoRA; LCM's for one that is not known."""
+    return PRESETS.get(identity.preset or "LCM", PRESETS["LCM"]) if identity else PRESETS["LCM"]
+
+
+def _settings(preset: Preset) -> str:
+    gammas = preset.gamma if isinstance(preset.gamma, tuple) else (preset.gamma,)
+    gamma = ", ".join(f"{value:g}" for value in gammas)
+    when = ", ".join(map(str, preset.timesteps))
+    grid = f"timesteps {when}" if when else f"{preset.original_steps} original steps"
+    return f"LCM KSampler, {preset.steps} steps, cfg {preset.cfg:g}, gamma {gamma}, {grid}"
+
+
+def _counts(identity: Identity) -> list[str]:
+    facts = identity.structure
+    parts = [f"parameters {facts.parameters:,}"]
+    if facts.ranks and facts.scales:
+        alpha = f"alpha {_span(facts.alphas)}" if facts.alphas else "no alpha"
+        parts = [f"rank {_span(facts.ranks)}", alpha, f"effective scale {_span(facts.scales)}", *parts]
+    line = ", ".join(parts)
+    return [f"{line[0].upper()}{line[1:]}."]
+
+
+def _span(pair: tuple[float, float]) -> str:
+    low, high = pair
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _article(word: str) -> str:
+    """Names in capitals are spelt out: an S-D, an L-C-M."""
+    return "an" if word.startswith(("SD", "SSD", "LCM")) else "a"

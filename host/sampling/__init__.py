@@ -1,0 +1,1 @@
+"""Sampling in the graph: schedules from a model's own table, runs, guidance."""

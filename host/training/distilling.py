@@ -1,0 +1,114 @@
+"""Distils an LCM-LoRA from a MODEL: latents and conditionings in, LORA_MODEL, picture and report out."""
+
+import re
+import time
+from pathlib import Path
+from typing import get_args
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from tqdm.auto import tqdm
+
+from ...distillation.objective import Weighting
+from ...distillation.settings import Settings
+from ...distillation.trainer import Trainer
+from ..lora.weights import LoraWeights
+from ..show import show
+from .data import entries, paired, partners, pictures
+from .loan import compute_type
+from .run import Work, empty_latent, sigma_table, training
+from .strip import Strip
+from .teacher_pictures import teachers_pictures
+
+DTYPES = ("auto", "bf16", "fp16", "fp32")
+WEIGHTINGS = get_args(Weighting)
+WARMUP = 20
+SAVE_EVERY = 100
+STRIPS = 10  # sample strips in a run
+NAME = re.compile(r"[\w\- ][\w\-. ]*")
+
+
+def distil(
+    model, positive, negative, latents, vae, *, steps, batch, accumulate, rank, alpha, learning_rate, guidance_min,
+    guidance_max, skip, seed, samples, width, height, dtype, gradient_checkpointing, resume, original_steps=0,
+    weighting="x0", average=0.0,
+):  # fmt: skip
+    """(LORA_MODEL, IMAGE, report). The MODEL is as before afterwards, whatever happens.
+
+    positive, negative: lists of CONDITIONINGs.   latents: list of LATENTs, may be empty.   vae: VAE or None.
+    alpha: 0 takes the rank.   guidance_min, guidance_max: on the scale of cfg.
+    samples, width, height: of the model's own pictures, where no latents are given.
+    resume: name of the checkpoint, "" keeps none.   original_steps, weighting: see Settings.
+    average: rate of the moving average that is target and result, 0 for none.
+    Raises ValueError for inputs that do not go together, before anything is loaded or trained.
+    """
+    checkpoint_file = _checkpoint_file(resume)
+    conds, unconds = entries(positive, "positive"), entries(negative, "negative")
+    table, type_ = sigma_table(model), compute_type(model, dtype)
+    settings = Settings(
+        steps=steps, batch=batch, accumulate=accumulate, learning_rate=learning_rate, warmup=WARMUP,
+        cfg=(guidance_min, guidance_max), skip=skip, scale_loss=type_ == torch.float16, seed=seed,
+        original_steps=original_steps, weighting=weighting, average=average, average_target=average > 0,
+    )  # fmt: skip
+    given = pictures(model, latents)
+    which = paired(conds, len(given)) if given else [number % len(conds) for number in range(samples)]
+    prompts = [*zip(which, partners(conds, unconds, which), strict=True)]
+    data = given or teachers_pictures(
+        model, [(conds[cond], unconds[uncond]) for cond, uncond in prompts],
+        empty_latent(model, latents, width, height), settings, _beside(checkpoint_file, ".latents"),
+    )  # fmt: skip
+    work = Work(
+        model, data, conds, unconds, prompts, table=table, settings=settings, dtype=type_, rank=rank, alpha=alpha,
+        recompute=gradient_checkpointing,
+    )  # fmt: skip
+    with training(work) as run:
+        strip = run.strip(vae)
+        seconds = _run(run.trainer, strip, checkpoint_file)
+        last = strip.last()
+        tensors = run.tensors()
+    lines = run.report(tensors, bool(given), seconds)
+    if checkpoint_file is not None:
+        place = checkpoint_file.relative_to(folder_paths.get_output_directory())
+        lines.append(f"Checkpoint: {place.as_posix()} in the output folder.")
+    lora = LoraWeights(tensors, name="LCM-LoRA", metadata=run.metadata())
+    return lora, strip.picture(last), "\n".join(lines)
+
+
+def _run(trainer: Trainer, strip: Strip, checkpoint_file: Path | None) -> float:
+    """Trains with progress on the node, in the page and in the console; returns the seconds it took."""
+    steps = trainer.settings.steps
+    progress = comfy.utils.ProgressBar(steps)
+    started, told = time.monotonic(), 0.0
+    with tqdm(total=steps, desc="Distilling", disable=not comfy.utils.PROGRESS_BAR_ENABLED) as bar:
+
+        def after_step(done: int, loss: float) -> None:
+            nonlocal told
+            # ComfyUI's layers look for an interrupt too, in the middle of a step.
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            watched = progress.hook is not None
+            preview = strip.preview() if watched and done % max(1, steps // STRIPS) == 0 else None
+            progress.update_absolute(done, steps, preview)
+            bar.update(done - bar.n)
+            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            if (now := time.monotonic()) - told > 0.5:
+                told = now
+                show(f"step {done} of {steps}, loss {loss:.4g}")
+
+        trainer.run(save_to=checkpoint_file, save_every=SAVE_EVERY, callback=after_step)
+    return time.monotonic() - started
+
+
+def _checkpoint_file(name: str) -> Path | None:
+    """Where a run of that name is kept, in the output folder; None for no name. Raises ValueError for a bad name."""
+    name = name.strip()
+    if not name:
+        return None
+    if not NAME.fullmatch(name):
+        raise ValueError(f"resume is {name!r}; write a plain name such as my-lcm, without folders, or leave it empty.")
+    return Path(folder_paths.get_output_directory()) / "LCMKit" / "distilling" / f"{name}.safetensors"
+
+
+def _beside(file: Path | None, ending: str) -> Path | None:
+    return None if file is None else file.with_name(f"{file.stem}{ending}{file.suffix}")

@@ -1,0 +1,145 @@
+"""A MODEL lent to training: loaded by ComfyUI's memory management, its weights fit for gradients, then given back."""
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sampler_helpers
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from ...distillation.recompute import replaced_forwards
+from .data import Rows
+
+COMPUTE_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def compute_type(model, choice: str) -> torch.dtype:
+    """The dtype to compute in: the one asked for, or for "auto" the one that suits the device.
+
+    bf16 where it is fast, it needs no loss scaling; then fp16; on a CPU fp32.
+    """
+    if choice != "auto":
+        return COMPUTE_TYPES[choice]
+    device = model.load_device
+    if comfy.model_management.is_device_cpu(device):
+        return torch.float32
+    if comfy.model_management.should_use_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if comfy.model_management.should_use_fp16(device) else torch.float32
+
+
+@contextmanager
+def lent(model, dtype: torch.dtype) -> Iterator:
+    """A clone of the MODEL, on its device with all its patches applied, and able to take part in a backward pass.
+
+    Afterwards, also after an error or an interrupt, the MODEL has the weights and patches it came with, unloaded.
+    """
+    patcher = model.clone()
+    own = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+    if dtype != own:
+        patcher.set_model_compute_dtype(dtype)
+    try:
+        # As core's Train LoRA: everything else goes, and the whole model stays on the device.
+        comfy.model_management.load_models_gpu([patcher], memory_required=1e20, force_full_load=True)
+        _leave_inference_mode(patcher.model)
+        patcher.pre_run()
+        yield patcher
+    finally:
+        patcher.cleanup()
+        patcher.detach()
+        # What loading with another compute dtype has set; ComfyUI would do it at the next load of the model.
+        for module in patcher.model.modules():
+            comfy.model_patcher.wipe_lowvram_weight(module)
+
+
+def _leave_inference_mode(model: torch.nn.Module) -> None:
+    """Replaces weights that were loaded in inference mode by equal ones that autograd can keep, one at a time."""
+    # Never a list of all of them: it would keep every old weight beside its copy, the network twice.
+    for module in model.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None and tensor.is_inference():
+                value = tensor.detach().clone()
+                module._parameters[name] = torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
+        for name, tensor in module._buffers.items():
+            if tensor is not None and tensor.is_inference():
+                module._buffers[name] = tensor.detach().clone()
+
+
+# How core's plain layers, and no others, compute with a cast weight.
+_PLAIN = [
+    getattr(comfy.ops.disable_weight_init, name).forward_comfy_cast_weights
+    for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")
+]
+
+
+@contextmanager
+def casting_again(network: torch.nn.Module, active: bool = True) -> Iterator[None]:
+    """Within it the backward pass casts anew the weights that ComfyUI casts to another type in every call.
+
+    Autograd would keep every cast weight until then: a second network. Not together with `recomputing`, which keeps
+    none of them, and whose own handling of what autograd keeps this would hide. `active` False does nothing.
+    """
+    cast = [
+        module
+        for module in network.modules()
+        if getattr(module, "comfy_cast_weights", False)
+        and getattr(type(module), "forward_comfy_cast_weights", None) in _PLAIN
+        and "forward" not in vars(module)
+    ]
+    with replaced_forwards({module: _casting_again(module) for module in cast} if active else {}):
+        yield
+
+
+def _casting_again(module: torch.nn.Module) -> Callable:
+    """The forward of a linear or convolution layer with a frozen weight. Of its inputs the gradient needs no values."""
+    forward = module.forward
+
+    def keep(tensor: torch.Tensor):
+        weight = module.weight
+        cast = tensor.dtype != weight.dtype and tensor.shape in (weight.shape, weight.shape[::-1])
+        if not cast or module.weight_function:
+            return tensor
+        return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+    def again(kept):
+        if isinstance(kept, torch.Tensor):
+            return kept
+        dtype, device, shape, stride = kept
+        weight, _ = comfy.ops.cast_bias_weight(module, dtype=dtype, device=device)
+        return weight.as_strided(shape, stride)
+
+    def called(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        with saved_tensors_hooks(keep, again):
+            return forward(*args, **kwargs)
+
+    return called
+
+
+class Denoiser:
+    """(x, sigma, cond) -> x0 by the MODEL, with its own attention patches and wrappers. cond: Rows."""
+
+    def __init__(self, patcher) -> None:
+        self.model = patcher.model
+        self.options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
+        comfy.sampler_helpers.prepare_model_patcher(patcher, {}, self.options)
+        self.uuids = [uuid.uuid4(), uuid.uuid4()]
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, cond: Rows) -> torch.Tensor:
+        # Patches are told which rows are which, as in sampling. Each call has its own dict: blocks write into it.
+        told = {
+            "cond_or_uncond": list(cond.parts),
+            "uuids": [self.uuids[part] for part in cond.parts],
+            "sigmas": sigma[: len(x) // len(cond.parts)],
+        }
+        c = cond.values | {"transformer_options": self.options["transformer_options"] | told}
+        wrapper = self.options.get("model_function_wrapper")
+        if wrapper is None:
+            return self.model.apply_model(x, sigma, **c)
+        call = {"input": x, "timestep": sigma, "c": c, "cond_or_uncond": list(cond.parts)}
+        return wrapper(self.model.apply_model, call)

@@ -1,0 +1,177 @@
+"""A training of a LoRA on a MODEL, from latents and conditionings to its tensors: for the node and the command line."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.sample
+import comfy.utils
+import torch
+
+from ...distillation.engine import Alone, Engine
+from ...distillation.settings import Settings
+from ...distillation.trainer import Trainer, adapters_on
+from ..sampling.tables import is_distilled, trained_sigma_table
+from .data import Batches, Item, encoded, fingerprint
+from .loan import Denoiser, casting_again, lent
+from .strip import Strip
+from .teacher_pictures import is_flow
+
+TRAIN_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is learnt, how, and on what.
+
+    latents: (1, ...) each, as the graph has them.   conds, unconds: entries of CONDITIONINGs.   prompts: for each latent,
+    which of conds and which of unconds.   table: sigma_table(model).   alpha: 0 takes the rank.
+    recompute: gradient checkpointing.
+    """
+
+    model: Any
+    latents: Sequence[torch.Tensor]
+    conds: list
+    unconds: list
+    prompts: Sequence[tuple[int, int]]
+    table: torch.Tensor
+    settings: Settings
+    dtype: torch.dtype
+    rank: int
+    alpha: float
+    recompute: bool
+
+
+class Training:
+    """`trainer` is ready to run, on the lent MODEL."""
+
+    def __init__(self, work: Work, patcher, batches: Batches, trainer: Trainer, denoise: Denoiser) -> None:
+        self.work, self.patcher, self.batches, self.trainer, self.denoise = work, patcher, batches, trainer, denoise
+
+    def strip(self, vae) -> Strip:
+        """Sample strips of this training. vae: decodes them, or None."""
+        return Strip(self.patcher, self.denoise, self.batches, self.trainer, vae)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The LoRA as it is now, in the keys of the published LCM-LoRAs where the model has such."""
+        with self.trainer.result() as adapters:
+            return adapters.lora_state_dict(spelling=_published_names(self.patcher.model))
+
+    def metadata(self, **more) -> dict[str, str]:
+        """For the LoRA's file: how it was made. more: facts to add."""
+        facts = {
+            "settings": self.trainer.settings.kept(),
+            "steps": self.trainer.done,
+            "model": type(self.work.model.model.model_config).__name__,
+        }
+        return {"modelspec.title": "LCM-LoRA", "lcm_kit.distillation": json.dumps(facts | more, sort_keys=True)}
+
+    def report(self, tensors: Mapping[str, torch.Tensor], given: bool, seconds: float) -> list[str]:
+        """Lines for the user. tensors: the LoRA.   given: whether the pictures are the user's.   seconds: it took."""
+        settings, losses = self.trainer.settings, self.trainer.losses
+        modules = sum(key.endswith(".alpha") for key in tensors)
+        size = sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(".alpha"))
+        low, high = settings.cfg
+        tenth = max(1, len(losses) // 10)
+        return [
+            f"LCM-LoRA with {modules} modules, {size:,} parameters ({size * 2 / 1e6:.1f} MB in fp16).",
+            f"{self.trainer.done} steps of {settings.batch * settings.accumulate} images from {len(self.work.latents)} "
+            f"pictures{'' if given else ' that the model made itself'}; guidance "
+            f"{f'{low:g}' if low == high else f'{low:g} to {high:g}'}, skip {settings.skip}, "
+            f"{str(self.work.dtype).split('.')[-1]}.",
+            f"Loss {sum(losses[:tenth]) / tenth:.4g} in the first tenth, {sum(losses[-tenth:]) / tenth:.4g} in the last; "
+            f"{seconds:.0f} seconds.",
+        ]
+
+
+@contextmanager
+def training(
+    work: Work,
+    *,
+    engine: Engine | None = None,
+    facts: Mapping[str, Any] | None = None,
+    check: Callable[[dict[str, Any]], None] = lambda facts: None,
+) -> Iterator[Training]:
+    """Within it the MODEL is lent and carries adapters; afterwards it is as before, whatever happens.
+
+    engine: joins processes, None for one alone.   facts: what a resumed run must share beyond MODEL, data and rank.
+    check: is told all of those before the processes meet; what it raises ends the training.
+    """
+    settings, engine = work.settings, engine or Alone()
+    # The executor's inference mode allows no gradients.
+    with torch.inference_mode(False), torch.enable_grad(), lent(work.model, work.dtype) as patcher:
+        device, network = patcher.load_device, patcher.model.diffusion_model
+        items = items_of(patcher, work.latents, work.conds, work.unconds, work.prompts)
+        per_step = settings.batch * settings.accumulate * engine.num_processes
+        batches = Batches(items, seed=settings.seed, per_step=per_step, device=device)
+        with casting_again(network, not work.recompute), adapters_on(
+            network, work.rank, work.alpha or None, seed=settings.seed, recompute=work.recompute, device=device
+        ) as adapters:  # fmt: skip
+            identity = {
+                "model": _fingerprint_of_weights(network, adapters.names),
+                "data": fingerprint([[item.latent, item.cond, item.uncond] for item in items]),
+                "rank": work.rank,
+                "alpha": work.alpha or work.rank,
+            } | dict(facts or {})  # fmt: skip
+            check(identity)
+            denoise = Denoiser(patcher)
+            trainer = Trainer(
+                denoise, adapters, batches, work.table.to(device), settings, flow=is_flow(work.model), identity=identity,
+                engine=engine,
+            )  # fmt: skip
+            yield Training(work, patcher, batches, trainer, denoise)
+
+
+def sigma_table(model) -> torch.Tensor:
+    """(1000,) ascending sigmas of the training timesteps. Raises ValueError for models without such timesteps."""
+    sampling = model.get_model_object("model_sampling")
+    if is_distilled(sampling):
+        raise ValueError(
+            "ModelSamplingDiscrete 'lcm' is on this model, which is for sampling with a finished LCM-LoRA. Remove that "
+            "node for distilling."
+        )
+    table = trained_sigma_table(sampling)
+    # Flux' table has ten entries to a timestep.
+    step = max(1, len(table) // TRAIN_TIMESTEPS)
+    return table[step - 1 :: step].clone()
+
+
+def empty_latent(model, latents: Sequence[dict], width: int, height: int) -> torch.Tensor:
+    """(1, ...) zeros of the size to train at: of an empty latent that is connected, or of width and height in pixels."""
+    samples = latents[0]["samples"][:1] if latents else torch.zeros(1, 4, height // 8, width // 8)
+    return comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples))
+
+
+def items_of(patcher, latents, conds: list, unconds: list, prompts: Sequence[tuple[int, int]]) -> list[Item]:
+    """Latents in the network's scale beside their encoded conditionings, each encoded once for each size. See Work."""
+    known: dict[torch.Size, tuple[list[dict], list[dict]]] = {}
+    items = []
+    for latent, (cond, uncond) in zip(latents, prompts, strict=True):
+        # Cloned: the graph's tensors were made in inference mode.
+        latent = patcher.model.process_latent_in(latent.clone())
+        if latent.shape not in known:
+            known[latent.shape] = (
+                encoded(patcher, conds, latent, "positive"),
+                encoded(patcher, unconds, latent, "negative"),
+            )
+        encoded_conds, encoded_unconds = known[latent.shape]
+        items.append(Item(latent, encoded_conds[cond], encoded_unconds[uncond]))
+    return items
+
+
+def _fingerprint_of_weights(network: torch.nn.Module, names: list[str]) -> str:
+    """Of the weights as they are used, with patches: the first numbers of each layer that is adapted."""
+    weights = [network.get_submodule(name).weight for name in names]
+    return fingerprint([[tuple(weight.shape), weight.detach().flatten()[:8].float()] for weight in weights])
+
+
+def _published_names(model) -> dict[str, str]:
+    """Layer -> the diffusers name that the published LCM-LoRAs spell; empty for networks that have none."""
+    table = comfy.utils.unet_to_diffusers(model.model_config.unet_config)
+    return {
+        ldm.removesuffix(".weight"): diffusers.removesuffix(".weight")
+        for diffusers, ldm in table.items()
+        if diffusers.endswith(".weight")
+    }

@@ -1,0 +1,135 @@
+"""Weighted sums of updates of one weight, exact, by putting their ranks side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..updates.layer import Layer, LoraLayer, meeting_shape
+from .precision import holds
+
+Term = tuple[Layer, float]
+
+
+def weighted_sum(terms: Sequence[Term], dtype: torch.dtype = torch.float32) -> LoraLayer:
+    """The layer with delta = sum of strength * delta over (layer, strength) terms: tau' of arXiv 2311.05556, eq. 3.
+
+    Exact: up = [a_1 up_1, a_2 up_2, ...] and down = [b_1 down_1; b_2 down_2; ...] with
+    a_i * b_i = strength_i * scale_i, so the rank is the sum of ranks. b_i is the power of two nearest to an even split,
+    which keeps both factors within float16 and costs down no rounding, nor up where a_i is a power of two as well: an
+    LCM-LoRA of alpha 8 and rank 64 goes through at strength 1 bit for bit. The result has alpha = rank (scale 1), no `mid`.
+    LoHa and LoKr enter by their exact factors.
+    A term with strength 0 takes no rank; if all are 0 one rank of zeros is left, so that the module stays.
+    dtype: of the result, rounded once from float32. Where float16 would take more than that (precision.holds), the
+    result is float32 all the same, for `precision.cast` to balance.
+    Raises ValueError without terms, or if the updates are not of one weight.
+    """
+    total = stacked(terms, dtype)
+    if dtype != torch.float32 and not holds(total.up, total.down):
+        total = stacked(terms)
+    return total.layer()
+
+
+def dense_sum(terms: Sequence[Term], diffs: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Sum of strength * delta over (layer, strength) terms and of strength * diff, as one dense difference; float32.
+
+    Its shape is that of the differences, which is the weight's own. Raises ValueError if the shapes differ.
+    """
+    shape = _one_shape([tuple(diff.shape) for diff, _ in diffs])
+    _one_shape([shape, *(layer.shape for layer, _ in terms)])
+    total = torch.zeros(shape, device=diffs[0][0].device)
+    for diff, strength in diffs:
+        total = total + strength * diff.detach().to(torch.float32).reshape(shape)
+    for layer, strength in terms:
+        total = total + strength * layer.delta().reshape(shape)
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Terms of one weight side by side: up (out, sum of ranks) and down (sum of ranks, in * kernel) have the sum of
+    strength * delta as their product. ranks: of each term.   shape: of the weight.
+    """
+
+    up: Tensor
+    down: Tensor
+    ranks: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def layer(self) -> LoraLayer:
+        """The sum, as a layer of scale 1."""
+        return shaped(self.up, self.down, self.shape)
+
+    @property
+    def parts(self) -> list[tuple[Tensor, Tensor]]:
+        """up and down of each term."""
+        ranks = list(self.ranks)
+        return list(zip(torch.split(self.up, ranks, dim=1), torch.split(self.down, ranks, dim=0), strict=True))
+
+
+def stacked(terms: Sequence[Term], dtype: torch.dtype = torch.float32) -> Stack:
+    """The (layer, strength) terms, strengths and scales multiplied in: `weighted_sum` says how.
+
+    Numbers are multiplied in float32 and rounded to the dtype once, each on its way to its place.
+    """
+    shape = common_shape([layer for layer, _ in terms])
+    scales = []
+    for layer, strength in terms:
+        if not math.isfinite(strength):
+            raise ValueError(f"strength is {strength}, but it has to be a finite number")
+        scales.append(strength * layer.scale)
+    ranks = [layer.rank if scale else 0 for (layer, _), scale in zip(terms, scales, strict=True)]
+    device = next(iter(terms[0][0].parts().values())).device
+    if not any(ranks):
+        up, down = (torch.zeros(size, dtype=dtype, device=device) for size in ((shape[0], 1), (1, prod(shape[1:]))))
+        return Stack(up, down, (1, *ranks[1:]), shape)
+    up = torch.empty(shape[0], sum(ranks), dtype=dtype, device=device)
+    down = torch.empty(sum(ranks), prod(shape[1:]), dtype=dtype, device=device)
+    total = Stack(up, down, tuple(ranks), shape)
+    for (layer, _), scale, (up_place, down_place) in zip(terms, scales, total.parts, strict=True):
+        if scale:
+            half = 2.0 ** round(math.log2(abs(scale)) / 2)
+            up, down = layer.stored_factors()
+            _put(up, scale / half, up_place)
+            _put(down, half, down_place)
+    return total
+
+
+def _put(factor: Tensor, number: float, place: Tensor) -> None:
+    if factor.dtype == place.dtype:
+        # torch multiplies 16-bit floats by a number in float32.
+        torch.mul(factor, number, out=place)
+    elif place.dtype == torch.float32:
+        place.copy_(factor).mul_(number)
+    else:
+        place.copy_(factor.to(torch.float32) * number)
+
+
+def shaped(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> LoraLayer:
+    """A layer of scale 1 from matrices (out, rank) and (rank, in * kernel), for a weight of the given shape."""
+    rank, kernel = up.shape[1], shape[2:]
+    return LoraLayer(
+        up.reshape(shape[0], rank, *(1 for _ in kernel)), down.reshape(rank, *shape[1:]), alpha=float(rank)
+    )
+
+
+def common_shape(layers: Sequence[Layer]) -> tuple[int, ...]:
+    """Shape of the one weight that all layers update. Raises ValueError if there is none."""
+    if not layers:
+        raise ValueError("there is nothing to add: give at least one layer")
+    return _one_shape([layer.shape for layer in layers])
+
+
+def _one_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    shape = shapes[0]
+    for other in shapes[1:]:
+        common = meeting_shape(shape, other)
+        if common is None:
+            raise ValueError(f"weights of shape {shape} and {other} differ")
+        shape = common
+    return shape

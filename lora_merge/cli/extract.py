@@ -1,0 +1,70 @@
+"""The command extract of `python -m lora_merge`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from ..extracting.checkpoints import Pairs, pairs
+from ..extracting.extract import Weights, extract
+from ..files.load_save import check_output, save
+from .merge import DTYPES, Answer, Commands
+
+_EXAMPLES = """examples:
+  python -m lora_merge extract lcm-dreamshaper.safetensors dreamshaper.safetensors -o lcm.safetensors --rank 64
+    what made the first model out of the second, as a LoRA: here the acceleration.
+  python -m lora_merge extract tuned.safetensors base.safetensors -o style.safetensors --rank 128 --keep 0.95
+    each module as small as holds 95 % of its difference, at most rank 128."""
+
+
+def add_command(commands: Commands) -> None:
+    """Sets `run`: parsed arguments -> (exit status, what to print)."""
+    add = commands.add_parser(
+        "extract",
+        help="make a LoRA out of two models",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add.add_argument("tuned", type=Path, metavar="TUNED", help="a .safetensors checkpoint or diffusion model")
+    add.add_argument("base", type=Path, metavar="BASE", help="the model that it was made from, in the same format")
+    add.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a .safetensors file to write")
+    add.add_argument("--rank", type=int, default=64, help="the largest of any module; default: 64")
+    add.add_argument("--keep", type=float, default=1.0, metavar="SHARE", help="stop at the smallest rank that holds this "
+                     "share of a module's energy, 0 to 1; default: 1")  # fmt: skip
+    add.add_argument("--matrices-only", action="store_true", help="leave out biases and norms, which few tools read")
+    add.add_argument("--dtype", choices=sorted(DTYPES), default="fp16", help="default: fp16")
+    add.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute; default: cpu")
+    add.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    add.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> Answer:
+    # Before the work, so that a name already taken costs no time.
+    check_output(options.output, options.overwrite)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but torch finds no CUDA device. Leave it out to compute on the CPU.")
+    files = pairs(options.tuned, options.base)
+    lora, account = extract(
+        _told(files),
+        rank=options.rank,
+        keep=options.keep,
+        source=options.output.stem,
+        device=options.device,
+        vectors=not options.matrices_only,
+    )
+    if not lora.spellings:
+        raise ValueError(f"{options.tuned} and {options.base} do not differ: there is nothing to extract.")
+    save(lora, options.output, dtype=DTYPES[options.dtype], overwrite=options.overwrite)
+    lines = [account.describe()]
+    if files.only_one:
+        lines.append(f"{len(files.only_one)} weights are in one file only and left out (first: {files.only_one[0]}).")
+    lines.append(f"Written: {options.output} ({options.output.stat().st_size / 1e6:.1f} MB)")
+    return 0, "\n".join(lines)
+
+
+def _told(files: Pairs) -> Iterator[Weights]:
+    yield from tqdm(files, desc="extract", unit="weight", disable=None, leave=False)

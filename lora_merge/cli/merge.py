@@ -1,0 +1,240 @@
+"""The commands merge, resize, reproduce and info of `python -m lora_merge`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from ..files.load_save import check_output, load, save
+from ..files.lora import Format, Lora
+from ..merging.account import Account
+from ..merging.merge import Progress, merge_with_account, resize_with_account
+from ..merging.report import describe, describe_merge, describe_provenance
+from ..merging.reproduce import reproduce
+from ..merging.strengths import for_inputs
+from ..methods.table import METHODS
+from ..recognise.identity import sha256_of
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+Answer = tuple[int, str]
+Commands = Any  # argparse has no public name for what add_subparsers returns.
+
+_MERGE_EXAMPLES = """examples:
+  python -m lora_merge merge style.safetensors:0.8 lcm.safetensors -o fast-style.safetensors
+    0.8 times the style and 1 times the LCM-LoRA, exactly; the result loads at strength 1.
+  python -m lora_merge merge style.safetensors:0.8 lcm.safetensors -o small.safetensors --retain 0.95
+    as small as it gets while each of the two keeps 95 % of its energy.
+  python -m lora_merge merge style.safetensors lcm.safetensors -o aside.safetensors --mu 1
+    the style steps aside where the LCM-LoRA is strong.
+  python -m lora_merge merge style.safetensors lcm.safetensors -o blocks.safetensors --block-strengths "1: down=0.5, te=0"
+    the first LoRA by half on the way down, and not in the text encoder."""
+_RESIZE_EXAMPLES = """examples:
+  python -m lora_merge resize big.safetensors -o small.safetensors --rank 32
+  python -m lora_merge resize big.safetensors -o small.safetensors --keep 0.98
+    98 % of the energy with as few numbers as possible, ranks differ from module to module.
+  python -m lora_merge resize big.safetensors -o small.safetensors --max-mb 40"""
+_REPRODUCE_EXAMPLE = """example:
+  python -m lora_merge reproduce fast-style.safetensors --inputs ~/loras
+makes the file again from what it says of itself. Exit status: 0 it is the same, 1 it is not, 2 bad input."""
+_INFO_EXAMPLE = """example:
+  python -m lora_merge info lcm.safetensors"""
+
+
+def add_commands(commands: Commands) -> None:
+    """Adds the four commands; each sets `run`: parsed arguments -> (exit status, what to print)."""
+    raw = argparse.RawDescriptionHelpFormatter
+    add = commands.add_parser("merge", help="add LoRAs into one file", epilog=_merge_help(), formatter_class=raw)
+    add.add_argument("loras", nargs="+", metavar="FILE[:STRENGTH]", help="strength is 1 if not given, may be negative")
+    _output(add)
+    _cut(add)
+    add.add_argument("--retain", type=float, metavar="SHARE", help="share of its energy that each LoRA keeps, 0 to 1")
+    add.add_argument("--method", choices=METHODS, default="linear", help="default: linear; see the list below")
+    add.add_argument("--density", type=float, help="of methods that have it, 0 to 1; default: the method's")
+    add.add_argument("--spread", type=float, help="of della and della_ties")
+    add.add_argument("--outliers", type=float, help="of breadcrumbs")
+    add.add_argument("--seed", type=int, default=0, help="of methods that draw at random; default: 0")
+    add.add_argument(
+        "--dense", action="store_true", help="methods work on whole updates as in their papers: slow, large"
+    )
+    add.add_argument("--protect", default="auto", metavar="N", help="which LoRA the others make room for: 1, 2, ..., none, "
+                     "or auto (default): the one recognised as an acceleration LoRA")  # fmt: skip
+    add.add_argument("--mu", type=float, default=0.0, help="how far the others step aside; 0 (default): not at all")
+    add.add_argument("--block-strengths", action="append", default=[], metavar="TEXT", help='factors such as "down=0.5, '
+                     'attention=1.2, te=0, /attn2/=0.3" for all LoRAs, or "2: up=0" for the second; may be repeated')  # fmt: skip
+    add.add_argument("--leave-out", action="store_true", help="leave out what does not add up (DoRA, OFT, ...)")
+    _machine(add)
+    add.set_defaults(run=_merge)
+
+    add = commands.add_parser("resize", help="make a LoRA smaller", epilog=_RESIZE_EXAMPLES, formatter_class=raw)
+    add.add_argument("lora", type=Path, metavar="FILE")
+    _output(add)
+    _cut(add)
+    _machine(add)
+    add.set_defaults(run=_resize)
+
+    add = commands.add_parser(
+        "reproduce", help="make a merged file again and compare", epilog=_REPRODUCE_EXAMPLE, formatter_class=raw
+    )
+    add.add_argument("file", type=Path, metavar="FILE", help="what merge or resize wrote")
+    add.add_argument("--inputs", type=Path, action="append", default=[], metavar="DIR", help="where its inputs are, also "
+                     "in folders below; default: the folder of FILE")  # fmt: skip
+    add.add_argument("--workers", type=int, help="threads; default: as many as torch uses")
+    add.set_defaults(run=_reproduce)
+
+    add = commands.add_parser("info", help="say what is in a LoRA file", epilog=_INFO_EXAMPLE, formatter_class=raw)
+    add.add_argument("loras", nargs="+", metavar="FILE")
+    add.set_defaults(run=_info)
+
+
+def _merge_help() -> str:
+    lines = [_MERGE_EXAMPLES, "", "methods:"]
+    for name, method in METHODS.items():
+        values = ", ".join(f"{parameter} {p.default:g}" for parameter, p in method.parameters.items())
+        lines.append(f"  {name:12} {method.summary}{f' (default: {values})' if values else ''}")
+    return "\n".join(lines)
+
+
+def _output(add: argparse.ArgumentParser) -> None:
+    add.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a .safetensors file to write")
+    add.add_argument("--dtype", choices=sorted(DTYPES), default="fp16", help="default: fp16")
+    add.add_argument("--format", choices=get_args(Format), default="kohya", help="default: kohya, which ComfyUI reads")
+    add.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+
+
+def _cut(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--rank", type=int, default=0, help="0 (default): exact, ranks add up; else the largest rank")
+    add.add_argument("--keep", type=float, metavar="SHARE", help="share of the energy to keep, 0 to 1")
+    add.add_argument("--max-mb", type=float, metavar="MB", help="size of the file, in MB of a million bytes")
+    add.add_argument("--balanced", action="store_true", help="when cutting, every LoRA counts alike, however weak")
+
+
+def _machine(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--workers", type=int, help="threads; default: as many as torch uses. The result is the same")
+    add.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to compute; cuda pays with --dense"
+    )
+
+
+def _info(options: argparse.Namespace) -> Answer:
+    lines = []
+    for path in options.loras:
+        lora = load(path)
+        lines += [describe(lora), *describe_provenance(lora)]
+    return 0, "\n".join(lines)
+
+
+def _merge(options: argparse.Namespace) -> Answer:
+    # Before the work, so that a name already taken costs no time.
+    check_output(options.output, options.overwrite)
+    named = [_path_and_strength(text) for text in options.loras]
+    labels = [str(number) for number in range(1, len(named) + 1)]
+    with _hashes([path for path, _ in named]) as hashes, _bar("merge") as progress:
+        merged, account = merge_with_account(
+            [(load(path), strength) for path, strength in named],
+            method=options.method,
+            density=options.density,
+            spread=options.spread,
+            outliers=options.outliers,
+            seed=options.seed,
+            dense=options.dense,
+            retain=options.retain,
+            protect=_protected(options.protect),
+            mu=options.mu,
+            block_strengths=for_inputs("\n".join(options.block_strengths), labels),
+            leave_out=options.leave_out,
+            sha256=hashes,
+            progress=progress,
+            **_common(options),
+        )
+    return 0, _write(options, merged, account)
+
+
+def _resize(options: argparse.Namespace) -> Answer:
+    check_output(options.output, options.overwrite)
+    with _hashes([options.lora]) as hashes, _bar("resize") as progress:
+        small, account = resize_with_account(load(options.lora), sha256=hashes, progress=progress, **_common(options))
+    return 0, _write(options, small, account)
+
+
+def _reproduce(options: argparse.Namespace) -> Answer:
+    with _bar("make again") as progress:
+        result = reproduce(options.file, options.inputs, workers=options.workers, progress=progress)
+    made = f"Made again from {', '.join(map(str, result.inputs))}."
+    if result.identical:
+        return 0, f"{made}\n{options.file} is the same, bit for bit."
+    word = "the same up to rounding" if result.same else "NOT the same"
+    return int(not result.same), f"{made}\n{options.file} is {word}: relative difference {result.difference:.3g}."
+
+
+def _common(options: argparse.Namespace) -> dict[str, Any]:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but torch finds no CUDA device. Leave it out to compute on the CPU.")
+    return {
+        "rank": options.rank,
+        "keep": options.keep,
+        "max_mb": options.max_mb,
+        "balanced": options.balanced,
+        "out_dtype": DTYPES[options.dtype],
+        "workers": options.workers,
+        "device": options.device,
+    }
+
+
+def _write(options: argparse.Namespace, lora: Lora, account: Account) -> str:
+    save(lora, options.output, dtype=DTYPES[options.dtype], format=options.format, overwrite=options.overwrite)
+    size = options.output.stat().st_size
+    return f"{describe_merge(account, lora)}\nWritten: {options.output} ({size / 1e6:.1f} MB)"
+
+
+def _protected(text: str) -> int | str | None:
+    if text in ("auto", "none"):
+        return "auto" if text == "auto" else None
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"--protect is {text!r}, but it has to be auto, none, or the number of a LoRA from 1 on.")
+    return number - 1
+
+
+def _path_and_strength(text: str) -> tuple[str, float]:
+    """The two in FILE or FILE:STRENGTH."""
+    path, colon, strength = text.rpartition(":")
+    # A name with a colon in it, or a Windows drive letter, is a name.
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(strength)
+    except ValueError:
+        raise ValueError(f"{text}: {strength!r} after the colon is no number; write FILE:STRENGTH.") from None
+
+
+@contextmanager
+def _hashes(paths: list[Any]) -> Iterator[Any]:
+    """A function that gives the files' sha256, computed beside the work."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(sha256_of, path) for path in paths]
+        try:
+            yield lambda: [one.result() for one in waiting]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Progress]:
+    # disable=None: a bar for people, nothing in a log.
+    with tqdm(desc=what, unit="module", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress

@@ -1,0 +1,1 @@
+"""Comparing LoRAs: figures, verdict, report, picture."""

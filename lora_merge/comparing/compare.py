@@ -1,0 +1,339 @@
+"""How LoRAs stand to one another: strength, agreement, shared directions, and what a cut of their sum would cost.
+
+Everything comes from the factors. With the ups side by side = Q_u R_u and the downs^T = Q_d R_d, each update is
+Q_u (R_u,i R_d,i^T) Q_d^T; norms, angles, singular values and shares of energy are those of the small core in the middle,
+so neither an update nor the Qs are ever formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from ..algebra.core_space import CoreSpace
+from ..algebra.lowrank import directions_in
+from ..algebra.orthonormal import triangle
+from ..algebra.threads import in_order
+from ..files.lora import Lora
+from ..merging.align import unify
+from ..naming import names
+from ..naming.blocks import place
+from ..naming.unet import infer_layout
+from ..updates.layer import LoraLayer, whole_factors
+from .comparison import Comparison, Group, Input, Measure, Module, Pair, Part, cosine_variance, inside, overlap
+
+# What float32 makes of exact zeros stays below this share of the largest singular value.
+_ZERO = 1e-6
+
+
+def compare(
+    inputs: Sequence[tuple[Lora, float]],
+    *,
+    energy: float = 0.5,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Figures of (lora, strength) inputs for each module, each block, and all together.
+
+    energy: (0, 1], share of a LoRA's squared norm that its "leading" input directions have to hold, module by module.
+    workers: threads that modules are shared among; None is torch.get_num_threads(). The figures are the same for any.
+    progress: called after each module with (modules done, modules in all); what it raises ends the comparison.
+    Updates that depend on the weight (DoRA, OFT, ...) and bias differences are counted, not compared.
+    Raises ValueError without inputs, for a strength that is not finite, and for LoRAs of different base models.
+    """
+    if not inputs:
+        raise ValueError("there is nothing to compare: give at least one LoRA")
+    for lora, strength in inputs:
+        if not math.isfinite(strength):
+            raise ValueError(f"{lora.source}: strength is {strength}, but it has to be a finite number")
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy is {energy}; it must be above 0 and at most 1.")
+    loras = unify([lora for lora, _ in inputs])
+    strengths = tuple(float(strength) for _, strength in inputs)
+    order = dict.fromkeys([name for lora in loras for name in (*lora.modules, *(module for module, _ in lora.diffs))])
+    wanted = [name for name in order if any(_has(lora, name) for lora in loras)]
+    layout = infer_layout(names.unet_bodies(wanted))
+
+    def work(name: str) -> tuple[Module, _Curve, Tensor]:
+        where = place(name, layout)
+        return _module(name, f"{where.part} {where.block}".strip(), loras, strengths, energy)
+
+    threads = torch.get_num_threads() if workers is None else max(1, workers)
+    modules: list[Module] = []
+    curve = _Curve.empty(len(loras))
+    products = torch.zeros(len(loras), len(loras), dtype=torch.float64)
+    for module, part, dots in in_order(work, wanted, threads):
+        modules.append(module)
+        curve = curve + part
+        products += dots
+        if progress is not None:
+            progress(len(modules), len(wanted))
+    blocks = dict.fromkeys(sorted({module.block for module in modules}, key=_in_order))
+    return Comparison(
+        inputs=tuple(_facts(index, loras, modules, strength) for index, strength in enumerate(strengths)),
+        modules=tuple(modules),
+        blocks=tuple(_group(block, [m for m in modules if m.block == block], len(loras)) for block in blocks),
+        whole=_group("all", modules, len(loras)),
+        products=tuple(map(tuple, products.tolist())),
+        kept=tuple(map(tuple, curve.kept.tolist())),
+        numbers=tuple(map(int, curve.numbers.tolist())),
+        leading_energy=energy,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Curve:
+    """Against the rank of a cut. kept: (1 + inputs, ranks + 1) energies; numbers: (ranks + 1,) values in the file."""
+
+    kept: Tensor
+    numbers: Tensor
+
+    @classmethod
+    def empty(cls, inputs: int) -> _Curve:
+        return cls(torch.zeros(1 + inputs, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+
+    def __add__(self, other: _Curve) -> _Curve:
+        length = max(len(self.numbers), len(other.numbers))
+        (a, m), (b, n) = self._to(length), other._to(length)
+        return _Curve(a + b, m + n)
+
+    def _to(self, length: int) -> tuple[Tensor, Tensor]:
+        """Beyond its own ranks nothing changes any more."""
+        more = length - len(self.numbers)
+        return (
+            torch.cat([self.kept, self.kept[:, -1:].expand(-1, more)], dim=1),
+            torch.cat([self.numbers, self.numbers[-1:].expand(more)]),
+        )
+
+
+def _has(lora: Lora, module: str) -> bool:
+    return module in lora.modules or any((module, part) in lora.diffs for part in ("diff", "w_norm"))
+
+
+def _factors(lora: Lora, module: str) -> tuple[Tensor, Tensor, Tensor] | None:
+    """up (out, r), down (r, in * kernel) and scales (r,): the update at strength 1 is (up * scales) @ down.
+
+    None if the LoRA does not change this weight. Each in the dtype it came in.
+    """
+    ups, downs, scales = [], [], []
+    if module in lora.modules:
+        layer = lora.modules[module]
+        up, down = layer.stored_factors()
+        ups.append(up)
+        downs.append(down)
+        scales.append(torch.full((up.shape[1],), layer.scale))
+    for part in ("diff", "w_norm"):
+        if (module, part) in lora.diffs:
+            diff = lora.diffs[module, part].detach().to(torch.float32)
+            up, down = whole_factors(diff.reshape(diff.shape[0], -1))
+            ups.append(up)
+            downs.append(down)
+            scales.append(torch.ones(up.shape[1]))
+    if len(ups) == 1:
+        return ups[0], downs[0], scales[0]
+    return (torch.cat(ups, dim=1), torch.cat(downs, dim=0), torch.cat(scales)) if ups else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Own:
+    """One update in the common small space. up: (p, r), down: (q, r), float64, the update's columns of R_u and R_d, scales
+    in up.   values: its squared singular values, descending.   inner @ vectors: the right ones, (q, r) @ (r, r).
+    effective: number of those that are not 0.   leading: number of them that hold the wanted share of its energy.
+    """
+
+    up: Tensor
+    down: Tensor
+    values: Tensor
+    inner: Tensor
+    vectors: Tensor
+    effective: int
+    leading: int
+    energy: float
+
+    @cached_property
+    def core(self) -> Tensor:
+        """(p, q)"""
+        return self.up @ self.down.T
+
+    @cached_property
+    def right(self) -> Tensor:
+        """(q, effective), orthonormal."""
+        return self.inner @ self.vectors[:, : self.effective]
+
+    @cached_property
+    def left(self) -> Tensor:
+        """(p, effective), orthonormal."""
+        return (self.core @ self.right) / self.values[: self.effective].sqrt()
+
+
+def _own(up: Tensor, down: Tensor, share: float) -> _Own:
+    """Singular values as roots of eigenvalues: good to 1e-8 of the largest one, which is below float32's
+    rounding of the factors, in half the time of a singular value decomposition.
+    """
+    inner, r = torch.linalg.qr(down)
+    thin = up @ r.T
+    values, vectors = torch.linalg.eigh(thin.T @ thin)
+    values = values.flip(0).clamp(min=0)
+    effective = int((values > _ZERO**2 * values[0]).sum())
+    held = values.cumsum(0)
+    leading = int((held < share * (1 - 1e-9) * held[-1]).sum()) + 1
+    return _Own(up, down, values, inner, vectors.flip(1), effective, min(leading, effective), float(held[-1]))
+
+
+def _module(
+    name: str, block: str, loras: Sequence[Lora], strengths: Sequence[float], share: float
+) -> tuple[Module, _Curve, Tensor]:
+    """Its figures, its part of the curve of cuts, and the inner products of the updates at strength 1."""
+    found = {index: pair for index, lora in enumerate(loras) if (pair := _factors(lora, name)) is not None}
+    ups, downs = [up for up, _, _ in found.values()], [down for _, down, _ in found.values()]
+    rows, columns, ranks = ups[0].shape[0], downs[0].shape[1], [up.shape[1] for up in ups]
+    up, down = (ups[0], downs[0]) if len(found) == 1 else (torch.cat(ups, dim=1), torch.cat(downs, dim=0))
+    r_up, r_down = torch.split(triangle(up), ranks, dim=1), torch.split(triangle(down.T), ranks, dim=1)
+    owns = {
+        index: _own(a * scales, b, share)
+        for (index, (_, _, scales)), a, b in zip(found.items(), r_up, r_down, strict=True)
+    }
+
+    parts: list[Part | None] = []
+    dots = torch.zeros(len(loras), len(loras), dtype=torch.float64)
+    for index, lora in enumerate(loras):
+        parts.append(_part(lora, name, owns[index], found[index][0].shape[1]) if index in owns else None)
+    for index, own in owns.items():
+        dots[index, index] = own.energy
+    pairs = []
+    for i, j in combinations(owns, 2):
+        dots[i, j] = dots[j, i] = (owns[i].core * owns[j].core).sum()
+        if owns[i].energy > 0 and owns[j].energy > 0:
+            sign = math.copysign(1.0, strengths[i]) * math.copysign(1.0, strengths[j])
+            pairs.append(_pair((i, j), owns[i], owns[j], sign * float(dots[i, j]), (rows, columns)))
+
+    is_dense = any((name, part) in lora.diffs for lora in loras for part in ("diff", "w_norm"))
+    counted = sum(rank for index, rank in zip(found, ranks, strict=True) if strengths[index])
+    curve = _curve(owns, strengths, (rows, columns), counted, is_dense)
+    figures = Module(name, block, (rows, columns), tuple(parts), float(curve.kept[0, -1]), tuple(pairs))
+    return figures, curve, dots
+
+
+def _part(lora: Lora, module: str, own: _Own, rank: int) -> Part:
+    layer = lora.modules.get(module)
+    if layer is None:
+        return Part("difference", rank, own.effective, None, 1.0, own.energy, False)
+    # Only of a plain LoRA the factors' rank is what somebody chose.
+    possible = min(layer.rank, layer.shape[0], math.prod(layer.shape[1:]))
+    deficient = isinstance(layer, LoraLayer) and 0 < own.effective < possible and (module, "diff") not in lora.diffs
+    return Part(layer.kind, layer.rank, own.effective, layer.alpha, layer.scale, own.energy, deficient)
+
+
+def _pair(which: tuple[int, int], first: _Own, second: _Own, dot: float, shape: tuple[int, int]) -> Pair:
+    rows, columns = shape
+    lefts, rights = first.left.T @ second.left, first.right.T @ second.right
+    ranks = (first.effective, second.effective)
+    first_led = float((first.core @ second.right[:, : second.leading]).square().sum())
+    second_led = float((second.core @ first.right[:, : first.leading]).square().sum())
+    return Pair(
+        which,
+        shared=1,
+        dot=dot,
+        norms=math.sqrt(first.energy * second.energy),
+        dot_variance=cosine_variance(rows, columns) * first.energy * second.energy,
+        left=overlap(float(lefts.square().sum()), *ranks, rows),
+        right=overlap(float(rights.square().sum()), *ranks, columns),
+        first_inside=inside(first_led, first.energy, second.leading, columns),
+        second_inside=inside(second_led, second.energy, first.leading, columns),
+    )
+
+
+def _curve(
+    owns: Mapping[int, _Own], strengths: Sequence[float], shape: tuple[int, int], rank: int, is_dense: bool
+) -> _Curve:
+    """rank: what an exact merge of this module takes."""
+    rows, columns = shape
+    weighted = {index: strengths[index] * own.core for index, own in owns.items()}
+    total = sum(weighted.values(), torch.zeros((), dtype=torch.float64))
+    energies = torch.zeros(1 + len(strengths), 1, dtype=torch.float64)
+    energies[0] = total.square().sum()
+    for index, own in owns.items():
+        energies[1 + index] = strengths[index] ** 2 * own.energy
+    if is_dense:  # a difference of whole weights stays whole at any rank
+        return _Curve(energies, torch.full((1,), float(rows * columns), dtype=torch.float64))
+    if len(owns) == 1:
+        ((index, own),) = owns.items()
+        kept_of_one = strengths[index] ** 2 * torch.cat([own.values.new_zeros(1), own.values.cumsum(0)])
+        known = kept_of_one.expand(2, -1)
+    else:
+        space = CoreSpace(total.new_zeros(rows, 0), total.new_zeros(0, columns), tuple(weighted.values()), shape)
+        known = directions_in(space, total).prospect().kept
+    # An exact merge takes no rank for strength 0, but one rank of zeros where nothing is left.
+    rank = max(rank, 1)
+    kept = energies.expand(-1, 1 + rank).clone()
+    # Where all that an exact merge takes fits, nothing is cut.
+    shown = min(rank, known.shape[1])
+    kept[0, :shown] = known[0, :shown]
+    for row, index in enumerate(owns, start=1):
+        kept[1 + index, :shown] = known[row, :shown]
+    numbers = (rows + columns) * torch.arange(1 + rank, dtype=torch.float64)
+    return _Curve(kept, numbers)
+
+
+def _group(name: str, modules: Sequence[Module], inputs: int) -> Group:
+    energies = [sum(part.energy for m in modules if (part := m.parts[index])) for index in range(inputs)]
+    pairs = []
+    for i, j in combinations(range(inputs), 2):
+        found = [pair for module in modules for pair in module.pairs if pair.which == (i, j)]
+        if found:
+            pairs.append(_summed(found, energies[i], energies[j]))
+    return Group(name, len(modules), tuple(energies), sum(module.energy for module in modules), tuple(pairs))
+
+
+def _summed(pairs: Sequence[Pair], first: float, second: float) -> Pair:
+    """Of a whole group, where the two have energies `first` and `second`, modules that only one has included."""
+    return Pair(
+        pairs[0].which,
+        shared=sum(pair.shared for pair in pairs),
+        dot=sum(pair.dot for pair in pairs),
+        norms=math.sqrt(first * second),
+        dot_variance=sum(pair.dot_variance for pair in pairs),
+        left=Measure.total(pair.left for pair in pairs),
+        right=Measure.total(pair.right for pair in pairs),
+        first_inside=Measure.total((pair.first_inside for pair in pairs), whole=first),
+        second_inside=Measure.total((pair.second_inside for pair in pairs), whole=second),
+    )
+
+
+def _facts(index: int, loras: Sequence[Lora], modules: Sequence[Module], strength: float) -> Input:
+    lora = loras[index]
+    own = [(module, part) for module in modules if (part := module.parts[index])]
+    settings = Counter((part.kind, part.rank, part.alpha, part.scale) for _, part in own)
+    return Input(
+        source=lora.source,
+        strength=strength,
+        modules=len(lora.spellings),
+        compared=len(own),
+        only_here=tuple(m.name for m, _ in own if sum(part is not None for part in m.parts) == 1),
+        zero=tuple(m.name for m, part in own if part.energy == 0),
+        deficient=tuple(m.name for m, part in own if part.deficient),
+        settings=tuple((*setting, count) for setting, count in sorted(settings.items(), key=lambda item: -item[1])),
+        biases=sum(part in ("diff_b", "b_norm") for _, part in lora.diffs),
+        carried=tuple(sorted(Counter(update.kind for update in lora.carried.values()).items())),
+        values=lora.parameters,
+    )
+
+
+def _in_order(block: str) -> tuple[object, ...]:
+    """Text encoders first, then the way through the model: in, down, mid, up, out, then whatever is numbered."""
+    part, _, rest = block.partition(" ")
+    side, _, number = rest.partition(".")
+    sides = ("in", "down", "mid", "up", "out")
+    return (
+        ("te1", "te2", "te3", "unet").index(part) if part in ("te1", "te2", "te3", "unet") else 9,
+        sides.index(side) if side in sides else 9,
+        side,
+        int(number) if number.isdigit() else -1,
+    )

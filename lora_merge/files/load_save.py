@@ -1,0 +1,124 @@
+"""LoRA files: read with every doubt named, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..algebra.threads import one_thread
+from . import metadata
+from .lora import FORMATS, Format, Lora
+from .tensor_file import mapped, write
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def load(path: str | os.PathLike[str]) -> Lora:
+    """The LoRA in a safetensors file, in any spelling that naming/names.py and keys.py know.
+
+    For a PEFT folder's `adapter_model.safetensors` the scale is taken from `adapter_config.json` beside it.
+    Raises FileNotFoundError if there is no such file, ValueError if it is no whole safetensors file of a LoRA, with at
+    most header.MAX_TENSORS tensors. Nothing in the file is run, and nothing is loaded before its header is checked.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file; check the name and the folder.")
+    if path.is_dir():
+        raise ValueError(f"{path}: this is a folder; give the .safetensors file in it.")
+    try:
+        tensors, notes = mapped(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error}).") from error
+    return Lora.from_state_dict(tensors, metadata={**notes, **_peft_config(path)}, source=path.name)
+
+
+def save(
+    lora: Lora,
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float16,
+    format: Format = "kohya",
+    overwrite: bool = False,
+) -> None:
+    """Write the LoRA to a .safetensors file with metadata that kohya's tools, diffusers and `load` read.
+
+    dtype: float16, bfloat16 or float32; format: "kohya" (what ComfyUI reads) or "diffusers", see Lora.to_state_dict.
+    The file appears complete or not at all, with the usual permissions of a new file.
+    Raises ValueError for what cannot be written, FileNotFoundError for a missing folder, and FileExistsError
+    for an existing file unless `overwrite`; nothing has been written then.
+    """
+    path = Path(path)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}, but it has to be one of {', '.join(map(str, DTYPES))}")
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}, but it has to be one of {', '.join(FORMATS)}")
+    check_output(path, overwrite)
+    # Nobody else sees these tensors, so what needs no conversion needs no copy.
+    with one_thread():
+        tensors = lora.to_state_dict(dtype, format=format, copy=False)
+    notes = metadata.for_file(lora, path.stem, format)
+    _write(path, tensors, notes, overwrite)
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raises ValueError, FileNotFoundError or FileExistsError if `save` would not write a file of that name."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: the name has to end in .safetensors, or loaders would not list the file.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: there is no such folder; create it first.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path}: exists already; choose another name or allow overwriting.")
+
+
+def _write(path: Path, tensors: dict[str, Tensor], notes: dict[str, str], overwrite: bool) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            # Of the mode that the umask makes of an ordinary new file.
+            with open(temporary, "xb") as file:
+                write(file, tensors, notes)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(f"{path}: could not be written ({error}); is the disk full?") from error
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            _put_if_free(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _put_if_free(temporary: Path, path: Path) -> None:
+    """Give the file its name unless somebody took it meanwhile."""
+    taken = f"{path}: exists already; choose another name or allow overwriting."
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise FileExistsError(taken) from None
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(taken) from None
+        os.replace(temporary, path)
+
+
+def _peft_config(path: Path) -> dict[str, str]:
+    beside = path.with_name("adapter_config.json")
+    if not path.name.startswith("adapter_model") or not beside.is_file():
+        return {}
+    try:
+        config = json.loads(beside.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{beside}: not JSON ({error}), so the scale of {path.name} is unknown.") from None
+    known = {key: config[key] for key in ("lora_alpha", "use_rslora") if config.get(key) is not None}
+    notes = {key: str(value) for key, value in known.items()}
+    if config.get("alpha_pattern"):
+        notes["alpha_pattern"] = json.dumps(config["alpha_pattern"])
+    return notes

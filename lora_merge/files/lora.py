@@ -1,0 +1,212 @@
+"""A whole LoRA: its layers under canonical module names, and the way from and to state dicts."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..algebra.precision import cast, cast_part
+from ..naming import names
+from ..naming.unet import infer_layout
+from ..updates.layer import Layer, LoraLayer
+from ..updates.weight_dependent import Carried
+from .keys import DIFF_PARTS, suffix
+from .reading import KeyAccount, read
+
+Format = Literal["kohya", "diffusers"]
+FORMATS: tuple[Format, ...] = ("kohya", "diffusers")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """A LoRA that nothing changes: read-only mappings, tensors shared with whoever made it.
+
+    modules: canonical module name (see naming/names.py) -> Layer (LoRA, LoHa or LoKr), in the order of the file.
+    diffs: (canonical module name, part) -> dense difference, part one of keys.DIFF_PARTS.
+    spellings: canonical module name -> how kohya format writes it.
+    metadata: what the file says about itself, text to text.
+    source: file name or other words for messages.
+    carried: canonical module name -> update that depends on the weight (DoRA, OFT, ...) and is kept as it came.
+    keys: where each key of the file ended; empty for a LoRA that was made here.
+    """
+
+    modules: Mapping[str, Layer]
+    diffs: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    source: str = "LoRA"
+    carried: Mapping[str, Carried] = field(default_factory=dict)
+    keys: KeyAccount = field(default_factory=KeyAccount)
+
+    def __post_init__(self) -> None:
+        used = list(dict.fromkeys([*self.modules, *(module for module, _ in self.diffs), *self.carried]))
+        spellings = {module: self.spellings.get(module, module) for module in used}
+        for name, value in (
+            ("modules", dict(self.modules)),
+            ("diffs", dict(self.diffs)),
+            ("spellings", spellings),
+            ("metadata", dict(self.metadata)),
+            ("carried", dict(self.carried)),
+        ):
+            object.__setattr__(self, name, MappingProxyType(value))
+
+    @classmethod
+    def from_state_dict(
+        cls, state_dict: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None, source: str = "LoRA"
+    ) -> Lora:
+        """The LoRA in a dict of tensors, in any spelling that naming/names.py and keys.py know.
+
+        Raises ValueError, naming `source` and the keys, if a key is not part of a LoRA or a LoRA is incomplete,
+        if shapes do not fit, values are not finite, or two keys spell the same module.
+        """
+        found = read(state_dict, metadata or {}, source)
+        return cls(found.modules, found.diffs, found.spellings, metadata or {}, source, found.carried, found.keys)
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all updates."""
+        updates: list[Layer | Carried] = [*self.modules.values(), *self.carried.values()]
+        return sum(update.parameters for update in updates) + sum(diff.numel() for diff in self.diffs.values())
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Kind -> number of modules, as people call the kinds; "difference" for what has no other update."""
+        updates: list[Layer | Carried] = [*self.modules.values(), *self.carried.values()]
+        found = Counter(update.kind for update in updates)
+        only_diffs = {module for module, _ in self.diffs} - self.modules.keys() - self.carried.keys()
+        return dict(found) | ({"difference": len(only_diffs)} if only_diffs else {})
+
+    def find(self, module: str) -> str:
+        """The canonical name of a module given by any of its spellings. Raises KeyError if this LoRA has none."""
+        if module in self.spellings:
+            return module
+        spelled = names.spelling(module)
+        for name, known in self.spellings.items():
+            if spelled == known:
+                return name
+        name = names.canonical(spelled, infer_layout(names.unet_bodies([*self.spellings.values(), spelled])))
+        if name in self.spellings:
+            return name
+        raise KeyError(f"{self.source} has no module {module!r}; it has {len(self.spellings)} others")
+
+    def delta(self, module: str) -> Tensor:
+        """What strength 1 adds to the module's weight: (out, in, *kernel), float32. Any spelling of the module.
+
+        Raises KeyError for a module without an update of its weight, ValueError for one that depends on the weight.
+        """
+        module = self.find(module)
+        if module in self.carried:
+            kind = self.carried[module].kind
+            raise ValueError(f"{self.source}: {module} is {kind}, whose update depends on the weight it changes")
+        if module in self.modules:
+            return self.modules[module].delta()
+        for part in ("diff", "w_norm"):
+            if (module, part) in self.diffs:
+                return self.diffs[module, part].detach().to(torch.float32, copy=True)
+        raise KeyError(f"{self.source} changes the bias of {module!r} only, not its weight")
+
+    def to_state_dict(
+        self, dtype: torch.dtype | None = None, *, format: Format = "kohya", copy: bool = True
+    ) -> dict[str, Tensor]:
+        """The LoRA as a dict of new tensors, ready for safetensors, ComfyUI's LORA_MODEL or a training script.
+
+        dtype: of the weights; None keeps each as it is. Alphas are float32, so that none is rounded.
+        format: "kohya" writes `.lora_up.weight`, `.lora_down.weight`, `.alpha` (always, since readers differ in what
+            they assume without), every other kind in the keys of LyCORIS, and is what ComfyUI reads for any model;
+            "diffusers" writes PEFT's `unet....lora_B.weight` with the scale multiplied into the factors, LoRA only.
+        copy: False shares the tensors that need no conversion, and nobody may write into them then.
+        float16: components that would overflow or be lost are balanced, see algebra/precision.py; a warning tells how many.
+        Raises ValueError for what the format cannot name or hold, and for values the dtype cannot hold.
+        """
+        if format not in FORMATS:
+            raise ValueError(f"format is {format!r}, but it has to be one of {', '.join(FORMATS)}")
+        spelled = dict(self.spellings) if format == "kohya" else self.diffusers_spellings()
+        result: dict[str, Tensor] = {}
+        balanced = []
+        for module, name in spelled.items():
+            try:
+                written, is_balanced = self._written(module, dtype, format, copy)
+            except ValueError as error:
+                raise ValueError(f"{self.source}: {name}: {error}") from None
+            result |= {f"{name}{end}": tensor for end, tensor in written.items()}
+            if is_balanced:
+                balanced.append(name)
+        if balanced:
+            logger.warning(
+                "%s: factors of %d modules balanced to fit float16, the update is the same (first: %s)",
+                self.source, len(balanced), balanced[0],
+            )  # fmt: skip
+        return result
+
+    def _written(
+        self, module: str, dtype: torch.dtype | None, format: Format, copy: bool
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Ending of the key -> new tensor for everything of one module, and whether its factors were balanced."""
+        result: dict[str, Tensor] = {}
+        alpha, balanced = None, False
+        update = self.modules.get(module) or self.carried.get(module)
+        if isinstance(update, LoraLayer) and (dtype is not None or format == "diffusers"):
+            plain = update if format == "kohya" else _without_scale(update)
+            converted = cast(plain, dtype or update.up.dtype)
+            balanced, originals = converted.balanced, update.parts()
+            for part, tensor in converted.layer.parts().items():
+                end = suffix(part) if format == "kohya" else {"up": ".lora_B.weight", "down": ".lora_A.weight"}[part]
+                result[end] = _own(tensor, originals.get(part)) if copy else tensor.contiguous()
+            alpha = converted.layer.written_alpha
+        elif isinstance(update, Layer):
+            result = {suffix(part): cast_part(tensor, dtype, copy=copy) for part, tensor in update.parts().items()}
+            alpha = update.written_alpha
+        elif update is not None:
+            result = {suffix(part): cast_part(tensor, dtype, copy=copy) for part, tensor in update.parts.items()}
+            alpha = update.written_alpha
+        if alpha is not None and format == "kohya":
+            result[suffix("alpha")] = torch.tensor(alpha, dtype=torch.float32)
+        for part in DIFF_PARTS:
+            if (module, part) in self.diffs:
+                result[suffix(part)] = cast_part(self.diffs[module, part], dtype, copy=copy)
+        return result, balanced
+
+    def diffusers_spellings(self) -> dict[str, str]:
+        """Canonical module name -> diffusers name. Raises ValueError for what diffusers format has no place for."""
+        if self.diffs:
+            shown = ", ".join(f"{self.spellings[module]}.{part}" for module, part in list(self.diffs)[:3])
+            raise ValueError(
+                f"{self.source}: diffusers format has no place for weight differences ({shown}); use kohya"
+            )
+        others = {kind: count for kind, count in self.kinds.items() if kind != LoraLayer.kind}
+        if others:
+            shown = ", ".join(f"{kind} ({count} modules)" for kind, count in sorted(others.items()))
+            raise ValueError(f"{self.source}: diffusers format holds plain LoRA only, and this has {shown}; use kohya")
+        layout = infer_layout(names.unet_bodies(self.spellings.values()))
+        spelled = {module: names.dotted(name, layout) for module, name in self.spellings.items()}
+        unnamed = sorted(self.spellings[module] for module, name in spelled.items() if name is None)
+        if unnamed:
+            raise ValueError(
+                f"{self.source}: {len(unnamed)} modules have no known diffusers name ({', '.join(unnamed[:3])}); use kohya"
+            )
+        return {module: name for module, name in spelled.items() if name is not None}
+
+
+def _own(tensor: Tensor, original: Tensor | None) -> Tensor:
+    """The tensor, copied if it is still the LoRA's own: who gets a state dict may write into it."""
+    shared = original is not None and tensor.data_ptr() == original.data_ptr()
+    return tensor.detach().clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+
+
+def _without_scale(layer: LoraLayer) -> LoraLayer:
+    """The same update with scale 1 and `mid` folded in, float32; the scale goes half and half into the factors."""
+    if layer.scale == 1 and layer.mid is None:
+        return LoraLayer(layer.up, layer.down)
+    up, down = layer.factors()
+    half = abs(layer.scale) ** 0.5
+    up = (up * (half if layer.scale >= 0 else -half)).reshape(*layer.up.shape[:2], *(1 for _ in layer.kernel))
+    return LoraLayer(up, (down * half).reshape(-1, *layer.shape[1:]))

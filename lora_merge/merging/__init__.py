@@ -1,0 +1,1 @@
+"""Merging: options, alignment of the inputs, module by module, the account and its report."""

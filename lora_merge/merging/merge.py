@@ -1,0 +1,211 @@
+"""The merge of whole LoRAs: which modules meet, what becomes of each, and the account of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from typing import Any
+
+import torch
+
+from ..algebra.precision import cast_part
+from ..algebra.ranks import alike, allocate
+from ..algebra.threads import in_order
+from ..files.lora import Lora
+from ..files.metadata import PROVENANCE_KEY, agreed
+from ..naming import names
+from ..updates.layer import Layer
+from .account import Account, Finished, Source, Tally, account_of
+from .align import unify
+from .differences import Diffs, bias_sums, dense_modules
+from .module import Engine
+from .options import MergeOptions
+from .passthrough import refusal, sort_carried
+from .protect import protected_input
+from .provenance import to_json
+from .sizes import numbers_within
+from .strengths import Blocks, Strengths, strengths_of
+
+__all__ = ["Account", "Input", "Progress", "Source", "merge", "merge_with_account", "resize", "resize_with_account"]
+
+Input = tuple[Lora, float]
+Progress = Callable[[int, int], None]
+
+
+def merge(inputs: Sequence[Input], **keywords: Any) -> Lora:
+    """One LoRA whose update of every module is the sum of strength * update over the (lora, strength) inputs.
+
+    Any number of inputs from 1 on, of any rank, alpha and spelling, strengths of any sign; modules that one input has
+    alone are in the result too. LoRA, LoHa and LoKr become LoRA factors with alpha = rank. Where one of the inputs
+    changes the whole weight (`.diff`, a norm) the result is such a difference too, and stays whole in every cut.
+    Updates that depend on the weight (Lora.carried: DoRA, OFT, ...) do not add up. One is passed through as it is if no
+    other input changes the module and its strength is 1, and falls away at strength 0.
+    Strengths are multiplied into the updates before a method looks at them, and never normalised. Biases and norms are
+    added up by every method.
+    keywords: those of `merge_with_account`.
+    """
+    return merge_with_account(inputs, **keywords)[0]
+
+
+def merge_with_account(
+    inputs: Sequence[Input],
+    *,
+    block_strengths: Blocks | Sequence[Blocks] = None,
+    workers: int | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+    sha256: Sequence[str | None] | Callable[[], Sequence[str | None]] = (),
+    **choices: Any,
+) -> tuple[Lora, Account]:
+    """`merge`, and what it did to each input.
+
+    block_strengths: factors on the strengths by block, kind of layer and pattern (naming/blocks.py), as text or parsed; one for
+        all inputs or one for each.
+    workers: threads that modules are shared among; None is torch.get_num_threads(). The result is the same for any.
+    device: where to compute, results are on the CPU. Small matrices are as fast there.
+    progress: called after each step with (steps done, steps in all), a step for each module, two where ranks are shared
+        out (keep, retain, max_mb); what it raises ends the merge.
+    sha256: of the inputs' files, for the provenance; a function is asked for them at the end.
+    choices: the fields of MergeOptions by name: method, rank, keep, ...
+    Raises ValueError without inputs, for options that are out of range or contradict one another, a strength that is not
+    finite, for LoRAs that were made for different base models, and for modules that do not add up.
+    """
+    options = MergeOptions(**choices)
+    options.check(len(inputs))
+    loras = unify([lora for lora, _ in inputs])
+    strengths = strengths_of(loras, [strength for _, strength in inputs], block_strengths)
+    warnings = []
+    if options.protect == "auto":
+        options = replace(options, protect=protected_input(loras, strengths.base))
+        if options.protect is None and options.mu:
+            warnings.append("no input is recognised as an acceleration LoRA, so nobody is protected and mu did nothing")
+    passing = sort_carried(loras, strengths)
+    if passing.refused and not options.leave_out:
+        raise ValueError(refusal(loras, passing))
+    dense = dense_modules(loras)
+    # What meets an update that is passed through has strength 0.
+    in_all = dict.fromkeys([*(module for lora in loras for module in lora.modules), *dense])
+    modules = [module for module in in_all if module not in passing.updates]
+    _check_signs(options, strengths, modules)
+
+    spellings = _spellings(loras)
+    engine = Engine(loras, strengths, options, dense, torch.device(device))
+    threads = torch.get_num_threads() if workers is None else max(1, workers)
+    steps = _Steps(progress, len(modules))
+    biases = bias_sums(loras, strengths, {m for m in dense if m not in passing.updates and _is_norm(loras, m)})
+    biases = {key: cast_part(diff, options.out_dtype, copy=False) for key, diff in biases.items()}
+    ranks: Mapping[str, int] = {}
+    if options.aim is not None:
+        low_rank = [module for module in modules if module not in dense]
+        fixed = numbers_within(options, loras, modules, passing.updates, spellings, biases)
+        ranks = _allocated(engine, options, low_rank, threads, steps, fixed)
+
+    layers: dict[str, Layer] = {}
+    diffs: Diffs = {}
+    tally = Tally(len(loras))
+    finish = partial(_finish, engine, ranks, options.rank)
+    with closing(in_order(finish, modules, threads)) as results:
+        for done in results:
+            if done.layer is not None:
+                layers[done.module] = done.layer
+            elif done.diff is not None:
+                part, diff = done.diff
+                diffs[done.module, part] = diff
+            tally.add(done, None if done.layer is None else done.layer.rank)
+            steps.done()
+    diffs |= biases
+    digests = list(sha256() if callable(sha256) else sha256)
+    digests += [None] * (len(loras) - len(digests))
+    account = account_of(loras, strengths, options, tally, len(modules), passing, digests, warnings)
+    used = layers.keys() | passing.updates.keys() | {module for module, _ in diffs}
+    spellings = {module: spelling for module, spelling in spellings.items() if module in used}
+    title = " + ".join(f"{lora.source} * {strength:g}" for lora, strength in zip(loras, strengths.base, strict=True))
+    metadata = agreed([lora.metadata for lora in loras]) | {
+        PROVENANCE_KEY: to_json(account),
+        "modelspec.merged_from": ", ".join(lora.source for lora in loras),
+    }
+    return Lora(layers, diffs, names.tidy(spellings), metadata, title, passing.updates), account
+
+
+def resize(lora: Lora, **keywords: Any) -> Lora:
+    """A smaller LoRA for the same, cut where least is lost. Its metadata stays, with the provenance added.
+
+    keywords: exactly one of rank, keep, max_mb (and retain, which is keep here), and others of `merge_with_account`.
+    Raises ValueError as that does, and if nothing says how small the result is to be.
+    """
+    return resize_with_account(lora, **keywords)[0]
+
+
+def resize_with_account(lora: Lora, **keywords: Any) -> tuple[Lora, Account]:
+    """`resize`, and what it did."""
+    if not MergeOptions(**{k: v for k, v in keywords.items() if k in ("rank", "keep", "retain", "max_mb")}).cuts:
+        raise ValueError("nothing says how small the result is to be. Give rank, keep or max_mb.")
+    small, account = merge_with_account([(lora, 1.0)], **keywords)
+    metadata = dict(lora.metadata) | {PROVENANCE_KEY: small.metadata[PROVENANCE_KEY]}
+    return replace(small, metadata=metadata, source=lora.source), account
+
+
+def _finish(engine: Engine, ranks: Mapping[str, int], rank: int, module: str) -> Finished:
+    return engine.finish(module, ranks.get(module, rank))
+
+
+def _allocated(
+    engine: Engine, options: MergeOptions, modules: Sequence[str], threads: int, steps: _Steps, parameters: int | None
+) -> dict[str, int]:
+    """The first of two passes: ranks by what each would keep. Directions are computed anew in the second, since keeping
+    those of all modules would take as much memory as the inputs in float32."""
+    steps.more(len(modules))
+    prospects = {}
+    with closing(in_order(engine.prospect, modules, threads)) as results:
+        for module, prospect in zip(modules, results, strict=True):
+            prospects[module] = prospect
+            steps.done()
+    if options.balanced:
+        prospects = alike(prospects)
+    return allocate(prospects, keep=options.keep, retain=options.retain, parameters=parameters)
+
+
+class _Steps:
+    """Counts steps for whoever watches."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self.progress = progress
+        self.total = total
+        self.counter = count(1)
+
+    def more(self, steps: int) -> None:
+        self.total += steps
+
+    def done(self) -> None:
+        number = next(self.counter)
+        if self.progress is not None:
+            self.progress(number, self.total)
+
+
+def _check_signs(options: MergeOptions, strengths: Strengths, modules: Iterable[str]) -> None:
+    if options.the_method.signed:
+        return
+    for module in modules:
+        lowest = min(strengths.at(module))
+        if lowest < 0:
+            raise ValueError(
+                f"{module}: strength is {lowest:g}, but method {options.method} goes from one LoRA to another and takes "
+                "no negative strength. Choose another method, such as linear."
+            )
+
+
+def _spellings(loras: Sequence[Lora]) -> dict[str, str]:
+    spellings: dict[str, str] = {}
+    for lora in loras:
+        for module, spelling in lora.spellings.items():
+            spellings.setdefault(module, spelling)
+    return spellings
+
+
+def _is_norm(loras: Sequence[Lora], module: str) -> bool:
+    """Whether the weight's difference is a norm's everywhere."""
+    parts = {part for lora in loras for part in ("diff", "w_norm") if (module, part) in lora.diffs}
+    return parts == {"w_norm"} and not any(module in lora.modules for lora in loras)

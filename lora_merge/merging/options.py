@@ -1,0 +1,177 @@
+"""What a merge can be told, checked once before any work is done."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+
+from ..methods.table import Method, find_method
+
+AIMS = ("keep", "retain", "max_mb")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How LoRAs are merged. At most one of rank, keep, retain and max_mb is given; with none the result is exact.
+
+    method: a name in methods.METHODS.
+    density, spread, outliers: the method's parameters; None is its default. A density of 1 is accepted by every method.
+    seed: of methods that draw at random, 0 or more.
+    dense: methods that look at single entries look at those of the whole update, as their papers do, instead of those of
+        the small core. Slow, and without a rank the result is a whole-weight difference: large.
+    rank: modules whose ranks add up to more are cut to that rank; 0 cuts nothing.
+    keep: (0, 1], share of the sum's energy to keep, with as few numbers as possible over all modules.
+    retain: (0, 1], share of its own energy that every input has to keep, likewise.
+    max_mb: size of the file in MB of 10**6 bytes, in out_dtype, in float16 if that is None; ranks where they are worth most.
+    balanced: directions for a cut are chosen with every input counting alike, however weak it is (algebra/lowrank.py).
+    protect: number of the input, from 0, that the others step aside for (protect.py); "auto" is the one recognised as
+        an acceleration LoRA, if there is one; None is nobody.
+    mu: how far they step aside, 0 not at all.
+    leave_out: leave modules that do not add up out of the result and count them as refused, instead of raising.
+    out_dtype: of the result, float16, bfloat16 or float32; None is float32.
+    """
+
+    method: str = "linear"
+    rank: int = 0
+    keep: float | None = None
+    retain: float | None = None
+    max_mb: float | None = None
+    balanced: bool = False
+    density: float | None = None
+    spread: float | None = None
+    outliers: float | None = None
+    seed: int = 0
+    dense: bool = False
+    protect: int | Literal["auto"] | None = None
+    mu: float = 0.0
+    leave_out: bool = False
+    out_dtype: torch.dtype | None = None
+
+    @property
+    def the_method(self) -> Method:
+        return find_method(self.method)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the result may be smaller than exact."""
+        return bool(self.rank) or self.aim is not None
+
+    @property
+    def aim(self) -> str | None:
+        """Which of keep, retain and max_mb is given."""
+        return next((name for name in AIMS if getattr(self, name) is not None), None)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Value of each parameter that the method has."""
+        given = {"density": self.density, "spread": self.spread, "outliers": self.outliers}
+        return {
+            name: parameter.default if (value := given[name]) is None else float(value)
+            for name, parameter in self.the_method.parameters.items()
+        }
+
+    def check(self, inputs: int) -> None:
+        """Raises ValueError for what is out of range or contradicts itself, for that number of inputs."""
+        if not inputs:
+            raise ValueError("there is nothing to merge: give at least one LoRA")
+        self._check_method(inputs)
+        self._check_cut()
+        self._check_protection(inputs)
+        if self.out_dtype is not None and self.out_dtype not in DTYPES:
+            raise ValueError(f"out_dtype is {self.out_dtype}, but it has to be one of {', '.join(map(str, DTYPES))}")
+
+    def _check_method(self, inputs: int) -> None:
+        method = self.the_method
+        for name in ("density", "spread", "outliers"):
+            value, parameter = getattr(self, name), method.parameters.get(name)
+            if value is None:
+                continue
+            if parameter is None:
+                if name == "density" and value == 1:
+                    continue
+                if name == "density":
+                    raise ValueError(
+                        f"density is {value:g}, but method {self.method} keeps every LoRA whole. Set density to 1."
+                    )
+                raise ValueError(f"{name} is {value:g}, but method {self.method} has no {name}. Leave {name} out.")
+            if not parameter.low <= value <= parameter.high:
+                raise ValueError(
+                    f"{name} is {value:g}, but it has to be within {parameter.low:g} and {parameter.high:g}."
+                )
+        values = self.values
+        if "outliers" in values and values["density"] < 1 and values["density"] + values["outliers"] > 1 + 1e-9:
+            raise ValueError(
+                f"density {values['density']:g} and outliers {values['outliers']:g} add up to more than 1: they are "
+                "shares of the same entries. Lower one of them."
+            )
+        if method.exact_inputs and inputs != method.exact_inputs:
+            raise ValueError(
+                f"method {self.method} takes {method.exact_inputs} LoRAs, but there are {inputs}. Choose another method "
+                "or another number of LoRAs."
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, but it has to be 0 or more.")
+
+    def _check_cut(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"rank is {self.rank}, but it has to be 0 (exact) or more")
+        given = (["rank"] if self.rank else []) + [name for name in AIMS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given, but each alone says how small the result is. Give one.")
+        for name in ("keep", "retain"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(
+                    f"{name} is {share:g}; it is a share of the energy, above 0 and at most 1 (1 loses nothing)."
+                )
+        if self.max_mb is not None and not (math.isfinite(self.max_mb) and self.max_mb > 0):
+            raise ValueError(f"max_mb is {self.max_mb:g}, but it has to be above 0, in MB of a million bytes.")
+        if self.balanced and not given:
+            raise ValueError(
+                "balanced chooses what a cut keeps, but nothing is cut. Give rank, keep, retain or max_mb too."
+            )
+        if self.dense and self.the_method.entrywise and self.aim is not None:
+            raise ValueError(
+                f"dense and {self.aim} do not go together: the ranks of whole updates are not shared out. Give a rank."
+            )
+        if self.dense and self.balanced and self.the_method.entrywise:
+            raise ValueError("dense and balanced do not go together: leave one of them out.")
+
+    def _check_protection(self, inputs: int) -> None:
+        if not (math.isfinite(self.mu) and self.mu >= 0):
+            raise ValueError(f"mu is {self.mu}; it must be 0 (exact sum) or more (others step aside, 1 by half).")
+        if isinstance(self.protect, int) and not 0 <= self.protect < inputs:
+            raise ValueError(f"protect is {self.protect}, but the inputs are numbered from 0 to {inputs - 1}.")
+        if not isinstance(self.protect, int) and self.protect not in ("auto", None):
+            raise ValueError(f"protect is {self.protect!r}, but it has to be the number of an input, 'auto' or None.")
+        if self.mu and self.protect is None:
+            raise ValueError(f"mu is {self.mu:g}, but no LoRA is protected. Say which (protect), or set mu to 0.")
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON can hold it; the method's parameters with their values, so that later defaults change nothing."""
+        result = asdict(self) | self.values
+        dtype = self.out_dtype
+        result["out_dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
+        return result
+
+
+def options_from_dict(values: dict[str, object]) -> MergeOptions:
+    """Undoes `to_dict`. Raises ValueError for names or kinds of values that are no options."""
+    kinds = {"method": str, "rank": int, "seed": int, "balanced": bool, "dense": bool, "leave_out": bool}
+    for name, value in values.items():
+        if name in kinds and (not isinstance(value, kinds[name]) or (kinds[name] is int and isinstance(value, bool))):
+            raise ValueError(f"{name} is {value!r}, which is no {kinds[name].__name__}")
+        if name in (*AIMS, "density", "spread", "outliers", "mu") and isinstance(value, (str, list, dict, bool)):
+            raise ValueError(f"{name} is {value!r}, which is no number")
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    dtype = values.get("out_dtype")
+    if dtype is not None and dtype not in dtypes:
+        raise ValueError(f"out_dtype is {dtype!r}, but it has to be one of {', '.join(dtypes)}")
+    try:
+        return MergeOptions(**values | {"out_dtype": dtypes.get(str(dtype))})  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(f"unknown options ({error})") from None

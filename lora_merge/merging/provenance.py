@@ -1,0 +1,87 @@
+"""How a merged file came about, as JSON in its metadata: enough to make it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..files.metadata import PROVENANCE_KEY
+from .account import Account
+from .options import MergeOptions, options_from_dict
+
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """One input as the provenance names it. sha256: of its file, None where none was known."""
+
+    name: str
+    sha256: str | None
+    strength: float
+    block_strengths: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a merge was told."""
+
+    inputs: tuple[Ingredient, ...]
+    options: MergeOptions
+
+
+def to_json(account: Account) -> str:
+    """The provenance that goes into the file."""
+    inputs = [
+        {
+            "name": source.name,
+            "sha256": source.sha256,
+            "strength": source.strength,
+            "block_strengths": source.block_strengths,
+            "modules": source.modules,
+            "merged": source.merged,
+            "passed_through": source.passed_through,
+            "refused": source.refused,
+            "retention": source.retention,
+            "effect": source.effect,
+            "stepped_aside": source.stepped_aside,
+        }
+        for source in account.sources
+    ]
+    return json.dumps(
+        {
+            "version": VERSION,
+            "inputs": inputs,
+            "method": account.method,
+            "rank": account.rank,
+            "relative_error": account.relative_error,
+            "ranks": account.ranks,
+            "options": account.options.to_dict(),
+            "torch": torch.__version__,
+        }
+    )
+
+
+def recipe_of(metadata: Mapping[str, str], source: str) -> Recipe:
+    """What the file says it was made of. Raises ValueError where it says nothing, or nothing that can be read."""
+    if PROVENANCE_KEY not in metadata:
+        raise ValueError(f"{source}: it does not say how it was made; only files merged or resized with LCM Kit do.")
+    try:
+        notes = json.loads(metadata[PROVENANCE_KEY])
+        if notes["version"] != VERSION:
+            raise ValueError(f"version {notes['version']}, and this one reads {VERSION}")
+        inputs = tuple(
+            Ingredient(
+                str(entry["name"]),
+                None if entry["sha256"] is None else str(entry["sha256"]),
+                float(entry["strength"]),
+                str(entry["block_strengths"]),
+            )
+            for entry in notes["inputs"]
+        )
+        return Recipe(inputs, options_from_dict(dict(notes["options"])))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: what it says of how it was made cannot be read ({error}).") from None

@@ -1,0 +1,167 @@
+"""What people read about a LoRA or a merge."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from ..files.lora import Lora
+from .account import Account, Source
+from .options import MergeOptions
+from .provenance import recipe_of
+
+
+def describe(lora: Lora) -> str:
+    """A few lines about one LoRA: modules by part of the model, ranks, scales, size."""
+    parts = Counter(_part(module) for module in lora.spellings)
+    ranks = [layer.rank for layer in lora.modules.values()]
+    scales = [layer.scale for layer in lora.modules.values()]
+    lines = [
+        lora.source,
+        f"  modules: {len(lora.spellings)} ({', '.join(f'{part} {count}' for part, count in sorted(parts.items()))})",
+    ]
+    if ranks:
+        lines.append(
+            f"  rank: {_span(min(ranks), max(ranks))}, scale (alpha / rank): {_span(min(scales), max(scales))}"
+        )
+    if set(lora.kinds) - {"LoRA"}:
+        lines.append(f"  kinds: {', '.join(f'{kind} {count}' for kind, count in lora.kinds.items())}")
+    if lora.carried:
+        lines.append(f"  {len(lora.carried)} of them depend on the weight they change: they load, and do not merge")
+    if lora.diffs:
+        lines.append(f"  weight and bias differences: {len(lora.diffs)}")
+    lines.append(f"  size: {size_text(lora, torch.float16)} in float16")
+    return "\n".join(lines)
+
+
+def describe_merge(account: Account, merged: Lora) -> str:
+    """What went into a merge, what came out, and what each input lost."""
+    one = len(account.sources) == 1
+    head = f"Merged {len(account.sources)} LoRAs, method {account.method}"
+    lines = [f"{'Made from one LoRA' if one else head}{_choices(account)}:"]
+    lines += [f"  {source.name} * {source.strength:g}: {', '.join(_facts(source, one))}" for source in account.sources]
+    lines.append(_result(account, merged))
+    lines += _method_lines(account) + _cut_lines(account)
+    if account.rebalanced:
+        lines.append(f"Factors of {account.rebalanced} modules balanced to fit float16; their updates are the same.")
+    if not one and all(source.only_here == source.modules for source in account.sources):
+        lines.append("Note: the inputs share no module. They may be made for different base models.")
+    if any(source.strength == 0 for source in account.sources):
+        lines.append("Note: an input of strength 0 adds nothing.")
+    lines += [f"Warning: {warning}." if warning[-1] != "." else f"Warning: {warning}" for warning in account.warnings]
+    return "\n".join(lines)
+
+
+def _choices(account: Account) -> str:
+    options = account.options
+    chosen = [f"{name} {value:g}" for name, value in options.values.items()]
+    chosen += ["on whole updates"] if options.dense and options.the_method.entrywise else []
+    # Of the methods only those with a chance in them draw.
+    chosen += [f"seed {options.seed}"] if options.seed and account.method.startswith(("dare", "della")) else []
+    return f" ({', '.join(chosen)})" if chosen else ""
+
+
+def _facts(source: Source, one: bool) -> list[str]:
+    facts = [f"{source.modules} modules"]
+    if not one:
+        facts.append(f"{source.modules - source.only_here} shared, {source.only_here} only here")
+    if source.ranks and source.alphas:
+        facts.append(f"rank {_span(*source.ranks)}, alpha {_span(*source.alphas)}")
+    if source.diffs:
+        facts.append(f"{source.diffs} weight or bias differences")
+    if source.merged < source.modules:
+        facts.append(f"{source.merged} merged")
+    if source.passed_through:
+        facts.append(f"{source.passed_through} passed through as they are")
+    if source.refused:
+        facts.append(f"{source.refused} refused and left out")
+    if source.block_strengths:
+        facts.append(f"times {source.block_strengths}")
+    if source.protected:
+        facts.append("protected")
+    return facts
+
+
+def _result(account: Account, merged: Lora) -> str:
+    ranks = [layer.rank for layer in merged.modules.values()]
+    rank = f", rank {_span(min(ranks), max(ranks))}" if ranks else ""
+    if account.options.aim and account.ranks and account.ranks[0] != account.ranks[2]:
+        rank += f" (median {account.ranks[1]:g})"
+    return f"Result: {len(merged.spellings)} modules{rank}, {size_text(merged, torch.float16)} in float16"
+
+
+def _method_lines(account: Account) -> list[str]:
+    """What the method and the protection left of each input."""
+    lines = []
+    if account.options.the_method.combine is not None:
+        lines.append("Effect of each input in the result, 100 % being strength * LoRA as it is:")
+        for source in account.sources:
+            lines.append(f"  {source.name}: {'no update' if source.effect is None else f'{100 * source.effect:.1f} %'}")
+    if account.options.mu and account.options.protect is not None:
+        left = [
+            f"{source.name} keeps {100 * source.stepped_aside:.1f} % of its energy there"
+            for source in account.sources
+            if not source.protected
+        ]
+        lines.append(
+            f"Made room for {account.sources[_number(account)].name}, mu {account.options.mu:g}: {', '.join(left)}."
+        )
+    return lines
+
+
+def _number(account: Account) -> int:
+    return account.options.protect if isinstance(account.options.protect, int) else 0
+
+
+def _cut_lines(account: Account) -> list[str]:
+    linear = account.options.the_method.combine is None
+    if account.cut_modules == 0:
+        exact = linear and not account.options.mu
+        return ["Exact: no module was cut." if exact else "No module was cut."]
+    options = account.options
+    aims = {
+        "keep": lambda: f"to keep {100 * (options.keep or 0):g} % of the energy",
+        "retain": lambda: f"so that each input keeps {100 * (options.retain or 0):g} % of its energy",
+        "max_mb": lambda: f"to {options.max_mb:g} MB",
+    }
+    how = aims[options.aim]() if options.aim else f"to rank {account.rank}"
+    balanced = ", every input counting alike" if options.balanced else ""
+    lines = [
+        f"Cut {how} in {account.cut_modules} of {account.modules} modules{balanced}; "
+        f"relative error {account.relative_error:.3g}. Left of each input's energy:"
+    ]
+    for source in account.sources:
+        left = "nothing was there" if source.retention is None else f"{100 * source.retention:.1f} %"
+        lines.append(f"  {source.name}: {left}")
+    return lines
+
+
+def describe_provenance(lora: Lora) -> list[str]:
+    """What a file says of how it was made, in lines; none where it says nothing that can be read."""
+    try:
+        recipe = recipe_of(lora.metadata, lora.source)
+    except ValueError:
+        return []
+    default = MergeOptions().to_dict()
+    chosen = {name: value for name, value in recipe.options.to_dict().items() if value != default[name]}
+    lines = [f"  made from: {', '.join(f'{name} {value}' for name, value in chosen.items()) or 'the exact sum'}"]
+    for entry in recipe.inputs:
+        blocks = f", times {entry.block_strengths}" if entry.block_strengths else ""
+        lines.append(f"    {entry.name} * {entry.strength:g}{blocks}, sha256 {entry.sha256 or 'unknown'}")
+    return lines
+
+
+def size_text(lora: Lora, dtype: torch.dtype) -> str:
+    """Size of the weights in a dtype, in MB of 10**6 bytes."""
+    return f"{lora.parameters * dtype.itemsize / 1e6:.1f} MB"
+
+
+def _part(module: str) -> str:
+    if module.startswith("lora_unet_") or module.startswith("lora_transformer_"):
+        return "diffusion model"
+    return f"text encoder {module[7]}" if module.startswith("lora_te") and module[7:8].isdigit() else "other"
+
+
+def _span(low: float, high: float) -> str:
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

@@ -1,0 +1,215 @@
+"""What a LoRA is: which published file, for which base model, with which sampling settings, and how surely.
+
+A published file is known by its sha256, a re-saved or renamed one by its structure (the modules it touches, rank, alpha,
+number of parameters), and what a file says about itself is believed last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from ..files.lora import Lora
+from ..files.metadata import PROVENANCE_KEY
+from ..naming import names
+from .base_models import Recognised, Shape, recognise
+from .catalogue import PUBLISHED, Published
+
+Number = TypeVar("Number", int, float)
+How = Literal["sha256", "structure", "metadata", "unknown"]
+# Written by whoever makes a LoRA with known settings; the name of a preset.
+PRESET_KEY = "lcm_kit.preset"
+SURE = {
+    "sha256": "certainly: by sha256, it is the published file byte for byte",
+    "structure": "very likely: by structure, its modules, rank, alpha and size; LoRAs of the same training script look alike",
+    "metadata": "likely: by metadata, the file says so",
+    "unknown": "not further known by sha256, structure or metadata",
+}
+_BLOCK = 1 << 20
+_MANY = 256
+_digests: dict[tuple[str, int, int, int], str] = {}
+
+# Not inside a longer word.
+_WORDS = tuple(
+    (re.compile(rf"(?<![a-z]){word}(?![a-z])", re.I), preset)
+    for word, preset in (("lcm", "LCM"), ("tcd", "TCD"), ("dmd2?", "DMD2"))
+)
+_BASE_WORDS = (
+    (re.compile(r"sdxl|stable-diffusion-xl", re.I), "SDXL"),
+    (re.compile(r"sd_v2|stable-diffusion-v2", re.I), "SD2"),
+    (re.compile(r"sd_v1|stable-diffusion-v1", re.I), "SD1.5"),
+)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The countable facts of a LoRA. Pairs are the smallest and the largest of all modules, None without modules.
+
+    alphas: None also where no module states one, which means scale 1.   recognised: what its modules say of the base.
+    """
+
+    modules: int
+    ranks: tuple[int, int] | None
+    alphas: tuple[float, float] | None
+    scales: tuple[float, float] | None
+    parameters: int
+    recognised: Recognised
+
+    @property
+    def accelerates(self) -> bool:
+        """Whether it touches what acceleration LoRAs touch and style LoRAs do not: timestep projections."""
+        return {"time_emb_proj", "conv1", "attn2_to_k"} <= self.recognised.kinds
+
+
+@dataclass(frozen=True)
+class Identity:
+    """kind: what to call it.   bases: names of the bases it can be for, () if unknown.
+    how: the way its kind was recognised.   preset: name of its sampling settings, None if unknown.
+    published: the catalogue's row.   structure: its counts.
+    """
+
+    kind: str
+    bases: tuple[str, ...]
+    how: How
+    preset: str | None
+    published: Published | None
+    structure: Structure
+
+    @property
+    def sure(self) -> str:
+        """How surely the kind is known and from what, in words."""
+        return SURE[self.how]
+
+
+def structure_of(lora: Lora) -> Structure:
+    """The counts of a LoRA, without looking at its values."""
+    layers = list(lora.modules.values())
+    alphas = [layer.alpha for layer in layers if layer.alpha is not None]
+    shapes = {lora.spellings[module]: layer.shape for module, layer in lora.modules.items()}
+    for module, carried in lora.carried.items():
+        if carried.shape is not None:
+            shapes[lora.spellings[module]] = carried.shape
+    return Structure(
+        len(lora.spellings),
+        _span([layer.rank for layer in layers]),
+        _span(alphas),
+        _span([layer.scale for layer in layers]),
+        lora.parameters,
+        recognise(_unet(shapes)),
+    )
+
+
+def identify(
+    lora: Lora,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    catalogue: Sequence[Published] = PUBLISHED,
+    digest: Callable[[str | os.PathLike[str]], str] | None = None,
+) -> Identity:
+    """What a LoRA is. path: the file it came from, if there is one; it is hashed only if a published file can be it.
+
+    digest: sha256 of a file, `sha256_of` if None.   Raises OSError if the file cannot be read.
+    """
+    structure = structure_of(lora)
+    found = structure.recognised
+    ours = PROVENANCE_KEY in lora.metadata or PRESET_KEY in lora.metadata
+    if path is not None and not ours and _may_be_published(os.stat(path).st_size, structure, catalogue):
+        value = (digest or sha256_of)(path)
+        for entry in catalogue:
+            if entry.sha256 == value:
+                return Identity(entry.name, (entry.base,), "sha256", entry.preset, entry, structure)
+    named = _preset_by_metadata(lora.metadata)
+    for entry in catalogue:
+        # A LoRA of another method can be of the same shape; then its own words say more.
+        if _has_structure_of(entry, structure) and named in (None, entry.preset):
+            return Identity(entry.name, (entry.base,), "structure", entry.preset, entry, structure)
+    bases = _bases_by_metadata(found.bases, lora.metadata)
+    if named is not None:
+        kind = f"{named} LoRA" if PROVENANCE_KEY not in lora.metadata else f"merge with {named} in it"
+        return Identity(kind, bases, "metadata", named, None, structure)
+    kind = "LoRA that covers what acceleration LoRAs cover" if structure.accelerates else "LoRA"
+    return Identity(kind, bases, "unknown", None, None, structure)
+
+
+def worth_hashing(size: int, catalogue: Sequence[Published] = PUBLISHED) -> bool:
+    """Whether a published file has this size; then its hash can be computed while the file is read."""
+    return any(entry.bytes == size for entry in catalogue)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """sha256 of a file, lower case hexadecimal, computed once for each path, size and time."""
+    path = os.path.abspath(path)
+    state = os.stat(path)
+    key = (path, state.st_size, state.st_mtime_ns, state.st_ino)
+    if key not in _digests:
+        value = hashlib.sha256()
+        with open(path, "rb", buffering=0) as file:
+            while block := file.read(_BLOCK):
+                value.update(block)
+        while len(_digests) >= _MANY:
+            _digests.pop(next(iter(_digests)))
+        _digests[key] = value.hexdigest()
+    return _digests[key]
+
+
+def _may_be_published(size: int, structure: Structure, catalogue: Sequence[Published]) -> bool:
+    """By its size, or by its structure where nobody states the size."""
+    return any(
+        entry.bytes == size
+        if entry.bytes is not None
+        else structure.accelerates and entry.base in structure.recognised.bases
+        for entry in catalogue
+    )
+
+
+def _has_structure_of(entry: Published, structure: Structure) -> bool:
+    if entry.modules is None or entry.rank is None or entry.alpha is None:
+        return False
+    return (
+        entry.modules == structure.modules
+        and (entry.rank, entry.rank) == structure.ranks
+        and (entry.alpha, entry.alpha) == structure.alphas
+        and entry.parameters == structure.parameters
+        and entry.base in structure.recognised.bases
+    )
+
+
+def _unet(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    bodies = zip(names.unet_bodies(shapes), (s for n, s in shapes.items() if n.startswith("lora_unet_")), strict=True)
+    return dict(bodies)
+
+
+def _bases_by_metadata(bases: tuple[str, ...], metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """What the modules leave open may be settled by what the file says."""
+    if len(bases) == 1:
+        return bases
+    for key in ("ss_base_model_version", "modelspec.architecture"):
+        for pattern, base in _BASE_WORDS:
+            if pattern.search(metadata.get(key, "")) and (base in bases or not bases):
+                return (base,)
+    return bases
+
+
+def _preset_by_metadata(metadata: Mapping[str, str]) -> str | None:
+    if preset := metadata.get(PRESET_KEY):
+        return preset
+    words = [metadata.get("modelspec.title", ""), metadata.get("ss_output_name", "")]
+    try:
+        inputs = json.loads(metadata[PROVENANCE_KEY])["inputs"]
+        words += [str(source["name"]) for source in inputs if source["strength"] != 0]
+    except (KeyError, ValueError, TypeError):
+        # Not merged here, or somebody else's notes under our key.
+        words.append(metadata.get("modelspec.merged_from", ""))
+    for pattern, preset in _WORDS:
+        if any(pattern.search(word) for word in words):
+            return preset
+    return None
+
+
+def _span(values: Sequence[Number]) -> tuple[Number, Number] | None:
+    return (min(values), max(values)) if values else None

@@ -1,0 +1,1 @@
+"""One update of one weight: LoRA, LoHa, LoKr, and what depends on the weight itself."""

@@ -1,0 +1,147 @@
+"""Which kind of update the parts of a module make, whether they are complete, and the update itself."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+
+from ..files.keys import DIFF_PARTS
+from . import weight_dependent as carried
+from .layer import Layer, LoraLayer
+from .loha import LohaLayer
+from .lokr import LokrLayer
+from .weight_dependent import Carried
+
+# Kind -> parts that have to be there, parts that may.
+_KINDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
+    "LoRA": (frozenset({"up", "down"}), frozenset({"mid"})),
+    "LoHa": (
+        frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),
+        frozenset({"hada_t1", "hada_t2"}),
+    ),
+    # Which of them have to be there depends on one another: LokrLayer says what is missing.
+    "LoKr": (
+        frozenset(),
+        frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
+    ),
+    carried.GLORA: (frozenset({"a1", "a2", "b1", "b2"}), frozenset()),
+    carried.OFT: (frozenset({"oft_blocks"}), frozenset({"rescale"})),
+    carried.REPLACED: (frozenset({"set_weight"}), frozenset()),
+    carried.BUNDLED: (frozenset({"bundle"}), frozenset()),
+}
+_KIND_OF = {part: kind for kind, (needed, allowed) in _KINDS.items() for part in needed | allowed}
+ADDITIVE = ("LoRA", "LoHa", "LoKr")
+# Parts that make an additive kind depend on the weight.
+_MODIFIERS = {"dora_scale": carried.DORA, "magnitude": carried.DORA, "reshape_weight": carried.RESIZED}
+_WEIGHT_DIFFS = {"diff", "w_norm"}
+
+
+def kinds_of(parts: Collection[str]) -> list[str]:
+    """The kinds that parts of one module belong to; more than one is a contradiction, none means differences only."""
+    return list(dict.fromkeys(_KIND_OF[part] for part in parts if part in _KIND_OF))
+
+
+def is_carried(parts: Collection[str]) -> bool:
+    """Whether a module with these parts depends on the weight it changes."""
+    return not _MODIFIERS.keys().isdisjoint(parts) or any(kind not in ADDITIVE for kind in kinds_of(parts))
+
+
+def problem(parts: Mapping[str, str]) -> str | None:
+    """What is missing from or contradictory in a module's parts (part -> key of the file); None if nothing is."""
+    kinds = kinds_of(parts)
+    modifiers = sorted(_MODIFIERS.keys() & parts)
+    dense = sorted(_WEIGHT_DIFFS & parts.keys())
+    if len(kinds) + len(dense) > 1:
+        if dense:
+            return f"has both {parts[dense[0]]} and another update of its weight"
+        return f"has {' and '.join(kinds)} at once"
+    for first, second in (("diff_b", "b_norm"), ("dora_scale", "magnitude")):
+        if first in parts and second in parts:
+            return f"has both {parts[first]} and {parts[second]}"
+    if not kinds:
+        if modifiers:
+            return f"has {parts[modifiers[0]]} but nothing that it modifies"
+        return None if any(part in DIFF_PARTS for part in parts) else f"{parts['alpha']} belongs to no factors"
+    needed, _ = _KINDS[kinds[0]]
+    if missing := sorted(needed - parts.keys()):
+        return f"has {', '.join(parts.values())} but no {' and '.join(missing)}"
+    if "reshape_weight" in parts and kinds[0] != "LoRA":
+        return f"has {parts['reshape_weight']}, which goes with LoRA only, beside {kinds[0]}"
+    return None
+
+
+def build(parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, ...] = ()) -> Layer | Carried | None:
+    """The update that complete parts make; None for parts that are differences only.
+
+    kernel: of the weight, where its name tells, for kinds that keep it flattened.
+    Raises ValueError if the shapes do not belong together.
+    """
+    kinds = kinds_of(parts)
+    if not kinds:
+        return None
+    kind = kinds[0]
+    layer = _additive(kind, parts, alpha, kernel) if kind in ADDITIVE else None
+    own = {name: part for name, part in parts.items() if name not in DIFF_PARTS and name != "alpha"}
+    if layer is not None and _MODIFIERS.keys().isdisjoint(parts):
+        return layer
+    if kind == carried.OFT:
+        return _oft(own, alpha)
+    if kind == carried.GLORA:
+        return Carried(kind, own, alpha, _glora_shape(own))
+    if kind == carried.REPLACED:
+        return Carried(kind, own, alpha, tuple(own["set_weight"].shape))
+    if kind == carried.BUNDLED or layer is None:
+        return Carried(carried.BUNDLED, own, alpha)
+    if "reshape_weight" in parts:
+        return Carried(carried.RESIZED, own, alpha)
+    if "magnitude" in own:
+        # PEFT's (out,) or (1, out, 1, 1) as the (out, 1, ...) by which ComfyUI multiplies the weight.
+        rows = own.pop("magnitude")
+        if rows.numel() != layer.shape[0]:
+            raise ValueError(f"lora_magnitude_vector is {tuple(rows.shape)}, but the weight has {layer.shape[0]} rows")
+        own["dora_scale"] = rows.reshape(-1, *(1 for _ in layer.shape[1:]))
+    return Carried(carried.DORA, own, alpha, layer.shape)
+
+
+def _additive(kind: str, parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, ...]) -> Layer:
+    if kind == "LoRA":
+        return LoraLayer(parts["up"], parts["down"], alpha, parts.get("mid"))
+    if kind == "LoHa":
+        return LohaLayer(
+            parts["hada_w1_a"],
+            parts["hada_w1_b"],
+            parts["hada_w2_a"],
+            parts["hada_w2_b"],
+            alpha,
+            parts.get("hada_t1"),
+            parts.get("hada_t2"),
+            kernel,
+        )
+    return LokrLayer(
+        **{name.removeprefix("lokr_"): part for name, part in parts.items() if name.startswith("lokr_")},
+        alpha=alpha,
+        unfold=kernel,
+    )
+
+
+def _oft(own: Mapping[str, Tensor], alpha: float | None) -> Carried:
+    shape = tuple(own["oft_blocks"].shape)
+    if len(shape) not in (3, 4) or shape[-1] != shape[-2]:
+        raise ValueError(
+            f"oft_blocks is {shape}, but OFT needs (blocks, size, size), BOFT (factors, blocks, size, size)"
+        )
+    return Carried(carried.OFT if len(shape) == 3 else carried.BOFT, own, alpha, (shape[-3] * shape[-2],))
+
+
+def _glora_shape(own: Mapping[str, Tensor]) -> tuple[int, ...]:
+    a1, a2, b1, b2 = (tuple(own[name].shape) for name in ("a1", "a2", "b1", "b2"))
+    if min(map(len, (a1, a2, b1, b2))) > 1:
+        shapes = []
+        if b2[0] == b1[1] == a1[1] == a2[0]:
+            shapes.append((b1[0], *b2[1:]))
+        if b2[1] == b1[0] == a1[0] == a2[1]:  # as LyCORIS wrote it at first
+            shapes.append((b2[0], *b1[1:]))
+        if shapes:
+            return max(shapes)  # a square weight allows both readings, and is larger than its rank
+    raise ValueError(f"a1 is {a1}, a2 {a2}, b1 {b1}, b2 {b2}; their ranks differ")

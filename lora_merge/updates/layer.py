@@ -1,0 +1,172 @@
+"""Low-rank updates of one weight: what all kinds have in common, and the plain one, LoRA."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+class Layer(ABC):
+    """An update of one weight that does not depend on that weight, so that updates add up.
+
+    kind: what people call it. alpha: numerator of the scale; None means scale 1.
+    Tensors are shared with the caller and never changed.
+    """
+
+    kind: ClassVar[str]
+    alpha: float | None
+
+    @property
+    @abstractmethod
+    def dim(self) -> int | None:
+        """What alpha is divided by; None where alpha has no effect."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """Rank of `factors`, the smallest that the kind guarantees."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the updated weight: (out, in, *kernel), the kernel flattened into `in` if the file has it so."""
+
+    @abstractmethod
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors as they came, by the part names of files/keys.py, without alpha."""
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(out, rank) and (rank, in * kernel) in float32 whose product is the update without the scale; exact."""
+
+    def stored_factors(self) -> tuple[Tensor, Tensor]:
+        """`factors` in the dtype they came in, where they need no arithmetic; else in float32."""
+        return self.factors()
+
+    @property
+    def scale(self) -> float:
+        """Factor on the product: alpha / dim, 1 without alpha."""
+        return 1.0 if self.alpha is None or self.dim is None else self.alpha / self.dim
+
+    @property
+    def written_alpha(self) -> float:
+        """alpha, or the number that means the same."""
+        return float(self.dim or self.rank) if self.alpha is None else self.alpha
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Kernel size of the weight, () for a linear one."""
+        return self.shape[2:]
+
+    @property
+    def parameters(self) -> int:
+        return sum(part.numel() for part in self.parts().values())
+
+    def delta(self) -> Tensor:
+        """What strength 1 adds to the weight: (out, in, *kernel), float32."""
+        up, down = self.factors()
+        return (up @ down).mul_(self.scale).reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class LoraLayer(Layer):
+    """The update `delta = (alpha / rank) * up @ down` of one weight.
+
+    up: (out, rank), trailing dimensions of size 1 allowed.
+    down: (rank, in) for a linear weight, (rank, in, *kernel) for a convolution.
+    alpha: numerator of the scale; None means scale 1, as every loader reads a file without alpha.
+    mid: (rank, rank_of_down, *kernel), the core of a Tucker-decomposed convolution (LoCon's `lora_mid`,
+        Yeh et al. 2023, arXiv 2309.14859); down is then (rank_of_down, in, 1, 1). None for everything else.
+    Raises ValueError if the shapes do not belong together.
+    """
+
+    kind: ClassVar[str] = "LoRA"
+
+    up: Tensor
+    down: Tensor
+    alpha: float | None = None
+    mid: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        up, down, mid = tuple(self.up.shape), tuple(self.down.shape), self.mid
+        if len(up) < 2 or len(down) < 2 or prod(up) == 0 or prod(down) == 0:
+            raise ValueError(f"up is {up} and down is {down}, but both need at least two dimensions, none of size 0")
+        if prod(up[2:]) != 1:
+            raise ValueError(f"up is {up}, but only down may have a kernel larger than 1")
+        if mid is not None:
+            shape = tuple(mid.shape)
+            if len(shape) < 3 or prod(down[2:]) != 1 or shape[:2] != (up[1], down[0]):
+                raise ValueError(f"mid is {shape}, which does not fit between up {up} and down {down}")
+        elif up[1] != down[0]:
+            raise ValueError(f"up is {up} but down is {down}; ranks {up[1]} and {down[0]} differ")
+        check_alpha(self.alpha)
+
+    @property
+    def dim(self) -> int:
+        """The rank of down, also with `mid`: what ComfyUI's LoRAAdapter divides by."""
+        return int(self.down.shape[0])
+
+    @property
+    def rank(self) -> int:
+        return int(self.up.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        source = self.down if self.mid is None else self.mid
+        return (int(self.up.shape[0]), int(self.down.shape[1]), *source.shape[2:])
+
+    def parts(self) -> dict[str, Tensor]:
+        return {"up": self.up, "down": self.down} | ({} if self.mid is None else {"mid": self.mid})
+
+    def stored_factors(self) -> tuple[Tensor, Tensor]:
+        if self.mid is not None:
+            return self.factors()
+        return self.up.detach().flatten(1), self.down.detach().flatten(1)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(out, rank) and (rank, in * kernel) in float32, without the scale; exact, `mid` is folded into down."""
+        up = self.up.detach().to(torch.float32).reshape(self.up.shape[0], -1)
+        down = self.down.detach().to(torch.float32)
+        if self.mid is not None:
+            mid = self.mid.detach().to(torch.float32)
+            # mid[i, j, kernel] * down[j, in] -> [i, in, kernel]
+            down = torch.einsum("ij...,jn->in...", mid, down.reshape(down.shape[0], -1))
+        return up, down.reshape(down.shape[0], -1)
+
+
+def check_alpha(alpha: float | None) -> None:
+    if alpha is not None and not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}, but it has to be a finite number")
+
+
+def unfolded(shape: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """(out, in * kernel) as (out, in, *kernel) where that divides without rest; any other shape as it is."""
+    if len(shape) != 2 or not kernel or shape[1] % prod(kernel):
+        return shape
+    return (shape[0], shape[1] // prod(kernel), *kernel)
+
+
+def whole_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as a product of the smallest rank it can need: with an identity on its shorter side."""
+    rows, columns = matrix.shape
+    if rows <= columns:
+        return torch.eye(rows, dtype=matrix.dtype, device=matrix.device), matrix
+    return matrix, torch.eye(columns, dtype=matrix.dtype, device=matrix.device)
+
+
+def meeting_shape(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Shape of the weight that two updates of the same module share, or None if there is no such weight.
+
+    A 1x1 convolution and a linear layer are the same matrix, and some tools write a 3x3 convolution's down
+    flattened to (rank, in * 9, 1, 1); row-major order is the same in all of them. The shape with the larger
+    kernel wins, then the one with more dimensions, since it says more about the weight.
+    """
+    if first[0] != second[0] or prod(first[1:]) != prod(second[1:]):
+        return None
+    return max(first, second, key=lambda shape: (prod(shape[2:]), len(shape)))
