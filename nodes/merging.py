@@ -140,7 +140,7 @@ class MergeLoRA(io.ComfyNode):
                     multiline=True,
                     optional=True,
                     tooltip="Factors on the strengths by part of the model, such as down=0.5, mid=1, up=1, attention=0.8, "
-                    "conv=1, te=0, /attn2/=0.3. For all LoRAs, or on a line of its own for one: lora_2: down=0",
+                    "conv=1, te=0, *attn2*=0.3. For all LoRAs, or on a line of its own for one: lora_2: down=0",
                     **if_known(io.String.Input, advanced=True),
                 ),
                 io.Boolean.Input(

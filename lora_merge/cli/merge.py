@@ -67,7 +67,7 @@ def add_commands(commands: Commands) -> None:
                      "or auto (default): the one recognised as an acceleration LoRA")  # fmt: skip
     add.add_argument("--mu", type=float, default=0.0, help="how far the others step aside; 0 (default): not at all")
     add.add_argument("--block-strengths", action="append", default=[], metavar="TEXT", help='factors such as "down=0.5, '
-                     'attention=1.2, te=0, /attn2/=0.3" for all LoRAs, or "2: up=0" for the second; may be repeated')  # fmt: skip
+                     'attention=1.2, te=0, *attn2*=0.3" for all LoRAs, or "2: up=0" for the second; may be repeated')  # fmt: skip
     add.add_argument("--leave-out", action="store_true", help="leave out what does not add up (DoRA, OFT, ...)")
     _machine(add)
     add.set_defaults(run=_merge)

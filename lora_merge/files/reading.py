@@ -16,7 +16,7 @@ from ..updates.layer import Layer
 from ..updates.weight_dependent import Carried
 from . import keys
 from .keys import DIFF_PARTS
-from .peft import adapter_alpha
+from .peft import AdapterScales
 
 _NUMBERS = ("alpha", "reshape_weight")
 _ANY_DTYPE = tuple(f".{part}" for part in _NUMBERS)
@@ -109,19 +109,17 @@ def read(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str], source: 
         raw_of[canonical] = module
     spellings = names.tidy({canonical: spelled[module] for canonical, module in raw_of.items()})
     contents = Contents(spellings=spellings, keys=account)
+    scales = AdapterScales(metadata)
     for canonical, module in raw_of.items():
         tensors = {part: state_dict[key].detach() for part, key in parts[module].items()}
         try:
-            _put(contents, canonical, tensors, metadata, module)
+            _put(contents, canonical, tensors, _alpha(tensors, scales, module))
         except ValueError as error:
             raise ValueError(f"{source}: {module}: {error}. The file may be damaged.") from None
     return contents
 
 
-def _put(
-    contents: Contents, canonical: str, tensors: dict[str, Tensor], metadata: Mapping[str, str], module: str
-) -> None:
-    alpha = _alpha(tensors, metadata, module)
+def _put(contents: Contents, canonical: str, tensors: dict[str, Tensor], alpha: float | None) -> None:
     tensors = {part: tensor if part in _NUMBERS else _floating(tensor) for part, tensor in tensors.items()}
     for part in DIFF_PARTS:
         if part in tensors:
@@ -135,14 +133,14 @@ def _put(
         contents.carried[canonical] = update
 
 
-def _alpha(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], module: str) -> float | None:
+def _alpha(tensors: Mapping[str, Tensor], scales: AdapterScales, module: str) -> float | None:
     if "alpha" in tensors:
         if tensors["alpha"].numel() != 1:
             raise ValueError(f"alpha has shape {tuple(tensors['alpha'].shape)}, but it has to be one number")
         return float(tensors["alpha"].item())
     # Only PEFT and diffusers write alphas there, and only for LoRA.
-    if metadata and "down" in tensors:
-        return adapter_alpha(metadata, module, int(tensors["down"].shape[0]) if tensors["down"].dim() else 1)
+    if "down" in tensors:
+        return scales.alpha(module, int(tensors["down"].shape[0]) if tensors["down"].dim() else 1)
     return None
 
 

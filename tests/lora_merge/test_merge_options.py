@@ -284,7 +284,7 @@ def test_protection_reaches_whole_weight_differences():
 
 
 def test_block_strengths_multiply_the_strength_of_their_modules():
-    blocks = "down=0.5, te=0, conv=2, /ff_net/=-1"
+    blocks = "down=0.5, te=0, conv=2, *ff_net*=-1"
     factor = {CONV: 0.5 * 2, DOWN: 0.5, MIDDLE: 1.0, UP: -1.0, TEXT: 0.0}
     for chosen in (blocks, parse_block_strengths(blocks), [None, blocks]):
         merged, account = merge_with_account(INPUTS, block_strengths=chosen)
@@ -404,7 +404,7 @@ def test_the_file_says_all_that_was_asked_for():
         ({"protect": "lcm"}, "protect is 'lcm'"),
         ({"out_dtype": torch.int8}, "out_dtype is torch.int8"),
         ({"block_strengths": ["down=1"]}, "block strengths for 1 inputs, but 2 inputs"),
-        ({"block_strengths": "sideways=1"}, "'sideways' is no block"),
+        ({"block_strengths": "sideways=1"}, "sideways is no place in"),
     ],
 )
 def test_options_out_of_range_and_contradictions_are_refused(choices, message):

@@ -49,7 +49,7 @@ CHOICES = [
     ("--method", "ties", "--dense", "--rank", "4"),
     ("--method", "slerp", "--dtype", "fp32"),
     ("--protect", "2", "--mu", "0.5", "--format", "diffusers", "--dtype", "fp32"),
-    ("--block-strengths", "down=0.5", "--block-strengths", "2: te=0, /middle/=-1"),
+    ("--block-strengths", "down=0.5", "--block-strengths", "2: te=0, *middle*=-1"),
 ]
 
 
@@ -126,6 +126,18 @@ def test_a_file_without_a_recipe_is_refused(files, capsys):
         assert main(["reproduce", str(files / "odd.safetensors")]) == 2
         assert "cannot be read" in capsys.readouterr().err
         assert main(["info", str(files / "odd.safetensors")]) == 0
+
+
+def test_an_expression_in_a_recipe_is_not_run(files, capsys):
+    """A recipe comes with a file, and `(\\w+)+!` would take longer than anybody waits."""
+    out = made(files)
+    with safe_open(out, framework="pt") as file:
+        notes = file.metadata()
+    recipe = json.loads(notes["lcm_kit.merge"])
+    recipe["inputs"][0]["block_strengths"] = r"/(\w+)+!/=1"
+    save_file(load_file(out), out, notes | {"lcm_kit.merge": json.dumps(recipe)})
+    assert main(["reproduce", str(out), "--inputs", str(files)]) == 2
+    assert "is a regular expression, and these are not read" in capsys.readouterr().err
 
 
 def test_a_merge_without_files_is_made_again_by_name(files):

@@ -1,0 +1,36 @@
+"""Patterns for names that no text can make slow: `*` stands for any letters, `?` for one.
+
+Regular expressions are not offered: some take longer than anybody waits, and these texts come out of shared workflows
+and files.
+"""
+
+from __future__ import annotations
+
+MAX_LENGTH = 200
+
+
+def is_glob(text: str) -> bool:
+    return "*" in text or "?" in text
+
+
+def matches(glob: str, name: str) -> bool:
+    """Whether the whole name fits, in at most len(glob) * len(name) steps.
+
+    After a mismatch only the last star has to take one letter more: what stood before it fits already.
+    """
+    at = place = 0
+    star = -1
+    resume = 0
+    while place < len(name):
+        if at < len(glob) and glob[at] == "*":
+            star, resume = at, place
+            at += 1
+        elif at < len(glob) and glob[at] in ("?", name[place]):
+            at += 1
+            place += 1
+        elif star >= 0:
+            resume += 1
+            at, place = star + 1, resume
+        else:
+            return False
+    return not glob[at:].strip("*")

@@ -1,0 +1,128 @@
+"""PEFT's patterns: the same answer as Python's regular expressions, in bounded time."""
+
+import json
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
+
+from lcm_kit.lora_merge import Lora
+from lcm_kit.lora_merge.files.expressions import Budget, Expression
+from lcm_kit.lora_merge.files.peft import STEPS
+
+ATOMS = st.sampled_from(["a", "b", "1", ".", r"\.", r"\d", r"\w", "[ab]", "[^a]", "[a-c1]", r"[\d.]", "^", "$", "_"])
+
+
+def parts(inner):
+    repeated = st.builds("{}{}".format, inner, st.sampled_from(["*", "+", "?", "{2}", "{1,2}", "{,2}", "{2,}", "*?"]))
+    groups = st.builds("({})".format, inner) | st.builds("(?:{}|{})".format, inner, inner)
+    return (
+        st.builds("".join, st.lists(inner, max_size=3))
+        | groups
+        | st.builds("({}){}".format, inner, st.just("*"))
+        | (repeated.map("(?:{})".format))
+    )
+
+
+@given(st.recursive(ATOMS, parts, max_leaves=6), st.text("ab1._", max_size=9))
+def test_an_expression_fits_what_python_lets_peft_fit(pattern, name):
+    try:
+        wanted = re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error:
+        return
+    if re.search(r"[*+?}][*+?{]", pattern.replace("*?", "*")):
+        return  # a repeat of a repeat, which is refused
+    assert Expression(pattern).ends(name, Budget(10**6)) == wanted
+
+
+NAMES = [
+    "down_blocks.0.attn1.to_q",
+    "up_blocks.0.attn1.to_q",
+    "mid_block.attn2.to_k",
+    "to_k",
+    "blocks.10.ff.net.0.proj",
+]
+PATTERNS = [
+    "to_q",
+    "attn1.to_q",
+    r".*down.*attn1\.to_q",
+    r"^to_k",
+    r"blocks\.\d+\.ff.*",
+    r"(up|mid)_blocks?\..*",
+    r".*\.to_[kv]",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_alpha_is_that_of_the_pattern_that_peft_chooses(name, order):
+    alphas = {pattern: number + 2 for number, pattern in enumerate(PATTERNS[::order])}
+    state = {
+        f"base_model.model.{name}.lora_A.weight": torch.ones(1, 4),
+        f"base_model.model.{name}.lora_B.weight": torch.ones(4, 1),
+    }
+    lora = Lora.from_state_dict(state, metadata={"lora_alpha": "1", "alpha_pattern": json.dumps(alphas)})
+    (layer,) = lora.modules.values()
+    assert layer.alpha == alphas.get(get_pattern_key(alphas.keys(), name), 1)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        (r"(?=a)", "looks ahead"),
+        (r"(a)\1", r"has \\1"),
+        (r"a\b", r"has \\b"),
+        ("(a", "without its counterpart"),
+        ("a)", "without its counterpart"),
+        ("*a", "nothing to repeat"),
+        ("a**", "repeats a repeat"),
+        ("[a", "ends too early"),
+        ("a{2", "has no '}'"),
+        ("a{x}", "no numbers"),
+        ("a{1000}", "at most 100"),
+        ("[b-a]", "wrong way round"),
+        ("((((a{99}){99}){99}){99})", "too involved"),
+        ("(" * 30 + "a" + ")" * 30, "nests more than 20"),
+        ("a" * 201, "longer than 200"),
+        ("\\", "ends too early"),
+    ],
+)
+def test_what_is_not_read_is_refused_in_words(pattern, why):
+    with pytest.raises(ValueError, match=why):
+        Expression(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(\w+)+!", r"(a|a)*!", r"(a*)*!", ".*.*.*=", r"(\w*\w*)*=", "(.*a){9}x", "(a?){90}a{90}"]
+)
+def test_a_match_takes_no_more_steps_than_states_times_letters(pattern):
+    expression, name = Expression(pattern), "a." * 100 + "a" * 200
+    budget = Budget(10**9)
+    assert not expression.ends(name, budget)
+    assert 10**9 - budget.left <= (expression.states + 1) * (len(name) + 1)
+
+
+def test_all_matches_of_a_file_are_bounded_together():
+    """A small file with many long names and patterns that fit none of them."""
+    state = {}
+    for number in range(2_000):
+        name = "base_model.model." + "a." * 60 + f"{number}"
+        state |= {f"{name}.lora_A.weight": torch.ones(1, 1), f"{name}.lora_B.weight": torch.ones(1, 1)}
+    patterns = {f"(a.)*{number}=": 1 for number in range(500)}
+    with pytest.raises(ValueError, match=r"alpha_pattern in the metadata is too involved.*too long on this many names"):
+        Lora.from_state_dict(state, metadata={"lora_alpha": "2", "alpha_pattern": json.dumps(patterns)})
+    assert STEPS < 2_000 * 500 * 100
+
+
+def test_plain_patterns_are_looked_up_and_not_tried():
+    """2,000 modules by 50,000 patterns: tried one by one these are 100 million comparisons."""
+    state = {}
+    for number in range(2_000):
+        name = f"base_model.model.blocks.{number}.to_q"
+        state |= {f"{name}.lora_A.weight": torch.ones(1, 1), f"{name}.lora_B.weight": torch.ones(1, 1)}
+    patterns = {f"blocks.{number}.to_q": number + 1 for number in range(50_000)}
+    lora = Lora.from_state_dict(state, metadata={"lora_alpha": "2", "alpha_pattern": json.dumps(patterns)})
+    assert [layer.alpha for layer in lora.modules.values()] == list(range(1, 2_001))
