@@ -18,7 +18,7 @@ _INPUT = re.compile(r"\s*(?:lora_)?(\d{1,6})\s*:(.*)", re.S)
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 _FOLDED = re.compile(r"^(?:lora_unet_|diffusion_model_)")
 # Text comes out of shared workflows and files: what is done for every module is bounded.
-MAX_TEXT, MAX_GLOBS, MAX_NEAR = 100_000, 100, 1_000
+MAX_TEXT, MAX_GLOBS, MAX_NEAR, MAX_WORK = 100_000, 100, 1_000, 100_000_000
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,20 @@ def strengths_of(loras: Sequence[Lora], base: Sequence[float], blocks: Blocks | 
     if any(parsed):
         bodies = names.unet_bodies([name for lora in loras for pair in lora.spellings.items() for name in pair])
         layout = infer_layout(bodies)
+        _check_work(loras, parsed)
         _check_met(loras, parsed, layout)
     return Strengths([float(strength) for strength in base], parsed, layout)
+
+
+def _check_work(loras: Sequence[Lora], parsed: Sequence[BlockStrengths | None]) -> None:
+    """What globs cost at most is known before they are tried: their letters times those of the names."""
+    for lora, blocks in zip(loras, parsed, strict=True):
+        work = sum(len(glob) for glob, _ in blocks.by_glob) * sum(map(len, lora.spellings)) if blocks else 0
+        if work > MAX_WORK:
+            raise ValueError(
+                f"block strengths: {len(blocks.by_glob if blocks else ())} names with * or ? take too long on the "
+                f"{len(lora.spellings)} modules of {lora.source}. Write fewer or shorter ones, or blocks by their names."
+            )
 
 
 def _check_met(loras: Sequence[Lora], parsed: Sequence[BlockStrengths | None], layout: Layout) -> None:

@@ -274,3 +274,10 @@ def test_a_glob_takes_no_more_steps_than_lengths_multiplied():
     glob, name = "*a" * 60 + "b", Counted("a" * 4000)
     assert not globs.matches(glob, name)
     assert Counted.steps <= 3 * len(glob) * len(name)
+
+
+def test_globs_that_take_too_long_are_refused_before_they_are_tried():
+    long = lora(*(f"diffusion_model.{'a.' * 200}{number}.q" for number in range(400)))
+    text = ", ".join(f"{'*a' * 90}{number}=1" for number in range(50))
+    with pytest.raises(ValueError, match=r"50 names with . or . take too long on the 400 modules"):
+        merge([(long, 1.0)], block_strengths=text)
