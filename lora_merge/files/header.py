@@ -1,14 +1,14 @@
 """The header of a safetensors file, checked before anything is loaded: a file may come from anybody.
 
 A file is 8 bytes (the header's length, little-endian), the header (JSON: name -> dtype, shape, data_offsets), the data.
-safetensors itself allows 10**8 bytes of header, tensors without values and names that stand there twice.
+What safetensors refuses is refused. It allows more than is allowed here: 10**8 bytes of header, tensors without values, more
+than MAX_DIMENSIONS dimensions, dtypes without numbers (see DTYPES), names that are empty, too long, not printable or there
+twice, entries that are lists, white space before the header, and what json_text.py does not take.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import json_text
 
 # The largest LoRAs known have some 10,000 tensors; a million costs seconds, and gigabytes, before anything is looked at.
 MAX_TENSORS = 100_000
@@ -54,6 +56,16 @@ def check_header(path: Path) -> Header:
         raise ValueError(f"{path}: {error}") from None
 
 
+def check_written(head: bytes, size: int) -> None:
+    """The same for a file that is not there yet. head: its first bytes, to the end of the header.   size: of the whole."""
+    try:
+        if len(head) - 8 > MAX_HEADER:
+            raise _Refused(f"has {len(head)} bytes of header, and the most are {MAX_HEADER}; leave out metadata.")
+        _check(head[8:], size)
+    except _Refused as error:
+        raise ValueError(f"cannot be written, because nobody could read it again: it {error}") from None
+
+
 class _Refused(Exception):
     """What is wrong, in words."""
 
@@ -76,20 +88,27 @@ def _read(path: Path) -> Header:
         raise _Refused(f"claims a header of {length} bytes, and no LoRA has more than {MAX_HEADER}; it is damaged.")
     if 8 + length > size:
         raise _Refused(f"is cut off within its first {length} bytes, at {size}; download it again.")
+    return _check(text, size)
+
+
+def _check(text: bytes, size: int) -> Header:
+    """text: the header.   size: of the whole file."""
     if text.count(b'"data_offsets"') > MAX_TENSORS:
         raise _Refused(_too_many(text.count(b'"data_offsets"')))
     try:
         parsed = _parse(text)
-    except (ValueError, RecursionError) as error:
-        message = f"is not a safetensors file ({str(error) or 'too deep'}); choose one saved as .safetensors."
-        raise _Refused(message) from None
-    metadata = parsed.pop("__metadata__", None) or {}
+    except ValueError as error:
+        raise _Refused(f"is not a safetensors file ({error}); choose one saved as .safetensors.") from None
+    metadata = parsed.pop("__metadata__", None)
+    # No metadata may be said as null.
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _Refused("is damaged: its metadata is not text by name; download it again.")
     entries = {name: _entry(name, entry) for name, entry in parsed.items()}
     order = sorted((start, stop, name) for name, (_, _, start, stop) in entries.items())
-    _check_layout(order, size - 8 - length, size)
-    return Header({name: entries[name] for _, _, name in order}, metadata, 8 + length, size)
+    begin = 8 + len(text)
+    _check_layout(order, size - begin, size)
+    return Header({name: entries[name] for _, _, name in order}, metadata, begin, size)
 
 
 def _something_else(head: bytes) -> str | None:
@@ -117,11 +136,11 @@ def _parse(text: bytes) -> dict[str, Any]:
             raise _Refused(_too_many(objects))
         result = dict(found)
         if len(result) < len(found):
-            twice = next(name for name, count in Counter(name for name, _ in found).items() if count > 1)
-            raise _Refused(f"has {twice[:MAX_NAME]!r} twice in its header; it is damaged or made to deceive.")
+            name = json_text.twice(found)[:MAX_NAME]
+            raise _Refused(f"has {name!r} twice in its header; it is damaged or made to deceive.")
         return result
 
-    header = json.loads(text.decode("utf-8"), object_pairs_hook=pairs)
+    header = json_text.parse(text.decode("utf-8"), characters=MAX_HEADER, pairs=pairs)
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     return header

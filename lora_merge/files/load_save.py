@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.threads import one_thread
-from . import metadata
+from . import json_text, metadata
 from .lora import FORMATS, Format, Lora
 from .tensor_file import mapped, write
 
@@ -112,10 +112,8 @@ def _peft_config(path: Path) -> dict[str, str]:
     if not path.name.startswith("adapter_model") or not beside.is_file():
         return {}
     try:
-        config = json.loads(beside.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("no object")
-    except (ValueError, RecursionError) as error:
+        config = json_text.parse_object(beside.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{beside}: not JSON ({error}), so the scale of {path.name} is unknown.") from None
     known = {key: config[key] for key in ("lora_alpha", "use_rslora") if config.get(key) is not None}
     notes = {key: str(value) for key, value in known.items()}

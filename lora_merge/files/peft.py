@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from . import json_text
 from .expressions import Budget, Expression
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -95,7 +95,7 @@ class _Scales:
         try:
             alpha = float(alpha)
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"lora_alpha in the metadata is {alpha!r:.60}, but it has to be a number") from None
+            raise ValueError(f"lora_alpha in the metadata is {str(alpha)[:60]!r}, but it has to be a number") from None
         return alpha * math.sqrt(rank) if self._by_rank else alpha
 
     def _pattern(self, name: str, budget: Budget) -> Any:
@@ -131,8 +131,8 @@ def _expression(pattern: str) -> Expression:
 
 def _json(text: str, key: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = json_text.parse(text)
+    except ValueError as error:
         raise ValueError(f"{key} in the metadata is not JSON ({error}), so the scale of the LoRA is unknown") from None
     if not isinstance(value, dict):
         raise ValueError(f"{key} in the metadata is {type(value).__name__}, but it has to be a JSON object")

@@ -222,7 +222,7 @@ def test_ordinary_patterns_still_count(pattern):
         ({"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": [1]})}, "alpha_pattern"),
         ({"lora_adapter_metadata": json.dumps({"unet.lora_alpha": "1e999"})}, "alpha is inf"),
         ({"lora_adapter_metadata": json.dumps({"unet.lora_alpha": [1]})}, "it has to be a number"),
-        ({"lora_adapter_metadata": '{"unet.lora_alpha": ' + "9" * 400 + "}"}, "it has to be a number|alpha is inf"),
+        ({"lora_adapter_metadata": '{"unet.lora_alpha": ' + "9" * 400 + "}"}, "a number of 400 digits"),
     ],
 )
 def test_metadata_that_makes_no_sense_is_an_error_in_words(metadata, message):
