@@ -38,8 +38,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})[FACTS])
+            if not isinstance(facts, dict):
+                raise ValueError("what it says of its training is no JSON object")
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: is not a training checkpoint of LCM Kit, or damaged ({error}). Remove it, or use another name."
         ) from error

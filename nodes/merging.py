@@ -25,6 +25,10 @@ def share(name, tooltip):
     )
 
 
+def about(name, tooltip):
+    return io.String.Input(name, default="", optional=True, tooltip=tooltip, **if_known(io.String.Input, advanced=True))
+
+
 def size():
     return io.Float.Input(
         "max_mb",
@@ -308,13 +312,25 @@ class SaveLoRA(io.ComfyNode):
                     tooltip="increment adds a number, so nothing is overwritten; exact name stops if the file exists; "
                     "overwrite replaces it.",
                 ),
+                about("title", "Title that programs and sites show. Empty keeps that of the LoRA, or the file's name."),
+                about("author", "Who made it. Empty keeps the authors that the LoRA names."),
+                about("trigger_words", "Words that the LoRA answers to, with commas. Empty keeps those that it names."),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="Where the file is.")],
             **if_known(io.Schema, search_aliases=["export lora", "write lora"]),
         )
 
     @classmethod
-    def execute(cls, lora, filename_prefix, dtype, format, output_name_mode) -> io.NodeOutput:
-        path = files.save_lora(lora, filename_prefix, dtype=dtype, format=format, name_mode=output_name_mode)
+    def execute(
+        cls, lora, filename_prefix, dtype, format, output_name_mode, title="", author="", trigger_words=""
+    ) -> io.NodeOutput:
+        path = files.save_lora(
+            lora,
+            filename_prefix,
+            dtype=dtype,
+            format=format,
+            name_mode=output_name_mode,
+            about={"title": title, "author": author, "trigger_words": trigger_words},
+        )
         show(path)
         return io.NodeOutput(path, ui=ui.PreviewText(path))

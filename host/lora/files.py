@@ -2,6 +2,7 @@
 
 import os
 from collections import OrderedDict
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import folder_paths
@@ -17,6 +18,12 @@ __all__ = ["DTYPES", "FORMATS", "NAME_MODES", "fingerprint", "lora_names", "read
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 NAME_MODES = ("increment", "exact name", "overwrite")
+# What the node asks for -> its name in the ModelSpec.
+ABOUT = {
+    "title": "modelspec.title",
+    "author": "modelspec.author",
+    "trigger_words": "modelspec.trigger_phrase",
+}
 SUFFIXES = (".safetensors", ".sft")
 
 # A changed strength runs a loader again, but need not read its file again. fingerprint -> weights, oldest first.
@@ -73,16 +80,19 @@ def _read(path: str, size: int) -> KnownWeights:
     return KnownWeights(dict(weights), name=weights.name, metadata=weights.metadata, identity=identity)
 
 
-def save_lora(weights, prefix: str, *, dtype: str, format: str, name_mode: str) -> str:
+def save_lora(weights, prefix: str, *, dtype: str, format: str, name_mode: str, about: Mapping[str, str]) -> str:
     """Writes into the first loras folder and returns the path. Raises ValueError or FileExistsError.
 
     prefix: name without extension, folders before it allowed. name_mode: one of NAME_MODES.
+    about: names in ABOUT -> text for the file; an empty one leaves what the LoRA says already.
     """
     lora = to_lora(weights)
+    texts = {key: about.get(name, "").strip() for name, key in ABOUT.items()}
     folder, name, counter = _place(prefix.strip().removesuffix(".safetensors"))
     file = f"{name}_{counter:05}_.safetensors" if name_mode == "increment" else f"{name}.safetensors"
     path = os.path.join(folder, file)
-    save(lora, path, dtype=DTYPES[dtype], format=format, overwrite=name_mode == "overwrite")
+    save(lora, path, dtype=DTYPES[dtype], format=format, overwrite=name_mode == "overwrite",
+         metadata={key: text for key, text in texts.items() if text})  # fmt: skip
     return path
 
 

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 
+from ...lora_merge.files.about import remarks
 from ...lora_merge.recognise.identity import Identity
 from ...samplers.presets import Preset
 from .bases import ModelBase, base_of, uncovered
@@ -93,7 +94,7 @@ def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=Fal
     found, wrong = case.found, case.wrong(demand_all)
     if wrong and not allow_misfit:
         raise ValueError(refusal(case))
-    lines = applied_lines(case, strength_model, strength_clip, clip, wrong=wrong)
+    lines = applied_lines(case, strength_model, strength_clip, clip, wrong=wrong) + remarks(weights.metadata)
     # Text-encoder modules wait by choice, everything else that is left out is news.
     (logger.info if found.complete and not wrong else logger.warning)("%s", " ".join(lines))
     for_model = {target: patch for target, patch in found.patches.items() if weight_of(target) in case.model.weights}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...lora_merge import describe
+from ...lora_merge.files.about import describe_metadata
 from ...lora_merge.recognise import catalogue
 from ...lora_merge.recognise.identity import Identity
 from ...samplers.presets import PRESETS, Preset
@@ -24,7 +25,7 @@ def contents(weights: Mapping[str, torch.Tensor]) -> str:
     """What is in a LORA_MODEL and what it is, in a few lines."""
     weights = named(weights)
     identity = identity_of(weights)
-    lines = [describe(to_lora(weights))]
+    lines = [describe(to_lora(weights)), *describe_metadata(weights.metadata)]
     if identity is not None:
         lines += [f"  {line}" for line in _what(identity)]
         lines += [f"  {line}" for line in _counts(identity)]

@@ -13,6 +13,9 @@ import torch
 from ...distillation.engine import Alone, Engine
 from ...distillation.settings import Settings
 from ...distillation.trainer import Trainer, adapters_on
+from ...lora_merge.files.metadata import ARCHITECTURE
+from ...lora_merge.recognise.identity import ARCHITECTURES
+from ..lora.bases import base_of
 from ..sampling.tables import is_distilled, trained_sigma_table
 from .data import Batches, Item, encoded, fingerprint
 from .loan import Denoiser, casting_again, lent
@@ -66,7 +69,9 @@ class Training:
             "steps": self.trainer.done,
             "model": type(self.work.model.model.model_config).__name__,
         }
-        return {"modelspec.title": "LCM-LoRA", "lcm_kit.distillation": json.dumps(facts | more, sort_keys=True)}
+        architecture = ARCHITECTURES.get(base_of(self.work.model).base or "")
+        known = {ARCHITECTURE: architecture} if architecture else {}
+        return known | {"modelspec.title": "LCM-LoRA", "lcm_kit.distillation": json.dumps(facts | more, sort_keys=True)}
 
     def report(self, tensors: Mapping[str, torch.Tensor], given: bool, seconds: float) -> list[str]:
         """Lines for the user. tensors: the LoRA.   given: whether the pictures are the user's.   seconds: it took."""

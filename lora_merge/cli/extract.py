@@ -12,7 +12,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ..extracting.checkpoints import Pairs, pairs
 from ..extracting.extract import Weights, extract
 from ..files.load_save import check_output, save
-from .merge import DTYPES, Answer, Commands
+from .merge import DTYPES, Answer, Commands, add_meta, meta
 
 _EXAMPLES = """examples:
   python -m lora_merge extract lcm-dreamshaper.safetensors dreamshaper.safetensors -o lcm.safetensors --rank 64
@@ -39,12 +39,14 @@ def add_command(commands: Commands) -> None:
     add.add_argument("--dtype", choices=sorted(DTYPES), default="fp16", help="default: fp16")
     add.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute; default: cpu")
     add.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    add_meta(add)
     add.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> Answer:
     # Before the work, so that a name already taken costs no time.
     check_output(options.output, options.overwrite)
+    metadata = meta(options.meta)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch finds no CUDA device. Leave it out to compute on the CPU.")
     files = pairs(options.tuned, options.base)
@@ -58,7 +60,7 @@ def _run(options: argparse.Namespace) -> Answer:
     )
     if not lora.spellings:
         raise ValueError(f"{options.tuned} and {options.base} do not differ: there is nothing to extract.")
-    save(lora, options.output, dtype=DTYPES[options.dtype], overwrite=options.overwrite)
+    save(lora, options.output, dtype=DTYPES[options.dtype], overwrite=options.overwrite, metadata=metadata)
     lines = [account.describe()]
     if files.only_one:
         lines.append(f"{len(files.only_one)} weights are in one file only and left out (first: {files.only_one[0]}).")

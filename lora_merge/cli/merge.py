@@ -12,8 +12,11 @@ from typing import Any, get_args
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ..files.about import describe_metadata
+from ..files.hashes import stated, weights_sha256
 from ..files.load_save import check_output, load, save
 from ..files.lora import Format, Lora
+from ..files.metadata import given
 from ..merging.account import Account
 from ..merging.merge import Progress, merge_with_account, resize_with_account
 from ..merging.report import describe, describe_merge, describe_provenance
@@ -106,6 +109,27 @@ def _output(add: argparse.ArgumentParser) -> None:
     add.add_argument("--dtype", choices=sorted(DTYPES), default="fp16", help="default: fp16")
     add.add_argument("--format", choices=get_args(Format), default="kohya", help="default: kohya, which ComfyUI reads")
     add.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    add_meta(add)
+
+
+def add_meta(add: argparse.ArgumentParser) -> None:
+    """The option of every command that writes a LoRA; `meta` reads it."""
+    add.add_argument("--meta", action="append", default=[], metavar="KEY=VALUE", help="an entry of the file's metadata, such "
+                     'as modelspec.title="My LoRA", modelspec.author=me, modelspec.trigger_phrase="a word", '
+                     "modelspec.license=MIT; KEY= takes one away that an input has; may be repeated")  # fmt: skip
+
+
+def meta(texts: list[str]) -> dict[str, str]:
+    """What --meta asks for. Raises ValueError for what has no name or cannot be given."""
+    result: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--meta is {text!r}, but it has to be KEY=VALUE, such as modelspec.author=me.")
+        if key in result:
+            raise ValueError(f"--meta gives {key} twice; give it once.")
+        result[key] = value
+    return given(result)
 
 
 def _cut(add: argparse.ArgumentParser) -> None:
@@ -126,13 +150,22 @@ def _info(options: argparse.Namespace) -> Answer:
     lines = []
     for path in options.loras:
         lora = load(path)
-        lines += [describe(lora), *describe_provenance(lora)]
+        lines += [describe(lora), *describe_metadata(lora.metadata), *describe_provenance(lora), _weights(lora, path)]
     return 0, "\n".join(lines)
+
+
+def _weights(lora: Lora, path: str) -> str:
+    found, said = weights_sha256(path), stated(lora.metadata)
+    beside = (
+        "" if said is None else ", as the file says" if said == found else f"; the file says {said}, which is untrue"
+    )
+    return f"  sha256 of the weights: {found}{beside}"
 
 
 def _merge(options: argparse.Namespace) -> Answer:
     # Before the work, so that a name already taken costs no time.
     check_output(options.output, options.overwrite)
+    metadata = meta(options.meta)
     named = [_path_and_strength(text) for text in options.loras]
     labels = [str(number) for number in range(1, len(named) + 1)]
     with _hashes([path for path, _ in named]) as hashes, _bar("merge") as progress:
@@ -150,6 +183,7 @@ def _merge(options: argparse.Namespace) -> Answer:
             block_strengths=for_inputs("\n".join(options.block_strengths), labels),
             leave_out=options.leave_out,
             sha256=hashes,
+            metadata=metadata,
             progress=progress,
             **_common(options),
         )
@@ -158,8 +192,11 @@ def _merge(options: argparse.Namespace) -> Answer:
 
 def _resize(options: argparse.Namespace) -> Answer:
     check_output(options.output, options.overwrite)
+    metadata = meta(options.meta)
     with _hashes([options.lora]) as hashes, _bar("resize") as progress:
-        small, account = resize_with_account(load(options.lora), sha256=hashes, progress=progress, **_common(options))
+        small, account = resize_with_account(
+            load(options.lora), sha256=hashes, metadata=metadata, progress=progress, **_common(options)
+        )
     return 0, _write(options, small, account)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from torch import Tensor
 from ..algebra.precision import is_finite
 from ..algebra.sums import shaped
 from ..files.lora import Lora
+from ..files.metadata import ARCHITECTURE
 from ..naming import names, unet
 from ..naming.unet import infer_layout
+from ..recognise.identity import architecture_of
 from ..updates.layer import Layer
 
 # Name of a weight as its module is spelt, with ".weight" or ".bias"; the weight of the tuned model; that of the base.
@@ -188,10 +190,12 @@ def _lora(layers: dict[str, Layer], diffs: dict[tuple[str, str], Tensor], source
     if mixed:
         raise ValueError(f"{source}: its weights mix the block names of diffusers with those of ldm.")
     found = {module: names.canonical(spelling, layout) for module, spelling in spelled.items()}
-    return Lora(
+    lora = Lora(
         {found[module]: layer for module, layer in layers.items()},
         {(found[module], part): diff for (module, part), diff in diffs.items()},
         {found[module]: spelling for module, spelling in spelled.items()},
         {"modelspec.title": source},
         source,
     )
+    architecture = architecture_of(lora)
+    return replace(lora, metadata={**lora.metadata, ARCHITECTURE: architecture}) if architecture else lora

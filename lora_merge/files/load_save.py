@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..algebra.threads import one_thread
-from . import json_text, metadata
+from . import json_text
+from . import metadata as about_file
 from .lora import FORMATS, Format, Lora
 from .tensor_file import mapped, write
 
@@ -44,10 +47,12 @@ def save(
     dtype: torch.dtype = torch.float16,
     format: Format = "kohya",
     overwrite: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the LoRA to a .safetensors file with metadata that kohya's tools, diffusers and `load` read.
 
     dtype: float16, bfloat16 or float32; format: "kohya" (what ComfyUI reads) or "diffusers", see Lora.to_state_dict.
+    metadata: before the LoRA's own; an empty value takes a key away. Hashes, dimensions and the date are the new file's.
     The file appears complete or not at all, with the usual permissions of a new file.
     Raises ValueError for what cannot be written, FileNotFoundError for a missing folder, and FileExistsError
     for an existing file unless `overwrite`; nothing has been written then.
@@ -58,10 +63,13 @@ def save(
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}, but it has to be one of {', '.join(FORMATS)}")
     check_output(path, overwrite)
+    wanted = about_file.given(metadata)
+    lora = replace(lora, metadata=about_file.changed(lora.metadata, wanted))
     # Nobody else sees these tensors, so what needs no conversion needs no copy.
     with one_thread():
         tensors = lora.to_state_dict(dtype, format=format, copy=False)
-    notes = metadata.for_file(lora, path.stem, format)
+    notes = about_file.for_file(lora, path.stem, format)
+    about_file.check(notes)
     _write(path, tensors, notes, overwrite)
 
 
@@ -81,7 +89,7 @@ def _write(path: Path, tensors: dict[str, Tensor], notes: dict[str, str], overwr
         try:
             # Of the mode that the umask makes of an ordinary new file.
             with open(temporary, "xb") as file:
-                write(file, tensors, notes)
+                write(file, tensors, notes, hashed=True)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

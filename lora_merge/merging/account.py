@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.lowrank import Truncated
+from ..files.hashes import stated
 from ..files.lora import Lora
 from ..updates.layer import LoraLayer
 from .options import MergeOptions
@@ -36,7 +37,8 @@ class Source:
         nearest to it (least squares over all modules). 1 for the linear sum; None if it had no energy.
     stepped_aside: share of its energy left after it made room for the protected LoRA, 1 if it did not.
     protected: the others stepped aside for it.   block_strengths: what was asked for, "" for none.
-    sha256: of its file, None where there is no file or nobody said.
+    sha256: of its file, None where there is no file or nobody said.   weights: sha256 of all behind its file's header, as
+        the file states it, None where it does not.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Source:
     protected: bool = False
     block_strengths: str = ""
     sha256: str | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,7 @@ def account_of(
                 protected=options.protect == index,
                 block_strengths=blocks.text if blocks else "",
                 sha256=sha256[index],
+                weights=stated(lora.metadata),
             )
         )
     error = math.sqrt(tally.lost_energy / tally.energy) if tally.energy > 0 else 0.0

@@ -15,12 +15,14 @@ from ..algebra.precision import cast_part
 from ..algebra.ranks import alike, allocate
 from ..algebra.threads import in_order
 from ..files.lora import Lora
-from ..files.metadata import PROVENANCE_KEY, agreed
+from ..files.metadata import ARCHITECTURE, MERGED_FROM, PROVENANCE_KEY, changed, given, is_name
 from ..naming import names
+from ..recognise.identity import architecture_of
 from ..updates.layer import Layer
 from .account import Account, Finished, Source, Tally, account_of
 from .align import unify
 from .differences import Diffs, bias_sums, dense_modules
+from .inherit import inherited, is_picture, size_of
 from .module import Engine
 from .options import MergeOptions
 from .passthrough import refusal, sort_carried
@@ -58,6 +60,7 @@ def merge_with_account(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
     sha256: Sequence[str | None] | Callable[[], Sequence[str | None]] = (),
+    metadata: Mapping[str, str] | None = None,
     **choices: Any,
 ) -> tuple[Lora, Account]:
     """`merge`, and what it did to each input.
@@ -69,15 +72,19 @@ def merge_with_account(
     progress: called after each step with (steps done, steps in all), a step for each module, two where ranks are shared
         out (keep, retain, max_mb); what it raises ends the merge.
     sha256: of the inputs' files, for the provenance; a function is asked for them at the end.
+    metadata: for the result, before what it keeps of its inputs' (inherit.py); an empty value keeps nothing of that name.
     choices: the fields of MergeOptions by name: method, rank, keep, ...
     Raises ValueError without inputs, for options that are out of range or contradict one another, a strength that is not
     finite, for LoRAs that were made for different base models, and for modules that do not add up.
     """
     options = MergeOptions(**choices)
     options.check(len(inputs))
+    wanted = given(metadata)
     loras = unify([lora for lora, _ in inputs])
     strengths = strengths_of(loras, [strength for _, strength in inputs], block_strengths)
-    warnings = []
+    sharing = [lora for index, lora in enumerate(loras) if _has_part(lora, index, strengths)]
+    kept, warnings = inherited(sharing)
+    notes = changed(kept, wanted)
     if options.protect == "auto":
         options = replace(options, protect=protected_input(loras, strengths.base))
         if options.protect is None and options.mu:
@@ -100,7 +107,7 @@ def merge_with_account(
     ranks: Mapping[str, int] = {}
     if options.aim is not None:
         low_rank = [module for module in modules if module not in dense]
-        fixed = numbers_within(options, loras, modules, passing.updates, spellings, biases)
+        fixed = numbers_within(options, loras, modules, passing.updates, spellings, biases, size_of(notes))
         ranks = _allocated(engine, options, low_rank, threads, steps, fixed)
 
     layers: dict[str, Layer] = {}
@@ -123,11 +130,11 @@ def merge_with_account(
     used = layers.keys() | passing.updates.keys() | {module for module, _ in diffs}
     spellings = {module: spelling for module, spelling in spellings.items() if module in used}
     title = " + ".join(f"{lora.source} * {strength:g}" for lora, strength in zip(loras, strengths.base, strict=True))
-    metadata = agreed([lora.metadata for lora in loras]) | {
-        PROVENANCE_KEY: to_json(account),
-        "modelspec.merged_from": ", ".join(lora.source for lora in loras),
-    }
-    return Lora(layers, diffs, names.tidy(spellings), metadata, title, passing.updates), account
+    notes |= {PROVENANCE_KEY: to_json(account), MERGED_FROM: ", ".join(lora.source for lora in sharing or loras)}
+    merged = Lora(layers, diffs, names.tidy(spellings), notes, title, passing.updates)
+    if ARCHITECTURE not in notes and ARCHITECTURE not in wanted and (architecture := architecture_of(merged)):
+        merged = replace(merged, metadata=notes | {ARCHITECTURE: architecture})
+    return merged, account
 
 
 def resize(lora: Lora, **keywords: Any) -> Lora:
@@ -139,13 +146,22 @@ def resize(lora: Lora, **keywords: Any) -> Lora:
     return resize_with_account(lora, **keywords)[0]
 
 
-def resize_with_account(lora: Lora, **keywords: Any) -> tuple[Lora, Account]:
+def resize_with_account(
+    lora: Lora, *, metadata: Mapping[str, str] | None = None, **keywords: Any
+) -> tuple[Lora, Account]:
     """`resize`, and what it did."""
     if not MergeOptions(**{k: v for k, v in keywords.items() if k in ("rank", "keep", "retain", "max_mb")}).cuts:
         raise ValueError("nothing says how small the result is to be. Give rank, keep or max_mb.")
-    small, account = merge_with_account([(lora, 1.0)], **keywords)
-    metadata = dict(lora.metadata) | {PROVENANCE_KEY: small.metadata[PROVENANCE_KEY]}
-    return replace(small, metadata=metadata, source=lora.source), account
+    # It makes the same pictures still.
+    pictures = {key: value for key, value in lora.metadata.items() if is_picture(key, value) and is_name(key)}
+    small, account = merge_with_account([(lora, 1.0)], metadata={**pictures, **(metadata or {})}, **keywords)
+    merged_from = {MERGED_FROM: lora.metadata.get(MERGED_FROM, "")}
+    return replace(small, metadata=changed(small.metadata, merged_from), source=lora.source), account
+
+
+def _has_part(lora: Lora, index: int, strengths: Strengths) -> bool:
+    """Whether anything of the input is in the sum."""
+    return any(strengths.at(module)[index] != 0 for module in lora.spellings)
 
 
 def _finish(engine: Engine, ranks: Mapping[str, int], rank: int, module: str) -> Finished:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..files import json_text
 from ..files.metadata import PROVENANCE_KEY
 from .account import Account
 from .options import MergeOptions, options_from_dict
@@ -17,12 +18,15 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Ingredient:
-    """One input as the provenance names it. sha256: of its file, None where none was known."""
+    """One input as the provenance names it. sha256: of its file, None where none was known.   weights: of all behind the
+    header, by which a file is known that was made again on another day.
+    """
 
     name: str
     sha256: str | None
     strength: float
     block_strengths: str
+    weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ def to_json(account: Account) -> str:
         {
             "name": source.name,
             "sha256": source.sha256,
+            "weights": source.weights,
             "strength": source.strength,
             "block_strengths": source.block_strengths,
             "modules": source.modules,
@@ -70,7 +75,7 @@ def recipe_of(metadata: Mapping[str, str], source: str) -> Recipe:
     if PROVENANCE_KEY not in metadata:
         raise ValueError(f"{source}: it does not say how it was made; only files merged or resized with LCM Kit do.")
     try:
-        notes = json.loads(metadata[PROVENANCE_KEY])
+        notes = json_text.parse_object(metadata[PROVENANCE_KEY])
         if notes["version"] != VERSION:
             raise ValueError(f"version {notes['version']}, and this one reads {VERSION}")
         inputs = tuple(
@@ -79,9 +84,10 @@ def recipe_of(metadata: Mapping[str, str], source: str) -> Recipe:
                 None if entry["sha256"] is None else str(entry["sha256"]),
                 float(entry["strength"]),
                 str(entry["block_strengths"]),
+                entry.get("weights"),
             )
             for entry in notes["inputs"]
         )
         return Recipe(inputs, options_from_dict(dict(notes["options"])))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{source}: what it says of how it was made cannot be read ({error}).") from None

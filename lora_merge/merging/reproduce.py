@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.sums import Term, stacked
+from ..files.hashes import weights_sha256
 from ..files.load_save import load
 from ..files.lora import Format, Lora
 from ..files.tensor_file import mapped
@@ -86,6 +87,8 @@ def _find(inputs: Iterable[Ingredient], folders: Sequence[Path], made: Path) -> 
             # A renamed file is the same file.
             rest = (file for file in files if file.name != entry.name)
             candidates = [file for file in [*named, *rest] if sha256_of(file) == entry.sha256][:1]
+            # Made again on another day, it has another date.
+            candidates = candidates or [file for file in named if entry.weights and _weights(file) == entry.weights][:1]
         if candidates:
             found.append(candidates[0])
         else:
@@ -95,6 +98,13 @@ def _find(inputs: Iterable[Ingredient], folders: Sequence[Path], made: Path) -> 
         where = ", ".join(map(str, folders))
         raise FileNotFoundError(f"{made.name}: {'; '.join(trouble)}. Looked in {where}; name the folder of the inputs.")
     return found
+
+
+def _weights(file: Path) -> str | None:
+    try:
+        return weights_sha256(file)
+    except ValueError:
+        return None  # no LoRA of anybody's
 
 
 def _dtype(tensors: dict[str, Tensor]) -> torch.dtype:

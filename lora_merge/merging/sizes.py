@@ -17,7 +17,7 @@ _ENTRY = 100
 # kohya's longest ending of a key.
 _ENDING = len(".lora_down.weight")
 _TENSORS = 3
-# Metadata without the provenance, and what the provenance says of all and of each input.
+# What saving says of every file, with what the provenance says of all; and of each input.
 _NOTES, _NOTES_OF_INPUT = 2000, 600
 
 
@@ -28,8 +28,11 @@ def numbers_within(
     passed: Mapping[str, Carried],
     spellings: Mapping[str, str],
     biases: Mapping[tuple[str, str], Tensor],
+    notes: int,
 ) -> int | None:
     """Numbers that the low-rank factors may hold for the file to stay within max_mb; None without that option.
+
+    notes: bytes of metadata that the merge keeps of its inputs.
 
     Header, metadata, alphas, differences of whole weights and what is passed through are taken off; the header and
     metadata by an upper bound. Raises ValueError where these alone are too large.
@@ -48,10 +51,10 @@ def numbers_within(
     }
     numbers = sum(whole.values()) + sum(diff.numel() for diff in biases.values())
     numbers += sum(update.parameters for update in passed.values())
-    left = options.max_mb * 1e6 - header - sources - _NOTES - size * numbers
+    left = options.max_mb * 1e6 - header - sources - notes - _NOTES - size * numbers
     if left <= 0:
         raise ValueError(
-            f"max_mb is {options.max_mb:g}, but what is not cut (header, biases, whole weights) takes "
+            f"max_mb is {options.max_mb:g}, but what is not cut (header, metadata, biases, whole weights) takes "
             f"{options.max_mb - left / 1e6:.2f} MB. Allow more than that."
         )
     return int(left / size)

@@ -7,15 +7,15 @@ number of parameters), and what a file says about itself is believed last.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from ..files.about import merged_inputs
 from ..files.lora import Lora
-from ..files.metadata import PROVENANCE_KEY
+from ..files.metadata import ARCHITECTURE, MERGED_FROM, OURS, PROVENANCE_KEY
 from ..naming import names
 from .base_models import Recognised, Shape, recognise
 from .catalogue import PUBLISHED, Published
@@ -39,6 +39,8 @@ _WORDS = tuple(
     (re.compile(rf"(?<![a-z]){word}(?![a-z])", re.I), preset)
     for word, preset in (("lcm", "LCM"), ("tcd", "TCD"), ("dmd2?", "DMD2"))
 )
+# As kohya's trainers write it. SD2 is two of them, which no module tells apart.
+ARCHITECTURES = {"SD1.5": "stable-diffusion-v1/lora", "SDXL": "stable-diffusion-xl-v1-base/lora"}
 _BASE_WORDS = (
     (re.compile(r"sdxl|stable-diffusion-xl", re.I), "SDXL"),
     (re.compile(r"sd_v2|stable-diffusion-v2", re.I), "SD2"),
@@ -104,6 +106,12 @@ def structure_of(lora: Lora) -> Structure:
     )
 
 
+def architecture_of(lora: Lora) -> str | None:
+    """The ModelSpec's name of what the LoRA is for, None where its modules leave that open."""
+    bases = structure_of(lora).recognised.bases
+    return ARCHITECTURES.get(bases[0]) if len(bases) == 1 else None
+
+
 def identify(
     lora: Lora,
     path: str | os.PathLike[str] | None = None,
@@ -117,7 +125,7 @@ def identify(
     """
     structure = structure_of(lora)
     found = structure.recognised
-    ours = PROVENANCE_KEY in lora.metadata or PRESET_KEY in lora.metadata
+    ours = any(key.startswith(OURS) for key in lora.metadata)
     if path is not None and not ours and _may_be_published(os.stat(path).st_size, structure, catalogue):
         value = (digest or sha256_of)(path)
         for entry in catalogue:
@@ -188,7 +196,7 @@ def _bases_by_metadata(bases: tuple[str, ...], metadata: Mapping[str, str]) -> t
     """What the modules leave open may be settled by what the file says."""
     if len(bases) == 1:
         return bases
-    for key in ("ss_base_model_version", "modelspec.architecture"):
+    for key in ("ss_base_model_version", ARCHITECTURE):
         for pattern, base in _BASE_WORDS:
             if pattern.search(metadata.get(key, "")) and (base in bases or not bases):
                 return (base,)
@@ -200,11 +208,10 @@ def _preset_by_metadata(metadata: Mapping[str, str]) -> str | None:
         return preset
     words = [metadata.get("modelspec.title", ""), metadata.get("ss_output_name", "")]
     try:
-        inputs = json.loads(metadata[PROVENANCE_KEY])["inputs"]
-        words += [str(source["name"]) for source in inputs if source["strength"] != 0]
-    except (KeyError, ValueError, TypeError):
-        # Not merged here, or somebody else's notes under our key.
-        words.append(metadata.get("modelspec.merged_from", ""))
+        inputs = merged_inputs(metadata)
+    except ValueError:
+        inputs = []  # somebody else's notes under our key
+    words += [name for name, strength in inputs if strength != 0] or [metadata.get(MERGED_FROM, "")]
     for pattern, preset in _WORDS:
         if any(pattern.search(word) for word in words):
             return preset

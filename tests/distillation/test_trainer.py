@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lcm_kit.distillation import checkpoint
@@ -199,6 +200,14 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     network = Gains()
     with adapters_on(network, 2) as adapters, pytest.raises(ValueError, match="not a training checkpoint"):
         trainer_of(adapters, network).run(save_to=path)
+
+
+@pytest.mark.parametrize("facts", ["[" * 100_000, "[1]", "5", "{", "null"])
+def test_facts_that_cannot_be_read_are_named(tmp_path, facts):
+    path = tmp_path / "run.safetensors"
+    save_file({"a": torch.ones(2)}, path, {checkpoint.FACTS: facts})
+    with pytest.raises(ValueError, match=r"run\.safetensors: is not a training checkpoint"):
+        checkpoint.read(path)
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):

@@ -184,3 +184,27 @@ def test_cuda_without_a_device_is_refused(files, capsys):
     lcm = str(files / "inputs" / "lcm.safetensors")
     assert main(["merge", lcm, "-o", str(files / "x.safetensors"), "--device", "cuda"]) == 2
     assert "torch finds no CUDA device" in capsys.readouterr().err
+
+
+def redated(path):
+    """The same weights, said to be of another day: another file with another hash."""
+    with safe_open(path, framework="pt") as file:
+        notes = file.metadata()
+    save_file(load_file(path), path, notes | {"modelspec.date": "2001-01-01"})
+
+
+def test_an_input_that_was_made_again_on_another_day_is_known_by_its_weights(files):
+    half = made(files, "--rank", "3", name="half")
+    both = files / "both.safetensors"
+    assert main(["merge", str(half), str(files / "inputs" / "lcm.safetensors"), "-o", str(both)]) == 0
+    redated(half)
+    assert reproduce(both, [files]).identical
+    rewritten(half, lambda state: {key: 2 * value for key, value in state.items()})
+    with pytest.raises(FileNotFoundError, match=r"half\.safetensors is another file than the one it was made from"):
+        reproduce(both, [files])
+
+
+def test_a_file_of_another_day_is_still_made_again(files):
+    out = made(files, "--rank", "3", "--meta", "modelspec.title=x", "--meta", "modelspec.trigger_phrase=y")
+    redated(out)
+    assert reproduce(out, [files]).identical

@@ -1,7 +1,9 @@
 """The LoRA nodes on ComfyUI's own key maps, patches and loaders."""
 
+import hashlib
 import logging
 import os
+from pathlib import Path
 
 import comfy.sd
 import folder_paths
@@ -641,3 +643,37 @@ def test_a_merge_works_in_cores_own_lora_nodes(model):
 
     one, _ = merged((tiny.lora(model, seed=1), 0.5), (tiny.lora(model, "generic", seed=2), 1.0))
     assert_same_weights(LoraModelLoader.execute(model, one, 1.0).result[0], applied(model, one)[0])
+
+
+# ---- what a file says about itself
+
+
+def notes_of(path):
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def test_a_saved_lora_says_what_the_node_was_told(model, put):
+    lora = loaded(put("a.safetensors", tiny.lora(model), {"modelspec.author": "Ann", "sshs_model_hash": "1" * 64}))
+    path = SaveLoRA.execute(
+        lora, "named", "fp16", "kohya", "increment", title=" Ink ", trigger_words="ink, brush"
+    ).result[0]
+    notes = notes_of(path)
+    assert notes["modelspec.title"] == "Ink"
+    assert notes["modelspec.author"] == "Ann"
+    assert notes["modelspec.trigger_phrase"] == "ink, brush"
+    data = Path(path).read_bytes()
+    body = data[8 + int.from_bytes(data[:8], "little") :]
+    assert notes["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
+    assert "trigger words: ink, brush" in LoadLoRA.execute("named_00001_.safetensors").result[1]
+
+
+def test_metadata_that_cannot_be_read_costs_a_sentence(model, put):
+    name = put("deep.safetensors", tiny.lora(model), {"lcm_kit.merge": "[" * 100_000})
+    sentence = "Its metadata lcm_kit.merge is left aside, because it cannot be read: nested deeper than 100."
+    lora, report = LoadLoRA.execute(name).result
+    assert report.count(sentence) == 1
+    assert applied(model, lora)[2].count(sentence) == 1
+    both, report = merged((lora, 1.0), (lora, 0.5))
+    assert report.count(f"Warning: deep.safetensors: {sentence[0].lower()}{sentence[1:]}") == 1
+    assert notes_of(saved(both))["modelspec.merged_from"] == "deep.safetensors, deep.safetensors"

@@ -129,7 +129,7 @@ CONTRACT = {
             ("format", "COMBO", "kohya"),
             ("output_name_mode", "COMBO", "increment"),
         ],
-        [],
+        [("title", "STRING", ""), ("author", "STRING", ""), ("trigger_words", "STRING", "")],
         ["STRING"],
     ),
     "LCMKitCompareLoRA": (

@@ -21,7 +21,7 @@ CONTRACT = {
     "LCMKitMergeLoRA": "lora_1 lora_2 lora_3 lora_4 lora_5 lora_6 strength_1 strength_2 strength_3 strength_4 strength_5 "
     "strength_6 method rank density seed",
     "LCMKitApplyLoRA": "model clip lora strength_model strength_clip wrong_base",
-    "LCMKitSaveLoRA": "lora filename_prefix dtype format output_name_mode",
+    "LCMKitSaveLoRA": "lora filename_prefix dtype format output_name_mode title author trigger_words",
 }
 OUTPUTS = {
     "LCMKitScheduler": ["SIGMAS"],
