@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from . import json_text, tags
 from .metadata import PROVENANCE_KEY
+from .peft import METADATA_KEY as ADAPTER_KEY
 
 # Where programs and sites put the words that a LoRA answers to: text with commas, or a JSON list.
 WORDS = (
@@ -54,14 +55,13 @@ def describe_metadata(metadata: Mapping[str, str]) -> list[str]:
 def remarks(metadata: Mapping[str, str]) -> list[str]:
     """A sentence for each thing in the metadata that would be used and cannot be read. The weights do not depend on it."""
     result = []
-    try:
-        tags.read(metadata)
-    except ValueError as error:
-        result.append(_useless(tags.KEY, error))
-    try:
-        merged_inputs(metadata)
-    except ValueError as error:
-        result.append(_useless(PROVENANCE_KEY, error))
+    for key, read in _READ.items():
+        try:
+            read(metadata)
+        except ValueError as error:
+            result.append(
+                f"Its metadata {key} is left aside, because it cannot be read: {shown(str(error)).rstrip('.')}."
+            )
     return result
 
 
@@ -114,5 +114,10 @@ def shown(text: str, most: int = _SHOWN) -> str:
     return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
-def _useless(key: str, error: ValueError) -> str:
-    return f"Its metadata {key} is left aside, because it cannot be read: {shown(str(error))}."
+# A scale that is needed and cannot be read stops the loading of a file; here are those of files that say it in alphas too.
+_READ: Mapping[str, Callable[[Mapping[str, str]], object]] = {
+    tags.KEY: tags.read,
+    PROVENANCE_KEY: merged_inputs,
+    ADAPTER_KEY: lambda metadata: json_text.parse_object(metadata.get(ADAPTER_KEY, "{}")),
+    "alpha_pattern": lambda metadata: json_text.parse_object(metadata.get("alpha_pattern", "{}")),
+}

@@ -88,11 +88,12 @@ def _read(path: Path) -> Header:
         raise _Refused(f"claims a header of {length} bytes, and no LoRA has more than {MAX_HEADER}; it is damaged.")
     if 8 + length > size:
         raise _Refused(f"is cut off within its first {length} bytes, at {size}; download it again.")
-    return _check(text, size)
+    entries, metadata = _check(text, size)
+    return Header(entries, metadata, 8 + length, size)
 
 
-def _check(text: bytes, size: int) -> Header:
-    """text: the header.   size: of the whole file."""
+def _check(text: bytes, size: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """The entries, in the order of the data, and the metadata. text: the header.   size: of the whole file."""
     if text.count(b'"data_offsets"') > MAX_TENSORS:
         raise _Refused(_too_many(text.count(b'"data_offsets"')))
     try:
@@ -106,9 +107,8 @@ def _check(text: bytes, size: int) -> Header:
         raise _Refused("is damaged: its metadata is not text by name; download it again.")
     entries = {name: _entry(name, entry) for name, entry in parsed.items()}
     order = sorted((start, stop, name) for name, (_, _, start, stop) in entries.items())
-    begin = 8 + len(text)
-    _check_layout(order, size - begin, size)
-    return Header({name: entries[name] for _, _, name in order}, metadata, begin, size)
+    _check_layout(order, size - 8 - len(text), size)
+    return {name: entries[name] for _, _, name in order}, metadata
 
 
 def _something_else(head: bytes) -> str | None:

@@ -6,10 +6,13 @@ from collections import Counter
 
 import torch
 
+from ..files.about import shown
 from ..files.lora import Lora
 from .account import Account, Source
 from .options import MergeOptions
 from .provenance import recipe_of
+
+_INPUTS = 50
 
 
 def describe(lora: Lora) -> str:
@@ -146,9 +149,11 @@ def describe_provenance(lora: Lora) -> list[str]:
     default = MergeOptions().to_dict()
     chosen = {name: value for name, value in recipe.options.to_dict().items() if value != default[name]}
     lines = [f"  made from: {', '.join(f'{name} {value}' for name, value in chosen.items()) or 'the exact sum'}"]
-    for entry in recipe.inputs:
-        blocks = f", times {entry.block_strengths}" if entry.block_strengths else ""
-        lines.append(f"    {entry.name} * {entry.strength:g}{blocks}, sha256 {entry.sha256 or 'unknown'}")
+    for entry in recipe.inputs[:_INPUTS]:
+        blocks = f", times {shown(entry.block_strengths)}" if entry.block_strengths else ""
+        lines.append(f"    {shown(entry.name)} * {entry.strength:g}{blocks}, sha256 {shown(entry.sha256 or 'unknown')}")
+    if (more := len(recipe.inputs) - _INPUTS) > 0:
+        lines.append(f"    and {more} more")
     return lines
 
 

@@ -41,6 +41,7 @@ _WORDS = tuple(
 )
 # As kohya's trainers write it. SD2 is two of them, which no module tells apart.
 ARCHITECTURES = {"SD1.5": "stable-diffusion-v1/lora", "SDXL": "stable-diffusion-xl-v1-base/lora"}
+_VERSIONS = {"sd_v1": "SD1.5", "sdxl_base_v1-0": "SDXL"}
 _BASE_WORDS = (
     (re.compile(r"sdxl|stable-diffusion-xl", re.I), "SDXL"),
     (re.compile(r"sd_v2|stable-diffusion-v2", re.I), "SD2"),
@@ -107,9 +108,12 @@ def structure_of(lora: Lora) -> Structure:
 
 
 def architecture_of(lora: Lora) -> str | None:
-    """The ModelSpec's name of what the LoRA is for, None where its modules leave that open."""
+    """The ModelSpec's name of what the LoRA is for, None where its modules and kohya's note of the base leave that open."""
     bases = structure_of(lora).recognised.bases
-    return ARCHITECTURES.get(bases[0]) if len(bases) == 1 else None
+    if len(bases) == 1:
+        return ARCHITECTURES.get(bases[0])
+    noted = _VERSIONS.get(lora.metadata.get("ss_base_model_version", ""))
+    return ARCHITECTURES[noted] if noted and (noted in bases or not bases) else None
 
 
 def identify(

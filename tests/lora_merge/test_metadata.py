@@ -237,6 +237,12 @@ def test_modules_tell_the_architecture_where_no_input_does():
         blocks |= kohya(name, *factors(width, 2, 768))
     lora = Lora.from_state_dict(blocks)
     assert merge([(lora, 1.0)]).metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    noted = pair({"ss_base_model_version": "sdxl_base_v1-0"}, {})
+    assert merge(noted).metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert (
+        "modelspec.architecture"
+        not in merge(pair({"ss_base_model_version": "sd_v1"}, {"ss_base_model_version": "x"})).metadata
+    )
 
 
 # ---- huge and hostile
@@ -275,10 +281,14 @@ USELESS = ["[" * 100_000, "{", "5", "null", '{"a": NaN}', '{"a": {"b": 1e999}}',
            '{"inputs": 5}', '{"inputs": [{"name": 1}]}', '{"a": [1]}', '{"a": {"b": "c"}}', '{"a": {"b": ' + "9" * 400 + "}}"]  # fmt: skip
 
 
-@pytest.mark.parametrize("key", ["lcm_kit.merge", "ss_tag_frequency"])
-@pytest.mark.parametrize("text", USELESS, ids=range(len(USELESS)))
+NO_OBJECT = USELESS[:8]
+CASES = [(key, text) for key in ("lcm_kit.merge", "ss_tag_frequency") for text in USELESS]
+CASES += [(key, text) for key in ("lora_adapter_metadata", "alpha_pattern") for text in NO_OBJECT]
+
+
+@pytest.mark.parametrize(("key", "text"), CASES, ids=range(len(CASES)))
 def test_metadata_of_no_use_costs_a_sentence_and_nothing_else(tmp_path, key, text, capsys):
-    save_file(kohya(MODULE, *factors(8, 2, 6)), tmp_path / "x.safetensors", {key: text})
+    save_file(kohya(MODULE, *factors(8, 2, 6), alpha=1), tmp_path / "x.safetensors", {key: text})
     lora = load(tmp_path / "x.safetensors")
     identify(lora)
     sentences = [line for line in describe_metadata(lora.metadata) if f"Its metadata {key} is left aside" in line]
@@ -399,6 +409,20 @@ def test_info_shows_names_words_and_tags_in_lines_that_print(tmp_path, capsys):
     assert max(map(len, text.splitlines())) < 250
     assert "the file says 1111" in text
     assert "which is untrue" in text
+
+
+def test_an_account_of_inputs_prints_in_lines_whatever_their_names(tmp_path, capsys):
+    name = tmp_path / "x.safetensors"
+    save(merge([(small(source="a"), 1.0)] * 60), name)
+    with safe_open(name, framework="pt") as file:
+        notes = file.metadata()
+    notes["lcm_kit.merge"] = notes["lcm_kit.merge"].replace('"a"', json.dumps("a\n\x1b[31m" + "b" * 500))
+    save_file(load_file(name), name, notes)
+    assert main(["info", str(name)]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert text.count("    a ?[31mbbb") == 50
+    assert "    and 10 more\n" in text
 
 
 def test_trigger_words_are_found_wherever_programs_put_them():
