@@ -63,7 +63,7 @@ def given(metadata: Mapping[str, str] | None) -> dict[str, str]:
             raise ValueError(
                 f"metadata {key[:60]!r}: a name has 1 to {_MAX_KEY} printable characters, no space around it"
             )
-        if key in _COMPUTED or is_hash(key) or key.startswith(OURS):
+        if is_computed(key):
             raise ValueError(f"metadata {key}: this is computed from what is saved and cannot be given; leave it out")
     return metadata
 
@@ -76,6 +76,11 @@ def changed(metadata: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str,
 def is_name(key: str) -> bool:
     """Whether it can be given as a name."""
     return 0 < len(key) <= _MAX_KEY and key.isprintable() and key.strip() == key
+
+
+def is_computed(key: str) -> bool:
+    """Whether what is saved decides its value."""
+    return key in _COMPUTED or is_hash(key) or key.startswith(OURS)
 
 
 def is_hash(key: str) -> bool:

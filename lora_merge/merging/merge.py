@@ -15,7 +15,7 @@ from ..algebra.precision import cast_part
 from ..algebra.ranks import alike, allocate
 from ..algebra.threads import in_order
 from ..files.lora import Lora
-from ..files.metadata import ARCHITECTURE, MERGED_FROM, PROVENANCE_KEY, changed, given, is_name
+from ..files.metadata import ARCHITECTURE, MERGED_FROM, PROVENANCE_KEY, changed, given, is_computed, is_name
 from ..naming import names
 from ..recognise.identity import architecture_of
 from ..updates.layer import Layer
@@ -153,7 +153,11 @@ def resize_with_account(
     if not MergeOptions(**{k: v for k, v in keywords.items() if k in ("rank", "keep", "retain", "max_mb")}).cuts:
         raise ValueError("nothing says how small the result is to be. Give rank, keep or max_mb.")
     # It makes the same pictures still.
-    pictures = {key: value for key, value in lora.metadata.items() if is_picture(key, value) and is_name(key)}
+    pictures = {
+        key: value
+        for key, value in lora.metadata.items()
+        if is_picture(key, value) and is_name(key) and not is_computed(key)
+    }
     small, account = merge_with_account([(lora, 1.0)], metadata={**pictures, **(metadata or {})}, **keywords)
     merged_from = {MERGED_FROM: lora.metadata.get(MERGED_FROM, "")}
     return replace(small, metadata=changed(small.metadata, merged_from), source=lora.source), account

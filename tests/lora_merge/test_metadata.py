@@ -217,6 +217,8 @@ def test_no_picture_comes_into_a_merge_and_a_smaller_lora_keeps_its_own():
     assert smaller.metadata.keys() >= {"modelspec.thumbnail", "ssmd_cover_images", "x"}
     assert smaller.metadata["modelspec.merged_from"] == "a, b"
     assert "modelspec.merged_from" not in resize(small(), rank=1).metadata
+    odd = {"lcm_kit.merge": "data:image/png,", "r": "data:image/png,", "x\0": "data:image/png,"}
+    assert not {"r", "x\0"} & resize(small(**odd), rank=1).metadata.keys()
 
 
 def test_the_modelspec_is_claimed_where_its_fields_are_there(tmp_path):
