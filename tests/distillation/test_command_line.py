@@ -159,3 +159,14 @@ def test_a_launcher_that_has_started_one_process_of_several_is_told(several, mon
     with processes(cpu=True) as engine:
         assert isinstance(engine, Alone)
     assert ("add --multi_gpu, on CPUs too" in caplog.text) == several
+
+
+def test_a_photo_is_turned_as_its_camera_says(tmp_path):
+    """EXIF orientation 6: the picture lies on its left side; upright, what was left is above."""
+    picture = Image.new("RGB", (2, 1), "red")
+    picture.putpixel((1, 0), (0, 255, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "a.png", exif=exif)
+    image = launch_data.pixels(launch_data.find_pictures([tmp_path])[0], 1, 2)
+    torch.testing.assert_close(image[:, 0], torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))

@@ -40,3 +40,11 @@ def test_all_things_come_once_before_any_comes_again():
     order = [shuffled(7, 5, position) for position in range(15)]
     assert [sorted(order[i : i + 5]) for i in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
     assert len({tuple(order[i : i + 5]) for i in (0, 5, 10)}) > 1
+
+
+def test_every_step_draws_anew():
+    """What the trainer calls: timesteps, guidance and noise of one step are not those of another."""
+    first, second = (draw(1, step, range(64), torch.zeros(64, 2), GRID, (1.0, 9.0)) for step in (0, 1))
+    for field in ("timestep", "cfg", "noise"):
+        # Of 50 timesteps 64 items agree in 1.3 on average, the others never.
+        assert (getattr(first, field) == getattr(second, field)).float().mean() < 0.2, field

@@ -93,6 +93,16 @@ def test_an_average_of_the_lora_can_be_target_and_result():
     assert (mean[up] - last[up]).norm() < last[up].norm()
 
 
+def test_the_average_as_target_changes_what_is_learned():
+    """In step 1 average and LoRA are the same; from step 2 on the target is another network."""
+    settings = dataclasses.replace(SHORT, average=0.9)
+    (_, as_target), (_, as_result) = (
+        trained(dataclasses.replace(settings, average_target=target)) for target in (True, False)
+    )
+    assert as_target[0] == as_result[0]
+    assert all(one != other for one, other in zip(as_target[1:], as_result[1:], strict=True))
+
+
 def test_the_average_forgets_its_start_and_follows():
     parameter = nn.Parameter(torch.tensor([1.0]))
     average = Average([parameter], 0.5)

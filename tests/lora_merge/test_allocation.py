@@ -98,3 +98,14 @@ def test_ranks_do_not_depend_on_threads():
     finally:
         torch.set_num_threads(before)
     assert results[0] == results[1]
+
+
+def test_of_equal_spectra_the_cheaper_module_gets_its_ranks_first():
+    """The same update, in the second module between ten times as many inputs: a rank is worth the same and costs more."""
+    up, down = factors(12, 4, 12, seed=40)
+    padded = torch.cat([down, torch.zeros(4, 108)], dim=1)
+    narrow, wide = (directions([(LoraLayer(up, one), 1.0)]).prospect() for one in (down, padded))
+    torch.testing.assert_close(narrow.kept, wide.kept)
+    # Room for the narrow one's four ranks, or for a second one of the wide module.
+    budget = wide.cost + 4 * narrow.cost + wide.cost - 1
+    assert allocate({"wide": wide, "narrow": narrow}, parameters=budget) == {"wide": 1, "narrow": 4}

@@ -277,3 +277,14 @@ def test_bad_input_is_refused():
         compare([(lora(), 1.0)], energy=0)
     with pytest.raises(ValueError, match="different base models"):
         compare([(lora(), 1.0), (lora(modules={ATTENTION: (24, 21, ())}), 1.0)])
+
+
+@pytest.mark.parametrize("strength", [0.5, -3.0])
+def test_a_cut_of_a_module_keeps_its_largest_singular_values_at_its_strength(strength):
+    """A module that one LoRA has alone: the energy at rank r is strength^2 times the sum of the r largest squares."""
+    one = lora(modules={ATTENTION: SHAPES[ATTENTION]})
+    found = compare([(one, strength), (lora(modules={TEXT: SHAPES[TEXT]}, seed=1, rank=1), 0.0)])
+    values = strength**2 * torch.linalg.svdvals(deltas(one)[ATTENTION]).square()
+    wanted = [float(values[:rank].sum()) for rank in range(5)]
+    assert found.kept[0] == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+    assert found.kept[1] == pytest.approx(wanted, rel=1e-6, abs=1e-9)

@@ -19,7 +19,7 @@ from lcm_kit.lora_merge import (
     save,
 )
 from lcm_kit.tests.lora_merge import kinds
-from lcm_kit.tests.lora_merge.make import factors, kohya, relative
+from lcm_kit.tests.lora_merge.make import factors, generator, kohya, relative
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_proj_in"
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
@@ -474,3 +474,16 @@ def test_values_too_large_for_float16_are_an_error_in_every_kind(tmp_path):
     with pytest.raises(ValueError, match=rf"{LINEAR}: values are too large for float16"):
         save(huge, tmp_path / "x.safetensors")
     save(huge, tmp_path / "x.safetensors", dtype=torch.float32)
+
+
+def test_lokr_divides_alpha_by_the_rank_of_its_second_matrix():
+    """LyCORIS and ComfyUI: with both matrices low-rank the second one's rank counts, here 2 and not 1."""
+    g = generator(3)
+    one_a, one_b, two_a, two_b = (torch.randn(*s, generator=g) for s in ((2, 1), (1, 3), (4, 2), (2, 5)))
+    layer = LokrLayer(w1_a=one_a, w1_b=one_b, w2_a=two_a, w2_b=two_b, alpha=3.0)
+    wanted = 3.0 / 2 * torch.kron(one_a @ one_b, two_a @ two_b)
+    torch.testing.assert_close(layer.delta(), wanted)
+    up, down = layer.factors()
+    torch.testing.assert_close(layer.scale * up @ down, wanted)
+    only_first = LokrLayer(w1_a=two_a, w1_b=two_b, w2=one_a @ one_b, alpha=3.0)
+    torch.testing.assert_close(only_first.delta(), 3.0 / 2 * torch.kron(two_a @ two_b, one_a @ one_b))

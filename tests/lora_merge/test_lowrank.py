@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcm_kit.lora_merge import LoraLayer
-from lcm_kit.lora_merge.algebra.lowrank import directions, truncated_sum
+from lcm_kit.lora_merge.algebra.lowrank import directions, energy_of, truncated_sum
 from lcm_kit.tests.lora_merge.make import dense, factors, relative
 
 
@@ -141,3 +141,11 @@ def test_terms_that_cancel_have_balanced_directions_too():
     one = layer(10, 3, 8)
     result = truncated_sum([(one, 1.0), (one, -1.0)], 2, balanced=True)
     assert result.layer.delta().abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("strength", [0.5, -2.0])
+@pytest.mark.parametrize("alpha", [None, 1.0, 7.0])
+def test_the_energy_is_the_squared_norm_of_strength_times_delta(strength, alpha):
+    layer = LoraLayer(*factors(9, 3, 7), alpha=alpha)
+    wanted = (strength * dense(layer.up, layer.down, layer.scale)).square().sum()
+    assert energy_of((layer, strength)) == pytest.approx(float(wanted), rel=1e-6)

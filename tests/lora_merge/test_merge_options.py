@@ -1,5 +1,6 @@
 """Cuts of a whole LoRA, protection, strengths by block, workers and dtypes in `merge`, and `resize`."""
 
+import itertools
 import json
 import math
 
@@ -19,6 +20,7 @@ from lcm_kit.lora_merge import (
     save,
 )
 from lcm_kit.lora_merge.merging.options import MergeOptions, options_from_dict
+from lcm_kit.lora_merge.merging.sizes import numbers_within
 from lcm_kit.lora_merge.recognise.identity import PRESET_KEY
 from lcm_kit.tests.lora_merge.make import dense, factors, generator, kohya, relative
 
@@ -424,3 +426,28 @@ def test_slerp_takes_two_loras_and_no_negative_strength():
 def test_a_misspelt_option_is_no_option():
     with pytest.raises(TypeError, match="ranks"):
         merge(INPUTS, ranks=4)
+
+
+def test_balanced_hands_out_ranks_by_what_every_input_keeps():
+    """Against every choice of ranks: of a strong and a weak LoRA in modules of their own the shares kept add up to the most."""
+    strong = lora(1, 6, size=4.0, modules=[CONV, DOWN, MIDDLE], source="strong")
+    weak = lora(2, 6, size=0.25, modules=[UP, TEXT], source="weak")
+    inputs, modules = [strong, weak], [*strong.modules, *weak.modules]
+    spellings = dict(strong.spellings) | weak.spellings
+    numbers = 900  # of 1,476
+    room = numbers_within(MergeOptions(max_mb=1.0), inputs, modules, {}, spellings, {})
+    _, account = merge_with_account(
+        [(one, 1.0) for one in inputs], max_mb=1.0 - 2 * (room - numbers) / 1e6, balanced=True
+    )
+    shares, costs = [], []
+    for one in inputs:
+        whole = sum(delta(one, module).square().sum() for module in one.modules)
+        for module in one.modules:
+            squares = torch.linalg.svdvals(delta(one, module)).square() / whole
+            shares.append(squares[:6].cumsum(0).tolist())
+            costs.append(sum(delta(one, module).shape))
+    choices = (ranks for ranks in itertools.product(range(6), repeat=5))
+    fitting = (r for r in choices if sum((rank + 1) * cost for rank, cost in zip(r, costs, strict=True)) <= numbers)
+    best = max(sum(share[rank] for share, rank in zip(shares, ranks, strict=True)) for ranks in fitting)
+    # The last rank may find no room in a greedy choice.
+    assert sum(source.retention for source in account.sources) > best - 0.03

@@ -96,3 +96,13 @@ def test_a_perfect_prediction_stays_on_the_forward_process(process):
             noise = float(noise_scaling(sigma_next, one, zero))
             assert weight.x * a + weight.denoised == pytest.approx(signal, abs=2e-6)
             assert math.hypot(weight.x * b, weight.fresh) == pytest.approx(noise, abs=2e-6)
+
+
+@pytest.mark.parametrize("timestep", [19, 59, 99])
+def test_c_skip_counts_at_every_timestep_where_float32_can_see_it(timestep):
+    """Timestep 19 is the last of every whole run: 0.5^2 / ((10 * 19)^2 + 0.5^2) is 6.9e-6, seventy units of float32."""
+    sigmas = torch.tensor([1.0, 0.0])
+    (weight,) = step_weights(sigmas, timesteps=[timestep])
+    c_skip = 0.25 / ((10.0 * timestep) ** 2 + 0.25)
+    assert weight.x == pytest.approx(c_skip / math.sqrt(2.0), rel=1e-5)
+    assert weight.denoised == pytest.approx(10.0 * timestep / math.sqrt((10.0 * timestep) ** 2 + 0.25), rel=1e-7)

@@ -278,3 +278,12 @@ def test_bad_arguments_are_refused_before_the_first_model_call(changes, message)
     arguments = {"sigmas": SIGMAS, "noise": StepNoise(0)} | changes
     with pytest.raises(ValueError, match=message):
         sample_lcm(model, normal(1, 4, 8, 8), **arguments)
+
+
+def test_a_noise_source_keeps_its_tensors_unless_it_hands_them_over():
+    """A tape that returns the tensors that it holds, the same in every step."""
+    tape = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    before = tape.clone()
+    x = sample_lcm(lambda x, sigma: torch.ones_like(x), torch.zeros(2, 3), SIGMAS, noise=lambda step, like: tape)
+    assert torch.equal(tape, before)
+    torch.testing.assert_close(x, torch.ones(2, 3))

@@ -60,3 +60,28 @@ def test_a_preset_is_data():
     with pytest.raises(AttributeError):
         PRESETS["LCM"].steps = 5
     assert Preset("own", 3, 1.0, (0.0, 1.0), timesteps=(900, 500, 100)).schedule() == [900, 500, 100]
+
+
+# Written from the papers and model cards that the presets name, apart from the table they are tested against.
+PUBLISHED = {
+    "LCM": (4, 1.0, 1.0),
+    "AnimateLCM": (4, 1.0, 1.0),
+    "TCD": (4, 1.0, 0.3),
+    "DMD2": (4, 1.0, 1.0),
+    "DMD2 1 step": (1, 1.0, 1.0),
+    "Hyper-SD unified": (4, 1.0, 1.0),
+    "Hyper-SD 1 step UNet": (1, 1.0, 1.0),
+    **{f"Hyper-SD {steps} steps": (steps, 1.0, 0.0) for steps in (2, 4, 8)},
+    **{f"Hyper-SD {steps} steps CFG": (steps, 5.0, 0.0) for steps in (8, 12)},
+    **{f"Lightning {steps} steps": (steps, 1.0, 0.0) for steps in (2, 4, 8)},
+    **{f"PCM small cfg {steps} steps": (steps, 1.0, 0.0) for steps in (2, 4, 8, 16)},
+    **{f"PCM normal cfg {steps} steps": (steps, 7.5, 0.0) for steps in (4, 8, 16)},
+    "PCM LCM-like": (4, 1.0, 1.0),
+    "TDD": (4, 1.7, 0.2),
+    "Turbo": (1, 1.0, 1.0),
+}
+
+
+def test_settings_are_those_that_the_papers_give():
+    """(steps, cfg, gamma)."""
+    assert {name: (p.steps, p.cfg, p.gamma) for name, p in PRESETS.items()} == PUBLISHED
