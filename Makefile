@@ -5,7 +5,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint unit integration clean
+.PHONY: help setup demo test lint unit integration mutants clean
 
 BASE_PYTHON ?= python3
 # Waiting threads must not spin: on a laptop two ComfyUI threads would fight for the cores.
@@ -54,6 +54,9 @@ unit: setup  ## the tests that need no ComfyUI
 
 integration: setup  ## the tests that run the real ComfyUI: nodes, server, web page
 	COMFYUI_PATH="$(COMFYUI)" $(PYTEST) tests/with_comfyui
+
+mutants: setup  ## small changes of the code, one at a time: does a unit test notice?
+	"$(RUN)" tools/mutants.py --sample $(or $(SAMPLE),300)
 
 clean:  ## removes .venv, .comfyui and everything that tools left behind
 	rm -rf .venv .comfyui .comfyui.part .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info demo/output
