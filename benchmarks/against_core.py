@@ -7,15 +7,12 @@ differ is the schedule and the arithmetic. Two tables: the distance of the finis
 run with denoise < 1 starts. Prints Markdown, as kept in benchmarks/RESULTS.md.
 """
 
-import importlib.util
-import os
-import sys
 import warnings
-from pathlib import Path
+
+from setting import ROOT, load_comfyui, markdown
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["cat face", "rocket", "pizza", "red heart blue background"]
 STEPS = (1, 2, 4, 8)
 STRENGTHS = (0.3, 0.5, 0.58, 0.6, 0.7, 0.75, 0.8, 0.9)
@@ -31,14 +28,7 @@ SETUPS = {
 
 def prepare() -> None:
     """ComfyUI, the demo's model pack and LCM Kit, importable; done before anything of ComfyUI is touched."""
-    sys.path[:0] = [os.environ.get("COMFYUI_PATH", str(ROOT / ".comfyui")), str(ROOT / "demo")]
-    from comfy.cli_args import args
-
-    args.cpu = not torch.cuda.is_available()
-    spec = importlib.util.spec_from_file_location(
-        "lcm_kit", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["lcm_kit"] = importlib.util.module_from_spec(spec)
+    load_comfyui()
     import comfy.supported_models
     from tiny_emoji.model import TinyEmoji
 
@@ -132,19 +122,15 @@ def main() -> None:
     expected = {n: reference(loaded(model), positive[0][0], n, noise, step_noise) for n in STEPS}
     scale = expected[4].std().item()
     print(f"Largest difference from diffusers' LCMScheduler, in latents of standard deviation {scale:.2f}:\n")
-    print("| set-up | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in STEPS) + " |")
-    print("| --- |" + " --- |" * len(STEPS))
+    rows = []
     for name, setup in SETUPS.items():
-        cells = []
-        for n in STEPS:
-            difference = sampled(model, positive, setup, n, noise, step_noise) - expected[n]
-            cells.append(f"{difference.abs().max().item():.1e}")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        differences = (sampled(model, positive, setup, n, noise, step_noise) - expected[n] for n in STEPS)
+        rows.append([name, *(f"{difference.abs().max().item():.1e}" for difference in differences)])
+    print(markdown(["set-up", *(f"{n} step{'s' * (n > 1)}" for n in STEPS)], rows))
 
     print("\nTimestep at which a run starts:\n")
-    print("| denoise | " + " | ".join(map(str, STRENGTHS)) + " |\n| --- |" + " --- |" * len(STRENGTHS))
-    for name, starts in start_timesteps(model.get_model_object("model_sampling")).items():
-        print(f"| {name} | " + " | ".join(map(str, starts)) + " |")
+    starts = start_timesteps(model.get_model_object("model_sampling"))
+    print(markdown(["denoise", *STRENGTHS], ([name, *timesteps] for name, timesteps in starts.items())))
 
 
 def start_timesteps(sampling) -> dict[str, list[int]]:

@@ -10,29 +10,18 @@ picture. Prints Markdown, as kept in benchmarks/RESULTS.md.
 """
 
 import argparse
-import importlib.util
 import json
 import os
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+from setting import fresh, load_lcm_kit, markdown, peak_memory
+
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
 STYLE = ("attn", "ff_net", "proj_in", "proj_out")
 VALUES = {"SD1.5": 67_252_224, "SDXL": 196_751_360}
-
-
-def prepare() -> None:
-    """LCM Kit, importable."""
-    spec = importlib.util.spec_from_file_location(
-        "lcm_kit", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["lcm_kit"] = importlib.util.module_from_spec(spec)
 
 
 def make(folder: Path, base: str) -> None:
@@ -60,7 +49,7 @@ def make(folder: Path, base: str) -> None:
 
 def measure(which: str, folder: Path, workers: int) -> dict[str, float]:
     """Seconds of wall time and of CPU time from the first byte read, and peak megabytes of the process."""
-    prepare()
+    load_lcm_kit()
     from safetensors.torch import load_file, save_file
 
     from lcm_kit.lora_merge import load, merge, save
@@ -94,7 +83,7 @@ def _spent(started: float, spent: float) -> dict[str, float]:
     return {
         "wall": time.monotonic() - started,
         "cpu": time.process_time() - spent,
-        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        "memory": peak_memory() / 1e6,
     }
 
 
@@ -108,24 +97,23 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure[0], Path(options.measure[1]), options.workers)))
         return
-    prepare()
+    load_lcm_kit()
     print(f"torch {torch.__version__}, {options.workers} workers, smallest of {options.rounds} rounds\n")
-    print("| pair | what | wall s | CPU s | peak MB | wall, in reads and writes | CPU |\n|---|---|---|---|---|---|---|")
+    rows = []
     for base in options.bases:
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder), base)
             best: dict[str, dict[str, float]] = {}
             for _ in range(options.rounds):
                 for which in ("read, write", "merge", "compare", "report"):
-                    command = [sys.executable, __file__, "--workers", str(options.workers), "--measure", which, folder]
-                    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                    found = fresh(__file__, "--workers", str(options.workers), "--measure", which, folder)
                     known = best.setdefault(which, found)
                     best[which] = {key: min(known[key], value) for key, value in found.items()}
             for which, row in best.items():
                 ratio = [row[key] / best["read, write"][key] for key in ("wall", "cpu")]
-                print(
-                    f"| {base} | {which} | {row['wall']:.2f} | {row['cpu']:.2f} | {row['memory']:.0f} | {ratio[0]:.2f} | {ratio[1]:.2f} |"
-                )
+                cells = [f"{value:.2f}" for value in (row["wall"], row["cpu"], *ratio)]
+                rows.append([base, which, *cells[:2], f"{row['memory']:.0f}", *cells[2:]])
+    print(markdown(["pair", "what", "wall s", "CPU s", "peak MB", "wall, in reads and writes", "CPU"], rows))
 
 
 if __name__ == "__main__":

@@ -17,18 +17,15 @@ paper's. Prints Markdown, as kept in benchmarks/RESULTS.md.
 """
 
 import argparse
-import importlib.util
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+
+from setting import ROOT, fresh, load_comfyui, markdown, peak_memory
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
 # model -> (rank, batch, latent's side)
 MODELS = {"embedded": (64, 8, 8), "sd15": (64, 2, 32), "half": (64, 2, 32)}
 KINDS = ("core", "ours", "one pass", "inference")
@@ -53,19 +50,6 @@ SD15 = {
 }
 # What is freed goes back to the system at once, so that the process is as large as what it holds.
 TIGHT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-
-
-def prepare(home: str) -> None:
-    """ComfyUI, the demo's model and LCM Kit, importable."""
-    sys.path[:0] = [os.environ.get("COMFYUI_PATH", str(ROOT / ".comfyui")), str(ROOT / "demo")]
-    from comfy.cli_args import args
-
-    args.cpu = True
-    args.base_directory = home
-    spec = importlib.util.spec_from_file_location(
-        "lcm_kit", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["lcm_kit"] = importlib.util.module_from_spec(spec)
 
 
 def model_of(name: str):
@@ -103,28 +87,20 @@ class Watch:
         now = time.process_time()
         self.times.append(now - self.last)
         if len(self.times) == 1:
-            peak(reset=True)
+            peak_memory(reset=True)
         self.last = time.process_time()
-
-
-def peak(*, reset: bool = False) -> float:
-    """Largest resident memory in bytes since the last reset."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024.0 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
 
 
 def measure(kind: str, name: str, home: str) -> dict[str, float]:
     """Seconds of the fastest step, and bytes beyond those of a process that has loaded everything but the model."""
-    prepare(home)
+    load_comfyui(home=home, cpu=True)
     import comfy_extras.nodes_train  # noqa: F401
 
     from lcm_kit.host.training import distilling  # noqa: F401
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    before = peak(reset=True)
+    before = peak_memory(reset=True)
     watch = Watch()
     found = work(kind, name, watch)
     found["memory"] = watch_peak(watch) - before
@@ -134,7 +110,7 @@ def measure(kind: str, name: str, home: str) -> dict[str, float]:
 
 def sizes(kind: str, name: str, home: str) -> dict[str, float]:
     """Bytes of all tensors that live at once, at most, from building the model on; of tensors without contents."""
-    prepare(home)
+    load_comfyui(home=home, cpu=True)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from lcm_kit.tests.distillation.live_memory import LiveMemory
@@ -210,7 +186,7 @@ def with_hook(watch: Watch) -> None:
 
     def hook(*_, **__) -> None:
         watch.step_done()
-        watch.memory = peak()
+        watch.memory = peak_memory()
 
     comfy.utils.set_progress_bar_global_hook(hook)
 
@@ -228,14 +204,14 @@ def with_timed_steps(watch: Watch) -> None:
         watch.last = time.process_time()
         loss = step(trainer)
         watch.step_done()
-        watch.memory = peak()
+        watch.memory = peak_memory()
         return loss
 
     Trainer.step = timed
 
 
 def watch_peak(watch: Watch) -> float:
-    return getattr(watch, "memory", None) or peak()
+    return getattr(watch, "memory", None) or peak_memory()
 
 
 def passes(kind: str, model, latents, positive, negative, rank: int, watch: Watch) -> int:
@@ -274,18 +250,14 @@ def passes(kind: str, model, latents, positive, negative, rank: int, watch: Watc
             for _ in range(STEPS):
                 step()
                 watch.step_done()
-                watch.memory = peak()
+                watch.memory = peak_memory()
             return sum(parameter.numel() for parameter in adapters.parameters())
 
 
-def fresh(kind: str, name: str, home: str, more: dict[str, str], *, sizes: bool = False) -> dict[str, float]:
-    command = [sys.executable, __file__, "--measure", kind, name, home, *(["--sizes"] if sizes else [])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | more
+def measured(kind: str, name: str, home: str, more: dict[str, str], *, sizes: bool = False) -> dict[str, float]:
     print(f"measuring {kind} on {name} ...", file=sys.stderr, flush=True)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{kind} on {name} failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    arguments = ["--measure", kind, name, home, *(["--sizes"] if sizes else [])]
+    return fresh(__file__, *arguments, environment={"OMP_NUM_THREADS": "1"} | more)
 
 
 def main() -> None:
@@ -305,13 +277,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         for name in options.models:
             if options.sizes:
-                print(sizes_table(name, {kind: fresh(kind, name, home, {}, sizes=True) for kind in KINDS}), flush=True)
+                print(
+                    sizes_table(name, {kind: measured(kind, name, home, {}, sizes=True) for kind in KINDS}), flush=True
+                )
                 continue
-            memory = {kind: fresh(kind, name, home, TIGHT) for kind in KINDS}
+            memory = {kind: measured(kind, name, home, TIGHT) for kind in KINDS}
             seconds = {kind: float("inf") for kind in KINDS}
             for _ in range(options.rounds):
                 for kind in KINDS[:3]:
-                    seconds[kind] = min(seconds[kind], fresh(kind, name, home, {})["seconds"])
+                    seconds[kind] = min(seconds[kind], measured(kind, name, home, {})["seconds"])
             print(table(name, memory, seconds), flush=True)
 
 
@@ -320,32 +294,34 @@ def table(name: str, memory: dict[str, dict[str, float]], seconds: dict[str, flo
     network = memory["ours"]["network"]
     core = memory["core"]["memory"]
     state = 16 * memory["ours"]["LoRA"]  # fp32: the weights, their gradients, Adam's two means
-    lines = [
-        f"{name}: {network / 1e6:.0f} MB of weights, rank {rank}, batch {batch}, latents {side} x {side}",
-        "",
-        "| | TrainLoraNode | Distill LCM-LoRA | ratio | one pass | ratio |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     peaks = [memory[kind]["memory"] for kind in KINDS[:3]]
     rates = [batch / seconds[kind] for kind in KINDS[:3]]
     for what, (theirs, ours, single), form in (("peak memory, MB", [p / 1e6 for p in peaks], ".0f"),
                                                 ("pictures a second", rates, ".3g")):  # fmt: skip
-        lines.append(
-            f"| {what} | {theirs:{form}} | {ours:{form}} | {ours / theirs:.2f} | {single:{form}} | {single / theirs:.2f} |"
+        numbers = (
+            f"{theirs:{form}}",
+            f"{ours:{form}}",
+            f"{ours / theirs:.2f}",
+            f"{single:{form}}",
+            f"{single / theirs:.2f}",
         )
+        rows.append([what, *numbers])
     forwards = [1, 4, 1]
     passes = [rate * count for rate, count in zip(rates, forwards, strict=True)]
     # Teacher with and without the prompt, target and student; what gradient checkpointing repeats is not counted.
-    lines.append(
-        f"| forward passes a second | {passes[0]:.3g} | {passes[1]:.3g} | {passes[1] / passes[0]:.2f} | {passes[2]:.3g} | "
-        f"{passes[2] / passes[0]:.2f} |"
-    )
-    lines.append(
-        f"| trained numbers | {memory['core']['LoRA']:,.0f} | {memory['ours']['LoRA']:,.0f} | "
-        f"{memory['ours']['LoRA'] / memory['core']['LoRA']:.2f} | | |"
-    )
+    core_passes, ours_passes, single_passes = passes
+    rows.append(
+        ["forward passes a second", f"{core_passes:.3g}", f"{ours_passes:.3g}", f"{ours_passes / core_passes:.2f}",
+         f"{single_passes:.3g}", f"{single_passes / core_passes:.2f}"]
+    )  # fmt: skip
+    trained = [memory[kind]["LoRA"] for kind in ("core", "ours")]
+    rows.append(["trained numbers", *(f"{count:,.0f}" for count in trained), f"{trained[1] / trained[0]:.2f}", "", ""])
     extra = memory["ours"]["memory"] - memory["inference"]["memory"]
-    lines += [
+    lines = [
+        f"{name}: {network / 1e6:.0f} MB of weights, rank {rank}, batch {batch}, latents {side} x {side}",
+        "",
+        markdown(["", "TrainLoraNode", "Distill LCM-LoRA", "ratio", "one pass", "ratio"], rows),
         "",
         f"Inference of that batch with guidance: {memory['inference']['memory'] / 1e6:.0f} MB at its peak. Distilling adds "
         f"{extra / 1e6:.0f} MB, {extra / network:.2f} networks; {state / 1e6:.0f} MB of them are the LoRA with gradients and "
@@ -362,13 +338,14 @@ def sizes_table(name: str, found: dict[str, dict[str, float]]) -> str:
     lines = [
         f"{name}: {network / 1e6:.0f} MB of weights, rank {rank}, batch {batch}, latents {side} x {side}; tensors at the peak, MB",
         "",
-        "| | all | beyond inference | of them LoRA, gradients, Adam's means | the rest, in networks |",
-        "| --- | --- | --- | --- | --- |",
     ]
+    rows = []
     for kind, title in zip(KINDS, ("TrainLoraNode", "Distill LCM-LoRA", "one pass", "inference"), strict=True):
         state, extra = 16 * found[kind].get("LoRA", 0.0), found[kind]["memory"] - base
         row = [f"{value / 1e6:.0f}" for value in (found[kind]["memory"], extra, state)]
-        lines.append(f"| {title} | {' | '.join(row)} | {(extra - state) / network:.2f} |")
+        rows.append([title, *row, f"{(extra - state) / network:.2f}"])
+    columns = ["", "all", "beyond inference", "of them LoRA, gradients, Adam's means", "the rest, in networks"]
+    lines.append(markdown(columns, rows))
     ratio = found["ours"]["memory"] / found["core"]["memory"]
     return "\n".join([*lines, "", f"Distill LCM-LoRA to TrainLoraNode: {ratio:.2f}.", ""])
 

@@ -9,17 +9,15 @@ the judge of the demo's training (demo/train/classifier.py). About ten minutes o
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo" / "train"))
+from setting import ROOT
 
 import classifier
 import torch
 import torch.nn.functional as F
-from common import ROOT, WORK
+from common import WORK
 from data import COLOUR_NAMES, COLOURS, CONCEPTS, NAMES, draw, glyphs
 from studio import Studio
 

@@ -9,21 +9,18 @@ Needs the judge: python demo/train/classifier.py. About a quarter of an hour of 
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "demo" / "train"), str(ROOT / "demo")]
+from setting import ROOT, markdown
 
-import torch  # noqa: E402
-from data import NAMES  # noqa: E402
-from frechet import frechet  # noqa: E402
-from judged import Judge  # noqa: E402
-from PIL import Image  # noqa: E402
-from quality_against_steps import teacher_features  # noqa: E402
-from sheet import Row, draw, enlarge, side_by_side  # noqa: E402
-from studio import TEACHER_CFG, Studio, Way, ours  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from data import NAMES
+from frechet import frechet
+from judged import Judge
+from PIL import Image
+from quality_against_steps import teacher_features
+from sheet import Row, draw, enlarge, side_by_side
+from studio import TEACHER_CFG, Studio, Way, ours
+from tqdm import tqdm
 
 CFGS = (1.0, 1.5, 2.0, 3.0, 4.0)
 OFF = 1.0
@@ -54,11 +51,11 @@ def pictures(studio: Studio, quantile: float, cfg: float, seed: int) -> Image.Im
 
 def table(cells: dict[tuple[float, float], tuple[float, float]]) -> str:
     """Score and Frechet distance of every (quantile, cfg), as Markdown."""
-    lines = ["| quantile | " + " | ".join(f"cfg {cfg:g}" for cfg in CFGS) + " |", "| --- |" + " --- |" * len(CFGS)]
+    rows = []
     for quantile in QUANTILES:
         row = [f"{score:.1%}, {distance:.3f}" for score, distance in (cells[quantile, cfg] for cfg in CFGS)]
-        lines.append(f"| {'off' if quantile == OFF else f'{quantile:g}'} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+        rows.append(["off" if quantile == OFF else f"{quantile:g}", *row])
+    return markdown(["quantile", *(f"cfg {cfg:g}" for cfg in CFGS)], rows)
 
 
 def main() -> None:

@@ -11,19 +11,15 @@ Prints Markdown, as kept in benchmarks/RESULTS.md.
 
 import argparse
 import gc
-import importlib.util
 import json
-import os
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+from setting import fresh, load_comfyui, markdown, peak_memory
+
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
 LORA = "pytorch_lora_weights.safetensors"
 SDXL = {
     "image_size": 32,
@@ -48,15 +44,6 @@ SDXL = {
 }
 
 
-def prepare() -> None:
-    """ComfyUI and LCM Kit, importable."""
-    sys.path.insert(0, os.environ.get("COMFYUI_PATH", str(ROOT / ".comfyui")))
-    spec = importlib.util.spec_from_file_location(
-        "lcm_kit", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["lcm_kit"] = importlib.util.module_from_spec(spec)
-
-
 def make(path: Path) -> None:
     """The official file's names and shapes with small random values."""
     from safetensors.torch import save_file
@@ -77,7 +64,7 @@ def make(path: Path) -> None:
 
 def measure(which: str, folder: str) -> dict[str, float]:
     """Seconds of wall time and of CPU time, and megabytes beyond what ComfyUI with a model holds."""
-    prepare()
+    load_comfyui()
     from comfy.cli_args import args
 
     args.cpu = True
@@ -105,11 +92,11 @@ def measure(which: str, folder: str) -> dict[str, float]:
     found: dict[str, float] = {}
     with torch.inference_mode():
         gc.collect()
-        before = _peak(reset=True)
+        before = peak_memory(reset=True)
         start, cpu_start = time.perf_counter(), time.process_time()
         patched = load(1.0)
         found["node"], found["node, CPU"] = time.perf_counter() - start, time.process_time() - cpu_start
-        found["memory after node"] = (_peak() - before) / 1e6
+        found["memory after node"] = (peak_memory() - before) / 1e6
         gc.collect()
         again = time.perf_counter()
         load(0.8)
@@ -124,16 +111,6 @@ def measure(which: str, folder: str) -> dict[str, float]:
     return found
 
 
-def _peak(*, reset: bool = False) -> float:
-    """Largest resident memory in bytes, since the last reset where the system can do that."""
-    if reset and os.path.exists("/proc/self/clear_refs"):
-        Path("/proc/self/clear_refs").write_text("5")
-    if os.path.exists("/proc/self/status"):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024.0 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -142,7 +119,7 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(*options.measure)))
         return
-    prepare()
+    load_comfyui()
     results: dict[str, list[dict[str, float]]] = {"core": [], "LCM Kit": []}
     with tempfile.TemporaryDirectory() as folder:
         loras = Path(folder) / "models" / "loras"
@@ -151,16 +128,13 @@ def main() -> None:
         size = (loras / LORA).stat().st_size / 1e6
         for _ in range(options.rounds):
             for which, found in results.items():
-                command = [sys.executable, __file__, "--measure", which, folder]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                found.append(json.loads(done.stdout.splitlines()[-1]))
-    print(
-        f"| the smallest of {options.rounds} | core LoraLoader | LCM-LoRA Loader | ratio |\n| --- | --- | --- | --- |"
-    )
+                found.append(fresh(__file__, "--measure", which, folder))
+    rows = []
     for what in results["core"][0]:
         core, ours = (min(found[what] for found in results[which]) for which in results)
         unit = "MB" if "memory" in what else "s"
-        print(f"| {what} | {core:.3g} {unit} | {ours:.3g} {unit} | {ours / core:.2f} |")
+        rows.append([what, f"{core:.3g} {unit}", f"{ours:.3g} {unit}", f"{ours / core:.2f}"])
+    print(markdown([f"the smallest of {options.rounds}", "core LoraLoader", "LCM-LoRA Loader", "ratio"], rows))
     memory = min(found["memory after node"] for found in results["LCM Kit"])
     print(f"\nThe file has {size:.1f} MB; LCM Kit's peak memory is {memory / size:.2f} times that.")
 

@@ -14,16 +14,15 @@ Needs the judge: python demo/train/classifier.py. Prints the CPU time it took.
 
 import argparse
 import re
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo" / "train"))
+from setting import ROOT
 
 import classifier
 import torch
-from common import CHECKPOINT, DEMO, LORAS, ROOT, VAE, WORK, load_lcm_kit, load_state, save_state
+from common import CHECKPOINT, LORAS, VAE, WORK, load_lcm_kit, load_state, save_state
 from data import NAMES
 from frechet import frechet
 from judged import Judge, Verdict
@@ -122,7 +121,6 @@ def print_row(name: str, seen: Verdict, reference: torch.Tensor, effects: str) -
 
 
 def draw(shown: dict[str, torch.Tensor], path: Path) -> None:
-    sys.path.insert(0, str(DEMO))
     import sheet
     from torchvision.transforms.functional import to_pil_image
 

@@ -20,7 +20,6 @@ Prints Markdown tables, as kept in benchmarks/RESULTS.md.
 
 import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -30,11 +29,10 @@ import time
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from setting import comfyui_path, load_lcm_kit, markdown, peak_memory
 
-import merging_peers as peers  # noqa: E402
-from merging_pair import PARAMETERS, STRENGTHS, error_of, modules_of, write, write_pair  # noqa: E402
+import merging_peers as peers
+from merging_pair import PARAMETERS, STRENGTHS, error_of, modules_of, write, write_pair
 
 RANK = "LCM Kit, rank 64"
 OURS = {
@@ -74,7 +72,8 @@ def floor(folder, out, _):
 
 def ours(folder, out, options):
     import torch
-    from lora_merge import load, merge, save
+
+    from lcm_kit.lora_merge import load, merge, save
 
     choices = dict(OURS[options["name"]])
     if options["name"] == "half the size":
@@ -88,8 +87,8 @@ def ours(folder, out, options):
 
 
 def compared(folder, out, options):
-    from lora_merge import load
-    from lora_merge.compare import compare
+    from lcm_kit.lora_merge import load
+    from lcm_kit.lora_merge.comparing.compare import compare
 
     def work():
         compare([(load(folder / f"{name}.safetensors"), strength) for name, strength in STRENGTHS.items()])
@@ -110,13 +109,7 @@ def job(name, folder, out, options):
     wall, cpu = time.perf_counter(), time.process_time()
     facts = work()
     result = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "facts": facts}
-    print(json.dumps(result | {"rss": _peak()}))
-
-
-def _peak():
-    """Peak memory in GB. Not ru_maxrss, which begins with the parent's memory at the time of the fork."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
+    print(json.dumps(result | {"rss": peak_memory() / 1e9}))
 
 
 # ---- the table
@@ -166,8 +159,6 @@ def table(base, arguments):
     jobs = chosen(base, arguments)
     print(f"\n{base}: {PARAMETERS[base]:,} numbers in the LCM-LoRA; threads: {arguments.workers}.")
     print(f"{time.strftime('%Y-%m-%d')}: {peers.versions(arguments)}.\n")
-    print("| job | wall, s | CPU, s | wall / floor | CPU / floor | peak memory, GB | error |")
-    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_pair(folder, base)
@@ -184,9 +175,9 @@ def table(base, arguments):
                 measure_error(words, found, out, folder)
             print(f"{words}: {found}", file=sys.stderr)
     base_line = least(floors)
-    for words, found in {"read and write only": base_line, **rows}.items():
-        print(row(words, found, base_line))
-    print()
+    cells = (row(words, found, base_line) for words, found in {"read and write only": base_line, **rows}.items())
+    columns = ["job", "wall, s", "CPU, s", "wall / floor", "CPU / floor", "peak memory, GB", "error"]
+    print(markdown(columns, cells), "\n")
     for words, _, options in jobs:
         if options.get("full_svd") and "cpu" in rows[words] and "cpu" in rows.get(RANK, {}):
             print(f"{words} takes {rows[words]['cpu'] / rows[RANK]['cpu']:.0f} times the CPU time of {RANK}.")
@@ -213,15 +204,13 @@ def measure_error(words, found, out, folder):
 
 def row(words, found, base_line):
     if "trouble" in found:
-        return f"| {words} | - | - | - | - | - | {found['trouble']} |"
+        return [words, *"-----", found["trouble"]]
     error = f"{found['error']:.2g}" if "error" in found else ""
     if facts := found["facts"]:
         words += f" (from {facts['done']} of {facts['of']} modules)"
         error += " of these" + (f", where LCM Kit's is {found['ours']:.2g}" if "ours" in found else "")
     ratios = [f"{found[key] / base_line[key]:.2f}" for key in ("wall", "cpu")]
-    return (
-        f"| {words} | {found['wall']:.2f} | {found['cpu']:.2f} | {' | '.join(ratios)} | {found['rss']:.2f} | {error} |"
-    )
+    return [words, f"{found['wall']:.2f}", f"{found['cpu']:.2f}", *ratios, f"{found['rss']:.2f}", error]
 
 
 def main():
@@ -240,7 +229,8 @@ def main():
     # Absolute, since a pack or sd-scripts may import by it from elsewhere.
     arguments.kohya = arguments.kohya and str(Path(arguments.kohya).resolve())
     arguments.merger = [str(Path(path).resolve()) for path in arguments.merger]
-    arguments.comfyui = os.environ.get("COMFYUI_PATH", str(ROOT / ".comfyui"))
+    arguments.comfyui = comfyui_path()
+    load_lcm_kit()
     if arguments.job:
         name, folder, out, options = arguments.job
         job(name, Path(folder), Path(out), json.loads(options))

@@ -8,8 +8,9 @@ KINDS_OF_STYLE = {f"attn{n}_to_{what}" for n in (1, 2) for what in ("q", "k", "v
 def write_pair(folder, base):
     """lcm.safetensors, rank 64 on all modules, and style.safetensors, rank 32 on the attention; kohya names, float16."""
     import torch
-    from lora_merge.bases import BY_NAME, kind_of
     from safetensors.torch import save_file
+
+    from lcm_kit.lora_merge.recognise.base_models import BY_NAME, kind_of
 
     def lora(rank, alpha, decay, keep, seed):
         g = torch.Generator().manual_seed(seed)
@@ -56,8 +57,9 @@ def error_of(out, folder, only=None):
     out: in any spelling that lora_merge reads. only: modules that count, all by default.
     """
     import torch
-    from lora_merge import load
     from safetensors.torch import load_file
+
+    from lcm_kit.lora_merge import load
 
     made = load(out)
     pair = {name: load_file(folder / f"{name}.safetensors") for name in STRENGTHS}

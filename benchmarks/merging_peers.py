@@ -11,9 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+from setting import load_lcm_kit
+
 from merging_pair import STRENGTHS, write
 
-ROOT = Path(__file__).resolve().parents[1]
 RANK = 64
 
 # ---- which there are
@@ -199,10 +200,7 @@ def comfyui(folder, out, options):
 
 
 def _model(base):
-    spec = importlib.util.spec_from_file_location(
-        "lcm_kit", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["lcm_kit"] = importlib.util.module_from_spec(spec)
+    load_lcm_kit()
     from lcm_kit.tests.with_comfyui.bases import model
 
     return model(base)

@@ -12,17 +12,14 @@ The second counts in how many pictures an unwanted background shows, and draws s
 
 import argparse
 import os
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+from setting import ROOT, markdown
+
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(Path(__file__).parent))
-
-from against_core import prepare  # noqa: E402
+from against_core import prepare
 
 SETUPS = ("cfg 1", "NAG, cfg 1", "cfg 2")
 NAG = {"scale": 3.0, "tau": 2.5, "alpha": 0.5}  # the node's defaults
@@ -175,7 +172,7 @@ def print_effect(file: Path) -> None:
     captions = []
     total: Counter = Counter()
     print(f"Pictures of {SEEDS} that show the unwanted background, 4 steps:\n")
-    print("| prompt | not wanted | no negative prompt | NAG at cfg 1 | cfg 2 |\n| --- | --- | --- | --- | --- |")
+    rows: list[list[object]] = []
     for prompt, unwanted in CASES:
         positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in (prompt, unwanted))
         pictures, shown = {}, {}
@@ -187,13 +184,14 @@ def print_effect(file: Path) -> None:
             pictures[name] = vae.decode(latent).float().clamp(0, 1).clone()
             shown[name] = [colour == unwanted.split()[0] for colour in backgrounds(pictures[name])]
             total[name] += sum(shown[name])
-        print(f"| {prompt} | {unwanted} | " + " | ".join(str(sum(shown[name])) for name in SETUPS) + " |")
+        rows.append([prompt, unwanted, *(sum(shown[name]) for name in SETUPS)])
         for i in [i for i, hit in enumerate(shown["cfg 1"]) if hit][:SHOWN]:
             for name in SETUPS:
                 pixels = (pictures[name][i] * 255).round().to(torch.uint8).numpy()
                 columns[name].append(enlarge(Image.fromarray(pixels), 2))
             captions.append(f"{prompt}, not: {unwanted}")
-    print("| all | | " + " | ".join(f"{total[name]} of {len(CASES) * SEEDS}" for name in SETUPS) + " |")
+    rows.append(["all", "", *(f"{total[name]} of {len(CASES) * SEEDS}" for name in SETUPS)])
+    print(markdown(["prompt", "not wanted", "no negative prompt", "NAG at cfg 1", "cfg 2"], rows))
     labels = ("no negative\nprompt", "LCM Negative\nPrompt, cfg 1", "cfg 2")
     rows = [
         Row(columns[name], label, captions if name == SETUPS[-1] else ())

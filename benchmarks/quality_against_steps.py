@@ -15,15 +15,14 @@ Needs the judge: python demo/train/classifier.py. About an hour of one CPU core,
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo" / "train"))
+from setting import ROOT
 
 import classifier
 import torch
 from against_core import with_schedule
-from common import CHECKPOINT, LORAS, ROOT, VAE, WORK, load_state, save_state
+from common import CHECKPOINT, LORAS, VAE, WORK, load_state, save_state
 from data import NAMES
 from frechet import frechet, without_each_seed
 from judged import Judge, Verdict

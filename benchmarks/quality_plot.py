@@ -1,6 +1,5 @@
 """Draws the plot of quality_against_steps.py from what it has measured. Needs matplotlib, which only benchmarks use."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,11 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
+import setting  # noqa: F401
+
 import matplotlib.pyplot as plt
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo" / "train"))
-
-from frechet import jackknife_error, standard_error
+from frechet import jackknife_error
+from scipy.stats import sem
 
 # Okabe and Ito's palette, told apart with any colour vision; its yellow is too faint for lines on white.
 BLACK, BLUE, ORANGE, GREEN, RED, PINK, SKY = "#000000 #0072b2 #e69f00 #009e73 #d55e00 #cc79a7 #56b4e9".split()
@@ -120,7 +119,7 @@ def _note(results: dict) -> str:
 
 def _score(row: dict) -> tuple[float, float]:
     """Percent, and its standard error over seeds."""
-    return 100 * row["score"], 100 * standard_error(row["score_by_seed"])
+    return 100 * row["score"], 100 * float(sem(row["score_by_seed"]))
 
 
 def _frechet(row: dict) -> tuple[float, float]:

@@ -1,5 +1,7 @@
 """The Markdown tables of quality_against_steps.py."""
 
+from setting import markdown
+
 from frechet import jackknife_error
 
 BASE = "LCM Kit"
@@ -16,16 +18,9 @@ def tables(results: dict) -> str:
     found = {(row["way"], row["steps"]): row for row in rows}
 
     def table(title: str, cell) -> str:
-        lines = [
-            f"{title}:\n",
-            "| way | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in steps) + " |",
-            "| --- |" + " --- |" * len(steps),
-        ]
-        for way in ways:
-            cells = [cell(found[way, n]) if (way, n) in found else "" for n in steps]
-            if any(cells):
-                lines.append(f"| {way} | " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+        rows = ([way, *(cell(found[way, n]) if (way, n) in found else "" for n in steps)] for way in ways)
+        columns = ["way", *(f"{n} step{'s' * (n > 1)}" for n in steps)]
+        return f"{title}:\n\n{markdown(columns, (row for row in rows if any(row[1:])))}"
 
     score, distance = "Prompted concept named, %", "Frechet distance to the teacher"
     for floor in results["rows"]:

@@ -9,16 +9,13 @@ benchmarks/RESULTS.md.
 """
 
 import os
-import sys
 import time
 import warnings
-from pathlib import Path
+
+from setting import markdown
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from against_core import prepare  # noqa: E402
+from against_core import prepare
 
 # name -> shape of the latent, model type, runs of each sampler and number of steps
 LATENTS = {
@@ -112,10 +109,7 @@ def main() -> None:
     torch.set_num_threads(1)
     import comfy.latent_formats  # noqa: F401
 
-    print(
-        "| latent | a further step: ours, core, ratio | a run of 4 steps: ours, core, ratio | peak memory, in latents |"
-    )
-    print("| --- | --- | --- | --- |")
+    rows = []
     with torch.inference_mode():
         for name, (shape, model_type, count) in LATENTS.items():
             samplers = runs(shape, model_type)
@@ -128,7 +122,9 @@ def main() -> None:
                 f"{in_words(t['ours'])}, {in_words(t['core'])}, **{t['ours'] / t['core']:.2f}**" for t in (step, whole)
             ]
             memory = f"{peak['ours']:.2f}, {peak['core']:.2f}, **{peak['ours'] / peak['core']:.2f}**"
-            print(f"| {name} {'x'.join(map(str, shape))} | {' | '.join(cells)} | {memory} |")
+            rows.append([f"{name} {'x'.join(map(str, shape))}", *cells, memory])
+    columns = ["latent", "a further step: ours, core, ratio", "a run of 4 steps: ours, core, ratio"]
+    print(markdown([*columns, "peak memory, in latents"], rows))
 
 
 def in_words(seconds: float) -> str:

@@ -25,11 +25,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo" / "train"))
+from setting import ROOT, markdown
 
 import classifier
 import torch
-from common import CHECKPOINT, DEMO, FINETUNE, LORAS, ROOT, VAE, WORK, load_state, save_state
+from common import CHECKPOINT, FINETUNE, LORAS, VAE, WORK, load_state, save_state
 from data import COLOUR_NAMES, NAMES, draw, glyphs
 from frechet import frechet
 from judged import Judge
@@ -145,20 +145,18 @@ def missing() -> str:
 
 
 def table(jury: Jury, seeds: int) -> None:
-    print("| model | pictures by | model calls | names the prompt | style seen | Frechet to its own pictures |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    rows = []
     for model in MODELS:
         (own, own_steps), *_ = ways(model)
         reference = jury.row(model, own, own_steps, [REFERENCE_SEEDS + k for k in range(seeds)])["features"]
         for way, steps in ways(model):
             seen = jury.row(model, way, steps, [SEEDS + k for k in range(seeds)])
             distance = frechet(seen["features"], reference)
-            print(
-                f"| {model.name} | {way.name} | {way.calls(steps)} | {seen['right']:.1%} | "
-                f"{seen['styles'][model.style]:.1%} | {distance:.1f} |",
-                flush=True,
-            )
-    print()
+            shares = (f"{seen['right']:.1%}", f"{seen['styles'][model.style]:.1%}")
+            rows.append([model.name, way.name, way.calls(steps), *shares, f"{distance:.1f}"])
+            print(*rows[-1], sep=", ", file=sys.stderr, flush=True)
+    columns = ["model", "pictures by", "model calls", "names the prompt", "style seen", "Frechet to its own pictures"]
+    print(markdown(columns, rows), "\n")
     for style in STYLES:
         seen = jury.real(style)
         print(
@@ -183,19 +181,29 @@ def times(studio: Studio, pictures: int = 16, rounds: int = 3) -> None:
             start = time.process_time()
             studio.decoded(latents)
             decoder = min(decoder, time.process_time() - start)
-    print("\n| base, CPU time of a picture | model calls | sampling, ms | own / this | with decoder, ms | own / this |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    rows = []
     for way, steps in compared:
         own, this = least[OWN], least[way.name]
-        print(
-            f"| {way.name} | {way.calls(steps)} | {this / pictures * 1000:.1f} | {own / this:.1f} | "
-            f"{(this + decoder) / pictures * 1000:.1f} | {(own + decoder) / (this + decoder):.1f} |"
+        cells = (
+            this / pictures * 1e3,
+            own / this,
+            (this + decoder) / pictures * 1e3,
+            (own + decoder) / (this + decoder),
         )
+        rows.append([way.name, way.calls(steps), *(f"{cell:.1f}" for cell in cells)])
+    columns = [
+        "base, CPU time of a picture",
+        "model calls",
+        "sampling, ms",
+        "own / this",
+        "with decoder, ms",
+        "own / this",
+    ]
+    print(f"\n{markdown(columns, rows)}")
 
 
 def picture(jury: Jury, seeds: int, path: Path) -> None:
     """A row a model, a column a way, the same noise in all of them."""
-    sys.path.insert(0, str(DEMO))
     import sheet
     from torchvision.transforms.functional import to_pil_image
 

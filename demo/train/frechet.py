@@ -43,12 +43,3 @@ def jackknife_error(left_out: Sequence[float]) -> float:
         return math.nan
     mean = sum(left_out) / n
     return math.sqrt((n - 1) / n * sum((value - mean) ** 2 for value in left_out))
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean of values; nan for less than two."""
-    n = len(values)
-    if n < 2:
-        return math.nan
-    mean = sum(values) / n
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
