@@ -36,7 +36,8 @@ def spelling(module: str) -> str:
     """How a module of a file is written in kohya format, in a form that ComfyUI's key maps know.
 
     UNet and CLIP modules get kohya's prefix and underscores, their block naming (diffusers or ldm) stays;
-    any other module stays as it is.
+    any other module stays as it is, and so does a parameter that is named whole (`diffusion_model.x.bias`): kohya's
+    format names modules only.
     """
     name = module
     if match := _WRAPPED.fullmatch(module):
@@ -45,11 +46,14 @@ def spelling(module: str) -> str:
         return f"lora_te{(match[1] or '')[1:]}_{_underscored(match[2])}"
     if name.startswith("text_model."):
         return f"lora_te_{_underscored(name)}"
+    if name.startswith("diffusion_model.") and name.endswith(".bias"):
+        return module
     # Wan Fun's trainer writes two underscores; ComfyUI replaces them only if one particular key is there.
     body = _underscored(re.sub(r"^(?:unet\.|diffusion_model\.|lora_unet__?|lycoris_)", "", name))
-    if unet.is_diffusers(body) or unet.is_ldm(body) or name.startswith("lora_unet_"):
-        return f"lora_unet_{body}"
-    return module
+    of_unet = _without_processor(body)
+    if unet.is_diffusers(of_unet) or unet.is_ldm(of_unet):
+        return f"lora_unet_{of_unet}"
+    return f"lora_unet_{body}" if name.startswith("lora_unet_") else module
 
 
 def canonical(name: str, layout: Layout) -> str:
@@ -113,6 +117,9 @@ def dotted(name: str, layout: Layout) -> str | None:
 
 
 def _underscored(name: str) -> str:
-    name = name.replace(".", "_").replace("_processor_to_", "_to_")
-    # diffusers' processor spelling has to_out, all others to_out.0
-    return re.sub(r"(attn[12])_to_out$", r"\1_to_out_0", name)
+    return name.replace(".", "_")
+
+
+def _without_processor(body: str) -> str:
+    """The name of a Stable Diffusion UNet's module, if it is one: diffusers' processors have to_out, all others to_out.0."""
+    return re.sub(r"(attn[12])_to_out$", r"\1_to_out_0", body.replace("_processor_to_", "_to_"))

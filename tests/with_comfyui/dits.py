@@ -1,0 +1,157 @@
+"""Transformers of ComfyUI's own classes, a block or two each, and the names that ComfyUI knows for their weights."""
+
+from functools import cache
+from importlib import import_module
+from types import SimpleNamespace
+
+import comfy.lora
+import comfy.model_base
+import comfy.ops
+import torch
+
+_FLUX = {
+    "in_channels": 4, "out_channels": 4, "vec_in_dim": 8, "context_in_dim": 8, "hidden_size": 16, "mlp_ratio": 4.0,
+    "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [2, 2, 4], "theta": 10000, "patch_size": 1,
+    "qkv_bias": True, "guidance_embed": True, "txt_ids_dims": [],
+}  # fmt: skip
+_HUNYUAN = _FLUX | {
+    "theta": 256, "patch_size": [1, 2, 2], "byt5": False, "meanflow": False, "use_cond_type_embedding": False,
+    "vision_in_dim": None, "meanflow_sum": False,
+}  # fmt: skip
+_LUMINA = {
+    "patch_size": 2, "in_channels": 4, "dim": 24, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+    "multiple_of": 16, "ffn_dim_multiplier": 1.0, "qk_norm": True, "cap_feat_dim": 8, "axes_dims": [4, 4, 4],
+    "axes_lens": [8, 8, 8],
+}  # fmt: skip
+_SD3 = {
+    "depth": 2, "input_size": None, "patch_size": 2, "in_channels": 4, "pos_embed_max_size": 4, "num_patches": 16,
+    "adm_in_channels": 8, "context_size": 8,
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 8, "out_features": 128}},
+}  # fmt: skip
+_HIDREAM = {
+    "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 1,
+    "attention_head_dim": 8, "num_attention_heads": 2, "caption_channels": [8, 8], "text_emb_dim": 8,
+    "num_routed_experts": 2, "num_activated_experts": 1, "axes_dims_rope": (2, 2, 4), "max_resolution": (8, 8),
+    "llama_layers": [0, 1],
+}  # fmt: skip
+_QWEN = {
+    "in_channels": 8, "out_channels": 2, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
+    "joint_attention_dim": 8, "pooled_projection_dim": 8, "axes_dims_rope": (2, 2, 4),
+}  # fmt: skip
+_LTX = {
+    "in_channels": 8, "cross_attention_dim": 16, "attention_head_dim": 8, "num_attention_heads": 2,
+    "caption_channels": 8, "num_layers": 2,
+}  # fmt: skip
+_WAN = {
+    "dim": 24, "ffn_dim": 32, "freq_dim": 8, "text_dim": 8, "num_heads": 2, "num_layers": 2, "in_dim": 4, "out_dim": 4,
+}  # fmt: skip
+_AURA = {
+    "in_channels": 4, "dim": 16, "n_layers": 3, "n_double_layers": 2, "n_heads": 2, "global_conddim": 16,
+    "cond_seq_dim": 8, "max_seq": 16,
+}  # fmt: skip
+_PIXART = {
+    "in_channels": 4,
+    "hidden_size": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "caption_channels": 8,
+    "micro_condition": True,
+}
+_ACE = {
+    "in_channels": 4, "num_layers": 2, "inner_dim": 16, "attention_head_dim": 8, "num_attention_heads": 2,
+    "mlp_ratio": 2.0, "out_channels": 4, "speaker_embedding_dim": 8, "text_embedding_dim": 8, "ssl_encoder_depths": [1],
+    "ssl_names": ["mert"], "ssl_latent_dims": [8], "lyric_encoder_vocab_size": 8, "lyric_hidden_size": 16,
+}  # fmt: skip
+_OMNIGEN = {
+    "patch_size": 2, "in_channels": 4, "hidden_size": 16, "num_layers": 1, "num_refiner_layers": 1,
+    "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16, "axes_dim_rope": (2, 2, 4), "axes_lens": (8, 8, 8),
+    "text_feat_dim": 8,
+}  # fmt: skip
+_HYDIT = {
+    "input_size": 8, "in_channels": 4, "hidden_size": 16, "depth": 2, "num_heads": 2, "text_states_dim": 8,
+    "text_states_dim_t5": 8,
+}  # fmt: skip
+_KREA = {"features": 32, "tdim": 16, "txtdim": 16, "heads": 2, "kvheads": 1, "layers": 2, "channels": 4, "txtlayers": 2,
+         "txtheads": 2, "txtkvheads": 2}  # fmt: skip
+_KANDINSKY = {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 8, "in_text_dim2": 8, "time_dim": 8,
+              "model_dim": 16, "ff_dim": 16, "visual_embed_dim": 9, "num_text_blocks": 1, "num_visual_blocks": 1,
+              "axes_dims": (2, 2, 4)}  # fmt: skip
+_ERNIE = {"hidden_size": 16, "num_attention_heads": 2, "num_layers": 1, "ffn_hidden_size": 16, "in_channels": 4,
+          "out_channels": 4, "text_in_dim": 8, "rope_axes_dim": (2, 2, 4)}  # fmt: skip
+_ACE15 = {"in_channels": 12, "hidden_size": 16, "text_hidden_dim": 8, "timbre_hidden_dim": 4,
+          "audio_acoustic_hidden_dim": 4, "num_dit_layers": 1, "num_lyric_layers": 1, "num_timbre_layers": 1,
+          "num_tokenizer_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "intermediate_size": 16,
+          "fsq_dim": 16, "encoder_hidden_size": 16, "encoder_intermediate_size": 16, "encoder_num_heads": 2}  # fmt: skip
+
+# Name -> class in comfy.model_base, module and class in comfy.ldm, configuration, and the class of the latter if it is one.
+MODELS = {
+    "Flux": ("Flux", "flux.model", "Flux", _FLUX, "FluxParams"),
+    "Qwen-Image": ("QwenImage", "qwen_image.model", "QwenImageTransformer2DModel", _QWEN, None),
+    "Z-Image": ("Lumina2", "lumina.model", "NextDiT", _LUMINA | {"z_image_modulation": True}, None),
+    "Lumina 2": ("Lumina2", "lumina.model", "NextDiT", _LUMINA, None),
+    "HunyuanVideo": ("HunyuanVideo", "hunyuan_video.model", "HunyuanVideo", _HUNYUAN, "HunyuanVideoParams"),
+    "SD3": ("SD3", "modules.diffusionmodules.mmdit", "MMDiT", _SD3, None),
+    "SD3.5 medium": ("SD3", "modules.diffusionmodules.mmdit", "MMDiT", _SD3 | {"x_block_self_attn_layers": [0], "qk_norm": "rms"}, None),
+    "HiDream": ("HiDream", "hidream.model", "HiDreamImageTransformer2DModel", _HIDREAM, None),
+    "LTX-Video": ("LTXV", "lightricks.model", "LTXVModel", _LTX, None),
+    "Wan": ("WAN21", "wan.model", "WanModel", _WAN, None),
+    "Wan I2V": ("WAN21", "wan.model", "WanModel", _WAN | {"model_type": "i2v"}, None),
+    "AuraFlow": ("AuraFlow", "aura.mmdit", "MMDiT", _AURA, None),
+    "PixArt": ("PixArt", "pixart.pixartms", "PixArtMS", _PIXART, None),
+    "HunyuanDiT": ("HunyuanDiT", "hydit.models", "HunYuanDiT", _HYDIT, None),
+    "ACE-Step": ("ACEStep", "ace.model", "ACEStepTransformer2DModel", _ACE, None),
+    "OmniGen 2": ("Omnigen2", "omnigen.omnigen2", "OmniGen2Transformer2DModel", _OMNIGEN, None),
+    "Krea 2": ("Krea2", "krea2.model", "SingleStreamDiT", _KREA, None),
+    "Kandinsky 5": ("Kandinsky5", "kandinsky5.model", "Kandinsky5", _KANDINSKY, None),
+    "Ernie-Image": ("ErnieImage", "ernie.model", "ErnieImageModel", _ERNIE, None),
+    "ACE-Step 1.5": ("ACEStep15", "ace.ace_step15", "AceStepConditionGenerationModel", _ACE15, None),
+}  # fmt: skip
+KNOWN = [name for name, (base, *_) in MODELS.items() if hasattr(comfy.model_base, base)]
+
+
+@cache
+def model(name):
+    """The model on the meta device: what of it counts is the names and shapes of its weights."""
+    base, module, cls, config, params = MODELS[name]
+    module = import_module(f"comfy.ldm.{module}")
+    dtype = {"dtype": torch.float32, "device": "cpu", "operations": comfy.ops.disable_weight_init}
+    if params is not None:
+        fields = getattr(module, params).__dataclass_fields__
+        own = {key: value for key, value in config.items() if key in fields}
+        dit = getattr(module, cls)(**own, **dtype)
+    else:
+        dit = getattr(module, cls)(**config, **dtype)
+    base = getattr(comfy.model_base, base)
+    found = base.__new__(base)
+    torch.nn.Module.__init__(found)
+    found.diffusion_model = dit.to("meta")
+    found.model_config = SimpleNamespace(unet_config=config)
+    return found
+
+
+@cache
+def homes(name):
+    """ComfyUI's name for a weight -> the weight, or (weight, part of it)."""
+    return comfy.lora.model_lora_keys_unet(model(name), {})
+
+
+@cache
+def shapes(name):
+    """Weight -> its shape."""
+    return {key: tuple(weight.shape) for key, weight in model(name).state_dict().items()}
+
+
+def target_of(home):
+    """(weight, part of it or None)."""
+    return (home, None) if isinstance(home, str) else (home[0], home[1])
+
+
+def shape_at(name, spelled):
+    """Shape of what a name stands for; None where this very model has no such weight."""
+    weight, part = target_of(homes(name)[spelled])
+    shape = shapes(name).get(weight)
+    if shape is None or part is None:
+        return shape
+    shape = list(shape)
+    shape[part[0]] = part[2]
+    return tuple(shape)
