@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -69,8 +69,8 @@ class Pairs:
                 f"{tuned} and {base}: {len(differing)} weights differ in shape (first: {key}, {found[0][key]} and "
                 f"{found[1][key]}). The two models are not of one family."
             )
-        bare = not any(key.startswith((_MODEL, "model.", "unet.", "diffusion_model.")) for key in common)
-        self._keys = [(key, bare) for key in found[0] if key in common]
+        self._prefix = prefix_of(common)
+        self._keys = [key for key in found[0] if key in common]
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -78,19 +78,37 @@ class Pairs:
     def __iter__(self) -> Iterator[Weights]:
         with ExitStack() as stack:
             tuned, base = (stack.enter_context(safe_open(path, framework="pt")) for path in self.files)
-            for key, bare in self._keys:
+            for key in self._keys:
                 a: Tensor = tuned.get_tensor(key)
                 b: Tensor = base.get_tensor(key)
-                for name, rows in places(key, bare):
+                for name, rows in places(key, self._prefix):
                     start, end = (round(len(a) * share) for share in rows) if a.ndim else (0, 0)
                     whole = a.ndim == 0 or (start, end) == (0, len(a))
                     yield (name, a, b) if whole else (name, a[start:end], b[start:end])
 
 
-def places(key: str, bare: bool) -> list[tuple[str, tuple[float, float]]]:
+def prefix_of(keys: Collection[str]) -> str:
+    """What LoRA files put before the names of a file that holds a diffusion model alone; "" for any other file.
+
+    ComfyUI knows `diffusion_model.` for every name of its own layout. Of diffusers' layouts it knows those whose names
+    are others, by `transformer.`; blocks of the same name, with other layers around them, tell them apart.
+    """
+    if any(key.startswith((_MODEL, "model.", "unet.", "diffusion_model.")) for key in keys):
+        return ""
+    return "transformer." if _is_diffusers_transformer(keys) else "diffusion_model."
+
+
+def _is_diffusers_transformer(keys: Collection[str]) -> bool:
+    if any(key.startswith(("single_transformer_blocks.", "joint_transformer_blocks.")) for key in keys):
+        return True
+    blocks = any(key.startswith("transformer_blocks.") for key in keys)
+    return blocks and any(key.startswith(("context_embedder.", "pos_embed.proj.")) for key in keys)
+
+
+def places(key: str, prefix: str) -> list[tuple[str, tuple[float, float]]]:
     """(name for `extract`, first and last share of its rows) of a checkpoint's key; several for a fused weight.
 
-    bare: the file's keys have no prefix, as those of a diffusion model alone.
+    prefix: of names that have none in the file, see `prefix_of`.
     """
     whole = (0.0, 1.0)
     if match := _CLIP.fullmatch(key):
@@ -111,9 +129,8 @@ def places(key: str, bare: bool) -> list[tuple[str, tuple[float, float]]]:
     name = f"diffusion_model.{key.removeprefix(_MODEL)}" if key.startswith(_MODEL) else key
     module, _, part = name.rpartition(".")
     spelled = names.spelling(module)
-    if bare and spelled == module:
-        # ComfyUI's own layout, or that of diffusers' transformers.
-        spelled = f"transformer.{module}" if "transformer_blocks." in module else f"diffusion_model.{module}"
+    if prefix and spelled == module:
+        spelled = prefix + module
     return [(f"{spelled}.{part}", whole)]
 
 

@@ -124,25 +124,25 @@ def test_bad_input_is_refused(weights, options, said):
 
 
 @pytest.mark.parametrize(
-    ("key", "bare", "name"),
+    ("key", "prefix", "name"),
     [
-        ("model.diffusion_model.input_blocks.1.0.in_layers.2.weight", False, f"{CONVOLUTION}.weight"),
-        ("input_blocks.1.0.in_layers.2.bias", True, f"{CONVOLUTION}.bias"),
-        ("down_blocks.0.resnets.0.conv1.weight", True, "lora_unet_down_blocks_0_resnets_0_conv1.weight"),
-        ("double_blocks.0.img_attn.qkv.weight", True, "diffusion_model.double_blocks.0.img_attn.qkv.weight"),
-        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", False, "diffusion_model.double_blocks.0.img_attn.qkv.weight"),
-        ("transformer_blocks.0.attn.to_q.weight", True, "transformer.transformer_blocks.0.attn.to_q.weight"),
-        ("cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight", False, "lora_te_text_model_encoder_layers_0_mlp_fc1.weight"),
-        ("conditioner.embedders.0.transformer.text_model.encoder.layers.2.self_attn.q_proj.bias", False, "lora_te1_text_model_encoder_layers_2_self_attn_q_proj.bias"),
-        ("conditioner.embedders.1.model.transformer.resblocks.3.mlp.c_proj.weight", False, "lora_te2_text_model_encoder_layers_3_mlp_fc2.weight"),
+        ("model.diffusion_model.input_blocks.1.0.in_layers.2.weight", "", f"{CONVOLUTION}.weight"),
+        ("input_blocks.1.0.in_layers.2.bias", "diffusion_model.", f"{CONVOLUTION}.bias"),
+        ("down_blocks.0.resnets.0.conv1.weight", "diffusion_model.", "lora_unet_down_blocks_0_resnets_0_conv1.weight"),
+        ("double_blocks.0.img_attn.qkv.weight", "diffusion_model.", "diffusion_model.double_blocks.0.img_attn.qkv.weight"),
+        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "", "diffusion_model.double_blocks.0.img_attn.qkv.weight"),
+        ("transformer_blocks.0.attn.to_q.weight", "transformer.", "transformer.transformer_blocks.0.attn.to_q.weight"),
+        ("cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight", "", "lora_te_text_model_encoder_layers_0_mlp_fc1.weight"),
+        ("conditioner.embedders.0.transformer.text_model.encoder.layers.2.self_attn.q_proj.bias", "", "lora_te1_text_model_encoder_layers_2_self_attn_q_proj.bias"),
+        ("conditioner.embedders.1.model.transformer.resblocks.3.mlp.c_proj.weight", "", "lora_te2_text_model_encoder_layers_3_mlp_fc2.weight"),
     ],
 )  # fmt: skip
-def test_checkpoint_keys_get_the_names_of_lora_files(key, bare, name):
-    assert places(key, bare) == [(name, (0.0, 1.0))]
+def test_checkpoint_keys_get_the_names_of_lora_files(key, prefix, name):
+    assert places(key, prefix) == [(name, (0.0, 1.0))]
 
 
 def test_the_fused_attention_of_open_clip_is_taken_apart():
-    found = places("conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj_weight", False)
+    found = places("conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj_weight", "")
     assert [name for name, _ in found] == [
         f"lora_te2_text_model_encoder_layers_3_self_attn_{x}_proj.weight" for x in "qkv"
     ]

@@ -13,10 +13,11 @@ import torch
 
 from lcm_kit.host.lora.weights import to_lora
 from lcm_kit.lora_merge import Lora
+from lcm_kit.lora_merge.extracting import checkpoints
 from lcm_kit.nodes.extracting import ExtractLoRA
 from lcm_kit.nodes.loading import ApplyLoRA
 from lcm_kit.nodes.sampling import LCMKSampler
-from lcm_kit.tests.with_comfyui import tiny
+from lcm_kit.tests.with_comfyui import dits, tiny
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
@@ -187,3 +188,43 @@ def test_the_acceleration_of_the_embedded_model_makes_the_same_picture(tiny_emoj
     apart = float((by_file - picture(model)).norm() / by_file.norm())
     assert float((by_extraction - by_file).norm() / by_file.norm()) < 1e-3
     assert apart > 0.05  # the acceleration does something
+
+
+# ---- the command's names, for every model
+
+
+@pytest.mark.parametrize("name", dits.KNOWN)
+def test_the_command_names_the_weights_of_every_model_as_comfyui_knows_them(name):
+    """A file of the diffusion model alone, in ComfyUI's own layout."""
+    homes = dits.homes(name)
+    keys = {key.removeprefix("diffusion_model."): key for key in dits.shapes(name)}
+    prefix = checkpoints.prefix_of(keys)
+    for key, weight in keys.items():
+        ((spelled, rows),) = checkpoints.places(key, prefix)
+        module, _, part = spelled.rpartition(".")
+        assert rows == (0.0, 1.0)
+        if part == "weight":
+            assert homes[module] == weight
+        elif part == "bias" and f"{key.removesuffix('bias')}weight" in keys:
+            assert homes[module] == f"{weight.removesuffix('bias')}weight"
+
+
+DIFFUSERS = {
+    "Flux": comfy.utils.flux_to_diffusers,
+    "SD3": comfy.utils.mmdit_to_diffusers,
+    "AuraFlow": comfy.utils.auraflow_to_diffusers,
+    "PixArt": comfy.utils.pixart_to_diffusers,
+    "Z-Image": comfy.utils.z_image_to_diffusers,
+}
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_the_command_names_diffusers_weights_as_comfyui_knows_them(name):
+    homes = dits.homes(name)
+    table = DIFFUSERS[name](dits.model(name).model_config.unet_config, output_prefix="diffusion_model.")
+    prefix = checkpoints.prefix_of(table)
+    weights = [key for key in table if key.endswith(".weight")]
+    assert len(weights) > 20
+    for key in weights:
+        ((spelled, _),) = checkpoints.places(key, prefix)
+        assert dits.target_of(homes[spelled.removesuffix(".weight")])[0] == dits.target_of(table[key])[0]
