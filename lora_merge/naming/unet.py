@@ -152,6 +152,11 @@ def to_diffusers(name: str, layout: Layout) -> str | None:
     return None
 
 
+def twin_outside_blocks(name: str) -> str | None:
+    """The other name of a module that has one without any layout; other models have modules of these names, too."""
+    return _BASIC.get(name) or _BASIC_ALIASES.get(name) or _BASIC_BACK.get(name)
+
+
 @lru_cache(maxsize=8192)
 def _sizes(name: str) -> frozenset[int]:
     """Every R, up to MAX_RES_BLOCKS, with which a UNet can have a module of this name."""

@@ -165,8 +165,9 @@ def meeting_shape(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int,
 
     A 1x1 convolution and a linear layer are the same matrix, and some tools write a 3x3 convolution's down
     flattened to (rank, in * 9, 1, 1); row-major order is the same in all of them. The shape with the larger
-    kernel wins, then the one with more dimensions, since it says more about the weight.
+    kernel wins, then the one with more dimensions, since it says more about the weight. A number without dimensions
+    meets its like only.
     """
-    if first[0] != second[0] or prod(first[1:]) != prod(second[1:]):
+    if first[:1] != second[:1] or prod(first[1:]) != prod(second[1:]):
         return None
     return max(first, second, key=lambda shape: (prod(shape[2:]), len(shape)))
