@@ -8,7 +8,8 @@ import comfy.lora
 import comfy.lora_convert
 import torch
 
-from ...lora_merge.files.keys import BIAS_PARTS, DIFF_PARTS, parse, refused_format
+from ...lora_merge.files.keys import BIAS_PARTS, DIFF_PARTS, parse
+from ...lora_merge.files.reading import unread_keys
 from ...lora_merge.updates.build import build
 from .cores import without_cores
 
@@ -21,8 +22,9 @@ class Fit:
     placed: modules with a place and the right shape.
     homeless: modules that ComfyUI's key maps do not know in this model.
     clashing: modules with a place but another shape, as "module: (out, in) on a weight of (out, in)".
-    twice: modules whose weight another module of the same file already takes.
+    twice: pairs of modules of the file that are one weight, as "module and module"; only one of the two has an effect.
     waiting: text-encoder modules while no CLIP is connected.
+    unread: keys that ComfyUI's loader has no use for, whatever the model.
     """
 
     patches: dict
@@ -31,6 +33,7 @@ class Fit:
     clashing: tuple[str, ...]
     twice: tuple[str, ...]
     waiting: tuple[str, ...]
+    unread: tuple[str, ...] = ()
 
     @property
     def asked(self) -> int:
@@ -43,8 +46,8 @@ class Fit:
 
     @property
     def foreign(self) -> bool:
-        """Made for another model: a wrong shape anywhere, or fewer than half of the modules placed."""
-        return bool(self.clashing or self.twice) or 2 * len(self.placed) < max(self.asked, 1)
+        """Made for another model: a wrong shape anywhere, or fewer than half of the modules with a place."""
+        return bool(self.clashing) or 2 * (len(self.placed) + len(self.twice)) < max(self.asked, 1)
 
 
 def fit(weights: Mapping[str, torch.Tensor], model, clip=None) -> Fit:
@@ -55,6 +58,9 @@ def fit(weights: Mapping[str, torch.Tensor], model, clip=None) -> Fit:
         homes = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, homes)
     lora = comfy.lora_convert.convert_lora(dict(weights))
     lora = without_cores(lora, modules(lora))
+    unread = unread_keys(lora)
+    # A LoRA of rank 0 beside an alpha would stop load_lora.
+    lora = {key: tensor for key, tensor in lora.items() if key not in unread}
     named = modules(lora)
     # The key maps also name weights that this very model lacks; add_patches drops patches for them in silence. And
     # load_lora tries a dozen spellings of each name it is given, so it is given those of this file only.
@@ -62,30 +68,30 @@ def fit(weights: Mapping[str, torch.Tensor], model, clip=None) -> Fit:
     patches = comfy.lora.load_lora(lora, homes, log_missing=False)
 
     placed, homeless, clashing, twice, waiting = [], [], [], [], []
-    taken: set = set()
+    taken: dict = {}
     for module, parts in sorted(named.items()):
         targets = _targets(homes.get(module), set(parts))
         if not targets or any(target not in patches or weight_of(target) not in shapes for target in targets):
             waits = clip is None and module.startswith(TEXT_PREFIXES)
             (waiting if waits else homeless).append(module)
-        elif not taken.isdisjoint(targets):
-            twice.append(module)
+        elif other := next((taken[target] for target in targets if target in taken), None):
+            twice.append(f"{other} and {module}")
         elif clash := _clash(targets, {part: lora[key] for part, key in parts.items()}, shapes):
             # ComfyUI would log an error for every picture and keep the weight as it is.
             clashing.append(f"{module}: {clash}")
         else:
             placed.append(module)
-            taken.update(targets)
+            taken |= dict.fromkeys(targets, module)
     patches = {target: _in_shape(patch, target, shapes) for target, patch in patches.items() if target in taken}
-    return Fit(patches, *map(tuple, (placed, homeless, clashing, twice, waiting)))
+    return Fit(patches, *map(tuple, (placed, homeless, clashing, twice, waiting, sorted(unread))))
 
 
 def modules(lora: Mapping[str, torch.Tensor]) -> dict[str, dict[str, str]]:
-    """Module, as the file spells it -> part of it -> key; a key of no known form is a module of its own."""
+    """Module, as the file spells it -> part of it -> key; without keys of no known form."""
     found: dict[str, dict[str, str]] = {}
     for key in lora:
-        module, part = parse(key) or (refused_format(key)[1], "other")
-        found.setdefault(module, {})[part] = key
+        if (known := parse(key)) is not None:
+            found.setdefault(known[0], {})[known[1]] = key
     return found
 
 
@@ -111,11 +117,17 @@ def _clash(targets: list, parts: dict[str, torch.Tensor], shapes) -> str | None:
             delta = _delta_shape({part: tensor for part, tensor in parts.items() if (part in BIAS_PARTS) == is_bias})
         except ValueError as error:
             return f"{error} on a weight of {shape}"
-        # Some kinds tell only how many rows the weight has.
-        rows_only = delta is not None and len(delta) == 1 and "oft_blocks" in parts
-        if shape and delta and (delta[0] != shape[0] or not (rows_only or prod(delta) == prod(shape))):
+        if shape is not None and delta is not None and not _suits(delta, shape, parts):
             return f"{delta} on a weight of {shape}"
     return None
+
+
+def _suits(delta: tuple[int, ...], shape: tuple[int, ...], parts: Mapping[str, object]) -> bool:
+    if "set_weight" in parts:  # is copied into the weight, a single number into all of it
+        return prod(delta) in (1, prod(shape))
+    # Some kinds tell only how many rows the weight has.
+    rows_only = len(delta) == 1 and "oft_blocks" in parts
+    return delta[:1] == shape[:1] and (rows_only or prod(delta) == prod(shape))
 
 
 def _shape_of(target, shapes) -> tuple[int, ...] | None:

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 
 from ...lora_merge.files.about import remarks
+from ...lora_merge.files.remarks import peft_remarks
 from ...lora_merge.recognise.identity import Identity
 from ...samplers.presets import Preset
 from .bases import ModelBase, base_of, uncovered
@@ -54,12 +55,12 @@ class Case:
         return self.identity is not None and self.identity.structure.accelerates
 
     def wrong(self, demand_all: bool) -> bool:
-        """Whether the LoRA was made for another model.
+        """Whether the LoRA was made for another model, or names a weight twice.
 
         A style LoRA that is for a sister of the model and fits in most of its modules works after a fashion. A model of
         the right base may be pruned.
         """
-        if self.found.foreign or (self.other_base and (self.accelerates or demand_all)):
+        if self.found.foreign or self.found.twice or (self.other_base and (self.accelerates or demand_all)):
             return True
         if self.same_base or not demand_all:
             return False
@@ -80,7 +81,7 @@ class Applied:
 
 
 def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=False, allow_misfit=False) -> Applied:
-    """Raises ValueError, before anything is patched, for a LoRA that was made for another model.
+    """Raises ValueError, before anything is patched, for a LoRA that was made for another model, or names a weight twice.
 
     demand_all: for LoRAs that have to fit as a whole: nearly every module needs a place, and one that accelerates has
     to cover the model.   allow_misfit: makes a warning of that and applies what fits.
@@ -95,6 +96,7 @@ def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=Fal
     if wrong and not allow_misfit:
         raise ValueError(refusal(case))
     lines = applied_lines(case, strength_model, strength_clip, clip, wrong=wrong) + remarks(weights.metadata)
+    lines += [f"Note: {remark}." for remark in peft_remarks(weights.metadata)]
     # Text-encoder modules wait by choice, everything else that is left out is news.
     (logger.info if found.complete and not wrong else logger.warning)("%s", " ".join(lines))
     for_model = {target: patch for target, patch in found.patches.items() if weight_of(target) in case.model.weights}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from ...lora_merge import describe
 from ...lora_merge.files.about import describe_metadata
+from ...lora_merge.files.keys import unread_text
 from ...lora_merge.recognise import catalogue
 from ...lora_merge.recognise.identity import Identity
 from ...samplers.presets import PRESETS, Preset
@@ -49,11 +50,13 @@ def applied_lines(case: Case, strength_model: float, strength_clip: float, clip,
     for what, modules in (
         ("have no place in this model", found.homeless),
         ("have another shape than this model's weights", found.clashing),
-        ("name a weight that another module of the file already changes", found.twice),
+        ("pairs name one weight twice, and one of the two is left out", found.twice),
     ):
         if modules:
             more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
             lines.append(f"{len(modules)} {what}: {', '.join(modules[:SHOWN])}{more}.")
+    if found.unread:
+        lines.append(f"Without effect in ComfyUI: {unread_text(found.unread)}.")
     return lines
 
 
@@ -64,6 +67,8 @@ def refusal(case: Case) -> str:
         return f"{name} changes the text encoder only ({len(found.waiting)} modules). Connect a CLIP."
     if not found.asked:
         return f"{name} is empty. Use another LoRA."
+    if found.twice and not found.foreign and not case.other_base:
+        return _names_twice(name, found.twice)
     identity = case.identity
     counts = ", ".join(filter(None, [f"of its {found.asked} modules {len(found.placed)} fit", _why(case)]))
     end = "Setting wrong_base to warn applies what fits all the same."
@@ -90,6 +95,15 @@ def refusal(case: Case) -> str:
     )
 
 
+def _names_twice(name: str, pairs: Sequence[str]) -> str:
+    more = f", and {len(pairs) - 1} pairs more" if len(pairs) > 1 else ""
+    return (
+        f"{name} names a weight twice: {pairs[0]}{more}; ComfyUI would use only one of the two updates. If it was merged "
+        "from LoRAs of two spellings, apply those one after the other, or merge them again from files of one spelling. "
+        "Setting wrong_base to warn applies one of each pair."
+    )
+
+
 def _why(case: Case) -> str:
     """What does not fit, in numbers; with the first of each where nothing else says what went wrong."""
     found, known = case.found, case.other_base
@@ -97,7 +111,7 @@ def _why(case: Case) -> str:
     for modules, words in (
         (found.homeless, "have no place in it"),
         (found.clashing, "have another shape"),
-        (found.twice, "name a weight twice"),
+        (found.twice, "pairs of them name a weight twice"),
     ):
         if modules:
             reasons.append(f"{len(modules)} {words}" + ("" if known else f" (the first: {modules[0]})"))

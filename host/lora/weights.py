@@ -32,6 +32,6 @@ def from_lora(lora: Lora) -> LoraWeights:
 
 
 def to_lora(weights: Mapping[str, torch.Tensor], fallback: str = "The LoRA") -> Lora:
-    """Raises ValueError, naming the keys, for what no LoRA loader of ComfyUI reads."""
+    """Raises ValueError, naming the keys, for what is no LoRA, or an incomplete one."""
     weights = named(weights, fallback)
     return Lora.from_state_dict(weights, metadata=weights.metadata, source=weights.name)

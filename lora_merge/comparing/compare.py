@@ -22,7 +22,7 @@ from ..algebra.lowrank import directions_in
 from ..algebra.orthonormal import triangle
 from ..algebra.threads import in_order
 from ..files.lora import Lora
-from ..merging.align import unify
+from ..merging.align import fused_notes, fused_with_slices, notes_on, unify
 from ..naming import names
 from ..naming.blocks import place
 from ..naming.unet import infer_layout
@@ -75,6 +75,7 @@ def compare(
         products += dots
         if progress is not None:
             progress(len(modules), len(wanted))
+    fused = fused_with_slices(loras)
     blocks = dict.fromkeys(sorted({module.block for module in modules}, key=_in_order))
     return Comparison(
         inputs=tuple(_facts(index, loras, modules, strength) for index, strength in enumerate(strengths)),
@@ -85,6 +86,8 @@ def compare(
         kept=tuple(map(tuple, curve.kept.tolist())),
         numbers=tuple(map(int, curve.numbers.tolist())),
         leading_energy=energy,
+        fused=len(fused),
+        notes=(*notes_on(loras), *fused_notes(fused, loras)),
     )
 
 
@@ -132,7 +135,7 @@ def _factors(lora: Lora, module: str) -> tuple[Tensor, Tensor, Tensor] | None:
     for part in ("diff", "w_norm"):
         if (module, part) in lora.diffs:
             diff = lora.diffs[module, part].detach().to(torch.float32)
-            up, down = whole_factors(diff.reshape(diff.shape[0], -1))
+            up, down = whole_factors(diff.reshape(diff.shape[0] if diff.ndim else 1, -1))
             ups.append(up)
             downs.append(down)
             scales.append(torch.ones(up.shape[1]))

@@ -182,6 +182,8 @@ class Comparison:
 
     kept: [0][r] energy of the weighted sum inside the first r singular directions of each module, [1 + i][r] that of
     input i; the last entries are the whole.   numbers: values in the file of a merge that is cut to rank r.
+    fused: number of weights that two inputs change under two names, one of them a slice's, which are not compared.
+    notes: what the user should know about the inputs, in sentences.
     """
 
     inputs: tuple[Input, ...]
@@ -192,6 +194,8 @@ class Comparison:
     kept: tuple[tuple[float, ...], ...]
     numbers: tuple[int, ...]
     leading_energy: float
+    fused: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ _SHOWN_SETTINGS = 4
 def as_text(comparison: Comparison, rank: int = 0) -> str:
     """One screen: the inputs, the sum, every two of them, the blocks, a cut (to `rank` among others), and the answer."""
     sections = [_inputs(comparison), _sum(comparison), _pairs(comparison), _blocks(comparison), _cuts(comparison, rank)]
+    sections.append([f"Note: {note}." for note in comparison.notes])
     lines = [line for section in sections if section for line in (*section, "")]
     return "\n".join([*lines, "Will they fight?", *(f"  {line}" for line in answer(comparison))])
 
@@ -153,6 +154,7 @@ def as_json(comparison: Comparison, rank: int = 0) -> str:
         {
             "version": 1,
             "answer": answer(c),
+            "notes": list(c.notes),
             "leading_energy": c.leading_energy,
             "rank": rank or None,
             "inputs": [

@@ -63,6 +63,8 @@ def headline(comparison: Comparison) -> str:
     pairs = _acting(comparison)
     if len(comparison.inputs) < 2:
         return "One LoRA alone has nobody to fight with."
+    if not pairs and comparison.fused:
+        return "Not known: they change the same weights under two names, as a whole and in slices."
     if not pairs:
         return "Nothing to fight: no two of these LoRAs change the same modules."
     kinds = {relation(pair).kind for pair in pairs}

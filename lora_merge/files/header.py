@@ -163,8 +163,6 @@ def _entry(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, in
             f"has {name} in dtype {str(dtype)[:60]}, which holds no weights here; save it as F16 or F32 first."
         )
     numbers, (start, stop) = prod(shape), offsets
-    if numbers == 0:
-        raise _Refused(f"is damaged: {name} has shape {tuple(shape)}, so no values at all.")
     needed = numbers * DTYPES[dtype].itemsize
     if needed != stop - start:
         raise _Refused(

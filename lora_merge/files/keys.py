@@ -39,11 +39,14 @@ _NATIVE = re.compile(
 )
 _GLORA = re.compile(r"(.+)\.([ab][12])\.weight")
 
-_REFUSED = (
+_UNREAD = (
     ("IA3", re.compile(r"(.+)\.(?:on_input|ia3_l(?:\..+)?)")),
     ("LoRA with a bias of its own", re.compile(r"(.+)\.(?:lora_(?:[AB]|up|down)(?:\.[^.]+)?|lora\.(?:up|down))\.bias")),
     ("LoRA of an embedding", re.compile(r"(.+)\.lora_embedding_.+")),
-    ("LoHa, LoKr or OFT of a kind that ComfyUI does not read", re.compile(r"(.+)\.(?:hada|lokr|oft|boft)_.+")),
+    ("weights that PEFT saves whole", re.compile(r"(.+)\.modules_to_save\..+|(.+)\.trainable_tokens_.+")),
+    ("scale that is a tensor of its own", re.compile(r"(.+)\.scalar")),
+    ("difference that is no weight's or bias's", re.compile(r"(.+)\.diff_m")),
+    ("LoHa, LoKr or OFT of another kind", re.compile(r"(.+)\.(?:hada|lokr|oft|boft)_.+")),
 )
 UNKNOWN = "unknown"
 _SHOWN = 3
@@ -72,24 +75,19 @@ def suffix(part: str) -> str:
     return _SUFFIXES.get(part, f".{part}")
 
 
-def refused_format(key: str) -> tuple[str, str]:
-    """(name of the format, module) of a key that `parse` does not know; ("unknown", key) for a stray one."""
-    for name, pattern in _REFUSED:
-        if match := pattern.fullmatch(key):
-            return name, match[1]
-    return UNKNOWN, key
+def unread_format(key: str) -> str:
+    """Name of the format of a key that `parse` does not know; "unknown" for a stray one."""
+    return next((name for name, pattern in _UNREAD if pattern.fullmatch(key)), UNKNOWN)
 
 
-def refusal(source: str, keys: Iterable[str]) -> str:
-    """One message that names every format found among refused keys, with how many keys and the first of them."""
+def unread_text(keys: Iterable[str]) -> str:
+    """Every format found among keys without effect, with how many keys and the first of them."""
     formats: dict[str, list[str]] = {}
     for key in sorted(keys):
-        formats.setdefault(refused_format(key)[0], []).append(key)
+        name = "scale of nothing" if parse(key) is not None else unread_format(key)
+        formats.setdefault(name, []).append(key)
     parts = []
     for name, found in sorted(formats.items()):
         more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         parts.append(f"{name} ({len(found)} keys: {', '.join(found[:_SHOWN])}{more})")
-    return (
-        f"{source}: cannot be used, since it holds what no LoRA loader of ComfyUI reads: {'; '.join(parts)}. "
-        "They would be left out in silence; use another copy, or remove these keys if you can do without."
-    )
+    return "; ".join(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
@@ -17,8 +17,10 @@ from ..naming import names
 from ..naming.unet import infer_layout
 from ..updates.layer import Layer, LoraLayer
 from ..updates.weight_dependent import Carried
-from .keys import DIFF_PARTS, suffix
+from .keys import BIAS_PARTS, DIFF_PARTS, suffix
 from .reading import KeyAccount, read
+from .remarks import noted
+from .twice import Named, named
 
 Format = Literal["kohya", "diffusers"]
 FORMATS: tuple[Format, ...] = ("kohya", "diffusers")
@@ -37,6 +39,7 @@ class Lora:
     source: file name or other words for messages.
     carried: canonical module name -> update that depends on the weight (DoRA, OFT, ...) and is kept as it came.
     keys: where each key of the file ended; empty for a LoRA that was made here.
+    unread: keys of the file that have no effect in ComfyUI -> tensor, kept for other readers while nothing is computed.
     """
 
     modules: Mapping[str, Layer]
@@ -46,6 +49,7 @@ class Lora:
     source: str = "LoRA"
     carried: Mapping[str, Carried] = field(default_factory=dict)
     keys: KeyAccount = field(default_factory=KeyAccount)
+    unread: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         used = list(dict.fromkeys([*self.modules, *(module for module, _ in self.diffs), *self.carried]))
@@ -56,6 +60,7 @@ class Lora:
             ("spellings", spellings),
             ("metadata", dict(self.metadata)),
             ("carried", dict(self.carried)),
+            ("unread", dict(self.unread)),
         ):
             object.__setattr__(self, name, MappingProxyType(value))
 
@@ -65,11 +70,21 @@ class Lora:
     ) -> Lora:
         """The LoRA in a dict of tensors, in any spelling that naming/names.py and keys.py know.
 
-        Raises ValueError, naming `source` and the keys, if a key is not part of a LoRA or a LoRA is incomplete,
-        if shapes do not fit, values are not finite, or two keys spell the same module.
+        Keys that ComfyUI's loader has no use for are listed in `keys` and kept in `unread`. Raises ValueError, naming
+        `source` and the keys, if nothing else is there or a LoRA is incomplete, if shapes do not fit, values are not
+        finite, or two keys spell one weight.
         """
         found = read(state_dict, metadata or {}, source)
-        return cls(found.modules, found.diffs, found.spellings, metadata or {}, source, found.carried, found.keys)
+        return cls(
+            found.modules,
+            found.diffs,
+            found.spellings,
+            noted(metadata or {}, state_dict),
+            source,
+            found.carried,
+            found.keys,
+            found.unread,
+        )
 
     @property
     def parameters(self) -> int:
@@ -84,6 +99,17 @@ class Lora:
         found = Counter(update.kind for update in updates)
         only_diffs = {module for module, _ in self.diffs} - self.modules.keys() - self.carried.keys()
         return dict(found) | ({"difference": len(only_diffs)} if only_diffs else {})
+
+    def shapes(self) -> Iterator[tuple[str, bool, tuple[int, ...]]]:
+        """(module, whether it is the bias, shape) of every update that adds up."""
+        for module, layer in self.modules.items():
+            yield module, False, layer.shape
+        for (module, part), diff in self.diffs.items():
+            yield module, part in BIAS_PARTS, tuple(diff.shape)
+
+    def named(self, owner: int = 0) -> list[Named]:
+        """Every update of a weight or bias under its names. owner: number of this LoRA among others."""
+        return named(self.modules, self.diffs, self.carried, self.spellings, owner)
 
     def find(self, module: str) -> str:
         """The canonical name of a module given by any of its spellings. Raises KeyError if this LoRA has none."""
@@ -120,6 +146,7 @@ class Lora:
         """The LoRA as a dict of new tensors, ready for safetensors, ComfyUI's LORA_MODEL or a training script.
 
         dtype: of the weights; None keeps each as it is. Alphas are float32, so that none is rounded.
+        Keys that ComfyUI does not read stay as they came in kohya format, and have no place in diffusers'.
         format: "kohya" writes `.lora_up.weight`, `.lora_down.weight`, `.alpha` (always, since readers differ in what
             they assume without), every other kind in the keys of LyCORIS, and is what ComfyUI reads for any model;
             "diffusers" writes PEFT's `unet....lora_B.weight` with the scale multiplied into the factors, LoRA only.
@@ -131,6 +158,8 @@ class Lora:
             raise ValueError(f"format is {format!r}, but it has to be one of {', '.join(FORMATS)}")
         spelled = dict(self.spellings) if format == "kohya" else self.diffusers_spellings()
         result: dict[str, Tensor] = {}
+        if format == "kohya":
+            result |= {key: cast_part(tensor, None, copy=copy) for key, tensor in self.unread.items()}
         balanced = []
         for module, name in spelled.items():
             try:

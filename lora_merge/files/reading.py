@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor
 from ..algebra.precision import all_finite, is_finite
 from ..naming import names
 from ..naming.unet import infer_layout
-from ..updates.build import build, is_carried, problem
+from ..updates.build import build, idle, ignores_alpha, is_carried, problem
 from ..updates.layer import Layer
 from ..updates.weight_dependent import Carried
-from . import keys
+from . import dialects, keys
 from .keys import DIFF_PARTS
 from .peft import AdapterScales
+from .twice import named, pairs_text, twice
 
 _NUMBERS = ("alpha", "reshape_weight")
 _ANY_DTYPE = tuple(f".{part}" for part in _NUMBERS)
@@ -29,12 +30,12 @@ class KeyAccount:
     """Where each key of a file ended; every key is in one of the three, in the order of the file.
 
     understood: in an update that adds up. carried: in one that depends on the weight, kept as it came.
-    refused: read by no LoRA loader of ComfyUI; a file with such keys is an error.
+    unread: without effect in ComfyUI's loader, which does not know it, or knows nothing that it is the scale of.
     """
 
     understood: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
-    refused: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,7 @@ class Contents:
     carried: dict[str, Carried] = field(default_factory=dict)
     spellings: dict[str, str] = field(default_factory=dict)
     keys: KeyAccount = field(default_factory=KeyAccount)
+    unread: dict[str, Tensor] = field(default_factory=dict)
 
 
 def account_keys(names_of_keys: Iterable[str]) -> KeyAccount:
@@ -53,15 +55,23 @@ def account_keys(names_of_keys: Iterable[str]) -> KeyAccount:
     return _account({key: keys.parse(key) for key in names_of_keys})
 
 
-def _account(parsed: Mapping[str, tuple[str, str] | None]) -> KeyAccount:
+def unread_keys(state_dict: Mapping[str, Tensor]) -> set[str]:
+    """Keys of a LORA_MODEL or file that have no effect."""
+    parsed = {key: keys.parse(key) for key in state_dict}
+    return {*_account(parsed, _without_effect(parsed, state_dict)).unread}
+
+
+def _account(parsed: Mapping[str, tuple[str, str] | None], without_effect: Collection[str] = ()) -> KeyAccount:
+    """without_effect: keys whose values say so."""
     parts: dict[str, set[str]] = {}
     for module, part in filter(None, parsed.values()):
         parts.setdefault(module, set()).add(part)
-    dependent = {module for module, found in parts.items() if is_carried(found)}
-    ends: dict[str, list[str]] = {"understood": [], "carried": [], "refused": []}
+    useless = {module: idle(found) for module, found in parts.items()}
+    dependent = {module for module, found in parts.items() if is_carried(found - useless[module])}
+    ends: dict[str, list[str]] = {"understood": [], "carried": [], "unread": []}
     for key, known in parsed.items():
-        if known is None:
-            ends["refused"].append(key)
+        if known is None or known[1] in useless[known[0]] or key in without_effect:
+            ends["unread"].append(key)
         else:
             module, part = known
             # A bias difference adds up, whatever happens to the weight beside it.
@@ -69,14 +79,70 @@ def _account(parsed: Mapping[str, tuple[str, str] | None]) -> KeyAccount:
     return KeyAccount(*map(tuple, ends.values()))
 
 
+def _without_effect(parsed: Mapping[str, tuple[str, str] | None], state_dict: Mapping[str, Tensor]) -> set[str]:
+    """Keys of LoRAs of rank 0, and alphas that are no number where no number is needed."""
+    modules: dict[str, dict[str, str]] = {}
+    for key, known in parsed.items():
+        if known is not None:
+            modules.setdefault(known[0], {})[known[1]] = key
+    found: set[str] = set()
+    for parts in modules.values():
+        up, down = (state_dict[parts[part]] if part in parts else None for part in ("up", "down"))
+        if up is not None and down is not None and _no_rank(up, down):
+            found |= {key for part, key in parts.items() if part not in DIFF_PARTS}
+        elif "alpha" in parts and ignores_alpha(parts) and not is_finite(state_dict[parts["alpha"]]):
+            found.add(parts["alpha"])
+    return found
+
+
+def _no_rank(up: Tensor, down: Tensor) -> bool:
+    if up.ndim < 2 or down.ndim < 2 or up.shape[1] or down.shape[0]:
+        return False
+    return up.shape[0] > 0 and down.shape[1] > 0
+
+
 def read(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> Contents:
     """What a state dict in any spelling holds, by canonical name.
 
-    Every key ends in it, or in the ValueError that names it.
+    Every key ends in it, in an update or as unread, or in the ValueError that names it.
     """
-    parsed = {key: keys.parse(key) for key in state_dict}
-    account = _account(parsed)
-    parts: dict[str, dict[str, str]] = {}  # module as spelled -> part -> key
+    theirs = {ours: key for key, ours in dialects.renamed(state_dict).items()}
+    if lost := sorted(state_dict.keys() - set(theirs.values())):
+        raise ValueError(f"{source}: {lost[0]} and another key of it are the same thing. The file may be damaged.")
+    state = {ours: state_dict[key] for ours, key in theirs.items()}
+    parsed = {key: keys.parse(key) for key in state}
+    account = _account(parsed, _without_effect(parsed, state))
+    contents = Contents(
+        keys=KeyAccount(*(tuple(theirs[key] for key in ends) for ends in vars(account).values())),
+        # A scale of nothing is of no use to anybody.
+        unread={theirs[key]: state[key].detach() for key in account.unread if parsed[key] is None},
+    )
+    state |= dialects.added(state_dict)
+    parsed |= {key: keys.parse(key) for key in state.keys() - parsed.keys()}
+    parts = _by_module({key: known for key, known in parsed.items() if key not in set(account.unread)}, source)
+    if not parts:
+        raise ValueError(_nothing(source, contents.keys.unread))
+    _check_values({key: state[key] for found in parts.values() for key in found.values()}, source)
+
+    raw_of = _canonical(parts, contents, source)
+    scales = AdapterScales(metadata)
+    for canonical, module in raw_of.items():
+        tensors = {part: state[key].detach() for part, key in parts[module].items()}
+        try:
+            _put(contents, canonical, tensors, _alpha(tensors, scales, module))
+        except ValueError as error:
+            raise ValueError(f"{source}: {module}: {error}. The file may be damaged.") from None
+    if pairs := twice(named(contents.modules, contents.diffs, contents.carried, contents.spellings)):
+        raise ValueError(
+            f"{source}: {pairs_text(pairs, [source])} are two spellings of one weight, and a loader would use only one of "
+            "them. If it was merged from LoRAs of two spellings, merge them again from files of one; else remove one."
+        )
+    return contents
+
+
+def _by_module(parsed: Mapping[str, tuple[str, str] | None], source: str) -> dict[str, dict[str, str]]:
+    """Module as spelled -> part -> key, complete. Raises ValueError for what is incomplete or there twice."""
+    parts: dict[str, dict[str, str]] = {}
     doubled = []
     for key, known in parsed.items():
         if known is None:
@@ -85,17 +151,19 @@ def read(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str], source: 
         if part in parts.setdefault(module, {}):
             doubled.append(f"{parts[module][part]} and {key}")
         parts[module][part] = key
-    if not parts and all(keys.refused_format(key)[0] == keys.UNKNOWN for key in account.refused):
-        first = f" (its first key is {account.refused[0]})" if account.refused else ""
-        raise ValueError(
-            f"{source}: no LoRA in it{first}; it may be a checkpoint or an empty file. Choose a LoRA file."
-        )
-    if account.refused:
-        # Their alphas belong to them and are no trouble of their own.
-        raise ValueError(keys.refusal(source, account.refused))
     _check_complete(parts, doubled, source)
-    _check_values({key: state_dict[key] for found in parts.values() for key in found.values()}, source)
+    return parts
 
+
+def _nothing(source: str, unread: Sequence[str]) -> str:
+    if all(keys.parse(key) is None and keys.unread_format(key) == keys.UNKNOWN for key in unread):
+        first = f" (its first key is {unread[0]})" if unread else ""
+        return f"{source}: no LoRA in it{first}; it may be a checkpoint or an empty file. Choose a LoRA file."
+    return f"{source}: no LoRA in it that ComfyUI's loader would apply, only {keys.unread_text(unread)}. Choose another file."
+
+
+def _canonical(parts: Mapping[str, object], contents: Contents, source: str) -> dict[str, str]:
+    """Canonical name -> module as spelled; fills the spellings. Raises ValueError if two are one."""
     spelled = {module: names.spelling(module) for module in parts}
     layout = infer_layout(names.unet_bodies(spelled.values()))
     raw_of: dict[str, str] = {}
@@ -107,16 +175,8 @@ def read(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str], source: 
                 "only one of them; remove one."
             )
         raw_of[canonical] = module
-    spellings = names.tidy({canonical: spelled[module] for canonical, module in raw_of.items()})
-    contents = Contents(spellings=spellings, keys=account)
-    scales = AdapterScales(metadata)
-    for canonical, module in raw_of.items():
-        tensors = {part: state_dict[key].detach() for part, key in parts[module].items()}
-        try:
-            _put(contents, canonical, tensors, _alpha(tensors, scales, module))
-        except ValueError as error:
-            raise ValueError(f"{source}: {module}: {error}. The file may be damaged.") from None
-    return contents
+    contents.spellings.update(names.tidy({canonical: spelled[module] for canonical, module in raw_of.items()}))
+    return raw_of
 
 
 def _put(contents: Contents, canonical: str, tensors: dict[str, Tensor], alpha: float | None) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from ..files.keys import BIAS_PARTS
+from ..files.keys import unread_text
 from ..files.lora import Lora
+from ..files.remarks import peft_remarks
+from ..files.twice import Named, Pair, pairs_text, slices, twice, undecided
 from ..naming import names, unet
 from ..naming.unet import Layout
 from ..updates.layer import meeting_shape
@@ -17,7 +19,8 @@ def unify(loras: Sequence[Lora]) -> list[Lora]:
     Alone, a small LoRA may not show how many residual blocks a level its UNet has; all together know more, and when
     their block namings differ, the candidates are tried in the order of `unet.possible_res_blocks` until the
     weights that meet have the same shapes. Where all use one naming nothing depends on it.
-    Raises ValueError if modules that meet have different shapes, or one LoRA has the same module twice.
+    Raises ValueError if modules that meet have different shapes, if one LoRA has the same module twice, and if two name
+    one weight differently, or may do so, as far as can be told: the result would hold it twice.
     """
     bodies = names.unet_bodies(name for lora in loras for name in lora.spellings.values())
     mixed = any(map(unet.is_diffusers, bodies)) and any(map(unet.is_ldm, bodies))
@@ -29,12 +32,57 @@ def unify(loras: Sequence[Lora]) -> list[Lora]:
     for res_blocks in candidates if mixed else candidates[:1]:
         renamed = [_rename(lora, unet.infer_layout(bodies, res_blocks)) for lora in loras]
         if not _clashes(renamed):
+            _check_one_naming(renamed)
             return renamed
     renamed = [_rename(lora, unet.infer_layout(bodies)) for lora in loras]
     if clashes := _clashes(renamed):
         more = f" ({len(clashes) - 1} more modules differ)" if len(clashes) > 1 else ""
         raise ValueError(f"{clashes[0]}{more}; they were made for different base models, so merge LoRAs of one base.")
+    _check_one_naming(renamed)
     return renamed
+
+
+def _check_one_naming(loras: Sequence[Lora]) -> None:
+    updates: list[Named] = [named for index, lora in enumerate(loras) for named in lora.named(index)]
+    sources = [lora.source for lora in loras]
+    if pairs := twice(updates):
+        names_them = "are, or may be, two spellings of one weight, and a loader would use only one of the two updates"
+    elif (pair := undecided(updates)) is not None:
+        pairs = [pair]
+        names_them = (
+            "are names of two kinds, and nothing here tells whether they are of one weight; if they are, a loader would "
+            "use only one of the two updates"
+        )
+    else:
+        return
+    raise ValueError(
+        f"{_sources(loras)} spell their modules differently: {pairs_text(pairs, sources)} {names_them}. Use files of one "
+        "spelling (convert one of them), or apply the LoRAs one after the other, each in a loader of its own."
+    )
+
+
+def fused_with_slices(loras: Sequence[Lora]) -> list[Pair]:
+    """Modules of two LoRAs of which one is a slice of the other's weight (q beside qkv): ComfyUI adds up both, exactly,
+    but they never meet here."""
+    return slices([named for index, lora in enumerate(loras) for named in lora.named(index)])
+
+
+def fused_notes(pairs: Sequence[Pair], loras: Sequence[Lora]) -> list[str]:
+    """What to say about them where modules that meet are looked at together; nothing without pairs."""
+    if not pairs:
+        return []
+    shown = pairs_text(pairs, [lora.source for lora in loras])
+    return [f"a weight as a whole and a slice of it do not meet here, each goes its own way: {shown}"]
+
+
+def notes_on(loras: Sequence[Lora]) -> list[str]:
+    """Sentences about the inputs for a report: what of them has no effect, and what is known of how they were made."""
+    unread = [
+        f"{lora.source} holds what has no effect in ComfyUI and is left out: {unread_text(lora.keys.unread)}"
+        for lora in loras
+        if lora.keys.unread
+    ]
+    return unread + [f"{lora.source}: {remark}" for lora in loras for remark in peft_remarks(lora.metadata)]
 
 
 def _rename(lora: Lora, layout: Layout) -> Lora:
@@ -59,7 +107,7 @@ def _clashes(loras: Sequence[Lora]) -> list[str]:
     # Module, and weight or bias -> the first LoRA that changes it and the shape there.
     first: dict[tuple[str, bool], tuple[Lora, tuple[int, ...]]] = {}
     for lora in loras:
-        for module, is_bias, shape in _shapes(lora):
+        for module, is_bias, shape in lora.shapes():
             other, known = first.setdefault((module, is_bias), (lora, shape))
             if meeting_shape(known, shape) is None:
                 what = f"{lora.spellings[module]}{' (bias)' if is_bias else ''}"
@@ -68,14 +116,6 @@ def _clashes(loras: Sequence[Lora]) -> list[str]:
                     f"{what}: {other.source} updates a weight of shape {known}, {lora.source} one of shape {shape}",
                 )
     return [found[module] for module in sorted(found)]
-
-
-def _shapes(lora: Lora) -> Iterator[tuple[str, bool, tuple[int, ...]]]:
-    """(module, whether it is the bias, shape) of every update that adds up."""
-    for module, layer in lora.modules.items():
-        yield module, False, layer.shape
-    for (module, part), diff in lora.diffs.items():
-        yield module, part in BIAS_PARTS, tuple(diff.shape)
 
 
 def _sources(loras: Sequence[Lora]) -> str:

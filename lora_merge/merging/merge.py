@@ -17,10 +17,11 @@ from ..algebra.threads import in_order
 from ..files.lora import Lora
 from ..files.metadata import ARCHITECTURE, MERGED_FROM, PROVENANCE_KEY, changed, given, is_computed, is_name
 from ..naming import names
+from ..naming.aliases import is_foreign
 from ..recognise.identity import architecture_of
 from ..updates.layer import Layer
 from .account import Account, Finished, Source, Tally, account_of
-from .align import unify
+from .align import fused_notes, fused_with_slices, notes_on, unify
 from .differences import Diffs, bias_sums, dense_modules
 from .inherit import inherited, is_picture, size_of
 from .module import Engine
@@ -85,6 +86,9 @@ def merge_with_account(
     sharing = [lora for index, lora in enumerate(loras) if _has_part(lora, index, strengths)]
     kept, warnings = inherited(sharing)
     notes = changed(kept, wanted)
+    warnings += notes_on(loras)
+    if options.the_method.combine is not None or options.mu:
+        warnings += fused_notes(fused_with_slices(loras), loras)
     if options.protect == "auto":
         options = replace(options, protect=protected_input(loras, strengths.base))
         if options.protect is None and options.mu:
@@ -218,10 +222,13 @@ def _check_signs(options: MergeOptions, strengths: Strengths, modules: Iterable[
 
 
 def _spellings(loras: Sequence[Lora]) -> dict[str, str]:
+    """The first input's spelling of each module; a later one with dots where ComfyUI knows the name by its dots only."""
     spellings: dict[str, str] = {}
     for lora in loras:
         for module, spelling in lora.spellings.items():
-            spellings.setdefault(module, spelling)
+            known = spellings.setdefault(module, spelling)
+            if known.startswith("lora_unet_") and spelling.startswith("diffusion_model.") and is_foreign(module):
+                spellings[module] = spelling
     return spellings
 
 

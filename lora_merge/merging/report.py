@@ -7,7 +7,9 @@ from collections import Counter
 import torch
 
 from ..files.about import shown
+from ..files.keys import unread_text
 from ..files.lora import Lora
+from ..files.remarks import peft_remarks
 from .account import Account, Source
 from .options import MergeOptions
 from .provenance import recipe_of
@@ -34,6 +36,9 @@ def describe(lora: Lora) -> str:
         lines.append(f"  {len(lora.carried)} of them depend on the weight they change: they load, and do not merge")
     if lora.diffs:
         lines.append(f"  weight and bias differences: {len(lora.diffs)}")
+    if lora.keys.unread:
+        lines.append(f"  without effect in ComfyUI: {unread_text(lora.keys.unread)}")
+    lines += [f"  note: {remark}" for remark in peft_remarks(lora.metadata)]
     lines.append(f"  size: {size_text(lora, torch.float16)} in float16")
     return "\n".join(lines)
 

@@ -50,7 +50,6 @@ def is_carried(parts: Collection[str]) -> bool:
 def problem(parts: Mapping[str, str]) -> str | None:
     """What is missing from or contradictory in a module's parts (part -> key of the file); None if nothing is."""
     kinds = kinds_of(parts)
-    modifiers = sorted(_MODIFIERS.keys() & parts)
     dense = sorted(_WEIGHT_DIFFS & parts.keys())
     if len(kinds) + len(dense) > 1:
         if dense:
@@ -60,15 +59,29 @@ def problem(parts: Mapping[str, str]) -> str | None:
         if first in parts and second in parts:
             return f"has both {parts[first]} and {parts[second]}"
     if not kinds:
-        if modifiers:
-            return f"has {parts[modifiers[0]]} but nothing that it modifies"
-        return None if any(part in DIFF_PARTS for part in parts) else f"{parts['alpha']} belongs to no factors"
+        return None
     needed, _ = _KINDS[kinds[0]]
     if missing := sorted(needed - parts.keys()):
         return f"has {', '.join(parts.values())} but no {' and '.join(missing)}"
-    if "reshape_weight" in parts and kinds[0] != "LoRA":
-        return f"has {parts['reshape_weight']}, which goes with LoRA only, beside {kinds[0]}"
     return None
+
+
+def idle(parts: Collection[str]) -> set[str]:
+    """Which parts of one module have no effect in ComfyUI's loader: scales of nothing, or of what has no such scale."""
+    kinds = kinds_of(parts)
+    scales = {"alpha", *_MODIFIERS}.intersection(parts)
+    if not kinds:
+        return scales
+    if kinds[0] not in ADDITIVE:
+        return scales & {"reshape_weight", "magnitude"}
+    return scales & {"reshape_weight"} if kinds[0] != "LoRA" else set()
+
+
+def ignores_alpha(parts: Collection[str]) -> bool:
+    """Whether alpha has no effect beside these parts, so that any value of it will do."""
+    if "alpha" in idle(parts):
+        return True
+    return carried.REPLACED in kinds_of(parts) or {"lokr_w1", "lokr_w2"} <= set(parts)
 
 
 def build(parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, ...] = ()) -> Layer | Carried | None:
@@ -94,6 +107,8 @@ def build(parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, .
     if kind == carried.BUNDLED or layer is None:
         return Carried(carried.BUNDLED, own, alpha)
     if "reshape_weight" in parts:
+        if parts["reshape_weight"].ndim != 1:
+            raise ValueError(f"reshape_weight is {tuple(parts['reshape_weight'].shape)}, but it is a list of sizes")
         return Carried(carried.RESIZED, own, alpha)
     if "magnitude" in own:
         # PEFT's (out,) or (1, out, 1, 1) as the (out, 1, ...) by which ComfyUI multiplies the weight.
@@ -101,6 +116,8 @@ def build(parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, .
         if rows.numel() != layer.shape[0]:
             raise ValueError(f"lora_magnitude_vector is {tuple(rows.shape)}, but the weight has {layer.shape[0]} rows")
         own["dora_scale"] = rows.reshape(-1, *(1 for _ in layer.shape[1:]))
+    if own["dora_scale"].ndim == 0:
+        raise ValueError("dora_scale is a single number, but it has one for each row or column")
     return Carried(carried.DORA, own, alpha, layer.shape)
 
 

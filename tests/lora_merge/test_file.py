@@ -197,7 +197,7 @@ def test_other_things_under_a_loras_name(tmp_path, content, message):
 
 def test_errors_name_the_file(tmp_path):
     save_file({"lora_unet_x.on_input": torch.ones(2)}, tmp_path / "ia3.safetensors")
-    with pytest.raises(ValueError, match=r"ia3\.safetensors: cannot be used.*IA3"):
+    with pytest.raises(ValueError, match=r"ia3\.safetensors: no LoRA in it.*IA3"):
         load(tmp_path / "ia3.safetensors")
 
 

@@ -155,8 +155,8 @@ def test_two_kinds_in_one_module_are_a_contradiction(more, message):
         Lora.from_state_dict(state)
 
 
-def test_a_scale_alone_modifies_nothing():
-    with pytest.raises(ValueError, match="dora_scale but nothing that it modifies"):
+def test_a_scale_alone_is_no_lora():
+    with pytest.raises(ValueError, match=rf"no LoRA in it .* only scale of nothing \(1 keys: {LINEAR}.dora_scale\)"):
         Lora.from_state_dict({f"{LINEAR}.dora_scale": torch.ones(8, 1)})
 
 
@@ -223,6 +223,7 @@ def test_a_lone_b_norm_is_a_bias_difference():
 def test_an_alpha_beside_a_whole_difference_changes_nothing():
     one = Lora.from_state_dict({f"{CONV}.diff": torch.ones(8, 12, 3, 3), f"{CONV}.alpha": torch.tensor(4.0)})
     assert set(one.to_state_dict()) == {f"{CONV}.diff"}
+    assert one.keys.unread == (f"{CONV}.alpha",)
     assert torch.equal(one.delta(CONV), torch.ones(8, 12, 3, 3))
 
 
@@ -318,8 +319,10 @@ def test_a_lora_that_enlarges_its_weight_is_kept_with_the_size_it_asks_for():
     written = one.to_state_dict(torch.float16)
     assert set(written) == set(state)
     assert torch.equal(written[f"{LINEAR}.reshape_weight"], torch.tensor([8, 12]))
-    with pytest.raises(ValueError, match="which goes with LoRA only, beside LoHa"):
-        Lora.from_state_dict(kinds.state_dict("LoHa", LINEAR) | {f"{LINEAR}.reshape_weight": torch.tensor([8, 12])})
+    other = Lora.from_state_dict(kinds.state_dict("LoHa", LINEAR) | {f"{LINEAR}.reshape_weight": torch.tensor([8, 12])})
+    assert (other.kinds, other.keys.unread) == ({"LoHa": 1}, (f"{LINEAR}.reshape_weight",))
+    with pytest.raises(ValueError, match=r"reshape_weight is \(\), but it is a list of sizes"):
+        Lora.from_state_dict(state | {f"{LINEAR}.reshape_weight": torch.tensor(8)})
 
 
 def test_bundled_embeddings_ride_along():
@@ -350,12 +353,12 @@ def test_the_three_counts_sum_to_the_file():
     state = every_kind()
     one = Lora.from_state_dict(state)
     assert sorted(one.keys.understood + one.keys.carried) == sorted(state)
-    assert one.keys.refused == ()
+    assert one.keys.unread == ()
     assert set(one.to_state_dict()) == set(state)
     stray = {"lora_unet_a.on_input": torch.ones(2), "x.lora_B.bias": torch.ones(2), "what": torch.ones(2)}
     account = account_keys(state | stray)
-    assert account.refused == tuple(stray)
-    assert len(account.understood) + len(account.carried) + len(account.refused) == len(state) + len(stray)
+    assert account.unread == tuple(stray)
+    assert len(account.understood) + len(account.carried) + len(account.unread) == len(state) + len(stray)
     assert "bundle_emb.hat.clip_l" in account.carried
     assert "lora_unet_a.diff_b" in account.understood
 
@@ -363,7 +366,7 @@ def test_the_three_counts_sum_to_the_file():
 @given(st.lists(st.text(st.sampled_from("ablor_.wd128mixeigt"), max_size=30), unique=True))
 def test_no_key_is_lost_whatever_it_is(names):
     account = account_keys(names)
-    assert sorted(account.understood + account.carried + account.refused) == sorted(names)
+    assert sorted(account.understood + account.carried + account.unread) == sorted(names)
 
 
 def test_a_key_whose_module_does_not_add_up_is_carried():
@@ -400,7 +403,7 @@ def test_saving_and_loading_is_the_identity_in_kohya_format(tmp_path_factory, mo
     save_file(one.to_state_dict(), path)
     again = load(path)
     assert again.kinds == one.kinds
-    assert again.keys.refused == ()
+    assert again.keys.unread == ()
     first, second = one.to_state_dict(), again.to_state_dict()
     assert first.keys() == second.keys() >= state.keys()
     assert all(torch.equal(first[key], second[key]) and first[key].dtype == second[key].dtype for key in first)

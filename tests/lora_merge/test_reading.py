@@ -1,7 +1,12 @@
+import re
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from lcm_kit.lora_merge import Lora
+from lcm_kit.lora_merge import Lora, describe, describe_merge, load, merge, merge_with_account, save
+from lcm_kit.lora_merge.comparing.compare import compare
+from lcm_kit.lora_merge.recognise.identity import identify
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
 MODULE = "lora_unet_mid_block_attentions_0_proj_in"
@@ -14,24 +19,154 @@ def plain():
 @pytest.mark.parametrize(
     ("key", "name"),
     [
-        ("lora_unet_x.hada_w3", "LoHa, LoKr or OFT of a kind that ComfyUI does not read"),
-        ("lora_unet_x.oft_diag", "LoHa, LoKr or OFT of a kind that ComfyUI does not read"),
+        ("lora_unet_x.hada_w3", "LoHa, LoKr or OFT of another kind"),
+        ("lora_unet_x.oft_diag", "LoHa, LoKr or OFT of another kind"),
         ("lora_unet_x.on_input", "IA3"),
         ("unet.x.lora_B.bias", "LoRA with a bias of its own"),
         ("unet.x.lora_B.default.bias", "LoRA with a bias of its own"),
         ("unet.x.lora_embedding_A", "LoRA of an embedding"),
+        ("base_model.model.x.modules_to_save.default.weight", "weights that PEFT saves whole"),
+        ("diffusion_model.blocks.0.diff_m", "difference that is no weight's or bias's"),
+        (f"{MODULE}.scalar", "scale that is a tensor of its own"),
+        ("emb_params", "unknown"),
         ("something.else", "unknown"),
+        ("lora_unet_y.alpha", "scale of nothing"),
+        ("lora_unet_y.dora_scale", "scale of nothing"),
     ],
 )
-def test_what_no_loader_reads_is_refused_by_name(key, name):
-    with pytest.raises(ValueError, match=f"style.safetensors: cannot be used.*{name} \\(1 keys: {key}\\)"):
-        Lora.from_state_dict(plain() | {key: torch.ones(2)}, source="style.safetensors")
+def test_what_has_no_effect_in_comfyui_is_listed_and_all_else_is_read(key, name):
+    state = plain() | {key: torch.ones(2)[:1]}
+    lora = Lora.from_state_dict(state, source="style.safetensors")
+    assert lora.keys.unread == (key,)
+    assert sorted(lora.keys.understood) == sorted(plain())
+    assert f"without effect in ComfyUI: {name} (1 keys: {key})" in describe(lora)
+    merged, account = merge_with_account([(lora, 0.5)])
+    assert set(merged.to_state_dict()) == set(plain())
+    warning = f"style.safetensors holds what has no effect in ComfyUI and is left out: {name} (1 keys: {key})"
+    assert account.warnings == (warning,)
+    assert warning in describe_merge(account, merged)
+    # Another reader may know it, so that a file that is only saved again keeps it; a scale of nothing nobody can use.
+    assert (key in lora.to_state_dict(torch.float16)) is (name != "scale of nothing")
 
 
-def test_one_message_names_all_formats_and_counts():
+def test_one_line_names_all_formats_and_counts():
     keys = [f"lora_unet_{n}.{end}" for n in range(5) for end in ("on_input", "ia3_l")] + ["lora_unet_9.lora_B.bias"]
-    with pytest.raises(ValueError, match=r"IA3 \(10 keys: .* and 7 more\); LoRA with a bias of its own \(1 keys"):
-        Lora.from_state_dict(dict.fromkeys(keys, torch.ones(2)) | {"lora_unet_9.alpha": torch.tensor(1.0)})
+    state = plain() | dict.fromkeys(keys, torch.ones(2)) | {"lora_unet_9.alpha": torch.tensor(1.0)}
+    text = describe(Lora.from_state_dict(state))
+    assert re.search(
+        r"IA3 \(10 keys: .* and 7 more\); LoRA with a bias of its own \(1 keys: .*\); scale of nothing", text
+    )
+
+
+def test_diffusers_format_has_no_place_for_what_nobody_reads():
+    lora = Lora.from_state_dict(plain() | {"something.else": torch.ones(2)})
+    assert all(key.startswith("unet.") for key in lora.to_state_dict(format="diffusers"))
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0])
+def test_a_lora_of_rank_0_is_listed_and_all_else_is_read(tmp_path, alpha):
+    """ComfyUI adds zeros for it, or stops where it divides alpha by 0."""
+    empty = kohya("lora_unet_conv_out", torch.ones(6, 0), torch.ones(0, 5), alpha)
+    save_file(plain() | empty, tmp_path / "x.safetensors")
+    for lora in (load(tmp_path / "x.safetensors"), Lora.from_state_dict(plain() | empty)):
+        assert sorted(lora.keys.unread) == sorted(empty)
+        assert set(lora.to_state_dict()) == set(plain())
+        assert set(merge([(lora, 1.0)]).modules) == set(lora.modules)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    ("rest", "kind"),
+    [
+        ({"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(3, 4)}, "LoKr"),
+        ({"diff": torch.ones(6, 8)}, "difference"),
+        ({"set_weight": torch.ones(6, 8)}, "replaced weight"),
+    ],
+)
+def test_an_alpha_that_has_no_effect_may_be_anything(rest, kind, value):
+    state = {f"{MODULE}.{part}": tensor for part, tensor in rest.items()}
+    lora = Lora.from_state_dict(state | {f"{MODULE}.alpha": torch.tensor(value)})
+    assert (lora.kinds, lora.keys.unread) == ({kind: 1}, (f"{MODULE}.alpha",))
+    written = lora.to_state_dict()
+    assert all(torch.equal(written[key], tensor) for key, tensor in state.items())
+    assert all(tensor.isfinite().all() for tensor in written.values())
+    with pytest.raises(ValueError, match=r"NaN or infinite values in .*alpha"):
+        Lora.from_state_dict(plain() | {f"{MODULE}.alpha": torch.tensor(value)})
+
+
+@pytest.mark.parametrize("part", ["diff", "diff_b", "w_norm", "set_weight"])
+def test_a_number_without_dimensions_is_read_saved_merged_and_compared(tmp_path, part):
+    key = f"lora_unet_conv_in.{part}"
+    lora = Lora.from_state_dict(plain() | {key: torch.tensor(0.5)})
+    assert lora.to_state_dict()[key] == 0.5
+    save(lora, tmp_path / "x.safetensors", dtype=torch.float32)
+    again = load(tmp_path / "x.safetensors")
+    identify(again)
+    assert "conv_in" in " ".join(again.to_state_dict())
+    merged = merge([(again, 1.0), (Lora.from_state_dict(plain()), 0.5)]).to_state_dict()
+    assert merged[key] == 0.5
+    compare([(again, 1.0), (again, 0.5)])
+    if part != "set_weight":
+        assert merge([(again, 1.0), (again, 0.5)]).to_state_dict()[key] == 0.75
+        other = Lora.from_state_dict({key: torch.ones(3)})
+        with pytest.raises(ValueError, match=r"conv_in.*shape \(\), .* one of shape \(3,\)"):
+            merge([(again, 1.0), (other, 1.0)])
+
+
+def test_a_dora_scale_without_dimensions_is_damage():
+    with pytest.raises(ValueError, match="dora_scale is a single number"):
+        Lora.from_state_dict(plain() | {f"{MODULE}.dora_scale": torch.tensor(1.0)})
+
+
+def control():
+    """Flux Tools' LoRA: bare names, biases of its own, norms that are replaced, a wider input layer."""
+    state = {f"img_in.lora_{ab}.weight": t for ab, t in zip("BA", factors(6, 2, 8), strict=True)}
+    state |= {
+        f"double_blocks.0.img_attn.qkv.lora_{ab}.weight": t for ab, t in zip("BA", factors(18, 2, 6), strict=True)
+    }
+    biases = {
+        f"{name}.lora_B.bias": torch.ones(rows) for name, rows in (("img_in", 6), ("double_blocks.0.img_attn.qkv", 18))
+    }
+    return state | biases | {"single_blocks.0.norm.key_norm.scale": torch.ones(3)}
+
+
+def uso():
+    """USO's LoRA, told by the last blocks of Flux."""
+    shapes = {
+        "double_blocks.0.processor.qkv_lora1": (18, 6), "double_blocks.0.processor.proj_lora2": (6, 6),
+        "double_blocks.18.processor.qkv_lora2": (18, 6), "single_blocks.37.processor.qkv_lora": (18, 6),
+        "single_blocks.37.processor.proj_lora": (6, 30),
+    }  # fmt: skip
+    return {
+        f"{name}.{end}.weight": tensor
+        for name, (out, inputs) in shapes.items()
+        for end, tensor in zip(("up", "down"), factors(out, 2, inputs), strict=True)
+    }
+
+
+def test_a_control_lora_is_read_as_comfyui_converts_it():
+    lora = Lora.from_state_dict(control())
+    written = lora.to_state_dict()
+    assert lora.keys.unread == ()
+    assert sorted(lora.keys.understood + lora.keys.carried) == sorted(control())
+    assert lora.kinds == {"LoRA": 1, "resized weight": 1, "replaced weight": 1}
+    assert written["diffusion_model.img_in.reshape_weight"].tolist() == [6, 8]
+    assert torch.equal(written["diffusion_model.img_in.diff_b"], torch.ones(6))
+    assert torch.equal(written["diffusion_model.single_blocks.0.norm.key_norm.set_weight"], torch.ones(3))
+    again = Lora.from_state_dict(written)
+    assert again.to_state_dict().keys() == written.keys()
+
+
+def test_a_uso_lora_is_read_as_comfyui_converts_it():
+    lora = Lora.from_state_dict(uso())
+    assert sorted(lora.keys.understood) == sorted(uso())
+    assert set(lora.spellings.values()) == {
+        "diffusion_model.double_blocks.0.img_attn.qkv",
+        "diffusion_model.double_blocks.0.txt_attn.proj",
+        "diffusion_model.double_blocks.18.txt_attn.qkv",
+        "diffusion_model.single_blocks.37.linear1_qkv",
+        "diffusion_model.single_blocks.37.linear2",
+    }
 
 
 @pytest.mark.parametrize("state", [{}, {"model.diffusion_model.conv_in.weight": torch.ones(2, 2)}])
@@ -45,7 +180,6 @@ def test_a_file_without_lora_says_so(state):
     [
         (lambda state: state.pop(f"{MODULE}.lora_up.weight"), "but no up"),
         (lambda state: state.pop(f"{MODULE}.lora_down.weight"), "but no down"),
-        (lambda state: state.update({"lora_unet_y.alpha": torch.tensor(1.0)}), "lora_unet_y.alpha belongs to no factors"),
         (lambda state: state.update({f"{MODULE}.diff": torch.ones(6, 5)}), "another update of its weight"),
         (lambda state: state.update({f"{MODULE}.lora_B.weight": torch.ones(6, 2)}), "are the same thing"),
         (lambda state: state.update({f"{MODULE}.lora_up.weight": torch.ones(6, 3)}), "ranks 3 and 2 differ"),

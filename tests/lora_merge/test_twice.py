@@ -1,0 +1,171 @@
+"""One weight under two names: what is seen from the names alone, without any model."""
+
+import pytest
+import torch
+
+from lcm_kit.lora_merge import Lora, merge, merge_with_account
+from lcm_kit.lora_merge.comparing.compare import compare
+from lcm_kit.lora_merge.comparing.report import as_text
+from lcm_kit.lora_merge.naming import aliases
+from lcm_kit.tests.lora_merge.make import factors, kohya, relative
+
+
+def one(name, out=6, inputs=5, seed=0, source=None):
+    return Lora.from_state_dict(kohya(name, *factors(out, 2, inputs, seed=seed)), source=source or name)
+
+
+def refused(*loras):
+    with pytest.raises(ValueError, match="a loader would use only one of the two updates") as error:
+        merge([(lora, 1.0) for lora in loras])
+    return str(error.value)
+
+
+SAME = [
+    # prefixes
+    ("blocks.3.attn.foo", "transformer.blocks.3.attn.foo"),
+    ("blocks.3.attn.foo", "diffusion_model.blocks.3.attn.foo"),
+    ("lora_unet_blocks_3_attn_foo", "lycoris_blocks_3_attn_foo"),
+    ("diffusion_model.blocks.3.attn.foo", "base_model.model.blocks.3.attn.foo"),
+    ("diffusion_model.decoder.layers.3.q_proj", "base_model.model.layers.3.q_proj"),
+    ("model.diffusion_model.blocks.3.attn.foo", "lora_transformer_blocks_3_attn_foo"),
+    ("lora_prior_unet_down_blocks_1_3_mapper", "diffusion_model.down_blocks.1.3.mapper"),
+    # one naming's blocks and the other's
+    ("lora_unet_double_blocks_7_txt_mlp_0", "transformer.transformer_blocks.7.ff_context.net.0.proj"),
+    ("transformer.transformer_blocks.7.ff.linear_in", "transformer.transformer_blocks.7.ff.net.0.proj"),
+    ("lora_unet_single_blocks_7_modulation_lin", "lora_transformer_single_transformer_blocks_7_norm_linear"),
+    ("diffusion_model.joint_blocks.7.context_block.attn.proj", "transformer.transformer_blocks.7.attn.to_add_out"),
+    ("diffusion_model.blocks.7.cross_attn.k_img", "transformer.blocks.7.attn2.add_k_proj"),
+    ("diffusion_model.blocks.7.self_attn.q_proj", "transformer_blocks.7.attn1.to_q"),
+    ("diffusion_model.layers.7.feed_forward.w2", "transformer.layers.7.feed_forward.linear_2"),
+    ("lora_unet_final_layer_linear", "transformer.proj_out"),
+    # text encoders
+    ("lora_te2_encoder_block_0_layer_0_SelfAttention_q", "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"),
+    ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", "lora_te2_encoder_block_0_layer_0_SelfAttention_q"),
+    ("lora_te_layers_0_self_attn_q_proj", "text_encoders.qwen3_06b.transformer.model.layers.0.self_attn.q_proj"),
+    ("text_encoders.transformer.model.layers.0.mlp.up_proj", "text_encoders.llama.transformer.model.layers.0.mlp.up_proj"),
+    ("lora_te1_encoder_layer_0_attention_self_query", "text_encoders.hydit_clip.transformer.bert.encoder.layer.0.attention.self.query"),
+    ("lora_te_text_model_encoder_layers_0_mlp_fc1", "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("pair", SAME)
+def test_two_names_of_one_weight_are_refused_and_both_are_named(pair, swap):
+    first, second = pair[::-1] if swap else pair
+    message = refused(one(first, source="a.safetensors"), one(second, source="b.safetensors", seed=1))
+    assert "a.safetensors and b.safetensors spell their modules differently" in message
+    assert f"{first} (a.safetensors)" in message
+    assert f"{second} (b.safetensors)" in message
+    state = kohya(first, *factors(6, 2, 5)) | kohya(second, *factors(6, 2, 5))
+    with pytest.raises(
+        ValueError, match=r"style: .*two spellings of one weight, and a loader would use only one"
+    ) as error:
+        Lora.from_state_dict(state, source="style")
+    assert first in str(error.value)
+    assert second in str(error.value)
+
+
+OTHERS = [
+    ("lora_unet_double_blocks_7_img_attn_proj", "transformer.transformer_blocks.7.attn.to_add_out"),
+    ("lora_unet_double_blocks_7_img_attn_proj", "transformer.transformer_blocks.8.attn.to_out.0"),
+    ("lora_unet_double_blocks_7_img_attn_proj", "transformer.single_transformer_blocks.7.proj_out"),
+    ("lora_unet_double_blocks_7_img_attn_proj", "lora_te1_text_model_encoder_layers_7_mlp_fc1"),
+    ("transformer_blocks.7.attn.to_q", "diffusion_model.transformer_blocks.7.attn.to_k"),
+    ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_te2_text_model_encoder_layers_0_mlp_fc1"),
+    ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1"),
+    ("text_encoders.t5xxl.transformer.shared", "text_encoders.umt5xxl.transformer.shared"),
+    ("lora_unet_input_blocks_1_1_proj_in", "transformer.transformer_blocks.7.attn.to_q"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", OTHERS)
+def test_names_of_two_weights_are_merged(pair):
+    loras = [one(name, seed=seed) for seed, name in enumerate(pair)]
+    merged = merge([(lora, 1.0) for lora in loras])
+    assert len(merged.modules) == 2
+    for lora in loras:
+        name = next(iter(lora.modules))
+        assert relative(merged.delta(name), lora.delta(name)) < 1e-6
+    assert len(Lora.from_state_dict(merged.to_state_dict()).modules) == 2
+
+
+def test_names_of_one_weight_whose_shapes_differ_are_of_two_models():
+    pair = one("lora_unet_double_blocks_7_img_attn_proj"), one("transformer.transformer_blocks.7.attn.to_out.0", out=8)
+    assert len(merge([(lora, 1.0) for lora in pair]).modules) == 2
+
+
+def test_the_unet_and_text_encoders_of_two_files_are_merged():
+    """Also where every file has a naming of its own."""
+    names = "diffusion_model.blocks.0.ffn.0", "text_encoders.umt5xxl.transformer.shared", "bundle_emb.hat.clip_l"
+    loras = [one(name) for name in names[:2]]
+    loras.append(Lora.from_state_dict({names[2]: torch.ones(2, 4)}))
+    assert len(merge([(lora, 1.0) for lora in loras]).spellings) == 3
+
+
+@pytest.mark.parametrize(("first", "second"), [("diff_b", "bias.diff"), ("lora_up.weight", None)])
+def test_a_bias_is_a_weight_of_its_own(first, second):
+    name = "diffusion_model.double_blocks.0.img_attn.proj"
+    lora = Lora.from_state_dict(
+        {f"lora_unet_double_blocks_0_img_attn_proj.{'diff_b' if second else 'diff'}": torch.ones(6)}
+    )
+    other = Lora.from_state_dict({f"{name}.bias.diff": torch.ones(6)})
+    if second:
+        assert f"{name}.bias" in refused(lora, other)
+    else:
+        assert len(merge([(lora, 1.0), (other, 1.0)]).diffs) == 2
+
+
+def test_namings_of_which_nothing_is_known_are_refused_unless_they_are_one():
+    odd, other = one("diffusion_model.stages.0.mixer.win"), one("transformer.decoder_stack.0.gate.w")
+    assert "nothing here tells whether they are of one weight" in refused(odd, other)
+    # The same naming behind two prefixes: bodies are compared letter by letter.
+    more = Lora.from_state_dict(
+        kohya("transformer.stages.1.mixer.win", *factors(6, 2, 5))
+        | kohya("transformer.stages.1.mixer.out", *factors(6, 2, 5))
+    )
+    assert len(merge([(odd, 1.0), (more, 1.0)]).modules) == 3
+    # No two shapes can be of one weight.
+    assert len(merge([(odd, 1.0), (one("transformer.decoder_stack.0.gate.w", out=7), 1.0)]).modules) == 2
+
+
+def test_a_fused_weight_and_its_slices_are_added_up_exactly_and_named_where_they_would_have_to_meet():
+    fused = one("lora_unet_double_blocks_0_img_attn_qkv", out=18, source="kohya")
+    part = one("transformer.transformer_blocks.0.attn.to_q", seed=1, source="diffusers")
+    merged, account = merge_with_account([(fused, 0.8), (part, 1.0)])
+    assert account.warnings == ()
+    assert (
+        relative(merged.delta("lora_unet_double_blocks_0_img_attn_qkv"), 0.8 * fused.delta(next(iter(fused.modules))))
+        < 1e-6
+    )
+    pair = "lora_unet_double_blocks_0_img_attn_qkv (kohya) and transformer.transformer_blocks.0.attn.to_q (diffusers)"
+    note = f"a weight as a whole and a slice of it do not meet here, each goes its own way: {pair}"
+    for more in ({"method": "ties"}, {"mu": 1.0, "protect": 0}):
+        assert note in merge_with_account([(fused, 0.8), (part, 1.0)], **more)[1].warnings
+    text = as_text(compare([(fused, 1.0), (part, 1.0)]))
+    assert f"Note: {note}." in text
+    assert "Nothing to fight" not in text
+    assert "Not known: they change the same weights under two names, as a whole and in slices." in text
+    assert "Nothing to fight" in as_text(
+        compare([(part, 1.0), (one("transformer.transformer_blocks.1.attn.to_q"), 1.0)])
+    )
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_slice_is_written_with_the_dots_by_which_comfyui_knows_it(swap):
+    names = "lora_unet_layers_0_attention_to_q", "diffusion_model.layers.0.attention.to_q"
+    pair = [(one(name), 1.0) for name in (names[::-1] if swap else names)]
+    assert list(merge(pair).spellings.values()) == [names[1]]
+    own = "lora_unet_blocks_0_self_attn_q", "diffusion_model.blocks.0.self_attn.q"
+    pair = [(one(name), 1.0) for name in (own[::-1] if swap else own)]
+    assert list(merge(pair).spellings.values()) == [own[swap]]
+
+
+@pytest.mark.parametrize("number", [0, 10, 123])
+def test_tables_hold_for_every_block(number):
+    assert f"double_blocks_{number}_img_attn_proj" in aliases.sites(
+        f"lora_transformer_transformer_blocks_{number}_attn_to_out_0"
+    )
+    assert aliases.slices_of(f"lora_transformer_single_transformer_blocks_{number}_proj_mlp") == {
+        f"single_blocks_{number}_linear1"
+    }
+    assert aliases.is_known(f"lora_unet_joint_blocks_{number}_x_block_attn_qkv")
