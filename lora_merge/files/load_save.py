@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,15 +16,19 @@ from ..algebra.threads import one_thread
 from . import json_text
 from . import metadata as about_file
 from .lora import FORMATS, Format, Lora
+from .remarks import CONFIG_KEY, misfit, of_config
 from .tensor_file import mapped, write
 
+# As PEFT itself names them; the scale is nowhere in such a file.
+_PEFT = re.compile(r"base_model\.model\.(.+)\.lora_A(?:\.[^.]+)?\.weight")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def load(path: str | os.PathLike[str]) -> Lora:
     """The LoRA in a safetensors file, in any spelling that naming/names.py and keys.py know.
 
-    For a PEFT folder's `adapter_model.safetensors` the scale is taken from `adapter_config.json` beside it.
+    For a PEFT folder's `adapter_model.safetensors` the scale is taken from `adapter_config.json` beside it, also for a
+    renamed one if ranks and modules are the same.
     Raises FileNotFoundError if there is no such file, ValueError if it is no whole safetensors file of a LoRA, with at
     most header.MAX_TENSORS tensors. Nothing in the file is run, and nothing is loaded before its header is checked.
     """
@@ -37,7 +41,8 @@ def load(path: str | os.PathLike[str]) -> Lora:
         tensors, notes = mapped(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error}).") from error
-    return Lora.from_state_dict(tensors, metadata={**notes, **_peft_config(path)}, source=path.name)
+    notes = {key: value for key, value in notes.items() if key != CONFIG_KEY} | _peft_config(path, tensors)
+    return Lora.from_state_dict(tensors, metadata=notes, source=path.name)
 
 
 def save(
@@ -115,16 +120,20 @@ def _put_if_free(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
 
 
-def _peft_config(path: Path) -> dict[str, str]:
+def _peft_config(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What an adapter_config.json beside the file says of its scale; for a renamed file only where all of it fits."""
     beside = path.with_name("adapter_config.json")
-    if not path.name.startswith("adapter_model") or not beside.is_file():
+    own_name = path.name.startswith("adapter_model")
+    ranks = {match[1]: len(tensors[key]) for key in tensors if (match := _PEFT.fullmatch(key)) and tensors[key].ndim}
+    if not beside.is_file() or not (own_name or ranks):
         return {}
     try:
         config = json_text.parse_object(beside.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{beside}: not JSON ({error}), so the scale of {path.name} is unknown.") from None
-    known = {key: config[key] for key in ("lora_alpha", "use_rslora") if config.get(key) is not None}
-    notes = {key: str(value) for key, value in known.items()}
-    if config.get("alpha_pattern"):
-        notes["alpha_pattern"] = json.dumps(config["alpha_pattern"])
-    return notes
+        if own_name:
+            raise ValueError(f"{beside}: not JSON ({error}), so the scale of {path.name} is unknown.") from None
+        return {CONFIG_KEY: "it is not JSON"}
+    if own_name:
+        return of_config(config)
+    reason = misfit(config, ranks)
+    return {CONFIG_KEY: reason} if reason else {**of_config(config), CONFIG_KEY: "used"}

@@ -12,6 +12,7 @@ from ..updates.layer import Layer
 from . import hashes, json_text
 from .lora import Format, Lora
 from .peft import METADATA_KEY as ADAPTER_KEY
+from .remarks import CONFIG_KEY
 
 # In every file that is written here; others of the same beginning are in some.
 OURS = "lcm_kit."
@@ -21,7 +22,7 @@ MERGED_FROM = "modelspec.merged_from"
 ARCHITECTURE, IMPLEMENTATION = "modelspec.architecture", "modelspec.implementation"
 
 # Scales that a reader would apply a second time.
-_SCALES = (ADAPTER_KEY, "r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora")
+_SCALES = (ADAPTER_KEY, "r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", CONFIG_KEY)
 _DATE = "modelspec.date"
 _NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
 _COMPUTED = (
