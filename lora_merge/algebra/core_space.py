@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..updates.layer import LoraLayer
-from .sums import Term, shaped, stacked
+from ..updates.layer import LoraLayer, Term, shaped
+from .sums import stacked
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..updates.layer import LoraLayer
+from ..updates.layer import Layer, Term, shaped
 from .core_space import CoreSpace
 from .orthonormal import Basis, basis
-from .sums import Stack, Term, shaped, stacked
+from .scaling import levelled
+from .sums import Stack, stacked
 
 # Least ratio of eigenvalues from which singular vectors are computed.
 _CLEAR = 1e-10
@@ -26,7 +27,7 @@ class Truncated:
     source_energy, kept_energy: for each term, of strength * delta and of the part of it inside the kept subspaces.
     """
 
-    layer: LoraLayer
+    layer: Layer
     energy: float
     lost_energy: float
     source_energy: tuple[float, ...]
@@ -212,8 +213,8 @@ def truncated_matrix(total: Tensor, deltas: Sequence[Tensor], rank: int) -> Trun
 
 def energy_of(term: Term) -> float:
     """Squared Frobenius norm of strength * delta, from the factors."""
-    layer, strength = term
-    return (strength * layer.scale) ** 2 * _product_energy(*layer.factors())
+    ((layer, strength),), power = levelled([term])
+    return (strength * layer.scale) ** 2 * _product_energy(*layer.factors()) * 4.0**power
 
 
 def _product_energy(up: Tensor, down: Tensor) -> float:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..updates.layer import LoraLayer
+from ..updates.layer import Layer, LoraLayer, exponent, largest
 from .threads import in_order
 
-# Largest entry of a factor below which float16 starts to round it coarser than its 11 bits (subnormals begin at 2**-14).
-_SMALL = 2.0**-12
+# Largest entry of a tensor, in the dtype's smallest normal numbers, below which rounding is coarser than the dtype's bits.
+_SMALL = 4
+# What is below it may be among the subnormal numbers of bfloat16 and float32.
+_NOTHING = 2.0**-100
+# Relative error above which an update is not the same any more; float16's rounding alone makes 0.0003.
+COARSE = 0.005
+# Powers of two that a written alpha keeps within.
+ALPHA = 120
 # Numbers that one thread looks at in one go.
 _PIECE = 1 << 22
 _WORTH_A_THREAD = 1 << 20
@@ -22,39 +28,85 @@ _WORTH_A_THREAD = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class Cast:
-    """A layer in the wanted dtype, and whether its factors had to be balanced to fit."""
+    """A layer in the wanted dtype, whether its factors had to be balanced to fit, and the relative error (Frobenius norm)
+    of an update too small for the dtype all the same; 0 where nothing was lost but the dtype's rounding."""
 
-    layer: LoraLayer
+    layer: Layer
     balanced: bool
+    error: float = 0.0
 
 
-def cast(layer: LoraLayer, dtype: torch.dtype) -> Cast:
+def cast(layer: Layer, dtype: torch.dtype, *, into_alpha: bool = True) -> Cast:
     """The layer in another dtype, the same update up to that dtype's rounding.
 
-    Where an entry would become infinite, or a whole component would fall among float16's subnormal numbers, the
+    Where an entry would become infinite, or a whole component would fall among the dtype's subnormal numbers, the
     component's column of up and row of down are multiplied by a power of two and its inverse so that their largest
-    entries are alike: exact in binary arithmetic, and the product stays the same. Raises ValueError if no balance helps.
+    entries are alike: exact in binary arithmetic, and the product stays the same. Where all components are too small for
+    that, powers of two go from alpha into the factors (into_alpha). LoHa and LoKr are balanced as a whole.
+    Raises ValueError if no balance helps.
     """
-    up, down, mid = layer.up.detach(), layer.down.detach(), layer.mid
-    if {factor.dtype for factor in (up, down, mid) if factor is not None} == {dtype}:
+    parts = {name: part.detach() for name, part in layer.parts().items()}
+    if {part.dtype for part in parts.values()} == {dtype}:
         return Cast(layer, False)
-    result = _rounded(layer, up, down, dtype)
-    if mid is None and holds(result.up, result.down):
+    result = _with(layer, {name: part.to(dtype) for name, part in parts.items()})
+    plain = isinstance(layer, LoraLayer) and layer.mid is None
+    if plain and holds(*result.parts().values()):
         return Cast(result, False)
     balanced = False
-    if dtype == torch.float16 and not _fits(up, down):
+    error = 0.0
+    if not _all_fit(parts, dtype, by_component=plain):
+        parts, balanced = _balanced(layer, parts, dtype)
+        alpha = layer.alpha
+        if into_alpha and layer.dim is not None and (shift := _shift(parts, dtype, layer)):
+            parts = {name: part * 2.0**shift for name, part in parts.items()}
+            alpha, balanced = math.ldexp(layer.written_alpha, -shift * len(parts)), True
+        result = replace(_with(layer, {name: part.to(dtype) for name, part in parts.items()}), alpha=alpha)  # type: ignore[type-var]
+    if not all(map(is_finite, result.parts().values())):
+        raise ValueError(_too_large(dtype))
+    if not _all_fit(parts, dtype, by_component=False):
+        error = _error(layer, result)
+    return Cast(result, balanced, error)
+
+
+def _all_fit(parts: Mapping[str, Tensor], dtype: torch.dtype, *, by_component: bool) -> bool:
+    if by_component:
+        return _fits(parts["up"], dtype, 1) and _fits(parts["down"], dtype, 0)
+    return all(_fits(part, dtype) for part in parts.values())
+
+
+def _balanced(layer: Layer, parts: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], bool]:
+    """The parts, or float32 or float64 ones with powers of two moved between them, and whether any were."""
+    if isinstance(layer, LoraLayer):
         # With mid, rank indices of up and down do not pair up: one factor for all of them.
-        up, down, balanced = _balance(up, down, per_component=mid is None)
-        result = _rounded(layer, up, down, dtype)
-    factors = [result.up, result.down] + ([] if result.mid is None else [result.mid])
-    if not all(map(is_finite, factors)):
-        raise ValueError(f"values are too large for {str(dtype).removeprefix('torch.')}; save as float32 or bfloat16")
-    return Cast(result, balanced)
+        up, down, balanced = _balance(parts["up"], parts["down"], per_component=layer.mid is None)
+        parts = parts | {"up": up, "down": down}
+        if layer.mid is None or _all_fit(parts, dtype, by_component=False):
+            return parts, balanced
+    return _balance_whole(parts)
 
 
-def _rounded(layer: LoraLayer, up: Tensor, down: Tensor, dtype: torch.dtype) -> LoraLayer:
-    mid = None if layer.mid is None else layer.mid.detach().to(dtype)
-    return replace(layer, up=up.to(dtype), down=down.to(dtype), mid=mid)
+def _error(layer: Layer, rounded: Layer) -> float:
+    """Relative Frobenius norm of the difference of two updates, by Gram matrices in float64."""
+    (a, b), (c, d) = layer.factors(torch.float64), rounded.factors(torch.float64)
+
+    def energy(up: Tensor, down: Tensor) -> float:
+        return max(0.0, float(((up.T @ up) * (down @ down.T)).sum()))
+
+    # By what ends near 1: products of small scales would be 0.
+    by = max(largest(b), torch.finfo(torch.float64).tiny)
+    ratio = rounded.scale / layer.scale if layer.scale else 1.0
+    whole = energy(a, b / by)
+    lost = energy(torch.cat([a, -ratio * c], dim=1), torch.cat([b / by, d / by]))
+    return math.sqrt(lost / whole) if whole > 0 else 0.0
+
+
+def _with(layer: Layer, parts: Mapping[str, Tensor]) -> Layer:
+    return replace(layer, **{name.removeprefix("hada_").removeprefix("lokr_"): part for name, part in parts.items()})  # type: ignore[type-var]
+
+
+def _too_large(dtype: torch.dtype) -> str:
+    others = "float32 or bfloat16" if dtype == torch.float16 else "float32"
+    return f"values are too large for {str(dtype).removeprefix('torch.')}; save as {others}"
 
 
 def cast_part(part: Tensor, dtype: torch.dtype | None, *, copy: bool = True) -> Tensor:
@@ -67,8 +119,16 @@ def cast_part(part: Tensor, dtype: torch.dtype | None, *, copy: bool = True) -> 
         return part.clone(memory_format=torch.contiguous_format) if copy else part.contiguous()
     result = part.to(dtype, copy=copy).contiguous()
     if not is_finite(result):
-        raise ValueError(f"values are too large for {str(dtype).removeprefix('torch.')}; save as float32 or bfloat16")
+        raise ValueError(_too_large(dtype))
     return result
+
+
+def rounding(part: Tensor, rounded: Tensor) -> float:
+    """Relative Frobenius norm of what rounding made of a tensor; 0 where it has kept its bits, or as many as the dtype has."""
+    if part.dtype == rounded.dtype or not part.dtype.is_floating_point or _fits(part, rounded.dtype):
+        return 0.0
+    exact = part.detach().double()
+    return float((rounded.double() - exact).norm() / exact.norm())
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -107,23 +167,22 @@ def is_finite(tensor: Tensor) -> bool:
 def holds(up: Tensor, down: Tensor) -> bool:
     """Whether factors that were rounded to this dtype lost nothing but the rounding: `cast` would have left them so."""
     if up.dtype != torch.float16:
-        return is_finite(up) and is_finite(down)
-    largest = torch.finfo(torch.float16).max
+        return all(_NOTHING < largest(factor) < math.inf for factor in (up, down))
+    bound = torch.finfo(torch.float16).max
     # float32: torch takes up to ten times as long over columns of float16, not over rows.
-    maxima = torch.cat([_component_maxima(up.float(), 1), _component_maxima(down, 0).float()])
+    maxima = torch.cat([component_maxima(up.float(), 1), component_maxima(down, 0).float()])
     # Without the bounds themselves: what is there may have been rounded to them, and 0 may have been a small number.
-    return bool(((maxima > _SMALL) & (maxima < largest)).all())
+    return bool(((maxima > _SMALL * torch.finfo(torch.float16).tiny) & (maxima < bound)).all())
 
 
-def _fits(up: Tensor, down: Tensor) -> bool:
-    largest = torch.finfo(torch.float16).max
-    for factor in (_component_maxima(up, 1), _component_maxima(down, 0)):
-        if bool((factor > largest).any()) or bool(((factor > 0) & (factor < _SMALL)).any()):
-            return False
-    return True
+def _fits(part: Tensor, dtype: torch.dtype, rank_dim: int | None = None) -> bool:
+    """Whether the entries, those of every component if rank_dim is given, keep the bits that the dtype has."""
+    bounds = torch.finfo(dtype)
+    maxima = torch.tensor([largest(part)]) if rank_dim is None else component_maxima(part, rank_dim)
+    return not bool(((maxima > bounds.max) | ((maxima > 0) & (maxima < _SMALL * bounds.tiny))).any())
 
 
-def _component_maxima(factor: Tensor, rank_dim: int) -> Tensor:
+def component_maxima(factor: Tensor, rank_dim: int) -> Tensor:
     # Without abs, which would take as much memory again.
     flat = factor.movedim(rank_dim, 0).flatten(1)
     return torch.maximum(flat.amax(dim=1), -flat.amin(dim=1))
@@ -131,7 +190,7 @@ def _component_maxima(factor: Tensor, rank_dim: int) -> Tensor:
 
 def _balance(up: Tensor, down: Tensor, *, per_component: bool) -> tuple[Tensor, Tensor, bool]:
     # float64: the ratio of two float32 numbers can leave float32's range.
-    above, below = _component_maxima(up, 1).double(), _component_maxima(down, 0).double()
+    above, below = component_maxima(up, 1).double(), component_maxima(down, 0).double()
     # Powers of two are exact in float32 as well, and whole factors in float64 would take twice the memory.
     large = any(bool(((maxima > 0) & ((maxima > 2.0**60) | (maxima < 2.0**-60))).any()) for maxima in (above, below))
     up, down = (factor.to(torch.float64 if large else torch.float32) for factor in (up, down))
@@ -145,3 +204,25 @@ def _balance(up: Tensor, down: Tensor, *, per_component: bool) -> tuple[Tensor, 
     up = torch.where(alive.reshape(in_up), up * factor.reshape(in_up), 0.0)
     down = torch.where(alive.reshape(in_down), down / factor.reshape(in_down), 0.0)
     return up, down, bool((factor != 1).any())
+
+
+def _balance_whole(parts: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """Parts of an update that is linear in each of them, their largest entries alike: one power of two for each."""
+    sizes = {name: exponent(largest(part)) for name, part in parts.items()}
+    if -math.inf in sizes.values():
+        return {name: torch.zeros_like(part) for name, part in parts.items()}, False
+    even = round(sum(sizes.values()) / len(sizes))
+    by = {name: even - int(size) for name, size in sizes.items()}
+    by[next(iter(by))] -= sum(by.values())  # they cancel
+    return {name: part.double() * 2.0 ** by[name] for name, part in parts.items()}, any(by.values())
+
+
+def _shift(parts: Mapping[str, Tensor], dtype: torch.dtype, layer: Layer) -> int:
+    """The power of two that parts too small for the dtype are to be multiplied by, each, so that the largest are about 1;
+    0 where they are not, or where alpha cannot take it."""
+    sizes = [exponent(largest(part)) for part in parts.values()]
+    if -math.inf in sizes or min(sizes) >= exponent(_SMALL * torch.finfo(dtype).tiny):
+        return 0
+    shift = -int(max(sizes))
+    alpha = exponent(layer.written_alpha) - shift * len(parts)
+    return shift if shift > 0 and abs(alpha) <= ALPHA else 0

@@ -10,10 +10,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..updates.layer import Layer, LoraLayer, meeting_shape
-from .precision import holds
-
-Term = tuple[Layer, float]
+from ..updates.layer import Layer, LoraLayer, Term, exponent, is_safe, largest, meeting_shape, shaped
+from .precision import holds, is_finite
+from .scaling import level, raised
 
 
 def weighted_sum(terms: Sequence[Term], dtype: torch.dtype = torch.float32) -> LoraLayer:
@@ -27,8 +26,13 @@ def weighted_sum(terms: Sequence[Term], dtype: torch.dtype = torch.float32) -> L
     A term with strength 0 takes no rank; if all are 0 one rank of zeros is left, so that the module stays.
     dtype: of the result, rounded once from float32. Where float16 would take more than that (precision.holds), the
     result is float32 all the same, for `precision.cast` to balance.
-    Raises ValueError without terms, or if the updates are not of one weight.
+    Numbers near the ends of float32's range are brought to its middle (algebra/scaling.py); the result is float32 then, and
+    alpha may differ from the rank.
+    Raises ValueError without terms, if the updates are not of one weight, or if float32 cannot hold the sum.
     """
+    if not all(is_safe(layer, strength) for layer, strength in terms):
+        middling, power = level(terms)
+        return raised(stacked(middling).layer(), power)
     total = stacked(terms, dtype)
     if dtype != torch.float32 and not holds(total.up, total.down):
         total = stacked(terms)
@@ -38,15 +42,37 @@ def weighted_sum(terms: Sequence[Term], dtype: torch.dtype = torch.float32) -> L
 def dense_sum(terms: Sequence[Term], diffs: Sequence[tuple[Tensor, float]]) -> Tensor:
     """Sum of strength * delta over (layer, strength) terms and of strength * diff, as one dense difference; float32.
 
-    Its shape is that of the differences, which is the weight's own. Raises ValueError if the shapes differ.
+    Its shape is that of the differences, which is the weight's own.
+    Raises ValueError if the shapes differ, or if float32 cannot hold the sum.
     """
+    total = dense_sum_in(dense_dtype(terms, diffs), terms, diffs).float()
+    if not is_finite(total):
+        raise ValueError("the sum is beyond float32, which ends at 3.4e+38. Lower the strengths")
+    return total
+
+
+def dense_dtype(terms: Sequence[Term], diffs: Sequence[tuple[Tensor, float]]) -> torch.dtype:
+    """float32 where it holds every number on the way to `dense_sum`, else float64."""
+    layers = all(is_safe(layer, strength) for layer, strength in terms)
+    whole = all(is_safe_whole(diff, strength) for diff, strength in diffs)
+    return torch.float32 if layers and whole else torch.float64
+
+
+def is_safe_whole(diff: Tensor, strength: float, limit: int = 110) -> bool:
+    """Whether strength * diff is as far as powers of two of that limit within float32's range."""
+    size, by = exponent(largest(diff)), exponent(strength)
+    return size <= limit and by <= limit and (-math.inf in (size, by) or abs(size + by) <= limit)
+
+
+def dense_sum_in(dtype: torch.dtype, terms: Sequence[Term], diffs: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """`dense_sum` in that dtype, whatever becomes of numbers beyond its range."""
     shape = _one_shape([tuple(diff.shape) for diff, _ in diffs])
     _one_shape([shape, *(layer.shape for layer, _ in terms)])
-    total = torch.zeros(shape, device=diffs[0][0].device)
+    total = torch.zeros(shape, device=diffs[0][0].device, dtype=dtype)
     for diff, strength in diffs:
-        total = total + strength * diff.detach().to(torch.float32).reshape(shape)
+        total = total + strength * diff.detach().to(dtype).reshape(shape)
     for layer, strength in terms:
-        total = total + strength * layer.delta().reshape(shape)
+        total = total + strength * layer.delta_in(dtype).reshape(shape)
     return total
 
 
@@ -108,14 +134,6 @@ def _put(factor: Tensor, number: float, place: Tensor) -> None:
         place.copy_(factor).mul_(number)
     else:
         place.copy_(factor.to(torch.float32) * number)
-
-
-def shaped(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> LoraLayer:
-    """A layer of scale 1 from matrices (out, rank) and (rank, in * kernel), for a weight of the given shape."""
-    rank, kernel = up.shape[1], shape[2:]
-    return LoraLayer(
-        up.reshape(shape[0], rank, *(1 for _ in kernel)), down.reshape(rank, *shape[1:]), alpha=float(rank)
-    )
 
 
 def common_shape(layers: Sequence[Layer]) -> tuple[int, ...]:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from ..algebra.precision import is_finite
-from ..algebra.sums import shaped
 from ..files.lora import Lora
 from ..files.metadata import ARCHITECTURE
 from ..naming import names, unet
 from ..naming.unet import infer_layout
 from ..recognise.identity import architecture_of
-from ..updates.layer import Layer
+from ..updates.layer import Layer, shaped
 
 # Name of a weight as its module is spelt, with ".weight" or ".bias"; the weight of the tuned model; that of the base.
 Weights = tuple[str, Tensor, Tensor]

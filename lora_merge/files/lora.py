@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..algebra.precision import cast, cast_part
+from ..algebra.precision import COARSE, cast, cast_part, rounding
 from ..naming import names
 from ..naming.unet import infer_layout
 from ..updates.layer import Layer, LoraLayer
@@ -149,9 +149,11 @@ class Lora:
         Keys that ComfyUI does not read stay as they came in kohya format, and have no place in diffusers'.
         format: "kohya" writes `.lora_up.weight`, `.lora_down.weight`, `.alpha` (always, since readers differ in what
             they assume without), every other kind in the keys of LyCORIS, and is what ComfyUI reads for any model;
-            "diffusers" writes PEFT's `unet....lora_B.weight` with the scale multiplied into the factors, LoRA only.
+            "diffusers" writes PEFT's `unet....lora_B.weight` with the scale multiplied into the factors; LoHa and LoKr as
+            LoRA of as many ranks as they have.
         copy: False shares the tensors that need no conversion, and nobody may write into them then.
-        float16: components that would overflow or be lost are balanced, see algebra/precision.py; a warning tells how many.
+        float16: components that would overflow or be lost are balanced, see algebra/precision.py; a warning tells what is
+        too small for it all the same.
         Raises ValueError for what the format cannot name or hold, and for values the dtype cannot hold.
         """
         if format not in FORMATS:
@@ -160,49 +162,53 @@ class Lora:
         result: dict[str, Tensor] = {}
         if format == "kohya":
             result |= {key: cast_part(tensor, None, copy=copy) for key, tensor in self.unread.items()}
-        balanced = []
+        balanced, errors = [], {}
         for module, name in spelled.items():
             try:
-                written, is_balanced = self._written(module, dtype, format, copy)
+                written, is_balanced, changed = self._written(module, dtype, format, copy)
             except ValueError as error:
                 raise ValueError(f"{self.source}: {name}: {error}") from None
             result |= {f"{name}{end}": tensor for end, tensor in written.items()}
             if is_balanced:
                 balanced.append(name)
+            if changed > COARSE:
+                errors[name] = changed
         if balanced:
-            logger.warning(
-                "%s: factors of %d modules balanced to fit float16, the update is the same (first: %s)",
-                self.source, len(balanced), balanced[0],
+            logger.info(
+                "%s: factors of %d modules balanced to fit %s, the update is the same (first: %s)",
+                self.source, len(balanced), _name(dtype), balanced[0],
             )  # fmt: skip
+        if errors:
+            logger.warning("%s: %s", self.source, too_small(errors, dtype))
         return result
 
     def _written(
         self, module: str, dtype: torch.dtype | None, format: Format, copy: bool
-    ) -> tuple[dict[str, Tensor], bool]:
-        """Ending of the key -> new tensor for everything of one module, and whether its factors were balanced."""
+    ) -> tuple[dict[str, Tensor], bool, float]:
+        """Ending of the key -> new tensor for everything of one module, whether its factors were balanced, and the
+        largest relative error of a tensor, or of the update, that is too small for the dtype."""
         result: dict[str, Tensor] = {}
-        alpha, balanced = None, False
+        alpha, balanced, error = None, False, 0.0
         update = self.modules.get(module) or self.carried.get(module)
-        if isinstance(update, LoraLayer) and (dtype is not None or format == "diffusers"):
+        others: dict[str, Tensor] = {}
+        if isinstance(update, Layer) and (dtype is not None or format == "diffusers"):
             plain = update if format == "kohya" else _without_scale(update)
-            converted = cast(plain, dtype or update.up.dtype)
-            balanced, originals = converted.balanced, update.parts()
+            converted = cast(plain, dtype or next(iter(update.parts().values())).dtype, into_alpha=format == "kohya")
+            balanced, error, originals = converted.balanced, converted.error, update.parts()
             for part, tensor in converted.layer.parts().items():
                 end = suffix(part) if format == "kohya" else {"up": ".lora_B.weight", "down": ".lora_A.weight"}[part]
                 result[end] = _own(tensor, originals.get(part)) if copy else tensor.contiguous()
             alpha = converted.layer.written_alpha
-        elif isinstance(update, Layer):
-            result = {suffix(part): cast_part(tensor, dtype, copy=copy) for part, tensor in update.parts().items()}
-            alpha = update.written_alpha
         elif update is not None:
-            result = {suffix(part): cast_part(tensor, dtype, copy=copy) for part, tensor in update.parts.items()}
+            others = dict(update.parts() if isinstance(update, Layer) else update.parts)
             alpha = update.written_alpha
+        others |= {part: self.diffs[module, part] for part in DIFF_PARTS if (module, part) in self.diffs}
+        for part, tensor in others.items():
+            written = result[suffix(part)] = cast_part(tensor, dtype, copy=copy)
+            error = max(error, rounding(tensor, written))
         if alpha is not None and format == "kohya":
             result[suffix("alpha")] = torch.tensor(alpha, dtype=torch.float32)
-        for part in DIFF_PARTS:
-            if (module, part) in self.diffs:
-                result[suffix(part)] = cast_part(self.diffs[module, part], dtype, copy=copy)
-        return result, balanced
+        return result, balanced, error
 
     def diffusers_spellings(self) -> dict[str, str]:
         """Canonical module name -> diffusers name. Raises ValueError for what diffusers format has no place for."""
@@ -211,7 +217,7 @@ class Lora:
             raise ValueError(
                 f"{self.source}: diffusers format has no place for weight differences ({shown}); use kohya"
             )
-        others = {kind: count for kind, count in self.kinds.items() if kind != LoraLayer.kind}
+        others = Counter(update.kind for update in self.carried.values())
         if others:
             shown = ", ".join(f"{kind} ({count} modules)" for kind, count in sorted(others.items()))
             raise ValueError(f"{self.source}: diffusers format holds plain LoRA only, and this has {shown}; use kohya")
@@ -225,17 +231,30 @@ class Lora:
         return {module: name for module, name in spelled.items() if name is not None}
 
 
+def too_small(errors: Mapping[str, float], dtype: torch.dtype | None) -> str:
+    """What to say of modules whose update a dtype does not hold. errors: module -> relative error, 1 for all of it."""
+    worst = max(errors, key=lambda name: errors[name])
+    return (
+        f"{_name(dtype)} has no numbers small enough for {len(errors)} modules: their updates change by up to {100 * errors[worst]:.2g} % "
+        f"({worst}). Save as {'bfloat16 or float32' if dtype == torch.float16 else 'float32'} to keep them"
+    )
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _own(tensor: Tensor, original: Tensor | None) -> Tensor:
     """The tensor, copied if it is still the LoRA's own: who gets a state dict may write into it."""
     shared = original is not None and tensor.data_ptr() == original.data_ptr()
     return tensor.detach().clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
 
 
-def _without_scale(layer: LoraLayer) -> LoraLayer:
-    """The same update with scale 1 and `mid` folded in, float32; the scale goes half and half into the factors."""
-    if layer.scale == 1 and layer.mid is None:
+def _without_scale(layer: Layer) -> LoraLayer:
+    """The same update as LoRA of scale 1, float32; the scale goes half and half into the factors."""
+    if isinstance(layer, LoraLayer) and layer.scale == 1 and layer.mid is None:
         return LoraLayer(layer.up, layer.down)
     up, down = layer.factors()
     half = abs(layer.scale) ** 0.5
-    up = (up * (half if layer.scale >= 0 else -half)).reshape(*layer.up.shape[:2], *(1 for _ in layer.kernel))
+    up = (up * (half if layer.scale >= 0 else -half)).reshape(*up.shape, *(1 for _ in layer.kernel))
     return LoraLayer(up, (down * half).reshape(-1, *layer.shape[1:]))

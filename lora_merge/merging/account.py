@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..algebra.lowrank import Truncated
+from ..algebra.precision import COARSE
 from ..files.hashes import stated
-from ..files.lora import Lora
-from ..updates.layer import LoraLayer
+from ..files.lora import Lora, too_small
+from ..updates.layer import Layer
 from .options import MergeOptions
 from .passthrough import Passing
 from .strengths import Strengths
@@ -89,16 +90,18 @@ class Finished:
     products: (owners, owners) and (owners,) float64, of the updates with one another and with what the method made of
         them; None where that is their sum.
     aside: input -> its energy here before and after it stepped aside.   rebalanced: factors balanced for float16.
+    rounding: relative error of an update too small for the result's dtype, 0 for one that is not.
     """
 
     module: str
     owners: tuple[int, ...]
-    layer: LoraLayer | None = None
+    layer: Layer | None = None
     diff: tuple[str, Tensor] | None = None
     cut: Truncated | None = None
     products: tuple[Tensor, Tensor] | None = None
     aside: Mapping[int, tuple[float, float]] = field(default_factory=dict)
     rebalanced: bool = False
+    rounding: float = 0.0
 
 
 class Tally:
@@ -114,9 +117,11 @@ class Tally:
         self.before = [0.0] * inputs
         self.after = [0.0] * inputs
         self.ranks: list[int] = []
+        self.too_small: dict[str, float] = {}
 
     def add(self, done: Finished, rank: int | None) -> None:
         self.rebalanced += done.rebalanced
+        self.add_rounding(done.module, done.rounding)
         if rank is not None:
             self.ranks.append(rank)
         if done.cut is not None:
@@ -133,6 +138,10 @@ class Tally:
         for index, (before, after) in done.aside.items():
             self.before[index] += before
             self.after[index] += after
+
+    def add_rounding(self, module: str, error: float) -> None:
+        if error > COARSE:
+            self.too_small[module] = max(error, self.too_small.get(module, 0.0))
 
     def effects(self) -> list[float | None]:
         """Coefficient of each input in what the method made, None for an input without energy."""
@@ -187,6 +196,8 @@ def account_of(
         )
     error = math.sqrt(tally.lost_energy / tally.energy) if tally.energy > 0 else 0.0
     spread = (min(tally.ranks), median(tally.ranks), max(tally.ranks)) if tally.ranks else None
+    if tally.too_small:
+        warnings = [*warnings, too_small(tally.too_small, options.out_dtype)]
     notes = [*warnings, *_idle(options), *_scaled_protection(sources, options), *_lost(sources, options)]
     return Account(
         tuple(sources),

@@ -6,9 +6,10 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
-from ..algebra.sums import Term, dense_sum
+from ..algebra.sums import dense_sum
 from ..files.keys import BIAS_PARTS
 from ..files.lora import Lora
+from ..updates.layer import Term
 from .strengths import Strengths
 
 Diffs = dict[tuple[str, str], Tensor]
@@ -54,5 +55,9 @@ def bias_sums(loras: Sequence[Lora], strengths: Strengths, norms: Collection[str
     result: Diffs = {}
     for module, terms in found.items():
         is_norm = module in norms and all(part == "b_norm" for part, _ in terms)
-        result[module, "b_norm" if is_norm else "diff_b"] = dense_sum([], [term for _, term in terms])
+        try:
+            total = dense_sum([], [term for _, term in terms])
+        except ValueError as error:
+            raise ValueError(f"{module}, its bias: {error}") from None
+        result[module, "b_norm" if is_norm else "diff_b"] = total
     return result

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from ..algebra.precision import cast_part
-from ..algebra.ranks import alike, allocate
+from ..algebra.precision import cast_part, rounding
+from ..algebra.ranks import alike
 from ..algebra.threads import in_order
 from ..files.lora import Lora
 from ..files.metadata import ARCHITECTURE, MERGED_FROM, PROVENANCE_KEY, changed, given, is_computed, is_name
 from ..naming import names
 from ..naming.aliases import is_foreign
 from ..recognise.identity import architecture_of
-from ..updates.layer import Layer
+from ..updates.layer import Layer, LoraLayer
 from .account import Account, Finished, Source, Tally, account_of
 from .align import fused_notes, fused_with_slices, notes_on, unify
 from .differences import Diffs, bias_sums, dense_modules
@@ -31,6 +31,7 @@ from .protect import protected_input
 from .provenance import to_json
 from .sizes import numbers_within
 from .strengths import Blocks, Strengths, strengths_of
+from .unshared import allocate_around
 
 __all__ = ["Account", "Input", "Progress", "Source", "merge", "merge_with_account", "resize", "resize_with_account"]
 
@@ -42,8 +43,9 @@ def merge(inputs: Sequence[Input], **keywords: Any) -> Lora:
     """One LoRA whose update of every module is the sum of strength * update over the (lora, strength) inputs.
 
     Any number of inputs from 1 on, of any rank, alpha and spelling, strengths of any sign; modules that one input has
-    alone are in the result too. LoRA, LoHa and LoKr become LoRA factors with alpha = rank. Where one of the inputs
-    changes the whole weight (`.diff`, a norm) the result is such a difference too, and stays whole in every cut.
+    alone are in the result too. LoRA becomes LoRA factors with alpha = rank, and so do LoHa and LoKr where another input
+    changes the same weight or a cut makes them smaller; untouched by others they stay what they are, times the strength.
+    Where one of the inputs changes the whole weight (`.diff`, a norm) the result is such a difference too, and stays whole in every cut.
     Updates that depend on the weight (Lora.carried: DoRA, OFT, ...) do not add up. One is passed through as it is if no
     other input changes the module and its strength is 1, and falls away at strength 0.
     Strengths are multiplied into the updates before a method looks at them, and never normalised. Biases and norms are
@@ -106,8 +108,8 @@ def merge_with_account(
     engine = Engine(loras, strengths, options, dense, torch.device(device))
     threads = torch.get_num_threads() if workers is None else max(1, workers)
     steps = _Steps(progress, len(modules))
-    biases = bias_sums(loras, strengths, {m for m in dense if m not in passing.updates and _is_norm(loras, m)})
-    biases = {key: cast_part(diff, options.out_dtype, copy=False) for key, diff in biases.items()}
+    sums = bias_sums(loras, strengths, {m for m in dense if m not in passing.updates and _is_norm(loras, m)})
+    biases = {key: cast_part(diff, options.out_dtype, copy=False) for key, diff in sums.items()}
     ranks: Mapping[str, int] = {}
     if options.aim is not None:
         low_rank = [module for module in modules if module not in dense]
@@ -117,6 +119,8 @@ def merge_with_account(
     layers: dict[str, Layer] = {}
     diffs: Diffs = {}
     tally = Tally(len(loras))
+    for (module, part), diff in biases.items():
+        tally.add_rounding(module, rounding(sums[module, part], diff))
     finish = partial(_finish, engine, ranks, options.rank)
     with closing(in_order(finish, modules, threads)) as results:
         for done in results:
@@ -125,7 +129,7 @@ def merge_with_account(
             elif done.diff is not None:
                 part, diff = done.diff
                 diffs[done.module, part] = diff
-            tally.add(done, None if done.layer is None else done.layer.rank)
+            tally.add(done, done.layer.rank if isinstance(done.layer, LoraLayer) else None)
             steps.done()
     diffs |= biases
     digests = list(sha256() if callable(sha256) else sha256)
@@ -189,7 +193,8 @@ def _allocated(
             steps.done()
     if options.balanced:
         prospects = alike(prospects)
-    return allocate(prospects, keep=options.keep, retain=options.retain, parameters=parameters)
+    whole = {module: layer for module in modules if (layer := engine.unshared(module)) is not None}
+    return allocate_around(whole, prospects, keep=options.keep, retain=options.retain, parameters=parameters)
 
 
 class _Steps:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 
 import torch
@@ -18,16 +20,21 @@ from ..algebra.lowrank import (
     truncated_matrix,
     truncated_sum,
 )
-from ..algebra.precision import cast, cast_part
-from ..algebra.sums import Term, dense_sum, weighted_sum
+from ..algebra.precision import cast, cast_part, rounding
+from ..algebra.scaling import levelled, raised, raised_whole
+from ..algebra.sums import dense_dtype, dense_sum_in, weighted_sum
 from ..files.lora import Lora
 from ..methods.table import Situation
-from ..updates.layer import Layer, LoraLayer
+from ..updates.layer import Layer, LoraLayer, Term, exponent, largest
 from .account import Finished
 from .differences import weight_deltas, weight_sum
 from .options import MergeOptions
 from .protect import dense_stepping_aside, stepping_aside
 from .strengths import Strengths
+from .unshared import smaller_whole, uncut, unshared
+
+# Powers of two within which the squares of whole updates, and sums of millions of them, are within float32.
+_SQUARED = 50
 
 
 class Engine:
@@ -55,44 +62,60 @@ class Engine:
 
     def prospect(self, module: str) -> Prospect:
         """What each rank of the module would keep, of all inputs: 0 of those that do not have the module."""
-        owners, terms, _ = self._terms(module)
-        found = self._directions(module, owners, terms)[0].prospect()
-        kept = found.kept.new_zeros(1 + len(self.loras), found.kept.shape[1])
-        kept[[0, *(1 + index for index in owners)]] = found.kept
-        return replace(found, kept=kept.cpu(), priority=found.priority.cpu())
+        with _in_words(module):
+            owners, terms, _, power = self._terms(module)
+            found = self._directions(module, owners, terms)[0].prospect()
+            kept = found.kept.new_zeros(1 + len(self.loras), found.kept.shape[1])
+            kept[[0, *(1 + index for index in owners)]] = found.kept
+            energy = 4.0**power
+            return replace(found, kept=kept.cpu() * energy, priority=found.priority.cpu() * energy)
 
     def finish(self, module: str, rank: int) -> Finished:
         """The module of the result, in the result's dtype. rank: the largest that it may have, 0 for any."""
-        done = self._dense(module) if module in self.dense_modules else self._low_rank(module, rank)
-        dtype = self.options.out_dtype
-        try:
-            if isinstance(done.layer, LoraLayer):
-                layer = replace(done.layer, up=done.layer.up.cpu(), down=done.layer.down.cpu())
-                in_dtype = cast(layer, dtype or layer.up.dtype)
+        with _in_words(module):
+            done = self._dense(module) if module in self.dense_modules else self._low_rank(module, rank)
+            dtype = self.options.out_dtype
+            if done.layer is not None:
+                in_dtype = cast(_moved(done.layer, torch.device("cpu")), dtype or torch.float32)
                 # The cut's layer as well: it would keep a float32 copy alive.
                 cut = done.cut and replace(done.cut, layer=in_dtype.layer)
-                done = replace(done, layer=in_dtype.layer, cut=cut, rebalanced=in_dtype.balanced)
+                done = replace(
+                    done, layer=in_dtype.layer, cut=cut, rebalanced=in_dtype.balanced, rounding=in_dtype.error
+                )
             elif done.diff is not None:
                 part, diff = done.diff
-                done = replace(done, diff=(part, cast_part(diff.cpu(), dtype, copy=False)))
-        except ValueError as error:
-            raise ValueError(f"{module}: {error}") from None
-        return done
+                rounded = cast_part(diff.cpu(), dtype, copy=False)
+                done = replace(done, diff=(part, rounded), rounding=rounding(diff.cpu(), rounded))
+            return done
 
-    def _terms(self, module: str) -> tuple[tuple[int, ...], list[Term], dict[int, tuple[float, float]]]:
-        """(owners, their terms with room made for the protected one, energy of each before and after)."""
-        at = self.strengths.at(module)
-        owners = tuple(index for index, lora in enumerate(self.loras) if module in lora.modules)
+    def unshared(self, module: str) -> Layer | None:
+        """The LoHa or LoKr that can stand in the result as it came, times its strength."""
+        method = self.method
+        if method.combine is None or (len(self._owners(module)) == 1 and not method.changes_one(self.values)):
+            return unshared(self.loras, self.strengths, module)
+        return None
+
+    def _owners(self, module: str) -> tuple[int, ...]:
+        return tuple(index for index, lora in enumerate(self.loras) if module in lora.modules)
+
+    def _terms(
+        self, module: str, *, exact: bool = False
+    ) -> tuple[tuple[int, ...], list[Term], dict[int, tuple[float, float]], int]:
+        """(owners, their terms with room made for the protected one, energy of each before and after, power): the terms
+        are 2 ** -power of what they should be. exact: for weighted_sum alone, which levels terms itself."""
+        at, owners = self.strengths.at(module), self._owners(module)
         terms: list[Term] = [(_moved(self.loras[index].modules[module], self.device), at[index]) for index in owners]
         protect, mu = self.options.protect, self.options.mu
-        if not mu or protect not in owners:
-            return owners, terms, {}
-        aside = stepping_aside(terms, owners.index(protect), mu)
+        room = bool(mu) and protect in owners
+        terms, power = (terms, 0) if exact and not room else levelled(terms)
+        if protect is None or not room:
+            return owners, terms, {}, power
+        aside = stepping_aside(terms, owners.index(int(protect)), mu)
         energies = {
             index: (energy_of(before), energy_of(after)) if after is not before else (energy_of(before),) * 2
             for index, before, after in zip(owners, terms, aside, strict=True)
         }
-        return owners, aside, energies
+        return owners, aside, energies, power
 
     def _situation(self, module: str, owners: tuple[int, ...]) -> Situation:
         at = self.strengths.at(module)
@@ -110,26 +133,42 @@ class Engine:
         return directions_in(space, core, balanced=balanced), _products(space.cores, core)
 
     def _low_rank(self, module: str, rank: int) -> Finished:
-        owners, terms, aside = self._terms(module)
         method = self.method
-        alone = method.combine is not None and len(terms) == 1 and not method.changes_one(self.values)
-        if method.combine is None or alone:
-            products = _products_of_one(terms[0]) if alone else None
-            if not rank:
-                layer = weighted_sum(terms, self.options.out_dtype or torch.float32)
-                return Finished(module, owners, layer, None, None, products, aside)
-            cut = truncated_sum(terms, rank, balanced=self.options.balanced)
-            return Finished(module, owners, cut.layer, None, cut, products, aside)
+        alone = method.combine is not None and len(self._owners(module)) == 1 and not method.changes_one(self.values)
+        added = method.combine is None or alone
+        owners, terms, aside, power = self._terms(module, exact=added and not rank)
+        if not added:
+            return _raised(replace(self._by_method(module, owners, terms, rank), aside=aside), power)
+        products = _products_of_one(terms[0]) if alone else None
+        whole = self.unshared(module)
+        if whole is not None and (
+            not rank or (whole.rank <= rank and (not self.options.aim or smaller_whole(whole, rank)))
+        ):
+            done = Finished(module, owners, whole, None, None, products, aside)
+            # In its own size already.
+            return replace(
+                _raised(replace(done, layer=None, cut=uncut(whole, terms) if rank else None), power), layer=whole
+            )
+        if not rank:
+            layer = weighted_sum(terms, self.options.out_dtype or torch.float32)
+            return _raised(Finished(module, owners, layer, None, None, products, aside), power)
+        cut = truncated_sum(terms, rank, balanced=self.options.balanced)
+        return _raised(Finished(module, owners, cut.layer, None, cut, products, aside), power)
+
+    def _by_method(self, module: str, owners: tuple[int, ...], terms: list[Term], rank: int) -> Finished:
+        """What the method makes of terms of ordinary size."""
+        method = self.method
         if self.options.dense and method.entrywise:
             deltas = [strength * layer.delta() for layer, strength in terms]
-            return replace(self._combined(module, owners, deltas, rank), aside=aside)
+            return self._combined(module, owners, deltas, rank)
         if rank:
             found, both = self._directions(module, owners, terms)
             cut = found.cut(rank)
-            return Finished(module, owners, cut.layer, None, cut, both, aside)
+            return Finished(module, owners, cut.layer, None, cut, both)
         space = core_space(terms)
+        assert method.combine is not None
         core = method.combine(space.cores, self._situation(module, owners))
-        return Finished(module, owners, space.layer(core), None, None, _products(space.cores, core), aside)
+        return Finished(module, owners, space.layer(core), None, None, _products(space.cores, core))
 
     def _dense(self, module: str) -> Finished:
         """A module with a whole-weight difference. Such differences stay whole, whatever is cut."""
@@ -141,8 +180,11 @@ class Engine:
         if len(shape) < 2 or (self.method.combine is None and not self.options.mu):
             return Finished(module, owners, None, weight_sum(module, self.loras, at))
         zero = torch.zeros(shape)
-        deltas = [dense_sum(terms, [*diffs, (zero, 0.0)]).to(self.device) for terms, diffs in found.values()]
-        return self._combined(module, owners, deltas, 0, aside=True)
+        summed = [(terms, [*diffs, (zero, 0.0)]) for terms, diffs in found.values()]
+        deltas = [dense_sum_in(dense_dtype(*both), *both) for both in summed]
+        power = _power(deltas)
+        deltas = [(delta * 2.0**-power if power else delta).float().to(self.device) for delta in deltas]
+        return _raised(self._combined(module, owners, deltas, 0, aside=True), power)
 
     def _combined(
         self, module: str, owners: tuple[int, ...], deltas: list[Tensor], rank: int, *, aside: bool = False
@@ -170,6 +212,45 @@ class Engine:
         return Finished(module, owners, cut.layer, None, cut, products, energies)
 
 
+@contextmanager
+def _in_words(module: str) -> Iterator[None]:
+    """Names the module in what is raised."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{module}: its values are of no use to a decomposition ({error}); leave the LoRA out"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{module}: {error}") from None
+
+
+def _power(deltas: Sequence[Tensor]) -> int:
+    """What whole updates are to be divided by, as an even power of two, for their squares to be within float32; 0 as a rule."""
+    size = max(exponent(largest(delta)) for delta in deltas)
+    return 0 if size == -math.inf or -_SQUARED <= size <= _SQUARED else 2 * (int(size) // 2)
+
+
+def _raised(done: Finished, power: int) -> Finished:
+    """The module times 2 ** power, and all energies of it."""
+    if not power:
+        return done
+    energy = 4.0**power
+    layer = raised(done.layer, power) if isinstance(done.layer, LoraLayer) else done.layer
+    cut = done.cut and replace(
+        done.cut,
+        layer=layer or done.cut.layer,
+        energy=done.cut.energy * energy,
+        lost_energy=done.cut.lost_energy * energy,
+        source_energy=tuple(e * energy for e in done.cut.source_energy),
+        kept_energy=tuple(e * energy for e in done.cut.kept_energy),
+    )
+    diff = done.diff and (done.diff[0], raised_whole(done.diff[1], power))
+    products = done.products and (done.products[0] * energy, done.products[1] * energy)
+    aside = {index: (before * energy, after * energy) for index, (before, after) in done.aside.items()}
+    return replace(done, layer=layer, diff=diff, cut=cut, products=products, aside=aside)
+
+
 def _products(deltas: Sequence[Tensor], total: Tensor) -> tuple[Tensor, Tensor]:
     flat = torch.stack([delta.flatten() for delta in (*deltas, total)])
     # float64 would double the memory of whole updates; the sums are for a report.
@@ -184,7 +265,7 @@ def _products_of_one(term: Term) -> tuple[Tensor, Tensor]:
 
 def _moved(layer: Layer, device: torch.device) -> Layer:
     """The layer with its tensors on a device."""
-    if device.type == "cpu":
+    if all(part.device.type == device.type for part in layer.parts().values()):
         return layer
     tensors = {f.name: value for f in fields(layer) if isinstance(value := getattr(layer, f.name), Tensor)}  # type: ignore[arg-type]
     return replace(layer, **{name: tensor.to(device) for name, tensor in tensors.items()})  # type: ignore[type-var]

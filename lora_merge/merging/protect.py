@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..algebra.sums import Term
 from ..files.lora import Lora
 from ..recognise.identity import identify
-from ..updates.layer import Layer, LoraLayer, whole_factors
+from ..updates.layer import Layer, LoraLayer, Term, whole_factors
 
 
 def stepping_aside(terms: Sequence[Term], protected: int, mu: float, energy: float = 0.5) -> list[Term]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from math import prod
 
 import torch
 
@@ -10,6 +12,7 @@ from ..files.about import shown
 from ..files.keys import unread_text
 from ..files.lora import Lora
 from ..files.remarks import peft_remarks
+from ..updates.layer import Layer, LoraLayer
 from .account import Account, Source
 from .options import MergeOptions
 from .provenance import recipe_of
@@ -31,7 +34,7 @@ def describe(lora: Lora) -> str:
             f"  rank: {_span(min(ranks), max(ranks))}, scale (alpha / rank): {_span(min(scales), max(scales))}"
         )
     if set(lora.kinds) - {"LoRA"}:
-        lines.append(f"  kinds: {', '.join(f'{kind} {count}' for kind, count in lora.kinds.items())}")
+        lines.append(f"  kinds: {_kinds(lora)}")
     if lora.carried:
         lines.append(f"  {len(lora.carried)} of them depend on the weight they change: they load, and do not merge")
     if lora.diffs:
@@ -50,6 +53,7 @@ def describe_merge(account: Account, merged: Lora) -> str:
     lines = [f"{'Made from one LoRA' if one else head}{_choices(account)}:"]
     lines += [f"  {source.name} * {source.strength:g}: {', '.join(_facts(source, one))}" for source in account.sources]
     lines.append(_result(account, merged))
+    lines += _staying(merged)
     lines += _method_lines(account) + _cut_lines(account)
     if account.rebalanced:
         lines.append(f"Factors of {account.rebalanced} modules balanced to fit float16; their updates are the same.")
@@ -92,11 +96,33 @@ def _facts(source: Source, one: bool) -> list[str]:
 
 
 def _result(account: Account, merged: Lora) -> str:
-    ranks = [layer.rank for layer in merged.modules.values()]
+    ranks = [layer.rank for layer in merged.modules.values() if isinstance(layer, LoraLayer)]
     rank = f", rank {_span(min(ranks), max(ranks))}" if ranks else ""
     if account.options.aim and account.ranks and account.ranks[0] != account.ranks[2]:
         rank += f" (median {account.ranks[1]:g})"
-    return f"Result: {len(merged.spellings)} modules{rank}, {size_text(merged, torch.float16)} in float16"
+    kinds = f" ({_kinds(merged)})" if set(merged.kinds) - {"LoRA"} else ""
+    return f"Result: {len(merged.spellings)} modules{kinds}{rank}, {size_text(merged, torch.float16)} in float16"
+
+
+def _kinds(lora: Lora) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in lora.kinds.items())
+
+
+def _staying(merged: Lora) -> list[str]:
+    """Modules that are no LoRA factors and need none."""
+    staying = [layer for layer in merged.modules.values() if not isinstance(layer, LoraLayer)]
+    if not staying:
+        return []
+    kinds = " and ".join(sorted({layer.kind for layer in staying}))
+    expanded = sum(layer.rank * (layer.shape[0] + prod(layer.shape[1:])) for layer in staying)
+    return [
+        f"{len(staying)} modules that no other input changes stay {kinds}: {_megabytes(staying)} in float16, as LoRA "
+        f"{expanded * 2 / 1e6:.1f} MB."
+    ]
+
+
+def _megabytes(layers: Sequence[Layer]) -> str:
+    return f"{sum(layer.parameters for layer in layers) * 2 / 1e6:.1f} MB"
 
 
 def _method_lines(account: Account) -> list[str]:

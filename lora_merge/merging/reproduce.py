@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..algebra.sums import Term, stacked
+from ..algebra.scaling import levelled
+from ..algebra.sums import stacked
 from ..files.hashes import weights_sha256
 from ..files.load_save import load
 from ..files.lora import Format, Lora
 from ..files.tensor_file import mapped
 from ..recognise.identity import sha256_of
+from ..updates.layer import Term
 from .merge import Progress, merge_with_account
 from .options import DTYPES
 from .provenance import Ingredient, recipe_of
@@ -130,6 +132,7 @@ def _difference(first: Lora, second: Lora) -> float:
 
 def _norm(terms: list[Term]) -> float:
     # Triangular factors: products of Gram matrices would lose half of the digits where terms cancel.
+    terms, power = levelled(terms)
     total = stacked(terms)
     up, down = torch.linalg.qr(total.up)[1], torch.linalg.qr(total.down.T)[1]
-    return float((up @ down.T).double().norm())
+    return float((up @ down.T).double().norm()) * 2.0**power

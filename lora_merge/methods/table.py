@@ -119,12 +119,21 @@ def _disjoint_sum(deltas: list[Tensor]) -> Tensor:
     return disjoint(deltas, mean=False)
 
 
+# Strengths between this and its inverse leave float32 numbers within float32's range.
+_USUAL = 2.0**-40
+
+
 def _on_the_arc(deltas: Sequence[Tensor], situation: Situation) -> Tensor:
     total = sum(situation.strengths)
     if len(deltas) < 2 or 0 in situation.strengths:
         return _sum(list(deltas))
-    first, second = (delta / strength for delta, strength in zip(deltas, situation.strengths, strict=True))
-    return total * slerp(first, second, situation.strengths[1] / total)
+    if all(_USUAL <= strength <= 1 / _USUAL for strength in situation.strengths):
+        first, second = (delta / strength for delta, strength in zip(deltas, situation.strengths, strict=True))
+        return total * slerp(first, second, situation.strengths[1] / total)
+    # float64, and shares of the total: the same point, and no number leaves its range.
+    shares = [strength / total for strength in situation.strengths]
+    first, second = (delta.double() / share for delta, share in zip(deltas, shares, strict=True))
+    return slerp(first, second, shares[1])
 
 
 def _orthogonal(deltas: Sequence[Tensor], situation: Situation) -> Tensor:

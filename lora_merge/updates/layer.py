@@ -42,8 +42,8 @@ class Layer(ABC):
         """The tensors as they came, by the part names of files/keys.py, without alpha."""
 
     @abstractmethod
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(out, rank) and (rank, in * kernel) in float32 whose product is the update without the scale; exact."""
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """(out, rank) and (rank, in * kernel), float32 or float64, whose product is the update without the scale; exact."""
 
     def stored_factors(self) -> tuple[Tensor, Tensor]:
         """`factors` in the dtype they came in, where they need no arithmetic; else in float32."""
@@ -69,8 +69,21 @@ class Layer(ABC):
         return sum(part.numel() for part in self.parts().values())
 
     def delta(self) -> Tensor:
-        """What strength 1 adds to the weight: (out, in, *kernel), float32."""
-        up, down = self.factors()
+        """What strength 1 adds to the weight: (out, in, *kernel), float32.
+
+        Raises ValueError where float32 cannot hold it.
+        """
+        if is_safe(self):
+            return self.delta_in(torch.float32)
+        # Products of float32 numbers leave float32's range, sums of six of them do not leave float64's.
+        delta = self.delta_in(torch.float64)
+        if not float(delta.abs().max()) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"the update reaches {float(delta.abs().max()):.1e}, and float32 ends at 3.4e+38")
+        return delta.float()
+
+    def delta_in(self, dtype: torch.dtype) -> Tensor:
+        """`delta` computed in that dtype, whatever becomes of numbers beyond its range."""
+        up, down = self.factors(dtype)
         return (up @ down).mul_(self.scale).reshape(self.shape)
 
 
@@ -129,20 +142,72 @@ class LoraLayer(Layer):
             return self.factors()
         return self.up.detach().flatten(1), self.down.detach().flatten(1)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(out, rank) and (rank, in * kernel) in float32, without the scale; exact, `mid` is folded into down."""
-        up = self.up.detach().to(torch.float32).reshape(self.up.shape[0], -1)
-        down = self.down.detach().to(torch.float32)
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """(out, rank) and (rank, in * kernel), without the scale; exact, `mid` is folded into down."""
+        up = self.up.detach().to(dtype).reshape(self.up.shape[0], -1)
+        down = self.down.detach().to(dtype)
         if self.mid is not None:
-            mid = self.mid.detach().to(torch.float32)
+            mid = self.mid.detach().to(dtype)
             # mid[i, j, kernel] * down[j, in] -> [i, in, kernel]
             down = torch.einsum("ij...,jn->in...", mid, down.reshape(down.shape[0], -1))
         return up, down.reshape(down.shape[0], -1)
 
 
+# A layer and the strength that it enters a sum with.
+Term = tuple[Layer, float]
+
+
 def check_alpha(alpha: float | None) -> None:
     if alpha is not None and not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha}, but it has to be a finite number")
+
+
+def is_safe(layer: Layer, strength: float = 1.0, *, part: int = 0, low: int = -110, high: int = 110) -> bool:
+    """Whether strength * update and the products that lead to it are within float32's range, told from largest entries.
+
+    part: powers of two, of either sign, that every part and the product of all keep within; 0 is what `factors` bears.
+    low, high: powers of two that strength * update keeps within.
+    """
+    parts = list(layer.parts().values())
+    # `factors` multiplies parts with one another where there are more than two.
+    part = part or (100 if len(parts) == 2 else 36)
+    size = exponent(strength * layer.scale)
+    if len(parts) == 2 and all(tensor.dtype == torch.float16 for tensor in parts) and low + 48 <= size <= high - 32:
+        return True  # no need to look: float16 holds 2**-24 to 2**16
+    sizes = [exponent(largest(tensor)) for tensor in parts]
+    if max(sizes) > part or size > part:
+        return False
+    product = sum(sizes)
+    if -math.inf in (product, size):
+        return True  # zeros, times what is no more than ordinary
+    # The scale is shared evenly by the two factors.
+    spread = -110 <= min(sizes) + size / 2 and max(sizes) + size / 2 <= 110
+    return min(sizes) >= -part and abs(product) <= part and spread and low <= product + size <= high
+
+
+def shaped(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> LoraLayer:
+    """A layer of scale 1 from matrices (out, rank) and (rank, in * kernel), for a weight of the given shape."""
+    rank, kernel = up.shape[1], shape[2:]
+    return LoraLayer(
+        up.reshape(shape[0], rank, *(1 for _ in kernel)), down.reshape(rank, *shape[1:]), alpha=float(rank)
+    )
+
+
+def exponent(number: float) -> float:
+    """The power of two that the number is below, whole; -inf for 0, inf for what is no finite number."""
+    if not math.isfinite(number):
+        return math.inf
+    return math.frexp(number)[1] if number else -math.inf
+
+
+def largest(tensor: Tensor) -> float:
+    """Largest magnitude in a tensor, 0 in an empty one."""
+    if tensor.numel() == 0:
+        return 0.0
+    # 8-bit floats have no aminmax.
+    tensor = tensor.detach().half() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor.detach()
+    low, high = torch.aminmax(tensor)
+    return max(-float(low), float(high))
 
 
 def unfolded(shape: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:

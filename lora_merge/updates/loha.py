@@ -80,8 +80,8 @@ class LohaLayer(Layer):
         }
         return {name: part for name, part in found.items() if part is not None}
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        (a1, b1), (a2, b2) = self._products()
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        (a1, b1), (a2, b2) = self._products(dtype)
         if a1.shape[1] * a2.shape[1] > self.rank:
             return whole_factors((a1 @ b1) * (a2 @ b2))
         # The row-wise Khatri-Rao product of the a's and the column-wise one of the b's.
@@ -89,12 +89,12 @@ class LohaLayer(Layer):
         down = torch.einsum("pn,qn->pqn", b1, b2).reshape(-1, b1.shape[1])
         return up, down
 
-    def delta(self) -> Tensor:
-        (a1, b1), (a2, b2) = self._products()
+    def delta_in(self, dtype: torch.dtype) -> Tensor:
+        (a1, b1), (a2, b2) = self._products(dtype)
         return ((a1 @ b1) * (a2 @ b2)).mul_(self.scale).reshape(self.shape)
 
-    def _products(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        return _matrices(self.w1_a, self.w1_b, self.t1), _matrices(self.w2_a, self.w2_b, self.t2)
+    def _products(self, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return _matrices(self.w1_a, self.w1_b, self.t1, dtype), _matrices(self.w2_a, self.w2_b, self.t2, dtype)
 
 
 def _shape(a: Tensor, b: Tensor, t: Tensor | None) -> tuple[int, ...]:
@@ -104,9 +104,9 @@ def _shape(a: Tensor, b: Tensor, t: Tensor | None) -> tuple[int, ...]:
     return int(a.shape[1]), int(b.shape[1]), *t.shape[2:]
 
 
-def _matrices(a: Tensor, b: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(out, r) and (r, in * kernel), float32; a Tucker core is folded into the second."""
-    a, b = a.detach().to(torch.float32), b.detach().to(torch.float32)
+def _matrices(a: Tensor, b: Tensor, t: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(out, r) and (r, in * kernel); a Tucker core is folded into the second."""
+    a, b = a.detach().to(dtype), b.detach().to(dtype)
     if t is None:
         return a, b
-    return a.T, torch.einsum("ijkl,jn->inkl", t.detach().to(torch.float32), b).reshape(a.shape[0], -1)
+    return a.T, torch.einsum("ijkl,jn->inkl", t.detach().to(dtype), b).reshape(a.shape[0], -1)

@@ -93,12 +93,12 @@ class LokrLayer(Layer):
         }
         return {name: part for name, part in found.items() if part is not None}
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        (up1, down1), (up2, down2) = map(_factors, self._pieces())
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        (up1, down1), (up2, down2) = (_factors(pieces, dtype) for pieces in self._pieces())
         return _kron(up1, up2), _kron(down1, down2)
 
-    def delta(self) -> Tensor:
-        (up1, down1), (up2, down2) = map(_factors, self._pieces())
+    def delta_in(self, dtype: torch.dtype) -> Tensor:
+        (up1, down1), (up2, down2) = (_factors(pieces, dtype) for pieces in self._pieces())
         return _kron(up1 @ down1, up2 @ down2).mul_(self.scale).reshape(self.shape)
 
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -126,9 +126,9 @@ def _kron(a: Tensor, b: Tensor) -> Tensor:
     return torch.kron(a.contiguous(), b.contiguous())
 
 
-def _factors(pieces: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(out, r) and (r, in * kernel) of one of the two matrices, float32, r the smallest that is sure."""
-    a, *rest = (piece.detach().to(torch.float32) for piece in pieces)
+def _factors(pieces: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(out, r) and (r, in * kernel) of one of the two matrices, r the smallest that is sure."""
+    a, *rest = (piece.detach().to(dtype) for piece in pieces)
     if not rest:
         return whole_factors(a.flatten(1))
     b = rest[0]

@@ -451,9 +451,9 @@ def test_saving_and_loading_in_diffusers_format_keeps_every_update(tmp_path_fact
     assert all(torch.equal(twice[key], once[key]) for key in once)
 
 
-@pytest.mark.parametrize(("kind", "kernel"), [("LoHa", ()), ("LoKr, both whole", ()), *CARRIED_CASES])
+@pytest.mark.parametrize(("kind", "kernel"), CARRIED_CASES)
 def test_diffusers_format_names_the_kinds_it_has_no_place_for(tmp_path, kind, kernel):
-    name = kinds.CARRIED.get(kind) or kinds.ADDITIVE[kind][0]
+    name = kinds.CARRIED[kind]
     with pytest.raises(
         ValueError, match=rf"style: diffusers format holds plain LoRA only, and this has {name} \(1 modul"
     ):

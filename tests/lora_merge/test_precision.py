@@ -3,8 +3,9 @@ import logging
 import pytest
 import torch
 
-from lcm_kit.lora_merge import Lora, LoraLayer
+from lcm_kit.lora_merge import Lora, LoraLayer, describe_merge, load, merge, merge_with_account, save
 from lcm_kit.lora_merge.algebra.precision import all_finite, cast
+from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import dense, factors, kohya, relative
 
 MODULE = "lora_unet_conv_in"
@@ -62,9 +63,10 @@ def test_what_no_balance_saves_is_refused():
 def test_balancing_is_reported(caplog):
     up, down = factors(6, 2, 5)
     lora = Lora.from_state_dict(kohya(MODULE, up * 1e7, down / 1e7), source="style")
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         state = lora.to_state_dict(torch.float16)
     assert "style: factors of 1 modules balanced" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["INFO"]  # nothing is lost
     assert relative(Lora.from_state_dict(state).delta(MODULE), lora.delta(MODULE)) < 1e-3
 
 
@@ -94,3 +96,66 @@ def test_it_is_found_in_large_tensors_that_threads_share_too(where):
     memory = torch.zeros(3 << 22, dtype=torch.float16)
     memory[where] = float("nan")
     assert not all_finite([memory[: 1 << 20], memory[1 << 20 :]])
+
+
+SMALL = [(1e-6, 2.0), (1e-6, 2e6), (1e-7, 1.0), (1e-12, 2e24), (1e-18, 1e36)]
+
+
+@pytest.mark.parametrize(("size", "alpha"), SMALL)
+@pytest.mark.parametrize("kind", kinds.ADDITIVE)
+def test_factors_too_small_for_float16_take_powers_of_two_from_alpha(kind, size, alpha, caplog, tmp_path):
+    _, needs_kernel = kinds.ADDITIVE[kind]
+    tensors = kinds.parts(kind, kernel=(3, 3) if needs_kernel else ())
+    few = list(tensors)[:2]
+    tensors = {end: part * (size if end in few else 1.0) for end, part in tensors.items()}
+    module = "lora_unet_input_blocks_1_0_in_layers_2" if needs_kernel else MODULE
+    state = {f"{module}{end}": part for end, part in tensors.items()} | {f"{module}.alpha": torch.tensor(alpha)}
+    lora = Lora.from_state_dict(state, source="style")
+    exact = kinds.dense(tensors, alpha)
+    with caplog.at_level(logging.INFO):
+        save(lora, tmp_path / "x.safetensors")
+    (again,) = load(tmp_path / "x.safetensors").modules.values()
+    error = relative(again.delta_in(torch.float64).flatten(1), exact)
+    levels = {record.levelname for record in caplog.records}
+    if "WARNING" in levels:
+        # Two whole matrices of a LoKr: alpha has no effect there.
+        assert kind in ("LoKr, both whole", "LoKr, second flattened")
+        assert f"change by up to {100 * error:.2g} %" in caplog.text
+    else:
+        assert error < 2e-3
+    (merged,) = merge([(lora, 1.0)], out_dtype=torch.float16).modules.values()
+    assert relative(merged.delta_in(torch.float64).flatten(1), exact) == pytest.approx(error, abs=2e-3)
+
+
+@pytest.mark.parametrize("part", ["diff", "diff_b", "w_norm"])
+def test_differences_too_small_for_float16_are_named_with_their_error(part, caplog, tmp_path):
+    diff = torch.tensor([1.0, -0.6, 0.3]) * 1e-7
+    diff = diff.reshape(1, 3) if part == "diff" else diff
+    lora = Lora.from_state_dict({f"{MODULE}.{part}": diff}, source="style")
+    save(lora, tmp_path / "x.safetensors")
+    error = relative(next(iter(load(tmp_path / "x.safetensors").diffs.values())), diff)
+    assert error > 0.1
+    assert (
+        f"float16 has no numbers small enough for 1 modules: their updates change by up to {100 * error:.2g} % ({MODULE})"
+        in caplog.text
+    )
+    assert "Save as bfloat16 or float32" in caplog.text
+    merged, account = merge_with_account([(lora, 1.0)], out_dtype=torch.float16)
+    assert f"change by up to {100 * error:.2g} %" in describe_merge(account, merged)
+    caplog.clear()
+    save(lora, tmp_path / "x.safetensors", dtype=torch.bfloat16, overwrite=True)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_without_alpha_the_loss_is_told(dtype, caplog):
+    up, down = factors(6, 2, 5)
+    size = 1e-6 if dtype == torch.float16 else 1e-39
+    lora = Lora.from_state_dict(kohya(MODULE, up * size, down * size), source="style")
+    state = lora.to_state_dict(dtype, format="diffusers")
+    found = [state[f"unet.conv_in.lora_{part}.weight"].double() for part in "BA"]
+    error = relative(found[0] @ found[1], dense(up * size, down * size))
+    assert (
+        f"style: {str(dtype)[6:]} has no numbers small enough for 1 modules: their updates change by up to {100 * error:.2g} %"
+        in caplog.text
+    )
