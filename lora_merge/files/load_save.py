@@ -16,6 +16,7 @@ from ..algebra.threads import one_thread
 from . import json_text
 from . import metadata as about_file
 from .lora import FORMATS, Format, Lora
+from .readable import check_readable
 from .remarks import CONFIG_KEY, misfit, of_config
 from .tensor_file import mapped, write
 
@@ -59,7 +60,8 @@ def save(
     dtype: float16, bfloat16 or float32; format: "kohya" (what ComfyUI reads) or "diffusers", see Lora.to_state_dict.
     metadata: before the LoRA's own; an empty value takes a key away. Hashes, dimensions and the date are the new file's.
     The file appears complete or not at all, with the usual permissions of a new file.
-    Raises ValueError for what cannot be written, FileNotFoundError for a missing folder, and FileExistsError
+    What is written is what `load` reads: that is checked before a byte is written.
+    Raises ValueError for what cannot be written or would not be read back, FileNotFoundError for a missing folder, and FileExistsError
     for an existing file unless `overwrite`; nothing has been written then.
     """
     path = Path(path)
@@ -74,8 +76,12 @@ def save(
     with one_thread():
         tensors = lora.to_state_dict(dtype, format=format, copy=False)
     notes = about_file.for_file(lora, path.stem, format)
-    about_file.check(notes)
-    _write(path, tensors, notes, overwrite)
+    check_readable(lora, tensors, notes, _peft_config(path, tensors))
+    try:
+        about_file.check(notes)
+        _write(path, tensors, notes, overwrite)
+    except ValueError as error:
+        raise ValueError(f"{lora.source}: {error}") from None
 
 
 def check_output(path: Path, overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -208,6 +209,8 @@ class Lora:
             error = max(error, rounding(tensor, written))
         if alpha is not None and format == "kohya":
             result[suffix("alpha")] = torch.tensor(alpha, dtype=torch.float32)
+            if alpha and not 0 < abs(float(result[suffix("alpha")])) < math.inf:
+                raise ValueError(f"alpha is {alpha:g}, and float32 has no such number. Change the scale of this module")
         return result, balanced, error
 
     def diffusers_spellings(self) -> dict[str, str]:

@@ -48,8 +48,9 @@ def spelling(module: str) -> str:
         return f"lora_te_{_underscored(name)}"
     if name.startswith("diffusion_model.") and name.endswith(".bias"):
         return module
-    # Wan Fun's trainer writes two underscores; ComfyUI replaces them only if one particular key is there.
-    body = _underscored(re.sub(r"^(?:unet\.|diffusion_model\.|lora_unet__?|lycoris_)", "", name))
+    # Wan Fun's trainer writes two underscores; ComfyUI replaces them only if one particular key is there. Any number of
+    # them counts as one, so that a spelling's spelling is itself.
+    body = _underscored(re.sub(r"^(?:unet\.|diffusion_model\.|lora_unet_[_.]*|lycoris_)", "", name))
     of_unet = _without_processor(body)
     if unet.is_diffusers(of_unet) or unet.is_ldm(of_unet):
         return f"lora_unet_{of_unet}"
