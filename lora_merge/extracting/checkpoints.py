@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -39,7 +41,13 @@ _OPEN_CLIP = re.compile(
 _OURS = re.compile(r"text_model\.encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])\.(?:weight|bias)")
 _OF_OPEN_CLIP = {"attn.out_proj": "self_attn_out_proj", "mlp.c_fc": "mlp_fc1", "mlp.c_proj": "mlp_fc2"}
 _FUSED = ("attn.in_proj_weight", "attn.in_proj_bias")
-_QUANTISED = re.compile(r".*(?:scale_weight|weight_scale|scaled_fp8|comfy_quant|\.absmax|\.quant_map)")
+# What stands beside quantised weights: ComfyUI's scales and marks, bitsandbytes', GPTQ's and AWQ's, Nunchaku's.
+_QUANTISED = re.compile(
+    r"(?:.*[._])?(scale_weight|weight_scale(?:_\d)?|scaled_fp8|comfy_quant|absmax|nested_absmax|quant_map|nested_quant_map"
+    r"|quant_state\..+|qweight|qzeros|wscales|wzeros|SCB|weight_format)"
+)
+# Under this name newer files keep the formats of their weights in the header.
+_QUANTISED_NOTE = "_quantization_metadata"
 # Two models of one family share nearly all keys; a few come and go with training extras.
 _FAMILY = 0.9
 
@@ -49,38 +57,73 @@ def pairs(tuned: str | os.PathLike[str], base: str | os.PathLike[str]) -> Pairs:
     return Pairs(Path(tuned), Path(base))
 
 
+@dataclass(frozen=True)
+class _File:
+    """weights: key -> (shape, dtype as safetensors writes it) of everything a LoRA may change.   prefix: of the keys of its
+    diffusion model, "" for one that is the whole file."""
+
+    path: Path
+    weights: Mapping[str, tuple[tuple[int, ...], str]]
+    prefix: str
+
+    def encoders(self) -> bool:
+        return any(map(_is_encoders, self.weights))
+
+    def by_name(self, prefix: str) -> dict[str, str]:
+        """Key with that prefix in place of the file's own -> key, for the diffusion model; other keys as they are."""
+        own = len(self.prefix)
+        return {
+            prefix + key[own:] if key.startswith(self.prefix) and not _is_encoders(key) else key: key
+            for key in self.weights
+        }
+
+
 class Pairs:
     """Iterates (name, tuned weight, base weight), reading one pair at a time. only_one: keys without a partner."""
 
     def __init__(self, tuned: Path, base: Path) -> None:
         self.files = (tuned, base)
-        found = [_keys(path) for path in self.files]
-        common, every = found[0].keys() & found[1].keys(), found[0].keys() | found[1].keys()
-        self.only_one = sorted(every - common)
-        if len(common) < _FAMILY * len(every):
+        first, second = (_opened(path) for path in self.files)
+        # One may be the diffusion model alone and the other hold text encoders beside it.
+        prefix = max(first.prefix, second.prefix, key=len)
+        a, b = first.by_name(prefix), second.by_name(prefix)
+        self.only_one = sorted(a.keys() ^ b.keys())
+        both = first.encoders() and second.encoders()
+        counted = [key for key in a.keys() | b.keys() if both or not _is_encoders(key)]
+        common = [key for key in a if key in b]
+        if len(common) < _FAMILY * len(counted):
             raise ValueError(
-                f"{tuned} and {base}: only {len(common)} of {len(every)} weights have the same name (first other: "
+                f"{tuned} and {base}: only {len(common)} of {len(counted)} weights have the same name (first other: "
                 f"{self.only_one[0]}). Give two models of one family, in the same format."
             )
-        differing = sorted(key for key in common if found[0][key] != found[1][key])
-        if differing:
-            key = differing[0]
-            raise ValueError(
-                f"{tuned} and {base}: {len(differing)} weights differ in shape (first: {key}, {found[0][key]} and "
-                f"{found[1][key]}). The two models are not of one family."
-            )
+        self._pairs = [(key, a[key], b[key]) for key in common]
+        self._check_alike(first, second)
         self._prefix = prefix_of(common)
-        self._keys = [key for key in found[0] if key in common]
+
+    def _check_alike(self, first: _File, second: _File) -> None:
+        tuned, base = self.files
+        weights = [(key, first.weights[a], second.weights[b]) for key, a, b in self._pairs]
+        if differing := sorted((key, a[0], b[0]) for key, a, b in weights if a[0] != b[0]):
+            key, shape, other = differing[0]
+            raise ValueError(
+                f"{tuned} and {base}: {len(differing)} weights differ in shape (first: {key}, {shape} and {other}). The two "
+                "models are not of one family."
+            )
+        if whole := sorted(key for key, a, b in weights if ("I8" in (a[1], b[1])) and a[1] != b[1]):
+            raise ValueError(
+                f"{tuned} and {base}: {len(whole)} of {len(weights)} weights are 8-bit integers in one of them only, "
+                f"without a scale to read them by (first: {whole[0]}). Give both in the same format."
+            )
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._pairs)
 
     def __iter__(self) -> Iterator[Weights]:
         with ExitStack() as stack:
             tuned, base = (stack.enter_context(safe_open(path, framework="pt")) for path in self.files)
-            for key in self._keys:
-                a: Tensor = tuned.get_tensor(key)
-                b: Tensor = base.get_tensor(key)
+            for key, in_tuned, in_base in self._pairs:
+                a: Tensor = tuned.get_tensor(in_tuned)
+                b: Tensor = base.get_tensor(in_base)
                 for name, rows in places(key, self._prefix):
                     start, end = (round(len(a) * share) for share in rows) if a.ndim else (0, 0)
                     whole = a.ndim == 0 or (start, end) == (0, len(a))
@@ -139,8 +182,11 @@ def _encoder(number: str | None) -> str:
     return "lora_te" if number is None else f"lora_te{int(number) + 1}"
 
 
-def _keys(path: Path) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of everything a LoRA may change."""
+def _is_encoders(key: str) -> bool:
+    return key.startswith((*_ENCODERS, "text_encoders."))
+
+
+def _opened(path: Path) -> _File:
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file; check the name and the folder.")
     if path.suffix != ".safetensors":
@@ -149,12 +195,29 @@ def _keys(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="pt") as file:
             keys = [key for key in file.keys() if not key.startswith(_ASIDE)]
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
+            slices = {key: file.get_slice(key) for key in keys}
+            weights = {key: (tuple(part.get_shape()), str(part.get_dtype())) for key, part in slices.items()}
+            notes = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: is damaged ({error}); download it again.") from error
-    if packed := next((key for key in shapes if _QUANTISED.fullmatch(key)), None):
+    _check_plain(path, weights, notes)
+    prefix = next(
+        (prefix for prefix in (_MODEL, "diffusion_model.") if any(key.startswith(prefix) for key in weights)), ""
+    )
+    return _File(path, weights, prefix)
+
+
+def _check_plain(path: Path, weights: Mapping[str, tuple[tuple[int, ...], str]], notes: Mapping[str, str]) -> None:
+    """Raises ValueError for weights that mean other numbers than those they are written with."""
+    marks = {key: match[1].partition(".")[0] for key in weights if (match := _QUANTISED.fullmatch(key))}
+    # Two or more numbers to a byte.
+    marks |= {
+        key: "U8" for key, (shape, dtype) in weights.items() if dtype == "U8" and len(shape) > 1 and key not in marks
+    }
+    if marks or _QUANTISED_NOTE in notes:
+        counts = ", ".join(f"{count} {mark}" for mark, count in sorted(Counter(marks.values()).items()))
+        first = f", first: {next(iter(marks))}" if marks else ""
         raise ValueError(
-            f"{path}: its weights are quantised ({packed}). Give the original, or use the Extract LoRA node, which "
-            "reads them as ComfyUI does."
+            f"{path}: its weights are quantised ({counts or _QUANTISED_NOTE} among {len(weights)} tensors{first}). Give the "
+            "original, or use the Extract LoRA node, which reads them as ComfyUI does."
         )
-    return shapes

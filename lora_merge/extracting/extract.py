@@ -76,7 +76,8 @@ def extract(
 
     weights: (name, tuned, base) one after the other; only one pair is held at a time. name: the module as a LoRA file
         spells it (lora_unet_..., diffusion_model.x.y, lora_te_...), with ".weight" or ".bias" at its end. Matrices and
-        convolutions become low-rank updates, vectors whole differences; other names are listed in the account.
+        convolutions become low-rank updates, vectors whole differences; other names are listed in the account. 8-bit
+        floats and signed integers count as the numbers that they are.
     rank: the largest of any module, 1 or more.   keep: (0, 1], stop at the smallest rank that holds this share of a
         module's energy (squared norm).
     device: where to compute, or what tells it for each difference; one without float64 passes work to the CPU.
@@ -98,6 +99,7 @@ def extract(
                 f"{name}: the tuned model has {tuple(tuned.shape)}, the base {tuple(base.shape)}. "
                 "The two models are not of one family."
             )
+        tuned, base = _plain(tuned), _plain(base)
         module, dot, part = name.rpartition(".")
         if tuned is base or torch.equal(tuned, base):
             equal += 1
@@ -124,6 +126,11 @@ def extract(
         math.sqrt(lost / energy) if energy > 0 else 0.0, energy,
     )  # fmt: skip
     return _lora(layers, diffs, source), account
+
+
+def _plain(weight: Tensor) -> Tensor:
+    # 8-bit numbers have no arithmetic in torch; float16 holds all of them.
+    return weight.half() if weight.dtype.itemsize == 1 and weight.dtype not in (torch.uint8, torch.bool) else weight
 
 
 def _best(

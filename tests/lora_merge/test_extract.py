@@ -1,4 +1,6 @@
+import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -201,6 +203,105 @@ def test_files_that_do_not_go_together_are_refused(change, said, tmp_path, capsy
     assert main(["extract", *words, "-o", str(tmp_path / "out.safetensors")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def files(tmp_path, **models):
+    for name, tensors in models.items():
+        save_file(
+            {key: tensor.contiguous().clone() for key, tensor in tensors.items()}, tmp_path / f"{name}.safetensors"
+        )
+    return [str(tmp_path / f"{name}.safetensors") for name in models]
+
+
+def as_dtype(tensors, dtype):
+    if dtype == torch.int8:
+        return {key: (50 * tensor).round().clamp(-127, 127).to(dtype) for key, tensor in tensors.items()}
+    return {key: tensor.to(dtype) for key, tensor in tensors.items()}
+
+
+PLAIN = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize(("of_tuned", "of_base"), [*itertools.product(PLAIN, PLAIN), (torch.int8, torch.int8)])
+def test_checkpoints_of_any_plain_dtype_are_read_as_their_numbers(of_tuned, of_base, tmp_path, capsys):
+    tuned, base = as_dtype(checkpoint(seed=1), of_tuned), as_dtype(checkpoint(seed=7), of_base)
+    words = files(tmp_path, tuned=tuned, base=base)
+    output = tmp_path / "out.safetensors"
+    assert main(["extract", *words, "-o", str(output), "--rank", "64", "--dtype", "fp32"]) == 0
+    lora, key = load(output), "model.diffusion_model.middle_block.1.proj_in.weight"
+    assert relative(lora.delta(LINEAR), tuned[key].double() - base[key].double()) < 1e-5
+    key = "model.diffusion_model.input_blocks.1.0.in_layers.2.bias"
+    assert relative(lora.diffs[CONVOLUTION, "diff_b"], tuned[key].double() - base[key].double()) < 1e-6
+    # The same file twice has nothing to extract, whatever its dtype.
+    assert main(["extract", words[0], words[0], "-o", str(tmp_path / "none.safetensors")]) == 2
+    assert "there is nothing to extract" in capsys.readouterr().err
+
+
+UNET = "model.diffusion_model."
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("layout", ["SD", "Flux", "LTX"])
+def test_a_whole_checkpoint_meets_the_bare_diffusion_model(prefix, order, layout, tmp_path, capsys):
+    if layout == "SD":
+        whole, bare = checkpoint(seed=1), checkpoint(seed=7)
+        module, key = LINEAR, "middle_block.1.proj_in.weight"
+    else:
+        key = {"Flux": "double_blocks.0.img_attn.proj.weight", "LTX": "transformer_blocks.0.attn1.to_q.weight"}[layout]
+        whole, bare = ({f"{UNET}{key}": weight(12, 10, seed=seed)} for seed in (1, 7))
+        whole |= {f"text_encoders.t5xxl.transformer.block.{n}.weight": torch.ones(2, 2) for n in range(30)}
+        module = f"diffusion_model.{key.removesuffix('.weight')}"
+    # The text encoders' keys, more than there are of the model, count for nothing: one file has none.
+    whole |= {f"conditioner.embedders.0.x.{n}.weight": torch.ones(2, 2) for n in range(30)}
+    bare = {prefix + name.removeprefix(UNET): tensor for name, tensor in bare.items() if name.startswith(UNET)}
+    words = files(tmp_path, whole=whole, bare=bare)[::order]
+    assert main(["extract", *words, "-o", str(tmp_path / "out.safetensors"), "--rank", "64", "--dtype", "fp32"]) == 0
+    assert "weights are in one file only" in capsys.readouterr().out
+    lora = load(tmp_path / "out.safetensors")
+    assert relative(lora.delta(module), order * (whole[UNET + key].double() - bare[prefix + key].double())) < 1e-5
+
+
+SCALES = {
+    "comfy_quant": {"comfy_quant": torch.zeros(30, dtype=torch.uint8), "weight_scale": torch.ones(())},
+    "scaled fp8": {"scale_weight": torch.ones(()), "scale_input": torch.ones(())},
+    "bitsandbytes": {"weight.absmax": torch.ones(3), "weight.quant_map": torch.ones(16), "weight.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)},
+    "8 bits of bitsandbytes": {"SCB": torch.ones(10)},
+    "GPTQ": {"qweight": torch.ones(2, 2, dtype=torch.int32), "qzeros": torch.ones(2, dtype=torch.int32), "scales": torch.ones(2)},
+    "Nunchaku": {"wscales": torch.ones(2, 2)},
+    "packed": {"weight": torch.zeros(10, 6, dtype=torch.uint8)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCALES)
+@pytest.mark.parametrize("which", ["tuned", "base", "both"])
+def test_quantised_checkpoints_are_refused_in_a_sentence_with_counts(kind, which, tmp_path, capsys):
+    more = {
+        f"{UNET}{module}.{end}": part
+        for module in ("middle_block.1.proj_in", "out.2")
+        for end, part in SCALES[kind].items()
+    }
+    models = {name: checkpoint() | (more if which in (name, "both") else {}) for name in ("tuned", "base")}
+    words = files(tmp_path, **models)
+    assert main(["extract", *words, "-o", str(tmp_path / "out.safetensors")]) == 2
+    said = capsys.readouterr().err
+    assert re.search(
+        r"its weights are quantised \(.*\b2 \w+.* among \d+ tensors, first: .*\)\. Give the original, or use", said
+    )
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_note_of_quantisation_in_the_header_is_enough(tmp_path, capsys):
+    words = files(tmp_path, base=checkpoint())
+    save_file(checkpoint(), tmp_path / "tuned.safetensors", {"_quantization_metadata": "{}"})
+    assert main(["extract", str(tmp_path / "tuned.safetensors"), *words, "-o", str(tmp_path / "out.safetensors")]) == 2
+    assert "its weights are quantised (_quantization_metadata among 5 tensors)" in capsys.readouterr().err
+
+
+def test_integers_in_one_file_only_have_no_meaning(tmp_path, capsys):
+    words = files(tmp_path, tuned=as_dtype(checkpoint(1), torch.int8), base=checkpoint())
+    assert main(["extract", *words, "-o", str(tmp_path / "out.safetensors")]) == 2
+    assert "5 of 5 weights are 8-bit integers in one of them only, without a scale" in capsys.readouterr().err
 
 
 def test_other_formats_are_not_opened(tmp_path, capsys):
