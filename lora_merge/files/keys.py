@@ -34,8 +34,8 @@ _SUFFIXES = {
 }
 # Parts that have one spelling.
 _NATIVE = re.compile(
-    r"(.+)\.(hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|oft_blocks|rescale|dora_scale|set_weight"
-    r"|reshape_weight|diff|diff_b|w_norm|b_norm)"
+    r"hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|oft_blocks|rescale|dora_scale|set_weight"
+    r"|reshape_weight|diff|diff_b|w_norm|b_norm"
 )
 _GLORA = re.compile(r"(.+)\.([ab][12])\.weight")
 
@@ -58,12 +58,16 @@ def parse(key: str) -> tuple[str, str] | None:
     Parts: up, down, mid, alpha; hada_*, lokr_*, oft_blocks, rescale, a1, a2, b1, b2; dora_scale, magnitude (PEFT's
     way to write dora_scale), reshape_weight, set_weight; DIFF_PARTS; and bundle, where the module is the whole key.
     """
+    # By the end of the key: each pattern costs as much as the module's name is long.
+    module, _, end = key.rpartition(".")
+    if _NATIVE.fullmatch(end):
+        return (module, end) if module and "\n" not in module else None
     for pattern in _FACTORS:
         if match := pattern.fullmatch(key):
             return match[1], _PART.get(match[2], match[2])
     if match := _ALPHA.fullmatch(key):
         return match[1], "alpha"
-    if match := _NATIVE.fullmatch(key) or _GLORA.fullmatch(key):
+    if match := _GLORA.fullmatch(key):
         return match[1], match[2]
     if match := _MAGNITUDE.fullmatch(key):
         return match[1], "magnitude"
