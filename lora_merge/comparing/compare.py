@@ -63,7 +63,10 @@ def compare(
 
     def work(name: str) -> tuple[Module, _Curve, Tensor]:
         where = place(name, layout)
-        return _module(name, f"{where.part} {where.block}".strip(), loras, strengths, energy)
+        try:
+            return _module(name, f"{where.part} {where.block}".strip(), loras, strengths, energy)
+        except OverflowError:
+            raise ValueError(f"{name}: the squares of its updates are beyond float64, so that none compares") from None
 
     threads = torch.get_num_threads() if workers is None else max(1, workers)
     modules: list[Module] = []

@@ -238,7 +238,7 @@ def too_small(errors: Mapping[str, float], dtype: torch.dtype | None) -> str:
     """What to say of modules whose update a dtype does not hold. errors: module -> relative error, 1 for all of it."""
     worst = max(errors, key=lambda name: errors[name])
     return (
-        f"{_name(dtype)} has no numbers small enough for {len(errors)} modules: their updates change by up to {100 * errors[worst]:.2g} % "
+        f"{_name(dtype)} has no numbers small enough for {len(errors)} modules: their updates change by up to {100 * errors[worst]:.3g} % "
         f"({worst}). Save as {'bfloat16 or float32' if dtype == torch.float16 else 'float32'} to keep them"
     )
 

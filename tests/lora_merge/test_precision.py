@@ -120,7 +120,7 @@ def test_factors_too_small_for_float16_take_powers_of_two_from_alpha(kind, size,
     if "WARNING" in levels:
         # Two whole matrices of a LoKr: alpha has no effect there.
         assert kind in ("LoKr, both whole", "LoKr, second flattened")
-        assert f"change by up to {100 * error:.2g} %" in caplog.text
+        assert f"change by up to {100 * error:.3g} %" in caplog.text
     else:
         assert error < 2e-3
     (merged,) = merge([(lora, 1.0)], out_dtype=torch.float16).modules.values()
@@ -136,12 +136,12 @@ def test_differences_too_small_for_float16_are_named_with_their_error(part, capl
     error = relative(next(iter(load(tmp_path / "x.safetensors").diffs.values())), diff)
     assert error > 0.1
     assert (
-        f"float16 has no numbers small enough for 1 modules: their updates change by up to {100 * error:.2g} % ({MODULE})"
+        f"float16 has no numbers small enough for 1 modules: their updates change by up to {100 * error:.3g} % ({MODULE})"
         in caplog.text
     )
     assert "Save as bfloat16 or float32" in caplog.text
     merged, account = merge_with_account([(lora, 1.0)], out_dtype=torch.float16)
-    assert f"change by up to {100 * error:.2g} %" in describe_merge(account, merged)
+    assert f"change by up to {100 * error:.3g} %" in describe_merge(account, merged)
     caplog.clear()
     save(lora, tmp_path / "x.safetensors", dtype=torch.bfloat16, overwrite=True)
     assert not caplog.records
@@ -156,6 +156,6 @@ def test_without_alpha_the_loss_is_told(dtype, caplog):
     found = [state[f"unet.conv_in.lora_{part}.weight"].double() for part in "BA"]
     error = relative(found[0] @ found[1], dense(up * size, down * size))
     assert (
-        f"style: {str(dtype)[6:]} has no numbers small enough for 1 modules: their updates change by up to {100 * error:.2g} %"
+        f"style: {str(dtype)[6:]} has no numbers small enough for 1 modules: their updates change by up to {100 * error:.3g} %"
         in caplog.text
     )
