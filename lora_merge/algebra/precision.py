@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..updates.layer import Layer, LoraLayer, exponent, largest
-from .threads import in_order
+from .threads import in_order, on_one_core
 
 # Largest entry of a tensor, in the dtype's smallest normal numbers, below which rounding is coarser than the dtype's bits.
 _SMALL = 4
@@ -149,8 +149,9 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
         runs.append((tensor, storage, tensor.numel()))
     pieces = [*apart, *(piece for first, _, n in runs for piece in torch.split(first.as_strided((n,), (1,)), _PIECE))]
     # To share out thousands of small tensors takes longer than to look at them.
-    large = sum(piece.numel() for piece in pieces) > len(pieces) * _WORTH_A_THREAD
-    with closing(in_order(is_finite, pieces, torch.get_num_threads() if large else 1)) as found:
+    if sum(piece.numel() for piece in pieces) <= len(pieces) * _WORTH_A_THREAD:
+        return on_one_core(lambda: all(map(is_finite, pieces)))
+    with closing(in_order(is_finite, pieces, torch.get_num_threads())) as found:
         return all(found)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import TypeVar
 
@@ -13,6 +14,11 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+# (process, number of workers) -> they. Kept, since to make one is the one moment at which others could notice.
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_making, _settling = threading.Lock(), threading.Lock()
+_this_thread = threading.local()
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
@@ -22,26 +28,35 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
     slower with more (measured: ten times, under load), and sums come out the same bit for bit.
     What `work` raises is raised here, and nothing further is begun.
     """
-    with one_thread():
-        if workers <= 1:
-            for item in items:
-                with torch.no_grad():
-                    yield work(item)
-            return
-        left = iter(items)
-        with ThreadPoolExecutor(workers, "lora_merge", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    workers = max(1, workers)
+    if _on_one_core(workers):
+        for item in items:
+            yield _quietly(work, item)
+        return
+    left, pool = iter(items), _pool(workers)
 
-            def begin(item: Item) -> Future[Result]:
-                return pool.submit(_quietly, work, item)
+    def begin(item: Item) -> Future[Result]:
+        return pool.submit(_quietly, work, item)
 
-            waiting = deque(begin(item) for item in islice(left, 2 * workers))
-            try:
-                while waiting:
-                    result = waiting.popleft().result()
-                    waiting.extend(begin(item) for item in islice(left, 1))
-                    yield result
-            finally:
-                pool.shutdown(cancel_futures=True)
+    waiting = deque(begin(item) for item in islice(left, 2 * workers))
+    try:
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(begin(item) for item in islice(left, 1))
+            yield result
+    finally:
+        for future in waiting:
+            future.cancel()
+        wait(waiting)
+
+
+def on_one_core(work: Callable[[], Result]) -> Result:
+    """What `work` gives, its arithmetic done on one core: for many small tensors."""
+    return _quietly(_call, work) if _on_one_core(1) else _pool(1).submit(_quietly, _call, work).result()
+
+
+def _call(work: Callable[[], Result]) -> Result:
+    return work()
 
 
 def _quietly(work: Callable[[Item], Result], item: Item) -> Result:
@@ -50,12 +65,44 @@ def _quietly(work: Callable[[Item], Result], item: Item) -> Result:
         return work(item)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Arithmetic of this thread on one core, for work on many small tensors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _on_one_core(workers: int) -> bool:
+    """Whether this thread is as good as a worker. A worker must not wait for others, which may all wait for it."""
+    return getattr(_this_thread, "is_worker", False) or (workers == 1 and torch.get_num_threads() == 1)
+
+
+def _pool(workers: int) -> ThreadPoolExecutor:
+    key = (os.getpid(), workers)  # a forked process has the table, but no threads
+    with _making:
+        if key not in _pools:
+            pool = ThreadPoolExecutor(workers, "lora_merge", initializer=_settle)
+            # All at once, here: else a worker more would be made in the middle of the work.
+            together = threading.Barrier(workers)
+            wait([pool.submit(together.wait) for _ in range(workers)])
+            _pools[key] = pool
+        return _pools[key]
+
+
+def _settle() -> None:
+    """This thread is a worker from now on, its arithmetic on one core.
+
+    torch has no way to say that of one thread alone: set_num_threads also decides with how many every thread begins that
+    starts later, of whatever pack. So another thread says again at once what was true before; this one keeps its own
+    number. For some 20 microseconds, once for each worker of a process, the number is 1: nothing is done meanwhile.
+    """
+    _this_thread.is_worker = True
+    with _settling:
+        before = torch.get_num_threads()  # of a thread that has just started: what all begin with
+        done_here = threading.Lock()
+        done_here.acquire()
+
+        def restore() -> None:
+            done_here.acquire()
+            torch.set_num_threads(before)
+
+        other = threading.Thread(target=restore)
+        other.start()
+        try:
+            torch.set_num_threads(1)
+        finally:
+            done_here.release()
+            other.join()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..algebra.threads import one_thread
+from ..algebra.threads import on_one_core
 from . import json_text
 from . import metadata as about_file
 from .lora import FORMATS, Format, Lora
@@ -73,8 +73,7 @@ def save(
     wanted = about_file.given(metadata)
     lora = replace(lora, metadata=about_file.changed(lora.metadata, wanted))
     # Nobody else sees these tensors, so what needs no conversion needs no copy.
-    with one_thread():
-        tensors = lora.to_state_dict(dtype, format=format, copy=False)
+    tensors = on_one_core(lambda: lora.to_state_dict(dtype, format=format, copy=False))
     notes = about_file.for_file(lora, path.stem, format)
     check_readable(lora, tensors, notes, _peft_config(path, tensors))
     try:
