@@ -10,10 +10,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from ..files.header import check_header
+from ..files.tensor_file import NAMES, tensor_file
 from ..naming import names
 from .extract import NAMELESS, Weights
 
@@ -120,10 +118,9 @@ class Pairs:
 
     def __iter__(self) -> Iterator[Weights]:
         with ExitStack() as stack:
-            tuned, base = (stack.enter_context(safe_open(path, framework="pt")) for path in self.files)
+            tuned, base = (stack.enter_context(tensor_file(path)) for path in self.files)
             for key, in_tuned, in_base in self._pairs:
-                a: Tensor = tuned.get_tensor(in_tuned)
-                b: Tensor = base.get_tensor(in_base)
+                a, b = tuned.tensor(in_tuned), base.tensor(in_base)
                 for name, rows in places(key, self._prefix):
                     start, end = (round(len(a) * share) for share in rows) if a.ndim else (0, 0)
                     whole = a.ndim == 0 or (start, end) == (0, len(a))
@@ -191,16 +188,13 @@ def _opened(path: Path) -> _File:
         raise FileNotFoundError(f"{path}: there is no such file; check the name and the folder.")
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: only .safetensors files are read; others can run code when they are opened.")
-    check_header(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = [key for key in file.keys() if not key.startswith(_ASIDE)]
-            slices = {key: file.get_slice(key) for key in keys}
-            weights = {key: (tuple(part.get_shape()), str(part.get_dtype())) for key, part in slices.items()}
-            notes = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: is damaged ({error}); download it again.") from error
-    _check_plain(path, weights, notes)
+    header = check_header(path)
+    weights = {
+        key: (shape, NAMES[dtype])
+        for key, (dtype, shape, *_) in sorted(header.entries.items())
+        if not key.startswith(_ASIDE)
+    }
+    _check_plain(path, weights, header.metadata)
     prefix = next(
         (prefix for prefix in (_MODEL, "diffusion_model.") if any(key.startswith(prefix) for key in weights)), ""
     )

@@ -9,11 +9,13 @@ twice, entries that are lists, white space before the header, and what json_text
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -39,21 +41,38 @@ DTYPES: dict[str, torch.dtype] = {
 @dataclass(frozen=True)
 class Header:
     """entries: name -> (dtype, shape, first byte, byte behind the last), counted from `begin`, in the order of the data.
-    size: of the whole file in bytes.
+    size: of the whole file in bytes.   changed: when it was, in nanoseconds.
     """
 
     entries: Mapping[str, tuple[torch.dtype, tuple[int, ...], int, int]]
     metadata: Mapping[str, str]
     begin: int
     size: int
+    changed: int
 
 
 def check_header(path: Path) -> Header:
     """Raises ValueError, saying what is wrong, for a file that is no whole safetensors file of a sane size."""
+    with opened(path) as (_, header):
+        return header
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[BinaryIO, Header]]:
+    """The file, unbuffered, and its checked header: of one state of it, whatever has its name meanwhile."""
     try:
-        return _read(path)
-    except _Refused as error:
-        raise ValueError(f"{path}: {error}") from None
+        # To open a pipe is to wait until somebody writes into it.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError(f"{path}: is no ordinary file; copy what it gives into one first.")
+        file = open(path, "rb", buffering=0)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
+    with file:
+        try:
+            header = _read(file)
+        except _Refused as error:
+            raise ValueError(f"{path}: {error}") from None
+        yield file, header
 
 
 def check_written(head: bytes, size: int) -> None:
@@ -70,16 +89,16 @@ class _Refused(Exception):
     """What is wrong, in words."""
 
 
-def _read(path: Path) -> Header:
+def _read(file: BinaryIO) -> Header:
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(512)
-            length = int.from_bytes(head[:8], "little")
-            file.seek(8)
-            text = file.read(length) if length <= min(MAX_HEADER, size) else b""
+        state = os.fstat(file.fileno())
+        size = state.st_size
+        head = file.read(512)
+        length = int.from_bytes(head[:8], "little")
+        file.seek(8)
+        text = file.read(length) if length <= min(MAX_HEADER, size) else b""
     except OSError as error:
-        raise _Refused(f"cannot be read ({error}).") from None
+        raise _Refused(f"cannot be read ({error.strerror}).") from None
     if (other := _something_else(head)) is not None:
         raise _Refused(other)
     if head[8:9] != b"{":
@@ -89,7 +108,7 @@ def _read(path: Path) -> Header:
     if 8 + length > size:
         raise _Refused(f"is cut off within its first {length} bytes, at {size}; download it again.")
     entries, metadata = _check(text, size)
-    return Header(entries, metadata, 8 + length, size)
+    return Header(entries, metadata, 8 + length, size, state.st_mtime_ns)
 
 
 def _check(text: bytes, size: int) -> tuple[dict[str, Any], dict[str, str]]:

@@ -18,16 +18,17 @@ from . import metadata as about_file
 from .lora import FORMATS, Format, Lora
 from .readable import check_readable
 from .remarks import CONFIG_KEY, misfit, of_config
-from .tensor_file import mapped, write
+from .tensor_file import read, write
 
 # As PEFT itself names them; the scale is nowhere in such a file.
 _PEFT = re.compile(r"base_model\.model\.(.+)\.lora_A(?:\.[^.]+)?\.weight")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def load(path: str | os.PathLike[str]) -> Lora:
+def load(path: str | os.PathLike[str], *, mapping: bool = True) -> Lora:
     """The LoRA in a safetensors file, in any spelling that naming/names.py and keys.py know.
 
+    mapping: whether a file above 1 GiB may be mapped into memory; whoever cuts such a file off ends this process.
     For a PEFT folder's `adapter_model.safetensors` the scale is taken from `adapter_config.json` beside it, also for a
     renamed one if ranks and modules are the same.
     Raises FileNotFoundError if there is no such file, ValueError if it is no whole safetensors file of a LoRA, with at
@@ -38,10 +39,7 @@ def load(path: str | os.PathLike[str]) -> Lora:
         raise FileNotFoundError(f"{path}: there is no such file; check the name and the folder.")
     if path.is_dir():
         raise ValueError(f"{path}: this is a folder; give the .safetensors file in it.")
-    try:
-        tensors, notes = mapped(path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error}).") from error
+    tensors, notes = read(path, mapping=mapping)
     notes = {key: value for key, value in notes.items() if key != CONFIG_KEY} | _peft_config(path, tensors)
     return Lora.from_state_dict(tensors, metadata=notes, source=path.name)
 

@@ -15,7 +15,7 @@ from ..algebra.sums import stacked
 from ..files.hashes import weights_sha256
 from ..files.load_save import load
 from ..files.lora import Format, Lora
-from ..files.tensor_file import mapped
+from ..files.tensor_file import read
 from ..recognise.identity import sha256_of
 from ..updates.layer import Term
 from .merge import Progress, merge_with_account
@@ -56,7 +56,7 @@ def reproduce(
     given = load(path)
     recipe = recipe_of(given.metadata, path.name)
     found = _find(recipe.inputs, [Path(folder) for folder in folders] or [path.parent], path)
-    tensors, _ = mapped(path)
+    tensors, _ = read(path)
     dtype, format = _dtype(tensors), _format(tensors)
     inputs = [(load(file), entry.strength) for file, entry in zip(found, recipe.inputs, strict=True)]
     made, _ = merge_with_account(

@@ -1,11 +1,17 @@
-"""Tensors mapped from a safetensors file and written to one: what safetensors itself reads and writes."""
+"""Tensors read from a safetensors file and written to one: what safetensors itself reads and writes."""
 
 import json
+import os
+import subprocess
+import sys
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcm_kit.lora_merge.files.tensor_file import mapped, write
+from lcm_kit.lora_merge.files import tensor_file as module
+from lcm_kit.lora_merge.files.tensor_file import read, tensor_file, write
+from lcm_kit.tests.helpers import ROOT
 
 TENSORS = {
     "b": torch.arange(6.0).reshape(2, 3).half(),
@@ -36,9 +42,9 @@ def test_safetensors_reads_what_is_written(tmp_path):
     same(load_file(written(tmp_path / "x.safetensors")), TENSORS)
 
 
-def test_what_safetensors_writes_is_mapped(tmp_path):
+def test_what_safetensors_writes_is_read(tmp_path):
     save_file(TENSORS, tmp_path / "x.safetensors", NOTES)
-    tensors, metadata = mapped(tmp_path / "x.safetensors")
+    tensors, metadata = read(tmp_path / "x.safetensors")
     same(tensors, TENSORS)
     assert metadata == NOTES
 
@@ -69,13 +75,86 @@ def test_a_tensor_that_begins_at_an_odd_byte_is_read(tmp_path):
     data = half.numpy().tobytes() + single.numpy().tobytes()
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
     assert len(header) % 2 == 1
-    same(mapped(tmp_path / "x.safetensors")[0], {"half": half, "single": single})
+    same(read(tmp_path / "x.safetensors")[0], {"half": half, "single": single})
 
 
-def test_writing_into_a_mapped_tensor_leaves_the_file_alone(tmp_path):
+def test_writing_into_a_tensor_leaves_the_file_alone(tmp_path):
     path = written(tmp_path / "x.safetensors")
     before = path.read_bytes()
-    tensors, _ = mapped(path)
+    tensors, _ = read(path)
     tensors["b"].fill_(7)
     assert path.read_bytes() == before
     assert torch.equal(tensors["b"], torch.full((2, 3), 7.0).half())
+
+
+@pytest.mark.parametrize("above", [1 << 30, 0])
+def test_a_large_file_is_mapped_unless_that_is_forbidden(tmp_path, monkeypatch, above):
+    path, maps = written(tmp_path / "x.safetensors"), []
+    monkeypatch.setattr(module, "MAPPED_ABOVE", above)
+    monkeypatch.setattr(module.mmap, "mmap", lambda *a, mmap=module.mmap.mmap, **k: maps.append(a) or mmap(*a, **k))
+    same(read(path, mapping=False)[0], TENSORS)
+    assert maps == []
+    same(read(path)[0], TENSORS)
+    assert len(maps) == (0 if above else 1)
+
+
+def test_tensors_are_read_one_at_a_time(tmp_path):
+    with tensor_file(written(tmp_path / "x.safetensors")) as file:
+        same({name: file.tensor(name) for name in reversed(file.header.entries)}, TENSORS)
+
+
+CHANGES = {
+    "cut off": lambda path: os.truncate(path, 100),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+    "rewritten": lambda path: (path.write_bytes(path.read_bytes()[::-1]), os.utime(path, (5, 5))),
+    "emptied": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_is_changed_while_it_is_read_is_an_error_in_words(tmp_path, monkeypatch, change):
+    path = written(tmp_path / "x.safetensors")
+    with tensor_file(path) as file:
+        CHANGES[change](path)
+        with pytest.raises(ValueError, match=r"x\.safetensors: was changed by another program while it was read"):
+            file.tensor("c")
+    path = written(tmp_path / "y.safetensors")
+    bytes_at = module._bytes_at
+    monkeypatch.setattr(module, "_bytes_at", lambda *a: (CHANGES[change](path) and None) or bytes_at(*a))
+    with pytest.raises(ValueError, match=r"y\.safetensors: was changed by another program while it was read"):
+        read(path)
+
+
+def test_a_file_that_is_replaced_by_another_is_read_to_its_end(tmp_path):
+    """As an editor or `save` does it: the old one lives on for whoever has it open."""
+    path = written(tmp_path / "x.safetensors")
+    with tensor_file(path) as file:
+        os.replace(written(tmp_path / "new.safetensors", {"c": torch.ones(1)}), path)
+        same({name: file.tensor(name) for name in file.header.entries}, TENSORS)
+
+
+TRUNCATED = """
+import os, sys
+from lora_merge import load, merge, save
+from safetensors.torch import save_file
+import torch
+path, out = sys.argv[1:]
+shapes = {"up": (256, 64), "down": (64, 256)}
+tensors = {f"lora_unet_mid_block_{n}.lora_{p}.weight": torch.ones(shapes[p]) for n in range(4) for p in shapes}
+for change in (lambda: os.truncate(path, 1000), lambda: open(path, "wb").close(), lambda: os.unlink(path)):
+    save_file(tensors, path)
+    lora = load(path)
+    expected = merge([(lora, 0.5)]).to_state_dict()
+    change()
+    merged = merge([(lora, 0.5)])
+    assert all(tensor.equal(expected[key]) for key, tensor in merged.to_state_dict().items())
+    save(merged, out, overwrite=True)
+    print("right")
+"""
+
+
+def test_a_file_that_is_cut_off_after_it_was_loaded_ends_no_process(tmp_path):
+    """In a process of its own: a page that is not there any more is a SIGBUS, which nothing catches."""
+    command = [sys.executable, "-c", TRUNCATED, tmp_path / "x.safetensors", tmp_path / "out.safetensors"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "right\n" * 3), done.stderr
