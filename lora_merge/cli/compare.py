@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from ..comparing.compare import compare
 from ..comparing.picture import draw
-from ..comparing.report import as_csv, as_json, as_text
+from ..comparing.report import CSV_BEGINS, JSON_BEGINS, as_csv, as_json, as_text
 from ..files.load_save import load
-from .merge import Answer, Commands, _bar, _path_and_strength
+from ..files.overwriting import Overwrite, guard
+from ..files.pictures import check_picture, write_picture
+from ..files.whole import check_place, write_whole
+from .merge import Answer, Commands, _bar, _path_and_strength, overwriting
 
 _EXAMPLES = """examples:
   python -m lora_merge compare style.safetensors:0.8 lcm.safetensors
@@ -30,7 +34,7 @@ def add_command(commands: Commands) -> None:
     add.add_argument("--csv", type=Path, metavar="FILE", help="figures of every module, a row each")
     add.add_argument("--json", type=Path, metavar="FILE", help="all figures: whole, blocks, modules, cuts")
     add.add_argument("--picture", type=Path, metavar="FILE", help="a .png or .jpg: blocks, spectrum, strength sweep")
-    add.add_argument("--overwrite", action="store_true", help="replace existing files")
+    overwriting(add)
     add.add_argument("--workers", type=int, help="threads; default: as many as torch uses. The result is the same")
     add.set_defaults(run=_run)
 
@@ -39,27 +43,36 @@ def _run(options: argparse.Namespace) -> Answer:
     if options.rank < 0:
         raise ValueError(f"--rank is {options.rank}, but it has to be 0 (none) or more")
     # Before the work, so that a wrong name costs no time.
+    texts = {
+        path: begins for path, begins in ((options.csv, CSV_BEGINS), (options.json, JSON_BEGINS)) if path is not None
+    }
     wanted = [path for path in (options.csv, options.json, options.picture) if path is not None]
-    for path in wanted:
-        _check_free(path, options.overwrite)
-    if options.picture is not None and options.picture.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise ValueError(f"{options.picture}: the name of a picture has to end in .png or .jpg.")
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(f"{', '.join(map(str, wanted))}: two of these are one file; give each a name of its own.")
+    for path, begins in texts.items():
+        check_place(path, guard(options.overwrite, partial(_begins, begins)))
+    if options.picture is not None:
+        check_picture(options.picture, options.overwrite)
     named = [_path_and_strength(text) for text in options.loras]
     with _bar("compare") as progress:
         found = compare(
             [(load(path), strength) for path, strength in named], workers=options.workers, progress=progress
         )
     if options.csv is not None:
-        options.csv.write_text(as_csv(found), encoding="utf-8")
+        _write(as_csv(found), options.csv, options.overwrite, CSV_BEGINS)
     if options.json is not None:
-        options.json.write_text(as_json(found, options.rank), encoding="utf-8")
+        _write(as_json(found, options.rank), options.json, options.overwrite, JSON_BEGINS)
     if options.picture is not None:
-        draw(found, options.rank).save(options.picture)
+        write_picture(draw(found, options.rank), options.picture, options.overwrite)
     return 0, "\n".join([as_text(found, options.rank), *(f"Written: {path}" for path in wanted)])
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: there is no such folder; create it first.")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path}: exists already; choose another name or add --overwrite.")
+def _write(text: str, path: Path, overwrite: Overwrite, begins: str) -> None:
+    content = text.encode()
+    write_whole(path, lambda file: file.write(content), guard(overwrite, partial(_begins, begins)))
+
+
+def _begins(begins: str, path: Path) -> bool:
+    """Whether a file is of those that this command writes."""
+    with open(path, "rb") as file:
+        return file.read(len(begins)) == begins.encode()

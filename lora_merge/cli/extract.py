@@ -12,7 +12,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ..extracting.checkpoints import Pairs, pairs
 from ..extracting.extract import Weights, extract
 from ..files.load_save import check_output, save
-from .merge import DTYPES, Answer, Commands, add_meta, meta
+from .merge import DTYPES, Answer, Commands, add_meta, meta, overwriting
 
 _EXAMPLES = """examples:
   python -m lora_merge extract lcm-dreamshaper.safetensors dreamshaper.safetensors -o lcm.safetensors --rank 64
@@ -38,7 +38,7 @@ def add_command(commands: Commands) -> None:
     add.add_argument("--matrices-only", action="store_true", help="leave out biases and norms, which few tools read")
     add.add_argument("--dtype", choices=sorted(DTYPES), default="fp16", help="default: fp16")
     add.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute; default: cpu")
-    add.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    overwriting(add)
     add_meta(add)
     add.set_defaults(run=_run)
 

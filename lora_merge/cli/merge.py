@@ -108,8 +108,16 @@ def _output(add: argparse.ArgumentParser) -> None:
     add.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a .safetensors file to write")
     add.add_argument("--dtype", choices=sorted(DTYPES), default="fp16", help="default: fp16")
     add.add_argument("--format", choices=get_args(Format), default="kohya", help="default: kohya, which ComfyUI reads")
-    add.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    overwriting(add)
     add_meta(add)
+
+
+def overwriting(add: argparse.ArgumentParser) -> None:
+    """Adds the options that set `overwrite`, see files/overwriting.py."""
+    add.add_argument("--overwrite", action="store_true", help="replace an existing file that LCM Kit wrote")
+    add.add_argument(
+        "--overwrite-any", dest="overwrite", action="store_const", const="any", help="replace any existing file"
+    )
 
 
 def add_meta(add: argparse.ArgumentParser) -> None:

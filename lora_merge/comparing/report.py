@@ -123,11 +123,16 @@ def _cuts(c: Comparison, rank: int) -> list[str]:
     return lines
 
 
+# What such files begin with, by which they are known again.
+CSV_BEGINS = "module,block,out,in,norm_of_sum"
+JSON_BEGINS = '{\n "version": 1,\n "answer": '
+
+
 def as_csv(comparison: Comparison) -> str:
     """A row for each module. Norms are with alpha and strength; inputs are numbered from 1 in the columns' names."""
     count = range(len(comparison.inputs))
     pairs = [(i, j) for i in count for j in count if i < j]
-    head = ["module", "block", "out", "in", "norm_of_sum"]
+    head = CSV_BEGINS.split(",")
     for index in count:
         head += [f"{what}_{index + 1}" for what in ("norm", "kind", "rank", "effective_rank", "alpha", "scale")]
     for i, j in pairs:

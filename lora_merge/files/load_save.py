@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,13 @@ from torch import Tensor
 from ..algebra.threads import on_one_core
 from . import json_text
 from . import metadata as about_file
+from .header import check_header
 from .lora import FORMATS, Format, Lora
+from .overwriting import Overwrite, guard
 from .readable import check_readable
 from .remarks import CONFIG_KEY, misfit, of_config
 from .tensor_file import read, write
+from .whole import check_place, write_whole
 
 # As PEFT itself names them; the scale is nowhere in such a file.
 _PEFT = re.compile(r"base_model\.model\.(.+)\.lora_A(?:\.[^.]+)?\.weight")
@@ -50,17 +52,19 @@ def save(
     *,
     dtype: torch.dtype = torch.float16,
     format: Format = "kohya",
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the LoRA to a .safetensors file with metadata that kohya's tools, diffusers and `load` read.
 
     dtype: float16, bfloat16 or float32; format: "kohya" (what ComfyUI reads) or "diffusers", see Lora.to_state_dict.
     metadata: before the LoRA's own; an empty value takes a key away. Hashes, dimensions and the date are the new file's.
-    The file appears complete or not at all, with the usual permissions of a new file.
-    What is written is what `load` reads: that is checked before a byte is written.
-    Raises ValueError for what cannot be written or would not be read back, FileNotFoundError for a missing folder, and FileExistsError
-    for an existing file unless `overwrite`; nothing has been written then.
+    overwrite: True replaces a file that `save` wrote, "any" replaces any file.
+    The file appears complete or not at all, with the usual permissions of a new file. What is written is what `load` reads:
+    that is checked before a byte is written.
+    Raises ValueError for what cannot be written or would not be read back, FileNotFoundError for a missing folder,
+    FileExistsError for an existing file that is not to be replaced, and OSError if the disk takes no more; an old file is
+    as it was then.
     """
     path = Path(path)
     if dtype not in DTYPES:
@@ -76,51 +80,23 @@ def save(
     check_readable(lora, tensors, notes, _peft_config(path, tensors))
     try:
         about_file.check(notes)
-        _write(path, tensors, notes, overwrite)
+        write_whole(path, lambda file: write(file, tensors, notes, hashed=True), guard(overwrite, _is_ours))
     except ValueError as error:
         raise ValueError(f"{lora.source}: {error}") from None
 
 
-def check_output(path: Path, overwrite: bool) -> None:
+def check_output(path: Path, overwrite: Overwrite) -> None:
     """Raises ValueError, FileNotFoundError or FileExistsError if `save` would not write a file of that name."""
+    check_place(path, guard(overwrite, _is_ours))
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the name has to end in .safetensors, or loaders would not list the file.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: there is no such folder; create it first.")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path}: exists already; choose another name or allow overwriting.")
 
 
-def _write(path: Path, tensors: dict[str, Tensor], notes: dict[str, str], overwrite: bool) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+def _is_ours(path: Path) -> bool:
     try:
-        try:
-            # Of the mode that the umask makes of an ordinary new file.
-            with open(temporary, "xb") as file:
-                write(file, tensors, notes, hashed=True)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise OSError(f"{path}: could not be written ({error}); is the disk full?") from error
-        if overwrite:
-            os.replace(temporary, path)
-        else:
-            _put_if_free(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _put_if_free(temporary: Path, path: Path) -> None:
-    """Give the file its name unless somebody took it meanwhile."""
-    taken = f"{path}: exists already; choose another name or allow overwriting."
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise FileExistsError(taken) from None
-    except OSError:  # a file system without hard links
-        if path.exists():
-            raise FileExistsError(taken) from None
-        os.replace(temporary, path)
+        return about_file.is_ours(check_header(path).metadata)
+    except ValueError:
+        return False
 
 
 def _peft_config(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -14,12 +14,14 @@ from .lora import Format, Lora
 from .peft import METADATA_KEY as ADAPTER_KEY
 from .remarks import CONFIG_KEY
 
-# In every file that is written here; others of the same beginning are in some.
+# Keys of this pack begin so.
 OURS = "lcm_kit."
+# In every file that `save` writes: what may be replaced without asking.
 SAVED_KEY = "lcm_kit.saved"
 PROVENANCE_KEY = "lcm_kit.merge"
 MERGED_FROM = "modelspec.merged_from"
 ARCHITECTURE, IMPLEMENTATION = "modelspec.architecture", "modelspec.implementation"
+_DISTILLED_KEY = "lcm_kit.distillation"
 
 # Scales that a reader would apply a second time.
 _SCALES = (ADAPTER_KEY, "r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", CONFIG_KEY)
@@ -92,6 +94,12 @@ def is_hash(key: str) -> bool:
 def is_scale(key: str) -> bool:
     """Whether readers multiply by it. What is read has its scale in its factors and alphas."""
     return key in _SCALES
+
+
+def is_ours(metadata: Mapping[str, str]) -> bool:
+    """Whether a file says that `save` wrote it. The checkpoint of a training, which has that key alone, does not."""
+    older = _DISTILLED_KEY in metadata and "ss_network_module" in metadata
+    return SAVED_KEY in metadata or PROVENANCE_KEY in metadata or older
 
 
 def for_file(lora: Lora, title: str, format: Format) -> dict[str, str]:

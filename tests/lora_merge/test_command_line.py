@@ -74,3 +74,14 @@ def test_it_runs_as_a_module_from_the_repository():
         [sys.executable, "-m", "lora_merge", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "merge" in done.stdout
+
+
+def test_overwriting_is_asked_for_twice_where_somebody_elses_file_would_go(files, capsys):
+    """The published file is no file of ours; the merge that takes its place is."""
+    before = (files / "lcm.safetensors").read_bytes()
+    command = ["merge", str(files / "lcm.safetensors"), "-o", str(files / "lcm.safetensors")]
+    for word, status in ((None, 2), ("--overwrite", 2), ("--overwrite-any", 0), ("--overwrite", 0)):
+        if status == 2:
+            assert (files / "lcm.safetensors").read_bytes() == before
+        assert main([*command, *([word] if word else [])]) == status
+    assert "--overwrite-any" in capsys.readouterr().err

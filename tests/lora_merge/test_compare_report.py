@@ -99,7 +99,32 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     with Image.open(files["png"]) as image:
         assert image.size == draw(found, 4).size
     assert main([str(word) for word in ("compare", *inputs, *options)]) == 2
-    assert "exists already; choose another name or add --overwrite" in capsys.readouterr().err
+    assert "exists already; choose another name or allow overwriting" in capsys.readouterr().err
+    before = {end: file.read_bytes() for end, file in files.items()}
+    assert main([str(word) for word in ("compare", *inputs, *options, "--overwrite")]) == 0
+    assert {end: file.read_bytes() for end, file in files.items()} == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "lcm.safetensors", "out.csv", "out.json", "out.png", "style.safetensors"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "name"), [("--csv", "x.csv"), ("--json", "x.json"), ("--picture", "x.jpg"),
+                                              ("--csv", "style.safetensors"), ("--picture", "x.png")])  # fmt: skip
+def test_the_command_replaces_what_it_wrote_itself_only(tmp_path, capsys, option, name):
+    save(lora(0), tmp_path / "style.safetensors")
+    path = tmp_path / name
+    if path.suffix == ".png":
+        Image.new("RGB", (8, 8)).save(path)
+    elif not path.exists():
+        path.write_bytes(b"precious")
+    before = path.read_bytes()
+    command = ["compare", str(tmp_path / "style.safetensors"), option, str(path)]
+    assert main([*command, "--overwrite"]) == 2
+    assert "is not replaced" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    if name != "style.safetensors":
+        assert main([*command, "--overwrite-any"]) == 0
+        assert main([*command, "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -108,6 +133,9 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
         (["--rank", "-1"], "--rank is -1"),
         (["--picture", "a.txt"], "has to end in .png or .jpg"),
         (["--csv", "no/such/folder.csv"], "there is no such folder"),
+        (["--csv", "."], "is a folder"),
+        (["--csv", "con"], "device"),
+        (["--csv", "x", "--json", "x"], "two of these are one file"),
     ],
 )
 def test_bad_options_are_refused_before_the_work(options, said, tmp_path, capsys, monkeypatch):

@@ -131,9 +131,68 @@ def test_an_existing_file_is_safe_unless_told_otherwise(tmp_path):
     path.write_bytes(b"precious")
     with pytest.raises(FileExistsError, match="exists already"):
         save(lora, path)
+    with pytest.raises(FileExistsError, match="does not say that LCM Kit wrote it"):
+        save(lora, path, overwrite=True)
     assert path.read_bytes() == b"precious"
-    save(lora, path, overwrite=True)
+    save(lora, path, overwrite="any")
     assert set(load(path).modules) == set(lora.modules)
+
+
+def _theirs(notes):
+    return lambda path: save_file(state_dict(), path, notes)
+
+
+def _merged(path):
+    save(merge([(Lora.from_state_dict(state_dict()), 0.5)]), path)
+
+
+@pytest.mark.parametrize(
+    ("make", "ours"),
+    [
+        (lambda path: save(Lora.from_state_dict(state_dict()), path), True),
+        (_merged, True),
+        (lambda path: save(load(_theirs({"ss_output_name": "x"})(path) or path), path, overwrite="any"), True),
+        (_theirs({"lcm_kit.distillation": "{}", "ss_network_module": "networks.lora"}), True),
+        (_theirs(None), False),
+        (_theirs({"ss_network_module": "networks.lora", "modelspec.title": "LCM Kit"}), False),
+        (_theirs({"lcm_kit.distillation": "{}"}), False),  # the checkpoint of a training
+        (_theirs({"lcm_kit.preset": "LCM"}), False),
+        (lambda path: path.write_bytes(b""), False),
+        (lambda path: path.write_bytes(b"PK\x03\x04 a pickle"), False),
+        (lambda path: path.symlink_to("nowhere"), False),
+        (lambda path: os.mkfifo(path), False),
+    ],
+)
+def test_overwriting_replaces_what_save_wrote_and_nothing_else(tmp_path, make, ours):
+    path = tmp_path / "x.safetensors"
+    make(path)
+    state = os.lstat(path)
+    other = Lora.from_state_dict(state_dict(rank=2))
+    if ours:
+        save(other, path, overwrite=True)
+        assert {layer.rank for layer in load(path).modules.values()} == {2}
+    else:
+        with pytest.raises(FileExistsError, match="is not replaced"):
+            save(other, path, overwrite=True)
+        assert os.lstat(path) == state
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_a_lora_replaces_its_own_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save(Lora.from_state_dict(state_dict()), path, dtype=torch.float32)
+    lora = load(path)
+    save(merge([(lora, 2.0)]), path, dtype=torch.float32, overwrite=True)
+    again = load(path)
+    for module, layer in lora.modules.items():
+        assert relative(again.delta(module), 2 * layer.delta()) < 1e-6
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="is no ordinary file"):
+        load(tmp_path / "x.safetensors")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
