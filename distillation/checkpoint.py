@@ -1,15 +1,16 @@
 """A training run on disk: named tensors and plain facts in one safetensors file, whole or not at all."""
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+# The one road by which this pack writes files, and the one by which it reads tensors.
+from ..lora_merge.files import tensor_file
+from ..lora_merge.files.header import check_header
+from ..lora_merge.files.whole import check_place, is_plain_file, write_whole
 
 FACTS = "lcm_kit.distillation"
 
@@ -17,35 +18,48 @@ FACTS = "lcm_kit.distillation"
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write a checkpoint in the place of the one before; a stop in the middle leaves that one.
 
-    facts: anything JSON holds. Raises OSError, with the path, if it cannot be written.
+    facts: anything JSON holds. Raises OSError, with the path, if it cannot be written, and FileExistsError for a file
+    that is there and no checkpoint.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    check_writable(path)
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary,
-                  {FACTS: json.dumps(dict(facts), sort_keys=True)})  # fmt: skip
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: could not be written ({error}); is the disk full?") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{path.parent}: the folder cannot be made ({error.strerror}).") from error
+    notes = {FACTS: json.dumps(dict(facts), sort_keys=True)}
+    write_whole(path, lambda file: tensor_file.write(file, tensors, notes), _only_checkpoints)
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError or FileExistsError if `write` would not write a checkpoint of that name."""
+    if path.parent.is_dir():
+        check_place(path, _only_checkpoints)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors on the CPU, facts) of a checkpoint. Raises ValueError if the file is none."""
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})[FACTS])
-            if not isinstance(facts, dict):
-                raise ValueError("what it says of its training is no JSON object")
-            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+        tensors, metadata = tensor_file.read(path)
+        facts = json.loads(metadata[FACTS])
+        if not isinstance(facts, dict):
+            raise ValueError("what it says of its training is no JSON object")
+    except (KeyError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: is not a training checkpoint of LCM Kit, or damaged ({error}). Remove it, or use another name."
         ) from error
     return tensors, facts
+
+
+def _only_checkpoints(path: Path) -> None:
+    """A LoRA that was distilled has the same key, among others."""
+    try:
+        ours = is_plain_file(path) and check_header(path).metadata.keys() == {FACTS}
+    except ValueError:
+        ours = False
+    if not ours:
+        raise FileExistsError(
+            f"{path}: exists already and is no checkpoint of LCM Kit. Remove it, or use another name."
+        )
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """The training loop of Algorithm 1 (arXiv 2310.04378): steps, checkpoints, resuming; for a node or a command line."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,8 @@ from .engine import Alone, Engine
 from .objective import Batch, ConditionalDenoiser, distillation_loss
 from .recompute import recomputing
 from .settings import Settings
+
+logger = logging.getLogger(__name__)
 
 Source = Callable[[int, Sequence[int]], Batch]
 """(step, items) -> the latents and conds of these items of this step; always the same for the same numbers."""
@@ -140,7 +143,8 @@ class Trainer:
                 tensors[f"{part}/{name}"] = value
         if self.average:
             tensors |= {f"average/{name}": value for name, value in zip(self.factors, self.average.values, strict=True)}
-        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        if self.losses:
+            tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         scaler = self.scaler.state_dict()
         facts = {"settings": self.settings.kept(), "identity": self.identity, "done": self.done, "scaler": scaler}
         checkpoint.write(path, tensors, facts)
@@ -171,16 +175,20 @@ class Trainer:
                 value.copy_(tensors[f"average/{name}"])
         self.scaler.load_state_dict(facts["scaler"])
         self.done = facts["done"]
-        self.losses = tensors["losses"].tolist()
+        self.losses = tensors["losses"].tolist() if "losses" in tensors else []
 
     def run(self, *, save_to: Path | None = None, save_every: int = 100, callback: Callback | None = None) -> None:
         """All steps that are left. With `save_to`, goes on from that checkpoint if it is there and keeps it up to date.
 
-        An exception, an interrupt too, leaves a checkpoint of the last finished step and goes on upwards.
+        An exception, an interrupt too, leaves a checkpoint of the last finished step and goes on upwards. A checkpoint
+        that cannot be written is warned of, and the training goes on: what was learnt is not thrown away for it.
+        Raises ValueError or FileExistsError, before anything is trained, if `save_to` is of another run or no checkpoint.
         """
         main = self.engine.process_index == 0
-        if save_to is not None and save_to.exists():
-            self.load(save_to)
+        if save_to is not None:
+            checkpoint.check_writable(save_to)
+            if save_to.exists():
+                self.load(save_to)
         started = saved = self.done
         try:
             while self.done < self.settings.steps:
@@ -188,12 +196,18 @@ class Trainer:
                 if callback:
                     callback(self.done, loss)
                 if save_to is not None and main and self.done % save_every == 0:
-                    self.save(save_to)
+                    self._keep(save_to)
                     saved = self.done
         finally:
             # Half an update is no state to go on from; then the checkpoint before it stays.
             if save_to is not None and main and self.done > max(saved, started) and not self._updating:
-                self.save(save_to)
+                self._keep(save_to)
+
+    def _keep(self, path: Path) -> None:
+        try:
+            self.save(path)
+        except OSError as error:
+            logger.warning("No checkpoint of step %d: %s", self.done, error)
 
 
 @contextmanager

@@ -54,7 +54,11 @@ def _files(add: argparse._ArgumentGroup) -> None:
                      "along with it, such as a style; may be repeated")  # fmt: skip
     add.add_argument("--vae", metavar="FILE", help="encodes the pictures; default: the checkpoint's own")
     add.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="the LCM-LoRA, .safetensors")
-    add.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    add.add_argument(
+        "--overwrite", action="store_true", help="replace an existing output or picture that LCM Kit wrote"
+    )
+    add.add_argument("--overwrite-any", dest="overwrite", action="store_const", const="any", help="replace any existing "
+                     "output or picture")  # fmt: skip
     add.add_argument(
         "--save-dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="of the output; default: fp16"
     )

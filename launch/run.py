@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -21,7 +22,9 @@ from ..distillation.engine import Engine
 from ..distillation.settings import Settings
 from ..distillation.trainer import Trainer
 from ..lora_merge import Lora, save
+from ..lora_merge.files.file_names import name_trouble, shown
 from ..lora_merge.files.load_save import check_output
+from ..lora_merge.files.pictures import check_picture, write_picture
 from . import comfyui as launch_comfyui
 from . import data as launch_data
 from .processes import check_same, first_of_a_machine, has_accelerator, processes
@@ -52,8 +55,8 @@ def run(options: argparse.Namespace) -> str:
     settings, texts = _settings(options), _texts(options)
     comfyui, folder = launch_comfyui.find(options.comfyui), _folder(options)
     check_output(options.output, options.overwrite)
-    if options.picture and not options.picture.parent.is_dir():
-        raise FileNotFoundError(f"--picture is {options.picture}, but there is no folder {options.picture.parent}.")
+    if options.picture:
+        check_picture(options.picture, options.overwrite)
     cpu = options.cpu or not has_accelerator()
     quiet = os.environ.get("RANK", "0") != "0"
     with processes(cpu=cpu) as engine:  # before ComfyUI, which takes the device that is current
@@ -102,6 +105,8 @@ def _folder(options: argparse.Namespace) -> Path:
     folder: Path = options.resume or options.output.with_suffix(".run")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--resume is {folder}, which is a file; name a folder.")
+    if not folder.exists() and (trouble := name_trouble(folder.name)):
+        raise ValueError(f"--resume is {shown(str(folder))}, and its last part {trouble}.")
     return folder
 
 
@@ -140,7 +145,8 @@ def _distil(options: argparse.Namespace, settings: Settings, texts: Texts, folde
         strip = run.strip(vae) if options.picture else None
         last = strip.last() if strip else None
     if strip:
-        _write_picture(strip.picture(last), options.picture)
+        pixels = (strip.picture(last)[0] * 255).round().clamp(0, 255).byte()
+        write_picture(Image.fromarray(pixels.numpy()), options.picture, options.overwrite)
     lora = Lora.from_state_dict(tensors, metadata=run.metadata(**together), source=options.output.name)
     save(lora, options.output, dtype=DTYPES[options.save_dtype], overwrite=options.overwrite)
     lines = run.report(tensors, bool(texts.pictures), time.monotonic() - started)
@@ -229,9 +235,3 @@ def _one_bar(title: str, total: int) -> Iterator[None]:
         finally:
             comfy.utils.set_progress_bar_enabled(enabled)
             comfy.utils.set_progress_bar_global_hook(hook)
-
-
-def _write_picture(image: Tensor, path: Path) -> None:
-    from PIL import Image
-
-    Image.fromarray((image[0] * 255).round().clamp(0, 255).byte().numpy()).save(path)

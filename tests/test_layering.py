@@ -17,7 +17,13 @@ HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview
 ALLOWED = {
     "samplers": TENSORS,
     "lora_merge": {*TENSORS, "PIL"},
-    "distillation": {*TENSORS, "PIL", ".samplers"},
+    # One road for all files: whole or not at all, leftovers tidied, read without being mapped.
+    "distillation": {
+        *TENSORS,
+        "PIL",
+        ".samplers",
+        *(f".lora_merge.files.{one}" for one in ("whole", "tensor_file", "header")),
+    },
     "host": {*TENSORS, *HOST, *CORES, "PIL"},
     "nodes": {*CORES, ".host", "comfy_api"},
     "launch": {*TENSORS, *HOST, *CORES, ".host", "PIL", "accelerate"},
@@ -82,6 +88,9 @@ def test_imports_point_one_way(file):
         ("lora_merge", "from .. import nodes", False),
         ("distillation", "from ..samplers.schedule import lcm_timesteps", True),
         ("distillation", "from ..lora_merge import merge", False),
+        ("distillation", "from ..lora_merge.files import tensor_file", True),
+        ("distillation", "from ..lora_merge.files.whole import write_whole", True),
+        ("distillation", "from ..lora_merge.files.load_save import save", False),
         ("distillation", "from ..host.lora import files", False),
         ("host", "import comfy.utils", True),
         ("host/sampling", "from ...samplers.noise import StepNoise", True),

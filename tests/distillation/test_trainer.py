@@ -1,6 +1,10 @@
 """Training runs on the Gaussian toy: what they converge to, that they can be interrupted, and what they refuse."""
 
 import dataclasses
+import errno
+import os
+import stat
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from lcm_kit.distillation import checkpoint
 from lcm_kit.distillation.adapter import Average
 from lcm_kit.distillation.settings import Settings, skipping_grid
 from lcm_kit.distillation.trainer import Trainer, adapters_on
+from lcm_kit.lora_merge.files import whole
 from lcm_kit.samplers.schedule import lcm_timesteps
 from lcm_kit.tests.distillation.toy import (
     GRID,
@@ -209,6 +214,8 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     path.write_bytes(b"nothing of the kind")
     network = Gains()
     with adapters_on(network, 2) as adapters, pytest.raises(ValueError, match="not a training checkpoint"):
+        trainer_of(adapters, network).load(path)
+    with adapters_on(network, 2) as adapters, pytest.raises(FileExistsError, match="is no checkpoint of LCM Kit"):
         trainer_of(adapters, network).run(save_to=path)
 
 
@@ -223,13 +230,59 @@ def test_facts_that_cannot_be_read_are_named(tmp_path, facts):
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "run.safetensors"
     checkpoint.write(path, {"a": torch.ones(2)}, {"done": 1})
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(whole.os, "replace", _full_disk)
+    with pytest.raises(OSError, match=r"run\.safetensors: could not be written .*; is the disk full\?"):
         checkpoint.write(path, {"a": torch.zeros(2)}, {"done": 2})
     tensors, facts = checkpoint.read(path)
     assert facts == {"done": 1}
     assert torch.equal(tensors["a"], torch.ones(2))
     assert list(tmp_path.iterdir()) == [path]
+
+
+def _full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_checkpoint_is_as_readable_as_any_other_file(tmp_path):
+    (tmp_path / "other").touch()
+    checkpoint.write(tmp_path / "run.safetensors", {"a": torch.ones(2)}, {"done": 1})
+    assert len({stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}) == 1
+
+
+def test_what_is_no_checkpoint_is_never_replaced(tmp_path):
+    """A distilled LoRA has the same note as a checkpoint, among others."""
+    path = tmp_path / "run.safetensors"
+    for notes in ({}, {"lcm_kit.distillation": "{}", "ss_network_module": "networks.lora"}):
+        save_file({"a": torch.ones(2)}, path, notes)
+        before = path.read_bytes()
+        with pytest.raises(FileExistsError, match="is no checkpoint of LCM Kit"):
+            checkpoint.write(path, {"a": torch.zeros(2)}, {"done": 2})
+        network = Gains()
+        with adapters_on(network, 2) as adapters, pytest.raises(FileExistsError, match="is no checkpoint of LCM Kit"):
+            trainer_of(adapters, network).run(save_to=path)
+        assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_training_goes_on_when_its_checkpoint_cannot_be_written(tmp_path, monkeypatch, caplog, stopped):
+    network, path = Gains(), tmp_path / "run.safetensors"
+
+    def stop(done, loss):
+        if stopped and done == 7:
+            raise KeyboardInterrupt
+
+    with adapters_on(network, 2, seed=SHORT.seed) as adapters:
+        trainer = trainer_of(adapters, network)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) if stopped else nullcontext():
+            patch.setattr(whole.os, "link", _full_disk)
+            patch.setattr(whole.os, "replace", _full_disk)
+            trainer.run(save_to=path, save_every=5, callback=stop)
+        lora = adapters.lora_state_dict()
+    assert "No checkpoint of step 5" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+    if not stopped:
+        assert_same_lora(lora, trained()[0])
 
 
 # ---- batches, gradients, what is left alone
