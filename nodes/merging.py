@@ -310,13 +310,13 @@ class SaveLoRA(io.ComfyNode):
                     options=list(files.NAME_MODES),
                     default="increment",
                     tooltip="increment adds a number, so nothing is overwritten; exact name stops if the file exists; "
-                    "overwrite replaces it.",
+                    "overwrite replaces a file that LCM Kit wrote, overwrite_any whatever is there.",
                 ),
                 about("title", "Title that programs and sites show. Empty keeps that of the LoRA, or the file's name."),
                 about("author", "Who made it. Empty keeps the authors that the LoRA names."),
                 about("trigger_words", "Words that the LoRA answers to, with commas. Empty keeps those that it names."),
             ],
-            outputs=[io.String.Output(display_name="path", tooltip="Where the file is.")],
+            outputs=[io.String.Output(display_name="path", tooltip="The file's name in the loras folder.")],
             **if_known(io.Schema, search_aliases=["export lora", "write lora"]),
         )
 

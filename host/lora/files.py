@@ -1,23 +1,29 @@
 """LoRA files: names <-> paths through folder_paths, reading with a cache, writing."""
 
 import os
+import posixpath
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
+import comfy.utils
 import folder_paths
 import torch
 
 from ...lora_merge import load, save
+from ...lora_merge.files.file_names import path_trouble, shown
 from ...lora_merge.files.lora import FORMATS
 from ...lora_merge.recognise.identity import identify, sha256_of, worth_hashing
 from .identity import KnownWeights
 from .weights import LoraWeights, from_lora, to_lora
 
-__all__ = ["DTYPES", "FORMATS", "NAME_MODES", "fingerprint", "lora_names", "read_lora", "save_lora"]
+__all__ = ["DTYPES", "FORMATS", "NAME_MODES", "called", "fingerprint", "lora_names", "read_lora", "save_lora"]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-NAME_MODES = ("increment", "exact name", "overwrite")
+NAME_MODES = ("increment", "exact name", "overwrite", "overwrite_any")
+OVERWRITE = {"overwrite": True, "overwrite_any": "any"}
 # What the node asks for -> its name in the ModelSpec.
 ABOUT = {
     "title": "modelspec.title",
@@ -53,15 +59,15 @@ def read_lora(lora_name: str) -> KnownWeights:
     path = folder_paths.get_full_path("loras", lora_name)
     if path is None:
         raise FileNotFoundError(
-            f"{lora_name} is not in the loras folder ({', '.join(folder_paths.get_folder_paths('loras'))}). "
-            "Put it there and press R to refresh the lists, or choose another file."
+            f"{lora_name} is not in the loras folder. Put it there and press R to refresh the lists, or choose another file."
         )
     key = fingerprint(lora_name)
     if key not in _cache:
         # What is known of an older state of the file is of no use any more.
         for old in [old for old in _cache if old[0] == path]:
             del _cache[old]
-        _cache[key] = _read(path, key[2])
+        with called(path, lora_name):
+            _cache[key] = _read(path, key[2])
     _cache.move_to_end(key)
     while len(_cache) > 1 and sum(map(_bytes, _cache.values())) > CACHE_BYTES:
         _cache.popitem(last=False)
@@ -74,45 +80,78 @@ def _read(path: str, size: int) -> KnownWeights:
     with ThreadPoolExecutor(1) as pool:
         if worth_hashing(size):
             pool.submit(sha256_of, path)
-        lora = load(path)
+        # As core's own loader, which looks at this while it runs.
+        lora = load(path, mapping=not comfy.utils.DISABLE_MMAP)
         weights = from_lora(lora)
     identity = identify(lora, path)
     return KnownWeights(dict(weights), name=weights.name, metadata=weights.metadata, identity=identity)
 
 
+@contextmanager
+def called(path: str, name: str):
+    """Errors name the file as the graph does: where this machine keeps its folders is nobody else's business."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        text = str(error).replace(path, name)
+        if text == str(error):
+            raise
+        kind = next(one for one in (FileNotFoundError, FileExistsError, OSError, ValueError) if isinstance(error, one))
+        raise kind(text) from error
+
+
 def save_lora(weights, prefix: str, *, dtype: str, format: str, name_mode: str, about: Mapping[str, str]) -> str:
-    """Writes into the first loras folder and returns the path. Raises ValueError or FileExistsError.
+    """Writes into the first loras folder; returns the name in loaders' lists. Raises ValueError, FileExistsError or OSError.
 
     prefix: name without extension, folders before it allowed. name_mode: one of NAME_MODES.
     about: names in ABOUT -> text for the file; an empty one leaves what the LoRA says already.
     """
     lora = to_lora(weights)
     texts = {key: about.get(name, "").strip() for name, key in ABOUT.items()}
-    folder, name, counter = _place(prefix.strip().removesuffix(".safetensors"))
-    file = f"{name}_{counter:05}_.safetensors" if name_mode == "increment" else f"{name}.safetensors"
-    path = os.path.join(folder, file)
-    save(lora, path, dtype=DTYPES[dtype], format=format, overwrite=name_mode == "overwrite",
-         metadata={key: text for key, text in texts.items() if text})  # fmt: skip
-    return path
+    texts = {key: text for key, text in texts.items() if text}
+    increment = name_mode == "increment"
+    folder, name, number = _place(prefix, "_00001_.safetensors" if increment else ".safetensors")
+    while True:
+        path = os.path.join(folder, f"{name}_{number:05}_.safetensors" if increment else f"{name}.safetensors")
+        try:
+            with called(folder, "The loras folder"), called(path, os.path.basename(path)):
+                overwrite = OVERWRITE.get(name_mode, False)
+                save(lora, path, dtype=DTYPES[dtype], format=format, overwrite=overwrite, metadata=texts)
+            return os.path.relpath(path, os.path.abspath(folder_paths.get_folder_paths("loras")[0]))
+        except FileExistsError:
+            if not increment:
+                raise
+            # Somebody was faster: another thread, another server on this folder.
+            number += 1
 
 
-def _place(prefix: str) -> tuple[str, str, int]:
+def _place(prefix: str, ending: str) -> tuple[str, str, int]:
     """(folder, made if needed; file name; first free number), as core counts its saved files."""
     loras = os.path.abspath(folder_paths.get_folder_paths("loras")[0])
+    said = f"filename_prefix is {shown(prefix)}"
     # A backslash separates folders on Windows, and a shared workflow should mean the same everywhere.
-    prefix = prefix.replace("\\", "/")
-    inside = os.path.normpath(os.path.join(loras, prefix))
-    if not os.path.basename(prefix) or os.path.basename(prefix) in (".", ".."):
-        raise ValueError(f"filename_prefix is {prefix!r}, which names no file. Write a name such as LCMKit/merged.")
-    if os.path.isabs(prefix) or os.path.splitdrive(prefix)[0] or not inside.startswith(loras + os.sep):
-        raise ValueError(
-            f"filename_prefix is {prefix!r}, which lies outside the loras folder ({loras}). Write a name, with folders "
-            "inside that one before it if you like."
-        )
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, loras)
-    # Core makes the folder only where it counts in vain.
-    os.makedirs(folder, exist_ok=True)
-    return folder, name, counter
+    name = prefix.replace("\\", "/")
+    if name.lower().endswith(".safetensors"):
+        name = name[: -len(".safetensors")]
+    if name.rpartition("/")[2].strip() in ("", ".", ".."):
+        raise ValueError(f"{said}, which names no file. Write a name such as LCMKit/merged.")
+    name = posixpath.normpath(name)
+    outside = ValueError(
+        f"{said}, which lies outside the loras folder. Write a name, with folders inside that one before it if you like."
+    )
+    if name.startswith(("/", "../")) or re.match(r"[A-Za-z]:", name):
+        raise outside
+    if trouble := path_trouble(name) or path_trouble(name + ending):
+        raise ValueError(f"{said}, and it {trouble}.")
+    try:
+        folder, file, number, _, _ = folder_paths.get_save_image_path(name, loras)
+        # Core makes the folder only where it counts in vain.
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{said}, and its folder cannot be made ({error.strerror}).") from error
+    except Exception as error:
+        raise outside from error  # core's own check has no class of its own
+    return os.path.normpath(folder), file, number
 
 
 def _bytes(weights: LoraWeights) -> int:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...lora_merge.files.header import check_header
 from ...samplers.guidance import guidance_embedding
+from ..lora.files import called
 
 logger = logging.getLogger(__name__)
 
@@ -145,14 +146,14 @@ def _first_layer(model) -> tuple[torch.Tensor, list]:
 def _tensors(unet_name: str) -> FileTensors:
     path = _path(unet_name)
     if path is None:
-        folders = [folder for kind in FOLDERS for folder in folder_paths.get_folder_paths(kind)]
         raise FileNotFoundError(
-            f"{unet_name} is in none of the folders {', '.join(folders)}. Put it there and press R to refresh the "
-            "lists, or choose another file."
+            f"{unet_name} is in none of the folders {', '.join(FOLDERS)}. Put it there and press R to refresh the lists, "
+            "or choose another file."
         )
     key = fingerprint(unet_name)
     if key not in _cache:
-        _cache[key] = _read(path)
+        with called(path, unet_name):
+            _cache[key] = _read(path)
     _cache.move_to_end(key)
     while len(_cache) > CACHED:
         _cache.popitem(last=False)
@@ -183,7 +184,7 @@ def _layer_after(file, key: str) -> torch.Tensor | None:
     name = next(name for name in PROJECTION if key.endswith(name))
     layer = key.removesuffix(name) + PROJECTION[name]
     tensor = file.get_tensor(layer) if layer in file.keys() else None
-    return tensor.float() if tensor is not None and tensor.dtype in PLAIN else None
+    return _copied(tensor) if tensor is not None and tensor.dtype in PLAIN else None
 
 
 def _projection(path: str, file, key: str) -> torch.Tensor:
@@ -193,7 +194,12 @@ def _projection(path: str, file, key: str) -> torch.Tensor:
             f"{path}: {key} is of shape {tuple(tensor.shape)} and {tensor.dtype}; it has to be a matrix of finite "
             "numbers in fp16, bf16 or fp32. Choose the original file here; the model itself may be a quantised copy."
         )
-    return tensor.float()
+    return _copied(tensor)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    # The file is mapped: a tensor that stays there is lost, and the process with it, when the file is cut off.
+    return tensor.to(torch.float32, copy=True)
 
 
 def _path(unet_name: str) -> str | None:

@@ -1,6 +1,5 @@
 """Distils an LCM-LoRA from a MODEL: latents and conditionings in, LORA_MODEL, picture and report out."""
 
-import re
 import time
 from pathlib import Path
 from typing import get_args
@@ -14,6 +13,8 @@ from tqdm.auto import tqdm
 from ...distillation.objective import Weighting
 from ...distillation.settings import Settings
 from ...distillation.trainer import Trainer
+from ...lora_merge.files.file_names import name_trouble, shown
+from ..lora.files import called
 from ..lora.weights import LoraWeights
 from ..show import show
 from .data import entries, paired, partners, pictures
@@ -27,7 +28,7 @@ WEIGHTINGS = get_args(Weighting)
 WARMUP = 20
 SAVE_EVERY = 100
 STRIPS = 10  # sample strips in a run
-NAME = re.compile(r"[\w\- ][\w\-. ]*")
+LATENTS = ".latents"  # behind the name of a run: its pictures
 
 
 def distil(
@@ -55,15 +56,16 @@ def distil(
     given = pictures(model, latents)
     which = paired(conds, len(given)) if given else [number % len(conds) for number in range(samples)]
     prompts = [*zip(which, partners(conds, unconds, which), strict=True)]
-    data = given or teachers_pictures(
-        model, [(conds[cond], unconds[uncond]) for cond, uncond in prompts],
-        empty_latent(model, latents, width, height), settings, _beside(checkpoint_file, ".latents"),
-    )  # fmt: skip
+    with _in_output():
+        data = given or teachers_pictures(
+            model, [(conds[cond], unconds[uncond]) for cond, uncond in prompts],
+            empty_latent(model, latents, width, height), settings, _beside(checkpoint_file, LATENTS),
+        )  # fmt: skip
     work = Work(
         model, data, conds, unconds, prompts, table=table, settings=settings, dtype=type_, rank=rank, alpha=alpha,
         recompute=gradient_checkpointing,
     )  # fmt: skip
-    with training(work) as run:
+    with _in_output(), training(work) as run:
         strip = run.strip(vae)
         seconds = _run(run.trainer, strip, checkpoint_file)
         last = strip.last()
@@ -102,12 +104,23 @@ def _run(trainer: Trainer, strip: Strip, checkpoint_file: Path | None) -> float:
 
 def _checkpoint_file(name: str) -> Path | None:
     """Where a run of that name is kept, in the output folder; None for no name. Raises ValueError for a bad name."""
-    name = name.strip()
-    if not name:
+    if not name.strip():
         return None
-    if not NAME.fullmatch(name):
-        raise ValueError(f"resume is {name!r}; write a plain name such as my-lcm, without folders, or leave it empty.")
+    said = f"resume is {shown(name)}"
+    trouble = name_trouble(name) or name_trouble(f"{name}{LATENTS}.safetensors")
+    if trouble or name.startswith("."):
+        raise ValueError(
+            f"{said}, and it {trouble or 'begins with a dot, which hides files'}; write a plain name such as my-lcm, "
+            "without folders, or leave it empty."
+        )
+    if name.lower().endswith(LATENTS):
+        raise ValueError(f"{said}, where the pictures of {shown(name[: -len(LATENTS)])} are kept. Write another name.")
     return Path(folder_paths.get_output_directory()) / "LCMKit" / "distilling" / f"{name}.safetensors"
+
+
+def _in_output():
+    """Errors about files of a run say where they are in the output folder, not where that is."""
+    return called(folder_paths.get_output_directory(), "output")
 
 
 def _beside(file: Path | None, ending: str) -> Path | None:

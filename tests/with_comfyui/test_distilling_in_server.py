@@ -60,7 +60,7 @@ def test_a_training_gives_a_lora_file_a_picture_and_progress(client, files):
     outputs = client.history(prompt_id)["outputs"]
     assert "4 steps of 2 images from 2 pictures that the model made itself" in outputs[node]["text"][0]
     (path,) = outputs[saver]["text"]
-    lora = safetensors.torch.load_file(path)
+    lora = safetensors.torch.load_file(files[0] / path)
     assert sum(key.endswith(".alpha") for key in lora) == 177
     assert any(tensor.abs().max() > 0 for key, tensor in lora.items() if "lora_up" in key)
     (picture,) = pictures(client, {shown: outputs[shown]})
@@ -83,10 +83,10 @@ def test_a_stopped_training_goes_on_and_pictures_are_as_before(client, files):
     assert (checkpoints / "test-stopped.safetensors").exists()
 
     (path,) = client.run(graph, timeout=120)[saver]["text"]
-    resumed = safetensors.torch.load_file(path)
+    resumed = safetensors.torch.load_file(files[0] / path)
     graph, _, saver, _ = training(steps=5)
     (path,) = client.run(graph, timeout=120)[saver]["text"]
-    whole = safetensors.torch.load_file(path)
+    whole = safetensors.torch.load_file(files[0] / path)
     for key, tensor in whole.items():
         assert resumed[key].equal(tensor), key
 

@@ -3,9 +3,11 @@
 import hashlib
 import logging
 import os
+import threading
 from pathlib import Path
 
 import comfy.sd
+import comfy.utils
 import folder_paths
 import pytest
 import safetensors.torch
@@ -72,7 +74,9 @@ def applied(model, lora, clip=None, strength_model=1.0, strength_clip=1.0):
 
 
 def saved(lora, prefix="merged", dtype="fp32", format="kohya", mode="increment"):
-    return SaveLoRA.execute(lora, prefix, dtype, format, mode).result[0]
+    """The path of the file."""
+    name = SaveLoRA.execute(lora, prefix, dtype, format, mode).result[0]
+    return os.path.join(folder_paths.get_folder_paths("loras")[0], name)
 
 
 def by_comfyui(model, *pairs):
@@ -225,9 +229,9 @@ def reads(monkeypatch):
 
     read, seen = files.load, []
 
-    def counting(path):
+    def counting(path, **keywords):
         seen.append(os.path.basename(path))
-        return read(path)
+        return read(path, **keywords)
 
     monkeypatch.setattr(files, "load", counting)
     return seen
@@ -391,7 +395,7 @@ def test_a_stacked_lora_for_another_base_is_refused(model, wide, put):
 
 
 def test_a_missing_file_is_named(loras_folder):
-    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors is not in the loras folder .*press R"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors is not in the loras folder.*press R"):
         loaded("gone.safetensors")
 
 
@@ -601,6 +605,103 @@ def test_a_name_without_a_name_is_refused(model, loras_folder, prefix):
     with pytest.raises(ValueError, match=r"names no file"):
         saved(tiny.lora(model, rank=1), prefix)
     assert os.listdir(loras_folder) == []
+
+
+def test_overwrite_replaces_what_the_pack_wrote_and_overwrite_any_whatever_is_there(model, loras_folder):
+    lora, path = tiny.lora(model, rank=1), loras_folder / "users_own.safetensors"
+    safetensors.torch.save_file(tiny.lora(model, rank=2), path, {"ss_output_name": "users_own"})
+    theirs = path.read_bytes()
+    with pytest.raises(
+        FileExistsError, match=r"users_own\.safetensors: exists already and does not say .*overwrite_any"
+    ):
+        saved(lora, "users_own", mode="overwrite")
+    assert path.read_bytes() == theirs
+    saved(lora, "users_own", mode="overwrite_any")
+    assert len(safetensors.torch.load_file(path)) == len(lora)
+    saved(lora, "users_own", mode="overwrite")
+    # A LoRA that came from a file of somebody else and was only saved is ours now, too.
+    saved(loaded("users_own.safetensors"), "again", mode="exact name")
+    saved(lora, "again", mode="overwrite")
+    assert sorted(os.listdir(loras_folder)) == ["again.safetensors", "users_own.safetensors"]
+
+
+HOSTILE_NAMES = [
+    "x\nY", "x\0", "x\x1b[31m", "a:b", "C:\\x", "con", "aux/x", "NUL", "com1", "q?", "s*", "<x>", "p|q", 'd"q', "r\u202eL",
+    "dot.", "space ", "folder /x", "\ud800", "e\u0301", "é", "n" * 228, "n" * 236, "n" * 243, "n" * 255, "n" * 5000,
+    "/".join("d" * 2000), "/".join(["d" * 200] * 5), "y.SAFETENSORS", "%date:yyyy%", "100%", "../x", "a/../b", "./c", "a//d",
+    "/abs", "\\\\server\\share", "-rf", "~", "$HOME", "{x}", "'q'", "a;b", "日本", "z.safetensors.safetensors", "..x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["increment", "exact name", "overwrite", "overwrite_any"])
+def test_any_name_is_saved_and_read_back_or_refused_in_words(model, loras_folder, mode):
+    lora = {key: one for key, one in tiny.lora(model, rank=1).items() if "down_blocks_0_attentions_0_proj_in" in key}
+    count = 0
+    for prefix in HOSTILE_NAMES:
+        try:
+            path = saved(lora, prefix, mode=mode)
+        except ValueError as error:
+            said = str(error)
+        else:
+            said, count = None, count + 1
+            name = os.path.relpath(path, loras_folder)
+            assert name.split(os.sep)[0] != ".."
+            assert name in folder_paths.get_filename_list("loras")
+            assert set(loaded(name)) == set(lora)
+        assert said is None or (said.startswith("filename_prefix is ") and said.isprintable()), prefix
+        assert str(loras_folder) not in str(said)
+        files = [file for _, _, found in os.walk(loras_folder) for file in found]
+        assert len(files) == count, prefix
+
+
+def test_twenty_saves_by_increment_two_at_a_time_are_twenty_files(model, loras_folder):
+    lora, gate, trouble = tiny.lora(model, rank=1), threading.Barrier(2), []
+
+    def save_ten():
+        for number in range(10):
+            gate.wait()
+            try:
+                saved(lora, f"race{number}")
+            except Exception as error:
+                trouble.append(error)
+
+    both = [threading.Thread(target=save_ten) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert trouble == []
+    assert sorted(os.listdir(loras_folder)) == [f"race{n}_0000{one}_.safetensors" for n in range(10) for one in (1, 2)]
+
+
+def test_no_message_tells_where_the_loras_folder_is(model, loras_folder):
+    (loras_folder / "cut.safetensors").write_bytes(b"{}")
+    (loras_folder / "file").touch()
+    for attempt in (
+        lambda: loaded("nowhere.safetensors"),
+        lambda: loaded("cut.safetensors"),
+        lambda: saved(tiny.lora(model, rank=1), "cut", mode="exact name"),
+        lambda: saved(tiny.lora(model, rank=1), "cut", mode="overwrite"),
+        lambda: saved(tiny.lora(model, rank=1), "../out"),
+        lambda: saved(tiny.lora(model, rank=1), "file/x"),
+    ):
+        with pytest.raises((OSError, ValueError)) as failure:
+            attempt()
+        assert str(loras_folder) not in str(failure.value)
+        assert str(loras_folder.parent) not in str(failure.value)
+
+
+def test_core_can_forbid_files_to_be_mapped(loras_folder, put, model, monkeypatch):
+    """--disable-mmap; a small file is never mapped."""
+    from lcm_kit.lora_merge.files import tensor_file
+
+    monkeypatch.setattr(tensor_file, "MAPPED_ABOVE", 100)
+    put("style.safetensors", tiny.lora(model))
+    mapped = []
+    monkeypatch.setattr(tensor_file.mmap, "mmap", lambda *_, **__: mapped.append(1) or (_ for _ in ()).throw(OSError()))
+    monkeypatch.setattr(comfy.utils, "DISABLE_MMAP", True)
+    assert loaded("style.safetensors")
+    assert mapped == []
 
 
 # ---- merging

@@ -31,6 +31,12 @@ def _no_gradients():
         yield
 
 
+def saved(lora, name, dtype="fp32"):
+    """The path of the file."""
+    file = SaveLoRA.execute(lora, name, dtype, "kohya", "increment").result[0]
+    return os.path.join(folder_paths.get_folder_paths("loras")[0], file)
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny.tiny_model()
@@ -88,7 +94,7 @@ def test_a_file_of_the_merge_equals_the_patch_in_the_graph_and_two_of_cores_load
     loras = [tiny.lora(model, endings=tiny.STYLE, rank=3, seed=1) | tiny.clip_lora(clip), tiny.lora(model, seed=2)]
     one, _ = merged((loras[0], 0.8), (loras[1], -0.6))
     in_graph = ApplyLoRA.execute(model, one, 1.0, 1.0, clip).result
-    path = SaveLoRA.execute(one, "merged", "fp32", "kohya", "increment").result[0]
+    path = saved(one, "merged", dtype="fp32")
     from_file = LoraLoader().load_lora(model, clip, os.path.relpath(path, loras_folder), 1.0, 1.0)
     stacked = model, clip
     for tensors, strength in zip(loras, (0.8, -0.6), strict=True):
@@ -163,7 +169,7 @@ def test_a_merge_of_files_names_their_hashes_and_is_made_again_from_its_file(pai
     notes = json.loads(one.metadata["lcm_kit.merge"])
     hashes = [hashlib.sha256((loras_folder / name).read_bytes()).hexdigest() for name in names]
     assert [entry["sha256"] for entry in notes["inputs"]] == hashes
-    path = SaveLoRA.execute(one, "merged", "fp16", "kohya", "increment").result[0]
+    path = saved(one, "merged", dtype="fp16")
     assert reproduce(path).identical
     # What was changed on the way is not that file.
     inputs[0][next(iter(inputs[0]))] = next(iter(inputs[0].values())) * 2
@@ -184,7 +190,7 @@ def test_resize_is_that_of_lora_merge_in_the_dtype(pair, widgets, keywords, dtyp
 
 def test_resize_to_a_size_gives_a_file_of_that_size(pair, loras_folder):
     small = ResizeLoRA.execute(pair[1], 0, 0.0, "fp16", 0.03).result[0]
-    path = SaveLoRA.execute(small, "small", "fp16", "kohya", "increment").result[0]
+    path = saved(small, "small", dtype="fp16")
     assert os.path.getsize(path) <= 30_000
     assert len(load(path).modules) == len(to_lora(pair[1]).modules)
 
