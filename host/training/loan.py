@@ -47,13 +47,26 @@ def lent(model, dtype: torch.dtype) -> Iterator:
         comfy.model_management.load_models_gpu([patcher], memory_required=1e20, force_full_load=True)
         _leave_inference_mode(patcher.model)
         patcher.pre_run()
-        yield patcher
+        with _in_training():
+            yield patcher
     finally:
         patcher.cleanup()
         patcher.detach()
         # What loading with another compute dtype has set; ComfyUI would do it at the next load of the model.
         for module in patcher.model.modules():
             comfy.model_patcher.wipe_lowvram_weight(module)
+
+
+@contextmanager
+def _in_training() -> Iterator[None]:
+    """Within it ComfyUI's networks compute by operations that have a gradient, as in core's Train LoRA: their fused
+    ones (rotary embeddings, int8 layers) have none."""
+    before = comfy.model_management.in_training
+    comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = before
 
 
 def _leave_inference_mode(model: torch.nn.Module) -> None:

@@ -9,6 +9,7 @@ from lcm_kit.distillation.adapter import LoraAdapters
 from lcm_kit.distillation.objective import Batch, Draws, distillation_loss
 from lcm_kit.distillation.recompute import blocks, recomputing
 from lcm_kit.distillation.targets import DIFFUSERS_TYPES, targets
+from lcm_kit.tests.distillation.live_memory import LiveMemory
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # both warn about each other's versions while they are imported
@@ -153,19 +154,13 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradient():
     ours, adapters, _ = pair()
 
     def run(active):
-        kept = {}
-
-        def pack(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
         adapters.zero_grad(set_to_none=True)
         with recomputing(ours, active):
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with LiveMemory() as memory:
                 loss = ours_loss(ours, adapters)
-                at_its_peak = sum(kept.values())
+                kept = memory.now
             loss.backward()
-        return loss.item(), at_its_peak, [p.grad.clone() for p in adapters.parameters()]
+        return loss.item(), kept, [p.grad.clone() for p in adapters.parameters()]
 
     plain, checkpointed = run(False), run(True)
     assert checkpointed[0] == plain[0]
