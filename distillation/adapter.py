@@ -27,9 +27,9 @@ class LoraBranch(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        assert isinstance(layer, nn.Linear | nn.Conv2d)
         self.conv = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
-        out_features, in_shape, device = layer.weight.shape[0], layer.weight.shape[1:], device or layer.weight.device
+        out_features, in_shape = _shape(layer)
+        device = device or layer.weight.device
         self.alpha = alpha
         self.rank = rank
         if device.type == "meta":  # only sizes are asked for, so nothing is drawn
@@ -51,6 +51,13 @@ class LoraBranch(nn.Module):
             stride, padding, dilation = self.conv
             y = F.conv2d(F.conv2d(x, down, None, stride, padding, dilation), up)
         return y * (self.alpha / self.rank)
+
+
+def _shape(layer: nn.Module) -> tuple[int, torch.Size]:
+    """(out, shape of one output's weights) that the layer acts in; a packed weight is stored in another."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.weight.shape[0], layer.weight.shape[1:]
+    return int(layer.out_features), torch.Size([int(layer.in_features)])  # type: ignore[arg-type]
 
 
 class LoraAdapters(nn.Module):

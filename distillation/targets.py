@@ -17,12 +17,32 @@ LDM_TYPES = (
 )  # fmt: skip
 _NAMED = re.compile(r"(?:.*\.)?(?:" + "|".join([*map(re.escape, DIFFUSERS_TYPES), *LDM_TYPES]) + ")")
 
+# Transformers call their attention layers by the same names, and more of their blocks is to be changed than these.
+_OF_A_RESBLOCK = re.compile(r"(?:.*\.)?(?:in_layers\.2|out_layers\.3|conv1|conv2)")
+# Of the layers that an LCM-LoRA changes, the share that may be of a kind no branch fits beside: a mixture of experts has
+# a gate in each block. Above it the LoRA would be one by name only.
+FEW = 0.1
+
 
 def adaptable(module: nn.Module) -> bool:
-    """Whether a LoRA branch can stand beside the layer: linear, or a plain 2-D convolution."""
+    """Whether a LoRA branch can stand beside the layer: linear, or a plain 2-D convolution.
+
+    Linear is whatever says how wide it is on both sides and holds a matrix: packed and quantised layers of hosts are no
+    nn.Linear, and their weight is not stored in the shape it acts in.
+    """
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and module.padding_mode == "zeros"
-    return isinstance(module, nn.Linear)
+    if isinstance(module, nn.Linear):
+        return True
+    wide = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+    return wide and len(getattr(getattr(module, "weight", None), "shape", ())) == 2
+
+
+def holds_matrix(module: nn.Module) -> bool:
+    """Whether the layer has a weight of two dimensions or more, so that it could be changed in low rank."""
+    if isinstance(module, nn.Embedding):
+        return False
+    return adaptable(module) or len(getattr(getattr(module, "weight", None), "shape", ())) > 1
 
 
 def adapted(name: str, module: nn.Module) -> bool:
@@ -36,18 +56,34 @@ def adapted(name: str, module: nn.Module) -> bool:
 
 def repeated(network: nn.Module) -> list[str]:
     """Names of the layers that stand in a list of like blocks (nn.ModuleList), where a transformer has its width."""
+    return [name for name, module in _in_lists(network) if adaptable(module)]
+
+
+def _in_lists(network: nn.Module) -> list[tuple[str, nn.Module]]:
     lists = tuple(
         f"{name}." if name else "" for name, part in network.named_modules() if isinstance(part, nn.ModuleList)
     )
-    return [name for name, module in network.named_modules() if adaptable(module) and name.startswith(lists)]
+    return [(name, module) for name, module in network.named_modules() if name.startswith(lists)]
 
 
 def targets(network: nn.Module) -> list[str]:
     """Names of the layers to adapt: the paper's where the network is such a UNet, else every layer of its blocks.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is none, or if more than a few have to be left out.
     """
-    names = [name for name, module in network.named_modules() if adapted(name, module)] or repeated(network)
+    every = list(network.named_modules())
+    is_unet = any(_OF_A_RESBLOCK.fullmatch(name) for name, _ in every)
+    places = [(name, module) for name, module in every if _NAMED.fullmatch(name)] if is_unet else _in_lists(network)
+    wanted = [(name, module) for name, module in places if holds_matrix(module)]
+    names = [name for name, module in wanted if adaptable(module)]
+    if len(wanted) - len(names) > FEW * len(wanted):
+        others = [(name, type(module).__name__) for name, module in wanted if not adaptable(module)]
+        kinds = ", ".join(sorted({kind for _, kind in others}))
+        raise ValueError(
+            f"{len(others)} of the {len(wanted)} layers that an LCM-LoRA changes are of a kind that cannot be trained "
+            f"({kinds}; the first: {others[0][0]}), so the LoRA would lack them. Load the model unquantised, and without "
+            "nodes that exchange its layers."
+        )
     if not names:
         raise ValueError(
             "the network has no layer to adapt. LCM-LoRA adapts the linear and convolution layers in a UNet's blocks; "

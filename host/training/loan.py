@@ -9,6 +9,7 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.sampler_helpers
 import torch
+from comfy.quant_ops import QuantizedTensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ...distillation.recompute import replaced_forwards
@@ -38,10 +39,13 @@ def lent(model, dtype: torch.dtype) -> Iterator:
 
     Afterwards, also after an error or an interrupt, the MODEL has the weights and patches it came with, unloaded.
     """
-    patcher = model.clone()
+    patcher = _own_clone(model)
     own = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
     if dtype != own:
         patcher.set_model_compute_dtype(dtype)
+    # Quantised layers round their inputs as well, where the device can compute so, and that has no gradient.
+    if any(isinstance(weight, QuantizedTensor) for weight in patcher.model.parameters()):
+        patcher.force_cast_weights = True
     try:
         # As core's Train LoRA: everything else goes, and the whole model stays on the device.
         comfy.model_management.load_models_gpu([patcher], memory_required=1e20, force_full_load=True)
@@ -55,6 +59,24 @@ def lent(model, dtype: torch.dtype) -> Iterator:
         # What loading with another compute dtype has set; ComfyUI would do it at the next load of the model.
         for module in patcher.model.modules():
             comfy.model_patcher.wipe_lowvram_weight(module)
+
+
+def _own_clone(model):
+    """A clone whose weights are whole and stay where they are loaded to.
+
+    ComfyUI's dynamic VRAM pages weights in and out by itself, into places it has measured for them; nothing of ours may
+    exchange them there. So it is asked for the same model without that, which it reads from its file again, as for
+    its own Train LoRA. Raises ValueError where it cannot.
+    """
+    if not model.is_dynamic():
+        return model.clone()
+    try:
+        return model.clone(disable_dynamic=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"This model is under ComfyUI's dynamic VRAM and cannot be loaded a second time without it ({error}). Load "
+            "it with one of ComfyUI's own loaders, or start ComfyUI with --disable-dynamic-vram."
+        ) from error
 
 
 @contextmanager
@@ -100,11 +122,15 @@ def casting_again(network: torch.nn.Module, active: bool = True) -> Iterator[Non
         module
         for module in network.modules()
         if getattr(module, "comfy_cast_weights", False)
-        and getattr(type(module), "forward_comfy_cast_weights", None) in _PLAIN
+        and (getattr(type(module), "forward_comfy_cast_weights", None) in _PLAIN or _is_quantised(module))
         and "forward" not in vars(module)
     ]
     with replaced_forwards({module: _casting_again(module) for module in cast} if active else {}):
         yield
+
+
+def _is_quantised(module: torch.nn.Module) -> bool:
+    return isinstance(getattr(module, "weight", None), QuantizedTensor)
 
 
 def _casting_again(module: torch.nn.Module) -> Callable:

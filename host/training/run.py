@@ -9,6 +9,7 @@ from typing import Any
 import comfy.sample
 import comfy.utils
 import torch
+from comfy.quant_ops import QuantizedTensor
 
 from ...distillation.engine import Alone, Engine
 from ...distillation.settings import Settings
@@ -115,7 +116,7 @@ def training(
             network, work.rank, work.alpha or None, seed=settings.seed, recompute=work.recompute, device=device
         ) as adapters:  # fmt: skip
             identity = {
-                "model": _fingerprint_of_weights(network, adapters.names),
+                "model": _fingerprint_of_weights(network),
                 "data": fingerprint([[item.latent, item.cond, item.uncond] for item in items]),
                 "rank": work.rank,
                 "alpha": work.alpha or work.rank,
@@ -166,10 +167,19 @@ def items_of(patcher, latents, conds: list, unconds: list, prompts: Sequence[tup
     return items
 
 
-def _fingerprint_of_weights(network: torch.nn.Module, names: list[str]) -> str:
-    """Of the weights as they are used, with patches: the first numbers of each layer that is adapted."""
-    weights = [network.get_submodule(name).weight for name in names]
-    return fingerprint([[tuple(weight.shape), weight.detach().flatten()[:8].float()] for weight in weights])
+# Numbers of a weight that tell it from another: its first ones, and as many spread over it.
+FIRST, SPREAD = 8, 64
+
+
+def _fingerprint_of_weights(network: torch.nn.Module) -> str:
+    """Of all weights as they are used, with patches: a LoRA may change any of them, and any part of one."""
+    return fingerprint([[name, tuple(weight.shape), _some(weight)] for name, weight in network.named_parameters()])
+
+
+def _some(weight: torch.Tensor) -> torch.Tensor:
+    numbers = (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).detach().flatten()
+    spread = numbers[:: max(1, len(numbers) // SPREAD)]
+    return torch.cat([numbers[:FIRST].float(), spread.float()])
 
 
 def _published_names(model) -> dict[str, str]:

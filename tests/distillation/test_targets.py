@@ -1,8 +1,10 @@
 """Which layers are adapted, in either naming, and where a network has none of those names."""
 
 import pytest
+import torch
 from torch import nn
 
+from lcm_kit.distillation.adapter import LoraAdapters
 from lcm_kit.distillation.targets import adapted, repeated, targets
 
 LINEAR, CONV = nn.Linear(2, 2), nn.Conv2d(2, 2, 3)
@@ -63,3 +65,57 @@ def test_another_network_is_adapted_in_its_repeated_blocks():
 def test_a_network_with_nothing_to_adapt_is_refused():
     with pytest.raises(ValueError, match="no layer to adapt"):
         targets(nn.Sequential(nn.Linear(2, 2)))
+
+
+class ForeignLinear(nn.Module):
+    """A quantised layer of a host: no nn.Linear, and its weight is packed two to a byte."""
+
+    def __init__(self, width_in, width_out):
+        super().__init__()
+        self.in_features, self.out_features = width_in, width_out
+        self.register_buffer("weight", torch.zeros(width_out, width_in // 2, dtype=torch.uint8))
+
+
+class Gate(nn.Module):
+    """A matrix that no branch stands beside."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 4))
+
+
+def blocks_of(*layers):
+    return nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleList(layers), nn.ModuleList(layers[:1])])})
+
+
+def test_layers_of_a_host_s_own_classes_are_adapted():
+    network = blocks_of(ForeignLinear(4, 6), nn.Linear(4, 4), nn.Embedding(3, 4), nn.LayerNorm(4))
+    assert targets(network) == ["blocks.0.0", "blocks.0.1"]
+    adapters = LoraAdapters(network, 2, generator=torch.Generator(), device=torch.device("cpu"))
+    assert [tuple(branch.down.shape) for branch in adapters.branches] == [(2, 4), (2, 4)]
+    assert [tuple(branch.up.shape) for branch in adapters.branches] == [(6, 2), (4, 2)]
+
+
+def test_a_transformer_is_adapted_whole_though_its_attention_has_a_unet_s_names():
+    block = nn.ModuleDict({"attn": nn.ModuleDict({"to_q": nn.Linear(2, 2), "add_q_proj": nn.Linear(2, 2)}), "mlp": LINEAR})
+    network = nn.ModuleDict({"transformer_blocks": nn.ModuleList([block]), "proj_out": nn.Linear(2, 2)})
+    inside = "transformer_blocks.0"
+    assert targets(network) == [f"{inside}.attn.to_q", f"{inside}.attn.add_q_proj", f"{inside}.mlp"]
+
+
+@pytest.mark.parametrize("kind", [Gate, lambda: nn.Conv2d(4, 4, 1, groups=2), lambda: nn.Conv1d(4, 4, 1)])
+def test_a_network_of_which_much_cannot_be_trained_is_refused_with_the_count(kind):
+    few = blocks_of(*[nn.Linear(4, 4) for _ in range(20)], kind())
+    assert len(targets(few)) == 20
+    with pytest.raises(ValueError, match=r"3 of the 5 layers .* cannot be trained \((Gate|Conv2d|Conv1d); the first: "):
+        targets(blocks_of(nn.Linear(4, 4), nn.Linear(4, 4), kind(), kind(), kind()))
+    with pytest.raises(ValueError, match="1 of the 1 layers"):
+        targets(blocks_of(kind()))
+
+
+def test_a_unet_with_exchanged_layers_is_refused_with_the_count():
+    """A node that makes tiles pads the convolutions in a circle: an LCM-LoRA without them would be one by name only."""
+    layers = {"in_layers": nn.ModuleList([nn.GroupNorm(1, 2), nn.SiLU(), nn.Conv2d(2, 2, 3, padding_mode="circular")])}
+    network = nn.ModuleDict({"input_blocks": nn.ModuleList([nn.ModuleDict(layers | {"to_q": nn.Linear(2, 2)})])})
+    with pytest.raises(ValueError, match=r"1 of the 2 layers .*\(Conv2d; the first: input_blocks\.0\.in_layers\.2\)"):
+        targets(network)

@@ -2,6 +2,7 @@
 a CLIP beside it, and LoRAs for both in the spellings that files come in.
 """
 
+import json
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import comfy.lora
 import comfy.model_base
 import comfy.model_patcher
 import comfy.nested_tensor
+import comfy.quant_ops
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
@@ -78,6 +80,60 @@ def tiny_model(model_type=ModelType.EPS, *, seed=0, sampling_settings=None, **un
 def small_model(model_type=ModelType.EPS, **options):
     """The same with fewer blocks, for what holds of any network with cross-attention: how it is sampled."""
     return tiny_model(model_type, **SMALL | options)
+
+
+# Formats of ComfyUI's quantised checkpoints -> largest number of theirs, dtype they are stored in.
+QUANTISED = {"float8_e4m3fn": (448, torch.float8_e4m3fn), "int8_tensorwise": (127, torch.int8)}
+
+
+def quantised_formats():
+    """Of those, what this ComfyUI reads: int8 came after 0.16."""
+    return [name for name in QUANTISED if name in comfy.quant_ops.QUANT_ALGOS]
+
+
+def quantised_state(state, name):
+    """A checkpoint's state dict with every matrix in that format, as files hold it."""
+    largest, dtype = QUANTISED[name]
+    made = dict(state)
+    for key, weight in state.items():
+        if key.endswith(".weight") and weight.ndim == 2:
+            scale = weight.abs().max() / largest
+            scaled = weight / scale
+            made[key] = (scaled if dtype.is_floating_point else scaled.round()).to(dtype)
+            made[f"{key}_scale"] = scale
+            text = list(json.dumps({"format": name}).encode())
+            made[f"{key.removesuffix('weight')}comfy_quant"] = torch.tensor(text, dtype=torch.uint8)
+    return made
+
+
+def quantised_model(name, model=None):
+    """The MODEL (default tiny_model()) as ComfyUI loads it from a checkpoint quantised in that format."""
+    model = model or tiny_model()
+    source, config = model.model, _config(model)
+    config.quant_config, config.manual_cast_dtype = {"mixed_ops": True}, torch.float32
+    made = comfy.model_base.BaseModel(config, device=torch.device("cpu"))
+    state = {key: value.clone() for key, value in source.diffusion_model.state_dict().items()}
+    missing, unexpected = made.diffusion_model.load_state_dict(quantised_state(state, name), strict=False)
+    assert not missing
+    assert not unexpected
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(made, load_device=cpu, offload_device=cpu)
+
+
+def dequantised(model):
+    """A tiny MODEL whose weights are the numbers that a quantised one's stand for."""
+    cpu = torch.device("cpu")
+    made = comfy.model_patcher.ModelPatcher(comfy.model_base.BaseModel(_config(model), device=cpu), cpu, cpu)
+    for name, parameter in model.model.diffusion_model.named_parameters():
+        value = parameter.dequantize() if isinstance(parameter, comfy.quant_ops.QuantizedTensor) else parameter
+        made.model.diffusion_model.get_parameter(name).data.copy_(value)
+    return made
+
+
+def _config(model):
+    config = TinyConfig(model.model.model_config.unet_config)
+    config.unet_config, config.sampling_settings = model.model.model_config.unet_config, {}
+    return config
 
 
 def tiny_video_model(*, seed=0):
