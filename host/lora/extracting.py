@@ -9,13 +9,13 @@ import torch
 
 from ...lora_merge.extracting.extract import NAMELESS, Weights, extract
 from ...lora_merge.naming import names
+from .stored import is_readable, stored_weight, weight_keys
 from .weights import LoraWeights, from_lora
 
-# Parts of a quantised weight that ComfyUI's own conversion has used up already.
-SCALES = ("scale_weight", "scale_input", "weight_scale", "input_scale", "scaled_fp8", "comfy_quant")
 # Two models of one family share nearly all weights; a few come and go with training extras.
 FAMILY = 0.9
 MODEL_PREFIX = "diffusion_model."
+LLAMA = ".transformer.model."
 
 
 def extract_lora(
@@ -57,8 +57,7 @@ def extract_lora(
 
 def _plan(tuned, base, prefix: str) -> dict[str, tuple[list, list]]:
     """Weight -> (what ComfyUI makes it from in the one, and in the other): the stored weight, then its patches."""
-    ours, theirs = tuned.get_key_patches(prefix), base.get_key_patches(prefix)
-    ours, theirs = ({key: entry for key, entry in side.items() if not key.endswith(SCALES)} for side in (ours, theirs))
+    ours, theirs = _entries(tuned, prefix), _entries(base, prefix)
     common, every = ours.keys() & theirs.keys(), ours.keys() | theirs.keys()
     if not common or len(common) < FAMILY * len(every):
         other = sorted(every - common)
@@ -77,6 +76,21 @@ def _plan(tuned, base, prefix: str) -> dict[str, tuple[list, list]]:
             "made from."
         )
     return {key: (ours[key], theirs[key]) for key in ours if key in theirs}
+
+
+def _entries(patcher, prefix: str) -> dict[str, list]:
+    """Weight -> [(as it is stored, what makes plain numbers of it), *its patches]. Raises ValueError for packed ones."""
+    entries = {
+        key: [stored_weight(patcher, key), *patcher.patches.get(key, [])] for key in weight_keys(patcher, prefix)
+    }
+    packed = [key for key, entry in entries.items() if key.endswith(".weight") and not is_readable(*entry[0])]
+    if packed:
+        raise ValueError(
+            f"{len(packed)} of the {len(entries)} weights of one model ({_kind(patcher)}) are packed in a form that cannot "
+            f"be read here (the first: {packed[0]}, {entries[packed[0]][0][0].dtype}); load this model unquantised, or in "
+            "a format of ComfyUI's own."
+        )
+    return entries
 
 
 def _kind(patcher) -> str:
@@ -107,7 +121,7 @@ def _weight(key: str, entry: list, device: torch.device) -> torch.Tensor:
     """As it is when the model runs, in float32: what ModelPatcher.patch_weight_to_device does, on a copy."""
     (weight, convert), *patches = entry
     value = comfy.model_management.cast_to_device(weight, device, torch.float32, copy=True)
-    value = convert(value, inplace=True)
+    value = convert(value, inplace=True) if convert else value
     return comfy.lora.calculate_weight(patches, value, key) if patches else value
 
 
@@ -145,11 +159,21 @@ def _unet_names(patcher) -> dict[str, str]:
 
 
 def _clip_names(clip) -> dict[str, str]:
-    """The same for text encoders: kohya's name where there is one, else ComfyUI's own."""
+    """The same for text encoders: kohya's name where there is one that every ComfyUI reads, else ComfyUI's own.
+
+    Of a Llama-like encoder neither kohya's name nor ComfyUI's own without the wrapper is known to ComfyUI 0.16.
+    """
     known = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
     two = any(name.startswith("lora_te2_") for name in known)
     first = "lora_te1_" if two else "lora_te_"
     result: dict[str, str] = {}
-    for prefix in ("text_encoders.", "lora_te3_", "lora_te2_", first):
-        result |= {key: name for name, key in known.items() if name.startswith(prefix) and isinstance(key, str)}
+    for name, key in known.items():
+        if isinstance(key, str) and name == f"text_encoders.{key.removesuffix('.weight')}":
+            result[key] = name
+    for prefix in ("lora_te3_", "lora_te2_", first):
+        result |= {
+            key: name
+            for name, key in known.items()
+            if name.startswith(prefix) and isinstance(key, str) and LLAMA not in key
+        }
     return result

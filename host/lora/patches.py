@@ -11,6 +11,7 @@ from .bases import ModelBase, base_of, uncovered
 from .fit import Fit, fit, weight_of
 from .identity import KnownWeights, identity_of
 from .reports import applied_lines, preset_of, refusal
+from .stored import change_objects, never_patched
 from .weights import LoraWeights, named
 
 logger = logging.getLogger(__name__)
@@ -125,5 +126,8 @@ def _patched(patcher, patches: dict, strength: float):
     if patcher is None or not patches or strength == 0:
         return patcher
     patcher = patcher.clone()
-    patcher.add_patches(patches, strength)
+    inner = getattr(patcher, "patcher", patcher)  # a CLIP has one
+    alone = never_patched(inner.model)
+    patcher.add_patches({target: patch for target, patch in patches.items() if not alone(weight_of(target))}, strength)
+    change_objects(inner, {target: patch for target, patch in patches.items() if alone(weight_of(target))}, strength)
     return patcher

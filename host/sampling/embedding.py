@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from ...lora_merge.files.header import check_header
 from ...samplers.guidance import guidance_embedding
 from ..lora.files import called
+from ..lora.stored import is_readable, stored_weight
 
 logger = logging.getLogger(__name__)
 
@@ -125,22 +126,21 @@ def _differ(in_file: torch.Tensor | None, in_model: torch.Tensor) -> bool:
 
 def _first_layer(model) -> tuple[torch.Tensor, list]:
     """(out, in) first weight of the time MLP, float32 on the CPU, a copy without patches; and the MODEL's patches."""
-    found = model.get_key_patches(WEIGHT).get(WEIGHT)
-    if found is None or BIAS not in model.model.state_dict():
+    if not {WEIGHT, BIAS} <= model.model.state_dict().keys():
         raise ValueError(
             f"This model ({type(model.model.model_config).__name__}) has no {WEIGHT.rsplit('.', 1)[0]}, where full LCMs "
             "take in their guidance. Full LCMs are UNets of the kinds SD1.5, SSD-1B and SDXL; other models need no "
             "such node."
         )
-    (weight, convert), *patches = found
-    if weight.ndim != 2 or not weight.dtype.is_floating_point:
+    weight, convert = stored_weight(model, WEIGHT)
+    if weight.ndim != 2 or not is_readable(weight, convert):
         raise ValueError(
             f"{WEIGHT} is stored as {weight.dtype} of shape {tuple(weight.shape)} in this model, a quantisation that "
-            "cannot be read here. Load the model unquantised, in fp16, bf16 or fp8."
+            "cannot be read here. Load the model unquantised, in fp16, bf16 or a format of ComfyUI's own."
         )
-    # As core does where it patches a weight: a cast to float32, then the scale that fp8 layers keep beside it.
-    cpu = torch.device("cpu")
-    return convert(comfy.model_management.cast_to_device(weight, cpu, torch.float32, copy=True), inplace=True), patches
+    # As core does where it patches a weight: a cast to float32, then what quantised layers make plain numbers by.
+    value = comfy.model_management.cast_to_device(weight, torch.device("cpu"), torch.float32, copy=True)
+    return convert(value, inplace=True) if convert else value, model.patches.get(WEIGHT, [])
 
 
 def _tensors(unet_name: str) -> FileTensors:

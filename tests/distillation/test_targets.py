@@ -97,7 +97,9 @@ def test_layers_of_a_host_s_own_classes_are_adapted():
 
 
 def test_a_transformer_is_adapted_whole_though_its_attention_has_a_unet_s_names():
-    block = nn.ModuleDict({"attn": nn.ModuleDict({"to_q": nn.Linear(2, 2), "add_q_proj": nn.Linear(2, 2)}), "mlp": LINEAR})
+    block = nn.ModuleDict(
+        {"attn": nn.ModuleDict({"to_q": nn.Linear(2, 2), "add_q_proj": nn.Linear(2, 2)}), "mlp": LINEAR}
+    )
     network = nn.ModuleDict({"transformer_blocks": nn.ModuleList([block]), "proj_out": nn.Linear(2, 2)})
     inside = "transformer_blocks.0"
     assert targets(network) == [f"{inside}.attn.to_q", f"{inside}.attn.add_q_proj", f"{inside}.mlp"]
