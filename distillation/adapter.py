@@ -29,7 +29,7 @@ class LoraBranch(nn.Module):
         super().__init__()
         self.conv = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
         out_features, in_shape = _shape(layer)
-        device = device or layer.weight.device
+        device = device or _device(layer)
         self.alpha = alpha
         self.rank = rank
         if device.type == "meta":  # only sizes are asked for, so nothing is drawn
@@ -58,6 +58,12 @@ def _shape(layer: nn.Module) -> tuple[int, torch.Size]:
     if isinstance(layer, nn.Conv2d):
         return layer.weight.shape[0], layer.weight.shape[1:]
     return int(layer.out_features), torch.Size([int(layer.in_features)])  # type: ignore[arg-type]
+
+
+def _device(layer: nn.Module) -> torch.device:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.device
 
 
 class LoraAdapters(nn.Module):

@@ -29,11 +29,11 @@ class Kept:
         self.tensor: Tensor | None = None
 
 
-class Keeping(TorchDispatchMode):
+class Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
     """Within it whatever `keep` was given keeps its values; everything computes as usual."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         # Memory -> what was kept of it. Weak: autograd lets go of values while others are still being kept.
         self._kept: defaultdict[int, list[weakref.ref[Kept]]] = defaultdict(list)
 
@@ -91,7 +91,7 @@ def kept_values(forward: Callable[..., Any], enter: Callable[[Keeping], Any]) ->
 
 def _memory(tensor: Tensor) -> int:
     """The same for all views of the same memory, while any of them lives."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _written(function: Any) -> tuple[tuple[int, str], ...]:

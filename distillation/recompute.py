@@ -123,7 +123,7 @@ class _Call:
     def _compute_again(self) -> None:
         found = 0
 
-        def fill(tensor: Tensor) -> Tensor:
+        def fill(tensor: Tensor) -> None:
             nonlocal found
             kept = self.asked[found]()
             found += 1
@@ -131,13 +131,13 @@ class _Call:
                 keeping.keep(tensor, kept)
             if found == len(self.asked):
                 raise _Enough
-            return tensor
 
         with torch.enable_grad(), Keeping() as keeping:
             known: dict[int, Tensor] = {}
             leaves = [self._input(entry, known) for entry in self.inputs]
             args, kwargs = tree_unflatten(leaves, self.structure)
-            with saved_tensors_hooks(fill, lambda tensor: tensor), suppress(_Enough):
+            # Of this computation there is no backward pass; a result handed back here would hold itself for ever.
+            with saved_tensors_hooks(fill, lambda nothing: nothing), suppress(_Enough):
                 self.forward(*args, **kwargs)
         self.inputs = []
 

@@ -9,6 +9,7 @@ from torch import nn
 from lcm_kit.distillation.adapter import LoraAdapters
 from lcm_kit.distillation.recompute import blocks, recomputing
 from lcm_kit.distillation.trainer import adapters_on
+from lcm_kit.tests.distillation.live_memory import LiveMemory
 
 WIDTH = 6
 
@@ -197,3 +198,16 @@ def test_without_gradients_nothing_is_kept():
     network = Network(after_a_norm)
     with adapters_on(network, 2, recompute=True), torch.no_grad():
         assert not network(torch.randn(2, WIDTH)).requires_grad
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("function", [torch.exp, torch.sigmoid, torch.tanh, torch.sin])
+def test_nothing_is_left_of_a_pass_once_it_is_over(function, checkpointing):
+    """exp keeps its own result, which must not come to hold itself."""
+    network = Network(lambda block, x, other, inplace, options: block.two(function(block.one(x))))
+    with adapters_on(network, 2, recompute=checkpointing), LiveMemory() as memory:
+        for _ in range(2):
+            network(torch.randn(2, WIDTH)).sum().backward()
+            after = memory.now
+        network(torch.randn(2, WIDTH)).sum().backward()
+        assert memory.now == after
