@@ -131,7 +131,7 @@ class NegativePrompt:
 
     def __init__(self, context, blocks, end_step, guidance):
         self.context, self.blocks, self.end_step, self.guidance = context, blocks, end_step, guidance
-        self._cast = context
+        self._cast: dict[tuple, torch.Tensor] = {}  # (device, dtype) -> context
 
     def apply_model(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **c):
         """Around BaseModel.apply_model. x: (chunks * b, ...), one chunk for each evaluated conditioning."""
@@ -178,9 +178,11 @@ class NegativePrompt:
         return append
 
     def _like(self, context):
-        if self._cast.device != context.device or self._cast.dtype != context.dtype:
-            self._cast = self.context.to(context)
-        return self._cast
+        # Several GPUs sample in threads of their own: what one of them makes must not be handed to another.
+        where = (context.device, context.dtype)
+        if where not in self._cast:
+            self._cast[where] = self.context.to(context)
+        return self._cast[where]
 
     def _attention(self, rows, other):
         """attn2_replace of one block. other: the patch that was there, or None for plain attention."""

@@ -1,5 +1,7 @@
 """LCM Negative Prompt (NAG) on ComfyUI's own UNet, against attention worked out by hand."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import comfy.ldm.flux.model
@@ -15,6 +17,7 @@ from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from nodes import KSampler
 
+from lcm_kit.host.sampling.negative import NegativePrompt, Rows
 from lcm_kit.nodes.guidance import LCMNegativePrompt
 from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler, LCMScheduler
 from lcm_kit.tests.with_comfyui import tiny
@@ -409,3 +412,30 @@ def test_regional_attention_of_another_node_is_refused(model):
     patched.set_model_attn2_patch(split)
     with pytest.raises(ValueError, match=r"expects 1 images .* got 2 with 2: another node"):
         lcm(patched)
+
+
+def test_threads_get_the_text_as_each_of_them_needs_it():
+    """ComfyUI samples on several GPUs in threads; here they differ in dtype, not in device."""
+    context = torch.randn(1, 5, 16)
+    patch = NegativePrompt(context, [], -1, {})
+    texts = [torch.zeros(1, 7, 16, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
+    wrong, interval = [], sys.getswitchinterval()
+
+    def work(text):
+        append = patch._append_negative(Rows([0], 1, 1))
+        for _ in range(2000):
+            try:
+                _, joined, _ = append(None, text, None, {})
+                ours = joined[1:, :5]
+                if ours.dtype != text.dtype or not torch.equal(ours, context.to(text.dtype)):
+                    wrong.append(ours.dtype)
+            except RuntimeError as error:  # two dtypes in one torch.cat
+                wrong.append(error)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(texts)) as pool:
+            list(pool.map(work, texts))
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
