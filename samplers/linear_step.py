@@ -67,8 +67,13 @@ def _weights(
     skip = c_skip / math.hypot(a_t, b_t)
     if ends:
         return StepWeights(skip, c_out, 0.0)
-    # Not multiplied out when nothing is kept: a process without noise of its own has b_t = 0.
-    kept = b * share / b_t if share else 0.0
+    if share and b and not b_t:
+        raise ValueError(
+            f"a step goes from a latent without noise to one with noise {b:g}, so there is no noise to keep. Set gamma to "
+            "1, which draws all of it anew."
+        )
+    # Not divided where nothing is kept: a process without noise of its own has b = b_t = 0.
+    kept = b * share / b_t if share and b else 0.0
     return StepWeights(
         x=a * skip + kept * (1.0 - a_t * skip),
         denoised=(a - kept * a_t) * c_out,

@@ -99,6 +99,8 @@ def _share(level: Tensor, gamma: float, table: Tensor, noise_scaling: NoiseScali
     # The guard against float errors of lcm_timesteps: (1 - 0.9) * 500 is 49.99999999999999.
     sigma_s = table[math.floor((1.0 - gamma) * timestep + 1e-6)]
     (signal_s, noise_s), (signal_t, noise_t) = signal_and_noise(torch.stack([sigma_s, level]), noise_scaling)
+    if not noise_t or not signal_s:  # nothing to leave behind, or nothing but noise at s
+        return 1.0
     share = noise_s * signal_t / (signal_s * noise_t)
     # A level between table entries can lie below the nearest one; more than all of its noise cannot be old.
     return min(share, 1.0)

@@ -106,3 +106,28 @@ def test_c_skip_counts_at_every_timestep_where_float32_can_see_it(timestep):
     c_skip = 0.25 / ((10.0 * timestep) ** 2 + 0.25)
     assert weight.x == pytest.approx(c_skip / math.sqrt(2.0), rel=1e-5)
     assert weight.denoised == pytest.approx(10.0 * timestep / math.sqrt((10.0 * timestep) ** 2 + 0.25), rel=1e-7)
+
+
+def no_noise(sigma, noise, latent):
+    """A process from picture to picture, as ComfyUI's IMG_TO_IMG_FLOW."""
+    return latent
+
+
+def noise_from_half_on(sigma, noise, latent):
+    return latent + (sigma < 0.5) * noise
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.999, 1.0, (0.0, 1.0)])
+def test_a_process_without_noise_takes_each_prediction_as_it_is(gamma):
+    table = torch.linspace(0.001, 1.0, 1000)
+    weights = step_weights(torch.tensor([1.0, 0.75, 0.25, 0.0]), gamma=gamma, table=table, noise_scaling=no_noise)
+    assert weights == [StepWeights(0.0, 1.0, 0.0)] * 3
+
+
+def test_noise_that_was_never_there_cannot_be_kept():
+    table = torch.linspace(0.001, 1.0, 1000)
+    sigmas = torch.tensor([1.0, 0.75, 0.25, 0.0])
+    for gamma in (0.0, 0.5):
+        with pytest.raises(ValueError, match=r"without noise to one with noise 1, .* Set gamma to 1"):
+            step_weights(sigmas, gamma=gamma, table=table, noise_scaling=noise_from_half_on)
+    assert step_weights(sigmas, table=table, noise_scaling=noise_from_half_on)[1] == StepWeights(0.0, 1.0, 1.0)
