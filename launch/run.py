@@ -114,11 +114,13 @@ def _distil(options: argparse.Namespace, settings: Settings, texts: Texts, folde
     # ComfyUI is there only now.
     from ..host.training.loan import compute_type
     from ..host.training.run import Work, sigma_table, training
+    from ..host.training.strip import rough_previewer
 
     started, kept = time.monotonic(), folder / "run.safetensors"
     with torch.no_grad():
         model, clip, vae = launch_comfyui.load(options.checkpoint, options.vae, options.lora)
         table, dtype = sigma_table(model), compute_type(model, options.dtype)
+        rough = rough_previewer(model.get_model_object("latent_format"))
         settings = dataclasses.replace(settings, scale_loss=dtype == torch.float16)
         conds = [_encoded(clip, caption) for caption in texts.captions]
         uncond = _zeros(conds[0]) if options.zero_negative else _encoded(clip, options.negative)
@@ -142,7 +144,7 @@ def _distil(options: argparse.Namespace, settings: Settings, texts: Texts, folde
         if engine.process_index:
             return ""
         tensors = run.tensors()
-        strip = run.strip(vae) if options.picture else None
+        strip = run.strip(vae, rough) if options.picture else None
         last = strip.last() if strip else None
     if strip:
         pixels = (strip.picture(last)[0] * 255).round().clamp(0, 255).byte()

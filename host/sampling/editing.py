@@ -7,7 +7,6 @@ import copy
 import math
 
 import comfy.model_management
-import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
@@ -17,6 +16,7 @@ from tqdm.auto import trange
 from ...samplers.editing import edit_ddcm
 from ...samplers.noise import StepNoise
 from .guidance import FirstStepsGuider
+from .latents import fitted, given_out
 from .sampling import batch_indices_of, initial_noise, lcm_sigmas
 from .tables import forward_process
 
@@ -105,8 +105,7 @@ def edit(model, source, target, latent, *, seed, steps, cfg, denoise, original_s
     guider.set_conds(source, target)
     guider.set_cfg(cfg)
 
-    latent = latent.copy()
-    latent["samples"] = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    latent = fitted(model, latent)
     indices = batch_indices_of(latent)
     samples = guider.sample(
         initial_noise(latent["samples"], seed, indices),
@@ -118,8 +117,7 @@ def edit(model, source, target, latent, *, seed, steps, cfg, denoise, original_s
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    latent["samples"] = samples.to(comfy.model_management.intermediate_device())
-    return latent
+    return given_out(latent, samples)
 
 
 def _has_picture(samples) -> bool:

@@ -17,6 +17,7 @@ from ...samplers.presets import PRESETS, Preset
 from ...samplers.renoise import parse_gammas
 from ...samplers.schedule import off_grid, parse_timesteps
 from .guidance import FirstStepsGuider
+from .latents import fitted, given_out
 from .tables import boundary_timesteps, forward_process, sigma_table, sigmas_of, trained_sigma_table
 
 logger = logging.getLogger(__name__)
@@ -153,8 +154,7 @@ def sample(
             "or set cfg to 1: an LCM-LoRA has its guidance built in."
         )
 
-    latent = latent.copy()
-    latent["samples"] = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    latent = fitted(model, latent)
     indices = batch_indices_of(latent)
     samples = guider.sample(
         initial_noise(latent["samples"], seed, indices),
@@ -166,8 +166,7 @@ def sample(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    latent["samples"] = samples.to(comfy.model_management.intermediate_device())
-    return latent
+    return given_out(latent, samples)
 
 
 def initial_noise(samples: torch.Tensor, seed: int, batch_indices: list[int]) -> torch.Tensor:

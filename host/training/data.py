@@ -5,13 +5,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
 
 from ...distillation.draws import ORDER, WHOLE_RUN, generator, shuffled
 from ...distillation.objective import Batch
+from ..sampling.latents import fitted
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def pictures(model, latents: Sequence[dict]) -> list[torch.Tensor]:
     """The pictures of one or many LATENTs, each (1, ...) and as the graph has them. Empty if they are all empty."""
     found = []
     for latent in latents:
-        samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+        samples = fitted(model, latent)["samples"]
         if "noise_mask" in latent:
             logger.warning("A latent has a noise mask; it is not used, the LoRA learns from whole pictures.")
         found += [sample.float().cpu() for sample in samples.split(1)]

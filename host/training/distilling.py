@@ -20,7 +20,7 @@ from ..show import show
 from .data import entries, paired, partners, pictures
 from .loan import compute_type
 from .run import Work, empty_latent, sigma_table, training
-from .strip import Strip
+from .strip import Strip, rough_previewer
 from .teacher_pictures import teachers_pictures
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -53,6 +53,7 @@ def distil(
         cfg=(guidance_min, guidance_max), skip=skip, scale_loss=type_ == torch.float16, seed=seed,
         original_steps=original_steps, weighting=weighting, average=average, average_target=average > 0,
     )  # fmt: skip
+    rough = rough_previewer(model.get_model_object("latent_format"))
     given = pictures(model, latents)
     which = paired(conds, len(given)) if given else [number % len(conds) for number in range(samples)]
     prompts = [*zip(which, partners(conds, unconds, which), strict=True)]
@@ -66,7 +67,7 @@ def distil(
         recompute=gradient_checkpointing,
     )  # fmt: skip
     with _in_output(), training(work) as run:
-        strip = run.strip(vae)
+        strip = run.strip(vae, rough)
         seconds = _run(run.trainer, strip, checkpoint_file)
         last = strip.last()
         tensors = run.tensors()

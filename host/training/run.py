@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.sample
 import comfy.utils
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -17,6 +16,7 @@ from ...distillation.trainer import Trainer, adapters_on
 from ...lora_merge.files.metadata import ARCHITECTURE
 from ...lora_merge.recognise.identity import ARCHITECTURES
 from ..lora.bases import base_of
+from ..sampling.latents import fitted
 from ..sampling.tables import is_distilled, trained_sigma_table
 from .data import Batches, Item, encoded, fingerprint
 from .loan import Denoiser, casting_again, lent
@@ -54,9 +54,9 @@ class Training:
     def __init__(self, work: Work, patcher, batches: Batches, trainer: Trainer, denoise: Denoiser) -> None:
         self.work, self.patcher, self.batches, self.trainer, self.denoise = work, patcher, batches, trainer, denoise
 
-    def strip(self, vae) -> Strip:
-        """Sample strips of this training. vae: decodes them, or None."""
-        return Strip(self.patcher, self.denoise, self.batches, self.trainer, vae)
+    def strip(self, vae, rough) -> Strip:
+        """Sample strips of this training. vae: decodes them, or None.   rough: see strip.rough_previewer."""
+        return Strip(self.patcher, self.denoise, self.batches, self.trainer, vae, rough)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The LoRA as it is now, in the keys of the published LCM-LoRAs where the model has such."""
@@ -146,8 +146,9 @@ def sigma_table(model) -> torch.Tensor:
 
 def empty_latent(model, latents: Sequence[dict], width: int, height: int) -> torch.Tensor:
     """(1, ...) zeros of the size to train at: of an empty latent that is connected, or of width and height in pixels."""
-    samples = latents[0]["samples"][:1] if latents else torch.zeros(1, 4, height // 8, width // 8)
-    return comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples))
+    if not latents:  # as ComfyUI's Empty Latent Image has it
+        latents = [{"samples": torch.zeros(1, 4, height // 8, width // 8), "downscale_ratio_spacial": 8}]
+    return fitted(model, latents[0] | {"samples": torch.zeros_like(latents[0]["samples"][:1])})["samples"]
 
 
 def items_of(patcher, latents, conds: list, unconds: list, prompts: Sequence[tuple[int, int]]) -> list[Item]:

@@ -17,13 +17,13 @@ PICTURES, STEPS = 4, 4
 
 
 class Strip:
-    """patcher: the lent MODEL.   vae: decodes if there is one; else ComfyUI's rough preview does, if it knows the model."""
+    """patcher: the lent MODEL.   vae: decodes if there is one; else `rough` does, ComfyUI's preview, or None."""
 
-    def __init__(self, patcher, denoise, batches: Batches, trainer: Trainer, vae) -> None:
+    def __init__(self, patcher, denoise, batches: Batches, trainer: Trainer, vae, rough) -> None:
         self.model, self.denoise, self.trainer, self.vae = patcher.model, denoise, trainer, vae
         kind = max(batches.kinds, key=len)  # the commonest size
         self.batch = batches.batch(kind[:PICTURES])
-        self.rough = _rough_previewer(self.model.latent_format)
+        self.rough = rough
 
     @torch.no_grad()
     def preview(self):
@@ -76,10 +76,15 @@ class Strip:
         return [previewer.decode_latent_to_preview(latent) for latent in latents.float().cpu().split(1)]
 
 
-def _rough_previewer(latent_format):
-    """Core's linear preview, also where the user has previews switched off; None for latents it has no colours for."""
+def rough_previewer(latent_format):
+    """Core's linear preview, also where the user has previews switched off; None for latents it has no colours for.
+
+    Made before the pictures to learn from: those take long, and would be lost if it did not work.
+    """
     if latent_format.latent_rgb_factors is None:
         return None
-    # Attributes of newer latent formats only.
-    extra = [getattr(latent_format, f"latent_rgb_factors_{name}", None) for name in ("bias", "reshape")]
-    return latent_preview.Latent2RGBPreviewer(latent_format.latent_rgb_factors, *extra)
+    return latent_preview.Latent2RGBPreviewer(
+        latent_format.latent_rgb_factors,
+        latent_format.latent_rgb_factors_bias,
+        latent_format.latent_rgb_factors_reshape,
+    )
