@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import comfy.conds
+import comfy.latent_formats
 import comfy.model_base
 import comfy.model_detection
 import comfy.model_management
@@ -21,9 +22,10 @@ from comfy.model_base import ModelType
 from lcm_kit.distillation.adapter import LoraAdapters
 from lcm_kit.distillation.draws import draw
 from lcm_kit.distillation.objective import distillation_loss
-from lcm_kit.host.training import distilling, teacher_pictures
+from lcm_kit.host.training import distilling, strip, teacher_pictures
 from lcm_kit.host.training.data import Batches, Item, encoded, moved
 from lcm_kit.host.training.loan import Denoiser, lent
+from lcm_kit.host.training.run import _fingerprint_of_weights
 from lcm_kit.host.training.strip import Strip
 from lcm_kit.lora_merge import Lora
 from lcm_kit.nodes.distilling import Distill
@@ -516,3 +518,46 @@ def test_the_lcm_patch_of_core_is_refused(model):
     (patched,) = ModelSamplingDiscrete().patch(model, "lcm", False)
     with pytest.raises(ValueError, match="Remove that node for distilling"):
         distilled(patched)
+
+
+# ---- resuming: another model
+
+
+def test_any_patch_makes_another_model_for_a_run_to_be_resumed(model):
+    """Also one on a bias, a norm, or the last rows of a layer that the LoRA does not touch."""
+
+    def identity(patches):
+        patched = model.clone()
+        patched.add_patches({f"diffusion_model.{key}": ("diff", (value,)) for key, value in patches.items()})
+        with torch.inference_mode(False), lent(patched, torch.float32) as patcher:
+            return _fingerprint_of_weights(patcher.model.diffusion_model)
+
+    state = model.model.diffusion_model.state_dict()
+    plain = identity({})
+    assert identity({}) == plain
+    for key in ("time_embed.0.bias", "out.0.weight", "input_blocks.0.0.weight", "middle_block.1.proj_in.weight"):
+        assert identity({key: 0.01 * torch.ones_like(state[key])}) != plain
+    half = torch.zeros_like(state["middle_block.1.proj_in.weight"])
+    half[len(half) // 2 :] = 0.01
+    assert identity({"middle_block.1.proj_in.weight": half}) != plain
+
+
+def test_the_strip_is_ready_before_pictures_are_made(model, monkeypatch):
+    """What cannot be shown is known before a long work that would be lost."""
+
+    class NoPreviewer:
+        def __init__(self, *given):
+            raise Boom
+
+    monkeypatch.setattr(strip.latent_preview, "Latent2RGBPreviewer", NoPreviewer)
+    monkeypatch.setattr(tiny.TinyLatent, "latent_rgb_factors", [[0.1, 0.2, 0.3]] * 4, raising=False)
+    model = calm_model()
+    monkeypatch.setattr(teacher_pictures, "_sampled", None)
+    with pytest.raises(Boom):
+        distilled(model, latent=[])
+
+
+def test_previews_of_every_latent_format_can_be_made():
+    formats = [each for each in vars(comfy.latent_formats).values() if isinstance(each, type)]
+    made = [strip.rough_previewer(each()) for each in formats if issubclass(each, comfy.latent_formats.LatentFormat)]
+    assert len([previewer for previewer in made if previewer is not None]) > 5

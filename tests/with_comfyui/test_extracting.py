@@ -1,16 +1,17 @@
 """Extract LoRA from ComfyUI's own MODELs and CLIPs."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.lora
-import comfy.model_base
 import comfy.model_management
-import comfy.model_patcher
+import comfy.quant_ops
 import comfy.sd
 import comfy.utils
 import pytest
 import torch
 
+from lcm_kit.host.lora.extracting import _clip_names
 from lcm_kit.host.lora.weights import to_lora
 from lcm_kit.lora_merge import Lora
 from lcm_kit.lora_merge.extracting import checkpoints
@@ -104,41 +105,55 @@ def test_the_text_encoder_is_taken_if_it_is_connected():
         extracted(tuned, base, clip_tuned=tuned_clip)
 
 
-def quantised(model):
-    """The same weights in ComfyUI's scaled fp8."""
-    config = tiny.TinyConfig(tiny.TWO_LEVELS)
-    config.unet_config, config.sampling_settings = tiny.TWO_LEVELS, {}
-    config.scaled_fp8 = torch.float8_e4m3fn
-    made = comfy.model_base.BaseModel(config, device=torch.device("cpu"))
-    source = dict(model.model.diffusion_model.named_parameters())
-    modules = dict(made.diffusion_model.named_modules())
-    for name, parameter in made.diffusion_model.named_parameters():
-        if name not in source:
-            continue
-        value = source[name]
-        if parameter.dtype == torch.float8_e4m3fn:
-            module = modules[name.removesuffix(".weight").removesuffix(".bias")]
-            if name.endswith(".weight"):
-                module.scale_weight.data.fill_(float(value.abs().max()) / 448)
-                value = value / module.scale_weight
-        parameter.data.copy_(value)
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(made, load_device=cpu, offload_device=cpu)
+KEY = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q"
+NAME = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
 
 
-def test_quantised_weights_are_read_through_comfyui_s_own_conversion():
+@pytest.mark.parametrize("name", tiny.quantised_formats())
+def test_quantised_weights_are_read_through_comfyui_s_own_conversion(name):
     base = tiny.tiny_model()
-    small = quantised(base)
-    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q"
-    layer = comfy.utils.get_attr(small.model, key)
-    assert layer.weight.dtype == torch.float8_e4m3fn
+    small = tiny.quantised_model(name, base)
+    layer = comfy.utils.get_attr(small.model, KEY)
+    assert isinstance(layer.weight, comfy.quant_ops.QuantizedTensor)
     lora = tiny.lora(base, "kohya on ldm", endings=tiny.STYLE)
     assert relative_deltas(extracted(with_lora(small, lora)[0], small)[0], lora) < 1e-5
     # Against the unquantised model the rounding is the difference.
-    rounding = layer.weight.float() * layer.scale_weight - comfy.utils.get_attr(base.model, f"{key}.weight")
-    found = to_lora(extracted(small, base, rank=4096)[0])
-    delta = found.delta("lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q")
+    rounding = layer.weight.dequantize() - comfy.utils.get_attr(base.model, f"{KEY}.weight")
+    delta = to_lora(extracted(small, base, rank=4096)[0]).delta(NAME)
     assert float((delta - rounding).norm() / rounding.norm()) < 1e-5
+
+
+def test_weights_that_cannot_be_read_are_refused_with_their_number():
+    """As a pack's own format has them: bytes, and nothing of ComfyUI's to make numbers of them."""
+    base, packed = tiny.small_model(), tiny.small_model()
+    for place in ("to_q", "to_k", "to_v"):
+        layer = comfy.utils.get_attr(packed.model, KEY.replace("to_q", place))
+        layer.weight = torch.nn.Parameter(torch.zeros(64, 40, dtype=torch.uint8), requires_grad=False)
+    for pair in ((packed, base), (base, packed)):
+        with pytest.raises(
+            ValueError, match=r"3 of the \d+ weights of one model .* torch\.uint8\); load .*unquantised"
+        ):
+            extracted(*pair)
+
+
+class LlamaLike(torch.nn.Module):
+    """A text encoder whose weights are called as those of Qwen and the like are, in ComfyUI."""
+
+    def __init__(self, wrapper):
+        super().__init__()
+        layer = torch.nn.ModuleDict({"self_attn": torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)})})
+        model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])})})
+        self.add_module(wrapper, torch.nn.ModuleDict({"transformer": model}))
+
+
+@pytest.mark.parametrize("wrapper", ["qwen3_4b", "qwen25_7b", "gemma2_2b"])
+def test_names_of_text_encoders_are_those_that_old_and_new_comfyuis_read(wrapper):
+    """A newer one calls this lora_te_layers_0_self_attn_q_proj, which 0.16 does not know."""
+    key = f"{wrapper}.transformer.model.layers.0.self_attn.q_proj.weight"
+    names = _clip_names(SimpleNamespace(cond_stage_model=LlamaLike(wrapper)))
+    assert names == {key: f"text_encoders.{key.removesuffix('.weight')}"}
+    clip = tiny.tiny_clip()
+    assert all(name.startswith("lora_te_text_model_") for key, name in _clip_names(clip).items() if "self_attn" in key)
 
 
 def test_other_models_keep_comfyui_s_own_names():

@@ -274,16 +274,16 @@ def test_a_model_in_fewer_bits_gives_the_constant_of_its_own_weights(unet, model
     assert fewer.model.state_dict()[WEIGHT].dtype == dtype
 
 
-def test_scale_of_a_scaled_fp8_layer_counts(unet, model, own_model):
-    """ComfyUI's own fp8 layer keeps its scale beside the weight."""
+@pytest.mark.parametrize("name", tiny.quantised_formats())
+def test_scale_of_a_quantised_layer_counts(unet, model, own_model, name):
+    """ComfyUI's own quantised layer keeps its scale beside the weight."""
     weight = unet.state_dict()["time_embedding.linear_1.weight"]
-    scale = weight.abs().max() / 448  # the largest float8_e4m3fn
-    layer = comfy.ops.scaled_fp8_ops(override_dtype=torch.float8_e4m3fn).Linear(32, 128)
-    layer.weight = torch.nn.Parameter((weight / scale).to(torch.float8_e4m3fn), requires_grad=False)
-    layer.scale_weight = torch.nn.Parameter(scale, requires_grad=False)
-    layer.bias = model.model.diffusion_model.time_embed[0].bias
+    layer = comfy.ops.mixed_precision_ops({}, compute_dtype=torch.float32).Linear(32, 128, device="cpu")
+    bias = model.model.diffusion_model.time_embed[0].bias
+    layer.load_state_dict(tiny.quantised_state({"weight": weight, "bias": bias.clone()}, name))
     projected = unet.state_dict()["time_embedding.cond_proj.weight"] @ guidance_embedding(7.0)
-    expected = layer.weight.float() * scale @ projected
+    expected = layer.weight.dequantize() @ projected
+    assert not torch.equal(layer.weight.dequantize(), weight)
     torch.testing.assert_close(constant_of(applied(own_model(layer))), expected, rtol=1e-4, atol=1e-5)
 
 

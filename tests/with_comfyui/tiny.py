@@ -96,7 +96,7 @@ def quantised_state(state, name):
     largest, dtype = QUANTISED[name]
     made = dict(state)
     for key, weight in state.items():
-        if key.endswith(".weight") and weight.ndim == 2:
+        if key.endswith("weight") and weight.ndim == 2:
             scale = weight.abs().max() / largest
             scaled = weight / scale
             made[key] = (scaled if dtype.is_floating_point else scaled.round()).to(dtype)
