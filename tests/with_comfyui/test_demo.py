@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lcm_kit.demo import prompts
-from lcm_kit.demo.comfyui_client import ExecutionFailed
+from lcm_kit.demo.comfyui_client import ExecutionFailed, PromptRejected
 from lcm_kit.demo.graphs import STYLED_BASELINE, STYLED_LCM, TINY, Shot, lcm_only, pictures, style_in_few_steps
 from lcm_kit.tests.helpers import ROOT
 
@@ -108,10 +108,6 @@ def test_saved_merge_in_cores_lora_loader_gives_the_same_picture(client, server,
     assert np.abs(found - expected).max() <= pixels
 
 
-def missing(server, path):
-    pass
-
-
 def truncated(server, path):
     path.write_bytes((server.home / "models" / "loras" / TINY.lcm).read_bytes()[:-1000])
 
@@ -122,7 +118,6 @@ def foreign(server, path):
     save_file({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}, path)
 
 
-NOT_THERE = r"missing\.safetensors is not in the loras folder \(.*\)\. Put it there .* or choose another file"
 CUT_OFF = r"truncated\.safetensors\b.* is cut off: \d+ of \d+ bytes are there; download it again"
 FOREIGN = r"foreign\.safetensors does not fit this model \(TinyEmoji\).*made for another base model; use the LoRA for"
 MISMATCH = (
@@ -134,10 +129,8 @@ MISMATCH = (
 @pytest.mark.parametrize(
     ("graph", "make", "node_type", "says"),
     [
-        (lcm_only, missing, "LCMKitLoader", NOT_THERE),
         (lcm_only, truncated, "LCMKitLoader", CUT_OFF),
         (lcm_only, foreign, "LCMKitLoader", FOREIGN),
-        (style_in_few_steps, missing, "LCMKitLoadLoRA", NOT_THERE),
         (style_in_few_steps, truncated, "LCMKitLoadLoRA", CUT_OFF),
         (style_in_few_steps, foreign, "LCMKitMergeLoRA", MISMATCH),
     ],
@@ -151,6 +144,16 @@ def test_bad_lora_file_is_named_and_the_server_lives_on(client, server, graph, m
     with pytest.raises(ExecutionFailed, match=says) as failed:
         client.run(bad, timeout=120)
     assert failed.value.node_type == node_type
+    assert_server_lives_on(client)
+
+
+@pytest.mark.parametrize(("graph", "node_type"), [(lcm_only, "LCMKitLoader"), (style_in_few_steps, "LCMKitLoadLoRA")])
+def test_missing_lora_file_is_named_before_anything_runs(client, graph, node_type):
+    bad = graph(TINY, SHOT)
+    loaders = [node for node, content in bad.items() if "lora_name" in content["inputs"]]
+    bad[loaders[-1]]["inputs"]["lora_name"] = "missing.safetensors"
+    with pytest.raises(PromptRejected, match=rf"node {loaders[-1]} \({node_type}\): .*missing\.safetensors"):
+        client.run(bad, timeout=120)
     assert_server_lives_on(client)
 
 

@@ -340,7 +340,7 @@ def flux():
     config = tiny.TinyConfig({})
     config.unet_config = {
         "in_channels": 4, "out_channels": 4, "vec_in_dim": 8, "context_in_dim": 16, "hidden_size": 32, "mlp_ratio": 2.0,
-        "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2,
+        "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 6, 6], "theta": 10000, "txt_ids_dims": [], "patch_size": 2,
         "qkv_bias": True, "guidance_embed": False, "dtype": torch.float32,
     }  # fmt: skip
     cpu = torch.device("cpu")

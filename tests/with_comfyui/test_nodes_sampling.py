@@ -3,6 +3,7 @@
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
+import comfy_extras.nodes_post_processing  # noqa: F401  first: it and nodes_latent import each other
 import pytest
 import torch
 from comfy.model_base import ModelType
