@@ -1,11 +1,12 @@
 # LCM Kit: `make help` says what there is.
 #
 # COMFYUI_PATH=/their/ComfyUI and PYTHON=/their/python, on the command line or in the environment, make every
-# command use them. Then nothing is downloaded. Without them `make setup` builds .venv and .comfyui.
+# command use them. Then nothing is downloaded. Without them `make setup` builds .venv, .comfyui and, for the tests,
+# the oldest ComfyUI that LCM Kit supports: COMFYUI=floor makes a command use that one.
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint unit integration mutants clean
+.PHONY: help setup demo test lint unit integration mutants floor clean
 
 BASE_PYTHON ?= python3
 # Waiting threads must not spin: on a laptop two ComfyUI threads would fight for the cores.
@@ -16,6 +17,10 @@ SETUP := "$(BASE_PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2
   { echo 'setup: $(BASE_PYTHON) is missing or too old: run make BASE_PYTHON=/path/to/python3.11'; exit 1; }; \
   "$(BASE_PYTHON)" tools/setup_comfyui.py --comfyui "$(COMFYUI_PATH)" --python "$(PYTHON)" --for
 
+ifneq ($(filter-out floor,$(COMFYUI)),)
+  $(error COMFYUI=$(COMFYUI): `floor` is all it can be; your own ComfyUI is named by COMFYUI_PATH=/its/folder)
+endif
+
 ifneq ($(COMFYUI_PATH),)
   TREE := $(COMFYUI_PATH)
   RUN := $(or $(PYTHON),python3)
@@ -23,6 +28,9 @@ else
   TREE := $(CURDIR)/.comfyui$(if $(filter floor,$(COMFYUI)),-floor)
   RUN := $(or $(PYTHON),$(CURDIR)/.venv/bin/python)
 endif
+
+# On the floor the slowest tests are left out, so that all of `make test` stays within a quarter of an hour.
+SOME := $(if $(filter floor,$(COMFYUI)),-m "not slow")
 
 # Where pytest-xdist is installed the tests share two processes, file by file. Each takes about 1 GB of memory.
 WORKERS ?= 2
@@ -41,7 +49,7 @@ demo:  ## makes pictures in 4 steps with the embedded model, through ComfyUI's o
 	@$(SETUP) demo
 	@COMFYUI_PATH="$(TREE)" "$(RUN)" demo/run.py $(if $(PROMPT),--prompt "$$PROMPT")
 
-test: lint unit integration  ## lint, unit and integration: what CI runs
+test: lint unit integration $(if $(COMFYUI_PATH)$(COMFYUI),,floor)  ## lint, unit and integration on both versions: what CI runs
 
 lint: setup  ## ruff and mypy
 	"$(RUN)" -m ruff check .
@@ -53,7 +61,10 @@ unit: setup  ## the tests that need no ComfyUI
 	env -u COMFYUI_PATH "$(RUN)" -m pytest tests --ignore=tests/with_comfyui
 
 integration: setup  ## the tests that run the real ComfyUI: nodes, server, web page
-	COMFYUI_PATH="$(TREE)" $(PYTEST) tests/with_comfyui
+	COMFYUI_PATH="$(TREE)" $(PYTEST) $(SOME) tests/with_comfyui
+
+floor:  ## integration on the oldest ComfyUI that LCM Kit supports, without the slowest tests
+	@$(MAKE) --no-print-directory integration COMFYUI=floor
 
 mutants: setup  ## small changes of the code, one at a time: does a unit test notice?
 	"$(RUN)" tools/mutants.py --sample $(or $(SAMPLE),300)
