@@ -6,7 +6,7 @@ import logging
 async def comfy_entrypoint():
     """The extension: ComfyUI calls this once, at start-up."""
     # Imported here and not above: pytest and setuptools import this file too, under other names and
-    # without ComfyUI. ComfyUI 0.3.75 reports only str(error) from this function, so the traceback is
+    # without ComfyUI. ComfyUI 0.30.0 reports only str(error) from this function, so the traceback is
     # logged first.
     try:
         from .nodes import LCMKitExtension

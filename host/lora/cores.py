@@ -1,4 +1,4 @@
-"""LoKr with a Tucker core, written out: as ComfyUI 0.3.75 multiplies it, torch.kron of torch 2.11 stops."""
+"""LoKr with a Tucker core, written out: as ComfyUI 0.30.0 multiplies it, torch.kron of torch 2.11 stops."""
 
 from collections.abc import Mapping
 

@@ -11,7 +11,6 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from tqdm.auto import trange
 
 from ...samplers.editing import edit_ddcm
 from ...samplers.noise import StepNoise
@@ -86,7 +85,7 @@ class EditSampler(comfy.samplers.Sampler):
             callback=after_call,
             disable=disable_pbar,
             noise_scaling=forward_process(model_wrap.model_patcher.get_model_object("model_sampling")),
-            trange=getattr(comfy.utils, "model_trange", trange),
+            trange=comfy.utils.model_trange,
         )
 
 

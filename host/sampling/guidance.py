@@ -64,7 +64,7 @@ def _calc_cond_batch(args):
 def _neutral(evaluate, args):
     """Core's predictions, but in place of a negative prompt that is not evaluated the positive one, not zeros.
 
-    Core's own APG takes those zeros for a prediction (ComfyUI 0.3.75) and returns up to twice the picture at cfg 1. For
+    Core's own APG takes those zeros for a prediction (ComfyUI 0.30.0) and returns up to twice the picture at cfg 1. For
     two equal predictions every way to combine them has the same answer.
     """
     predictions = evaluate(args)

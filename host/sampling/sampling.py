@@ -9,7 +9,6 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from tqdm.auto import trange
 
 from ...samplers.multistep import sample_lcm
 from ...samplers.noise import StepNoise
@@ -118,7 +117,7 @@ def _sample_function(
         timesteps=timesteps,
         table=sigma_table(model_sampling),
         noise_scaling=forward_process(model_sampling),
-        trange=getattr(comfy.utils, "model_trange", trange),
+        trange=comfy.utils.model_trange,
     )
 
 

@@ -139,7 +139,7 @@ _FOUR = (320, 640, 1280, 1280)
 _DOWN = ((1, 1), (1, 1), (1, 1), (0, 0))
 _UP = ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1))
 
-# Depths as in the models' own configurations, which ComfyUI repeats in comfy/model_detection.py (0.3.75).
+# Depths as in the models' own configurations, which ComfyUI repeats in comfy/model_detection.py (0.30.0).
 BASES: tuple[Base, ...] = (
     Base("SD1.5", 768, False, _FOUR, _DOWN, _UP, 1),
     Base("SD2", 1024, True, _FOUR, _DOWN, _UP, 1),

@@ -44,5 +44,5 @@ class Carried:
 
     @property
     def written_alpha(self) -> float | None:
-        """alpha as written for ComfyUI, whose BOFT stops without one; 0 means no constraint (0.3.75)."""
+        """alpha as written for ComfyUI, whose BOFT stops without one; 0 means no constraint (0.30.0)."""
         return 0.0 if self.alpha is None and self.kind == BOFT else self.alpha

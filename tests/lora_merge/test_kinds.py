@@ -307,7 +307,7 @@ def test_pefts_magnitude_is_dora_along_the_rows():
 
 
 def test_boft_without_alpha_is_written_with_none_to_constrain_it():
-    """ComfyUI 0.3.75 compares its alpha with 0, and None stops it."""
+    """ComfyUI 0.30.0 compares its alpha with 0, and None stops it."""
     assert lora("BOFT").to_state_dict()[f"{LINEAR}.alpha"].item() == 0
     assert f"{LINEAR}.alpha" not in lora("OFT").to_state_dict()
 

@@ -186,8 +186,8 @@ def test_nested_latents_are_edited_together_and_a_mask_keeps_its_part():
     parts = latent["samples"].unbind()
     assert all(map(torch.equal, edit(model, latent, target=CAT).unbind(), parts))
     assert all(relative(edited, part) > 1e-4 for edited, part in zip(edit(model, latent).unbind(), parts, strict=True))
-    masked = tiny.with_packed_mask(model, left_half().expand(4, 8, 8), torch.zeros(3, 5))
-    picture, sound = edit(masked, latent).unbind()
+    masks = tiny.nested(left_half(), torch.zeros(1, 1, 5))["samples"]
+    picture, sound = edit(model, {**latent, "noise_mask": masks}).unbind()
     assert torch.equal(sound, parts[1])
     assert torch.equal(picture[..., 4:], parts[0][..., 4:])
     assert (picture[..., :4] - parts[0][..., :4]).abs().max() > 0.1

@@ -29,7 +29,7 @@ CONV = ("down_blocks.0.resnets.0.conv1", "input_blocks.1.0.in_layers.2")
 SHAPES = {LINEAR: (32, 32, ()), CONV: (32, 32, (3, 3))}
 CASES = [(kind, LINEAR) for kind, (_, needs_kernel) in kinds.ADDITIVE.items() if not needs_kernel]
 CASES += [(kind, CONV) for kind in kinds.ADDITIVE]
-# ComfyUI 0.3.75 multiplies GLoRA's a1 and a2 onto a convolution's inputs, so the old layout is for linear ones.
+# ComfyUI 0.30.0 multiplies GLoRA's a1 and a2 onto a convolution's inputs, so the old layout is for linear ones.
 CARRIED = [
     (kind, module) for kind in kinds.CARRIED for module in (LINEAR, CONV) if (kind, module) != ("GLoRA, old", CONV)
 ]
@@ -234,7 +234,7 @@ def test_our_delta_is_what_comfyuis_own_adapter_adds(kind, module):
 
 
 def for_core(tensors):
-    """The file as core can multiply it: torch.kron of torch 2.11 stops at ComfyUI 0.3.75's product with a Tucker core."""
+    """The file as core can multiply it: torch.kron of torch 2.11 stops at ComfyUI 0.30.0's product with a Tucker core."""
     tensors = dict(tensors)
     for key in [key for key in tensors if key.endswith(".lokr_t2")]:
         name = key.removesuffix(".lokr_t2")
@@ -245,7 +245,7 @@ def for_core(tensors):
 
 
 def formula(kind, tensors, weight, alpha):
-    """The weight with an update that depends on it, at strength 1, as ComfyUI 0.3.75 defines the kinds."""
+    """The weight with an update that depends on it, at strength 1, as ComfyUI 0.30.0 defines the kinds."""
     t = {end: tensor.double() for end, tensor in tensors.items()}
     w = weight.double()
     if kind == "set_weight":

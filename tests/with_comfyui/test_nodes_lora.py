@@ -113,7 +113,7 @@ def test_negative_strengths_and_six_loras(model):
 
 
 def test_diffusers_attention_names_are_read_where_core_misses_them(model, put):
-    """ComfyUI 0.3.75 knows `unet....attn1.processor.to_q`, which today's diffusers does not write."""
+    """ComfyUI 0.30.0 knows `unet....attn1.processor.to_q`, which today's diffusers does not write."""
     tensors = tiny.lora(model, "diffusers PEFT", alpha=None, seed=3)
     ours = applied(model, loaded(put("peft.safetensors", tensors)))[0]
     expected = by_comfyui(model, (tiny.lora(model, "kohya", alpha=None, seed=3), 1.0))

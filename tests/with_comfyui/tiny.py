@@ -20,7 +20,6 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 from comfy.model_base import ModelType
-from comfy.patcher_extension import WrappersMP
 
 CONTEXT = 16
 
@@ -232,21 +231,6 @@ def latent(batch=1, height=8, width=8, seed=None):
 def nested(*tensors):
     """A LATENT of several tensors, as of picture and sound."""
     return {"samples": comfy.nested_tensor.NestedTensor(tensors)}
-
-
-def with_packed_mask(model, *masks):
-    """A clone of the MODEL that is sampled under a mask for each part of a nested latent, in its shape but the batch.
-
-    Handed to the guider as newer ComfyUIs do it; 0.3.75 stops at a noise mask on such a latent.
-    """
-    packed, _ = comfy.utils.pack_latents([mask[None] for mask in masks])
-
-    def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask, *others, **named):
-        return executor(noise, latent_image, sampler, sigmas, packed, *others, **named)
-
-    model = model.clone()
-    model.add_wrapper(WrappersMP.OUTER_SAMPLE, outer_sample)
-    return model
 
 
 # How files spell a module: (diffusers name, ldm name) -> name of the module, and of its factors.
