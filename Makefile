@@ -6,7 +6,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint unit integration mutants floor clean
+.PHONY: help setup demo test lint unit integration mutants floor compatibility clean
 
 BASE_PYTHON ?= python3
 # Waiting threads must not spin: on a laptop two ComfyUI threads would fight for the cores.
@@ -58,7 +58,7 @@ lint: setup  ## ruff and mypy
 	"$(RUN)" -m mypy
 
 unit: setup  ## the tests that need no ComfyUI
-	env -u COMFYUI_PATH "$(RUN)" -m pytest tests --ignore=tests/with_comfyui
+	env -u COMFYUI_PATH $(PYTEST) tests --ignore=tests/with_comfyui
 
 integration: setup  ## the tests that run the real ComfyUI: nodes, server, web page
 	COMFYUI_PATH="$(TREE)" $(PYTEST) $(SOME) tests/with_comfyui
@@ -68,6 +68,9 @@ floor:  ## integration on the oldest ComfyUI that LCM Kit supports, without the 
 
 mutants: setup  ## small changes of the code, one at a time: does a unit test notice?
 	"$(RUN)" tools/mutants.py --sample $(or $(SAMPLE),300)
+
+compatibility: setup  ## tries everything on one ComfyUI and writes a row of docs/compatibility.md
+	@COMFYUI_PATH="$(TREE)" WORKERS="$(WORKERS)" "$(RUN)" tools/compatibility.py
 
 clean:  ## removes .venv, ComfyUI and everything that tools left behind
 	rm -rf .venv .comfyui .comfyui-floor .comfyui.part .frontends .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info demo/output

@@ -19,6 +19,7 @@ from lcm_kit.demo import prompts
 from lcm_kit.demo.comfyui_client import ExecutionFailed, PromptRejected
 from lcm_kit.demo.graphs import STYLED_BASELINE, STYLED_LCM, TINY, Shot, lcm_only, pictures, style_in_few_steps
 from lcm_kit.tests.helpers import ROOT
+from lcm_kit.tests.with_comfyui.comfy_server import comfyui
 
 SHOT = Shot("cat face", seed=5, steps=4)
 
@@ -199,6 +200,29 @@ def test_demo_command_draws_the_users_prompt(tmp_path):
     assert width > 8 * 128
     assert "100%" in done.stderr  # of the progress bar
     assert "Starting server" in (tmp_path / "comfyui" / "server.log").read_text()
+
+
+@pytest.mark.slow
+def test_every_version_of_comfyui_draws_the_pictures_of_the_demo_the_same_to_the_bit(tmp_path):
+    trees = list(dict.fromkeys([comfyui(), *(ROOT / name for name in (".comfyui", ".comfyui-floor"))]))
+    trees = [tree for tree in trees if (tree / "main.py").is_file()]
+    if len(trees) < 2:
+        pytest.skip("no other ComfyUI to compare with: `make setup` fetches them")
+    drawn = [pictures_of_the_demo(tree, tmp_path / str(i)) for i, tree in enumerate(trees)]
+    for tree, pictures_there in zip(trees[1:], drawn[1:], strict=True):
+        assert pictures_there.keys() == drawn[0].keys() == {"grid", "figure3"}
+        for name, pixels in pictures_there.items():
+            assert np.array_equal(pixels, drawn[0][name]), f"{name} of {tree} is not that of {trees[0]}"
+
+
+def pictures_of_the_demo(tree, output):
+    """Name -> pixels, as `make demo` makes them on the ComfyUI in `tree`."""
+    environment = {**os.environ, "COMFYUI_PATH": str(tree)}
+    done = subprocess.run(
+        [*COMMAND, "--output", str(output)], capture_output=True, text=True, timeout=600, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return {file.stem: np.array(Image.open(file).convert("RGB")) for file in output.glob("*.png")}
 
 
 def test_demo_command_says_which_words_it_knows(tmp_path):

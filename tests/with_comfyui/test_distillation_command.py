@@ -84,6 +84,7 @@ def test_a_run_makes_a_lora_file_and_a_report(in_process, whole, pictures, capsy
     assert "3 steps of 2 images from 4 pictures; guidance 3, skip 200" in report
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_to_the_same_lora(in_process, pictures, whole, tmp_path):
     file, kept = tmp_path / "lcm.safetensors", tmp_path / "kept"
     arguments = ["--pictures", pictures, "--batch", 2, "-o", file, "--resume", kept]
@@ -113,6 +114,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_lora(in_process, pictures, wh
         assert torch.equal(actual[key], tensor), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -134,6 +136,7 @@ def test_two_processes_make_what_one_makes_with_their_batches_together(launcher,
     assert (deltas[1] - deltas[0]).norm() < 1e-4 * deltas[0].norm()  # sums in another order, then Adam: 5e-5
 
 
+@pytest.mark.slow
 def test_captions_alone_and_the_picture_of_the_course(in_process, tmp_path, capsys):
     (tmp_path / "captions.txt").write_text("\n".join(FIGURE))
     style = MODELS / "loras" / "tiny_emoji_ink_lora.safetensors"

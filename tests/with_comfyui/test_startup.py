@@ -116,6 +116,7 @@ def test_failing_node_is_named(client, tmp_path):
     assert client.object_info()["LoadImage"]  # the server lives on
 
 
+@pytest.mark.slow
 def test_stop_leaves_no_process_and_frees_the_port(tmp_path):
     """Even of a server that SIGTERM does not reach, here because it is suspended."""
     server = pack_server(tmp_path, arguments=["--disable-all-custom-nodes"])
