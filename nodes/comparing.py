@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io, ui
 
-from ..host.compat import if_known
 from ..host.lora import comparing
 from ..host.show import show
 
@@ -57,7 +56,7 @@ class CompareLoRA(io.ComfyNode):
                     display_name="report", tooltip="All of it in numbers, and the answer in words at the end."
                 ),
             ],
-            **if_known(io.Schema, search_aliases=["analyze lora", "lora conflict", "lora similarity", "lora heat map"]),
+            search_aliases=["analyze lora", "lora conflict", "lora similarity", "lora heat map"],
         )
 
     @classmethod

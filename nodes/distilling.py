@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io, ui
 
-from ..host.compat import if_known
 from ..host.show import show
 from ..host.training import distilling
 
@@ -72,7 +71,7 @@ class Distill(io.ComfyNode):
                     max=4096.0,
                     step=0.5,
                     tooltip="Scale of the LoRA is alpha / rank. 0 takes the rank, so scale 1.",
-                    **if_known(io.Float.Input, advanced=True),
+                    advanced=True,
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -131,13 +130,13 @@ class Distill(io.ComfyNode):
                     default="auto",
                     tooltip="What the network computes in; the LoRA itself is always trained in fp32. auto: bf16 where "
                     "the device is fast in it, else fp16; fp32 on a CPU.",
-                    **if_known(io.Combo.Input, advanced=True),
+                    advanced=True,
                 ),
                 io.Boolean.Input(
                     "gradient_checkpointing",
                     default=True,
                     tooltip="On needs much less memory, off is faster. The LoRA is the same.",
-                    **if_known(io.Boolean.Input, advanced=True),
+                    advanced=True,
                 ),
                 io.String.Input(
                     "resume",
@@ -153,7 +152,7 @@ class Distill(io.ComfyNode):
                     optional=True,
                     tooltip="How many timesteps are trained, evenly spaced: the samplers' original_steps. 0 trains those that "
                     "the solver visits, 1000 / skip. With a large skip, 50 trains those between them as well.",
-                    **if_known(io.Int.Input, advanced=True),
+                    advanced=True,
                 ),
                 io.Combo.Input(
                     "weighting",
@@ -162,7 +161,7 @@ class Distill(io.ComfyNode):
                     optional=True,
                     tooltip="What the distance is measured in. x0 as published; v asks for the same precision at every noise "
                     "level, which gave our own model clearly better pictures.",
-                    **if_known(io.Combo.Input, advanced=True),
+                    advanced=True,
                 ),
                 io.Float.Input(
                     "average",
@@ -173,7 +172,7 @@ class Distill(io.ComfyNode):
                     optional=True,
                     tooltip="Rate of a moving average of the LoRA, which is then the target and the result: 0.95 in the first "
                     "paper. 0: none, as the published LCM-LoRAs.",
-                    **if_known(io.Float.Input, advanced=True),
+                    advanced=True,
                 ),
             ],
             outputs=[
@@ -181,7 +180,7 @@ class Distill(io.ComfyNode):
                 io.Image.Output(display_name="IMAGE", tooltip="The loss, and samples in 4 steps."),
                 io.String.Output(display_name="report", tooltip="What was trained and how the loss fell."),
             ],
-            **if_known(io.Schema, search_aliases=["train lcm lora", "consistency distillation", "lcm lora training"]),
+            search_aliases=["train lcm lora", "consistency distillation", "lcm lora training"],
         )
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..host.compat import if_known
 from ..host.sampling import editing
 from .sampling import CATEGORY, MAX_SEED, ORIGINAL_STEPS_TOOLTIP
 
@@ -70,7 +69,7 @@ class LCMEdit(io.ComfyNode):
                     min=1,
                     max=1000,
                     tooltip=ORIGINAL_STEPS_TOOLTIP,
-                    **if_known(io.Int.Input, advanced=True),
+                    advanced=True,
                 ),
                 io.Float.Input(
                     "keep",
@@ -84,9 +83,7 @@ class LCMEdit(io.ComfyNode):
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The edited latent, for VAE Decode.")],
             is_experimental=True,
-            **if_known(
-                io.Schema, search_aliases=["lcm", "edit", "infedit", "ddcm", "virtual inversion", "prompt to prompt"]
-            ),
+            search_aliases=["lcm", "edit", "infedit", "ddcm", "virtual inversion", "prompt to prompt"],
         )
 
     @classmethod

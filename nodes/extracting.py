@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io, ui
 
-from ..host.compat import if_known
 from ..host.lora import extracting
 from ..host.show import show
 
@@ -51,9 +50,7 @@ class ExtractLoRA(io.ComfyNode):
                     display_name="report", tooltip="Modules, ranks, and how much of the difference is kept."
                 ),
             ],
-            **if_known(
-                io.Schema, search_aliases=["lora from models", "model difference", "subtract models", "svd lora"]
-            ),
+            search_aliases=["lora from models", "model difference", "subtract models", "svd lora"],
         )
 
     @classmethod

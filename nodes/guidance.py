@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..host.compat import if_known
 from ..host.sampling import embedding, limits
 from ..host.sampling import negative as host_negative
 
@@ -44,7 +43,7 @@ class LCMNegativePrompt(io.ComfyNode):
                     round=0.01,
                     tooltip="How far guidance may enlarge what the prompt says at any place of the picture: 2.5 times. "
                     "Lower is safer, higher stronger.",
-                    **if_known(io.Float.Input, advanced=True),
+                    advanced=True,
                 ),
                 io.Float.Input(
                     "alpha",
@@ -54,7 +53,7 @@ class LCMNegativePrompt(io.ComfyNode):
                     step=0.01,
                     round=0.01,
                     tooltip="Share of the guided attention in the result. 0 is off, 1 keeps none of the plain one.",
-                    **if_known(io.Float.Input, advanced=True),
+                    advanced=True,
                 ),
                 io.Int.Input(
                     "end_step",
@@ -63,11 +62,11 @@ class LCMNegativePrompt(io.ComfyNode):
                     max=1000,
                     tooltip="Work in the first so many steps only. -1 is all, 0 none. Of 4 LCM steps the first 2 decide "
                     "what is in the picture.",
-                    **if_known(io.Int.Input, advanced=True),
+                    advanced=True,
                 ),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="For the sampler; keep its cfg at 1.")],
-            **if_known(io.Schema, search_aliases=["nag", "normalized attention guidance", "negative", "cfg 1"]),
+            search_aliases=["nag", "normalized attention guidance", "negative", "cfg 1"],
         )
 
     @classmethod
@@ -105,7 +104,7 @@ class LCMGuidanceEmbedding(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="For the sampler; keep its cfg at 1.")],
-            **if_known(io.Schema, search_aliases=["full lcm", "w embedding", "cond_proj", "lcm dreamshaper"]),
+            search_aliases=["full lcm", "w embedding", "cond_proj", "lcm dreamshaper"],
         )
 
     @classmethod
@@ -140,9 +139,7 @@ class LimitDenoised(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="MODEL")],
-            **if_known(
-                io.Schema, search_aliases=["dynamic thresholding", "clip x0", "high cfg", "burnt", "saturation"]
-            ),
+            search_aliases=["dynamic thresholding", "clip x0", "high cfg", "burnt", "saturation"],
         )
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io, ui
 
-from ..host.compat import if_known
 from ..host.lora import files, patches, stack
 from ..host.lora.reports import contents
 from ..host.show import show
@@ -37,7 +36,7 @@ class LCMLoader(io.ComfyNode):
                     **WRONG_BASE,
                     tooltip="If the LoRA was made for another base model: refuse stops with a message that says which "
                     "file to use, warn applies what fits and says so.",
-                    **if_known(io.Combo.Input, advanced=True),
+                    advanced=True,
                 ),
                 io.Custom("LORA_STACK").Input(
                     "lora_stack",
@@ -57,7 +56,7 @@ class LCMLoader(io.ComfyNode):
                     tooltip="All settings this LoRA is made for; connect it to LCM KSampler and there is nothing to type.",
                 ),
             ],
-            **if_known(io.Schema, search_aliases=["lcm lora", "lcm-lora", "acceleration lora", "load lora"]),
+            search_aliases=["lcm lora", "lcm-lora", "acceleration lora", "load lora"],
         )
 
     @classmethod
@@ -90,7 +89,7 @@ class LoadLoRA(io.ComfyNode):
                 io.LoraModel.Output(display_name="LORA_MODEL"),
                 io.String.Output(display_name="report", tooltip="Modules, rank, alpha, scale and size."),
             ],
-            **if_known(io.Schema, search_aliases=["lora info", "lora weights", "open lora"]),
+            search_aliases=["lora info", "lora weights", "open lora"],
         )
 
     @classmethod
@@ -133,7 +132,7 @@ class ApplyLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="If the LoRA was made for another base model: refuse stops with a message that says which "
                     "file to use, warn applies what fits and says so.",
-                    **if_known(io.Combo.Input, advanced=True),
+                    advanced=True,
                 ),
             ],
             outputs=[
@@ -141,7 +140,7 @@ class ApplyLoRA(io.ComfyNode):
                 io.Clip.Output(display_name="CLIP"),
                 io.String.Output(display_name="report", tooltip=REPORT_TOOLTIP),
             ],
-            **if_known(io.Schema, search_aliases=["use lora", "lora model", "patch model"]),
+            search_aliases=["use lora", "lora model", "patch model"],
         )
 
     @classmethod

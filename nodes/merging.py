@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io, ui
 
-from ..host.compat import if_known
 from ..host.lora import files, merging
 from ..host.show import show
 from ..lora_merge import METHODS
@@ -21,12 +20,12 @@ def share(name, tooltip):
         step=0.005,
         optional=True,
         tooltip=tooltip,
-        **if_known(io.Float.Input, advanced=True),
+        advanced=True,
     )
 
 
 def about(name, tooltip):
-    return io.String.Input(name, default="", optional=True, tooltip=tooltip, **if_known(io.String.Input, advanced=True))
+    return io.String.Input(name, default="", optional=True, tooltip=tooltip, advanced=True)
 
 
 def size():
@@ -39,7 +38,7 @@ def size():
         optional=True,
         tooltip="Largest size of the file in MB, as fp16 unless the node has a dtype. Ranks go where they are worth most. "
         "0 is off.",
-        **if_known(io.Float.Input, advanced=True),
+        advanced=True,
     )
 
 
@@ -97,7 +96,7 @@ class MergeLoRA(io.ComfyNode):
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
                     tooltip="Seed of methods that draw at random, dare and della. The others draw nothing.",
-                    **if_known(io.Int.Input, advanced=True),
+                    advanced=True,
                 ),
                 share(
                     "keep",
@@ -116,7 +115,7 @@ class MergeLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="When the result is cut: let every LoRA count alike, so that a weak style is not what gets lost. "
                     "Off is the smallest error of the sum.",
-                    **if_known(io.Boolean.Input, advanced=True),
+                    advanced=True,
                 ),
                 io.Combo.Input(
                     "protect",
@@ -125,7 +124,7 @@ class MergeLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="The LoRA that the others make room for when mu is above 0. auto is the one recognised as an "
                     "LCM-LoRA or another acceleration LoRA.",
-                    **if_known(io.Combo.Input, advanced=True),
+                    advanced=True,
                 ),
                 io.Float.Input(
                     "mu",
@@ -136,7 +135,7 @@ class MergeLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="How far the others step aside where the protected LoRA is strong. 0 is the plain sum, 1 halves "
                     "them there, large values clear them there.",
-                    **if_known(io.Float.Input, advanced=True),
+                    advanced=True,
                 ),
                 io.String.Input(
                     "block_strengths",
@@ -145,7 +144,7 @@ class MergeLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="Factors on the strengths by part of the model, such as down=0.5, mid=1, up=1, attention=0.8, "
                     "conv=1, te=0, *attn2*=0.3. For all LoRAs, or on a line of its own for one: lora_2: down=0",
-                    **if_known(io.String.Input, advanced=True),
+                    advanced=True,
                 ),
                 io.Boolean.Input(
                     "dense",
@@ -154,7 +153,7 @@ class MergeLoRA(io.ComfyNode):
                     tooltip="Let pruning methods look at the whole weights as in their papers, which is gentler where they "
                     "draw at random. Minutes instead of seconds, and without a rank the file is as large as the model's "
                     "weights.",
-                    **if_known(io.Boolean.Input, advanced=True),
+                    advanced=True,
                 ),
                 io.Float.Input(
                     "spread",
@@ -164,7 +163,7 @@ class MergeLoRA(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     tooltip="Of della: how much likelier the largest entries stay than the smallest. 0 is dare.",
-                    **if_known(io.Float.Input, advanced=True),
+                    advanced=True,
                 ),
                 io.Float.Input(
                     "outliers",
@@ -174,14 +173,14 @@ class MergeLoRA(io.ComfyNode):
                     step=0.005,
                     optional=True,
                     tooltip="Of breadcrumbs: share of the entries that is cut off as too large. With density at most 1.",
-                    **if_known(io.Float.Input, advanced=True),
+                    advanced=True,
                 ),
             ],
             outputs=[
                 io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The merged LoRA. Apply it at strength 1."),
                 io.String.Output(display_name="report", tooltip="What went in, what came out, and any error made."),
             ],
-            **if_known(io.Schema, search_aliases=["lora arithmetic", "combine loras", "add loras", "lora sum"]),
+            search_aliases=["lora arithmetic", "combine loras", "add loras", "lora sum"],
         )
 
     @classmethod
@@ -263,7 +262,7 @@ class ResizeLoRA(io.ComfyNode):
                 io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The smaller LoRA, for the same strengths."),
                 io.String.Output(display_name="report", tooltip="Ranks, size and what was lost."),
             ],
-            **if_known(io.Schema, search_aliases=["lora rank", "shrink lora", "compress lora", "svd resize"]),
+            search_aliases=["lora rank", "shrink lora", "compress lora", "svd resize"],
         )
 
     @classmethod
@@ -317,7 +316,7 @@ class SaveLoRA(io.ComfyNode):
                 about("trigger_words", "Words that the LoRA answers to, with commas. Empty keeps those that it names."),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file's name in the loras folder.")],
-            **if_known(io.Schema, search_aliases=["export lora", "write lora"]),
+            search_aliases=["export lora", "write lora"],
         )
 
     @classmethod

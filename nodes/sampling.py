@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io, ui
 
-from ..host.compat import if_known
 from ..host.sampling import sampling
 from ..host.show import show
 from ..samplers.presets import PRESETS
@@ -34,7 +33,7 @@ def gammas_input():
         placeholder="0, 0, 1",
         tooltip="A gamma for each step, first step first, separated by commas; the last one holds to the end. "
         "0, 1 makes the first step deterministic and goes on as LCM. Empty uses gamma for all.",
-        **if_known(io.String.Input, advanced=True),
+        advanced=True,
     )
 
 
@@ -95,7 +94,7 @@ class LCMKSampler(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=GAMMA_TOOLTIP,
-                    **if_known(io.Float.Input, advanced=True),
+                    advanced=True,
                 ),
                 io.Int.Input(
                     "cfg_steps",
@@ -104,7 +103,7 @@ class LCMKSampler(io.ComfyNode):
                     max=1000,
                     tooltip="Use cfg in the first so many steps only, then 1. -1 uses it in all, 0 in none. "
                     "1 or 2 keep most of the effect of the negative prompt at little cost.",
-                    **if_known(io.Int.Input, advanced=True),
+                    advanced=True,
                 ),
                 io.Int.Input(
                     "original_steps",
@@ -112,13 +111,13 @@ class LCMKSampler(io.ComfyNode):
                     min=1,
                     max=1000,
                     tooltip=ORIGINAL_STEPS_TOOLTIP,
-                    **if_known(io.Int.Input, advanced=True),
+                    advanced=True,
                 ),
                 gammas_input(),
                 preset_input("steps, cfg, gamma and original_steps"),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The finished latent, for VAE Decode.")],
-            **if_known(io.Schema, search_aliases=["lcm", "latent consistency", "few step sampler", "turbo"]),
+            search_aliases=["lcm", "latent consistency", "few step sampler", "turbo"],
         )
 
     @classmethod
@@ -181,7 +180,7 @@ class LCMSampler(io.ComfyNode):
                 preset_input("gamma"),
             ],
             outputs=[io.Sampler.Output(display_name="SAMPLER")],
-            **if_known(io.Schema, search_aliases=["lcm", "latent consistency", "tcd", "stochastic"]),
+            search_aliases=["lcm", "latent consistency", "tcd", "stochastic"],
         )
 
     @classmethod
@@ -211,12 +210,12 @@ class LCMScheduler(io.ComfyNode):
                     placeholder="999, 759, 499, 259",
                     tooltip="Your own timesteps, highest first, separated by commas; they replace steps and "
                     "original_steps. Empty uses the LCM schedule. With denoise below 1 the last of them are run.",
-                    **if_known(io.String.Input, advanced=True),
+                    advanced=True,
                 ),
                 preset_input("steps and original_steps"),
             ],
             outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="One more than steps; the last is 0.")],
-            **if_known(io.Schema, search_aliases=["lcm", "sigmas", "timesteps", "latent consistency"]),
+            search_aliases=["lcm", "sigmas", "timesteps", "latent consistency"],
         )
 
     @classmethod
@@ -264,9 +263,7 @@ class LCMPreset(io.ComfyNode):
                 io.Float.Output(display_name="cfg", tooltip="For samplers that take no preset."),
                 io.String.Output(display_name="report", tooltip="The settings and where they come from."),
             ],
-            **if_known(
-                io.Schema, search_aliases=["tcd", "dmd2", "hyper-sd", "lightning", "pcm", "tdd", "turbo", "settings"]
-            ),
+            search_aliases=["tcd", "dmd2", "hyper-sd", "lightning", "pcm", "tdd", "turbo", "settings"],
         )
 
     @classmethod

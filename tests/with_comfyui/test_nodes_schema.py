@@ -4,9 +4,7 @@ import asyncio
 import inspect
 
 import pytest
-from comfy_api.latest import io
 
-from lcm_kit.host.compat import if_known
 from lcm_kit.nodes import LCMKitExtension
 from lcm_kit.tests.helpers import ROOT
 
@@ -253,7 +251,3 @@ def test_the_seed_of_the_sampler_node_is_not_randomised_by_the_page():
     """The page adds "control after generate" to every widget called seed, unless told not to."""
     seed = NODES["LCMKitSampler"].GET_NODE_INFO_V1()["input"]["required"]["seed"][1]
     assert seed["control_after_generate"] is False
-
-
-def test_keywords_the_host_does_not_know_are_dropped():
-    assert if_known(io.Schema, display_name="a", no_such_keyword=1) == {"display_name": "a"}
