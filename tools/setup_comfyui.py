@@ -38,6 +38,9 @@ DISK_GB = 10  # 6 stay, the rest are wheels while they are being unpacked
 NEEDED = {  # module -> the name pip knows it by
     "demo": {"torch": "torch", "safetensors": "safetensors", "aiohttp": "aiohttp", "yaml": "pyyaml", "PIL": "pillow"},
     "test": {name: name for name in ("pytest", "hypothesis", "ruff", "mypy", "diffusers", "playwright")},
+    "tree": {  # what .comfyui does not start without; one's own ComfyUI has its own needs
+        name: name.replace("_", "-") for name in ("comfyui_frontend_package", "comfy_kitchen", "comfy_aimdo")
+    },
 }
 PIP_TROUBLE = (  # what pip's output shows -> what to do
     (
@@ -227,9 +230,9 @@ def check_own_tree(tree: Path) -> None:
         raise SetupError(f"{tree} is ComfyUI {version}, LCM Kit needs {floor}: update it, or leave COMFYUI_PATH out")
 
 
-def check_own_python(python: str, purpose: str) -> None:
+def check_own_python(python: str, *purposes: str) -> None:
     """`python` must find every module; torch is never suggested to pip, which could replace a CUDA build."""
-    needed = {**NEEDED["demo"], **(NEEDED["test"] if purpose == "test" else {})}
+    needed = {module: name for purpose in ("demo", *purposes) for module, name in NEEDED[purpose].items()}
     code = f"import importlib.util as u; print([m for m in {list(needed)} if u.find_spec(m) is None])"
     try:
         found = subprocess.run([python, "-c", code], capture_output=True, text=True)
@@ -275,7 +278,7 @@ def main() -> int:
             check_own_tree(Path(options.comfyui).expanduser())
         python = options.python or ("python3" if options.comfyui else "")
         if python:
-            check_own_python(python, options.purpose)
+            check_own_python(python, options.purpose, *([] if options.comfyui else ["tree"]))
         else:
             python = str(build_venv())
         if not options.comfyui:
