@@ -27,10 +27,15 @@ def pack_server(home: Path, **options) -> ComfyUIServer:
 def own_page(tree: Path) -> list[str]:
     """main.py's options for the page that the tree's requirements name; none if `make setup` did not fetch that one:
     then the installed package is it, or as good as it gets."""
+    folder = FRONTENDS / page_version(tree)
+    return ["--front-end-root", str(folder)] if (folder / "index.html").is_file() else []
+
+
+def page_version(tree: Path) -> str:
+    """Version of comfyui-frontend-package that the tree's requirements name, or "" if they name none."""
     file = tree / "requirements.txt"
     wanted = re.search(r"^comfyui-frontend-package==(\S+)", file.read_text() if file.exists() else "", re.MULTILINE)
-    folder = FRONTENDS / wanted.group(1) if wanted else None
-    return ["--front-end-root", str(folder)] if folder and folder.is_dir() else []
+    return wanted.group(1) if wanted else ""
 
 
 def newest_page() -> list[str]:

@@ -1,6 +1,8 @@
 """The real server starts with the pack: imported at once, without a warning, with every node of the contract."""
 
+import importlib.metadata
 import os
+import re
 import signal
 import socket
 import time
@@ -9,7 +11,7 @@ import pytest
 
 from lcm_kit.demo.comfyui_client import ExecutionFailed, PromptRejected
 from lcm_kit.demo.comfyui_server import ServerError
-from lcm_kit.tests.with_comfyui.comfy_server import PACK, import_times, pack_server
+from lcm_kit.tests.with_comfyui.comfy_server import PACK, comfyui, import_times, own_page, pack_server, page_version
 
 # Saved workflows depend on these ids: inputs may be added, never renamed.
 CONTRACT = {
@@ -49,6 +51,14 @@ def test_log_has_no_warning_about_the_pack(server):
     about_us = [line for line in at_start.splitlines() if PACK in line or "LCM Kit" in line or "LCMKit" in line]
     assert about_us
     assert [line for line in about_us if any(word in line.lower() for word in suspicious)] == []
+
+
+def test_the_page_is_the_one_that_this_comfyui_names(server):
+    wanted = page_version(comfyui())
+    if own_page(comfyui()):
+        assert re.search(rf"web root: .*\b{re.escape(wanted)}$", server.log_text(), re.MULTILINE)
+    elif (installed := importlib.metadata.version("comfyui-frontend-package")) != wanted:
+        pytest.skip(f"this ComfyUI names the page {wanted}, {installed} is installed")
 
 
 @pytest.mark.parametrize("node", CONTRACT)
