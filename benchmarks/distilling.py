@@ -147,16 +147,17 @@ def work(kind: str, name: str, watch: Watch) -> dict[str, float]:
     watch.last = time.process_time()
     if kind == "core":
         with_hook(watch)
+        schema = core.TrainLoraNode.define_schema()
+        defaults = {entry.id: entry.default for entry in schema.inputs if getattr(entry, "default", None) is not None}
         settings = {
-            "batch_size": batch, "steps": STEPS, "grad_accumulation_steps": 1, "learning_rate": 1e-4, "rank": rank,
+            **defaults, "batch_size": batch, "steps": STEPS, "grad_accumulation_steps": 1, "learning_rate": 1e-4, "rank": rank,
             "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32",
             "algorithm": "LoRA", "gradient_checkpointing": True, "existing_lora": "[None]",
         }  # fmt: skip
-        # One LATENT each: a batch in one stops TrainLoraNode of ComfyUI 0.3.75 with an UnboundLocalError.
         given = [{"samples": latent} for latent in latents.split(1)]
         lora = core.TrainLoraNode.execute(
             [model], given, [positive], **{key: [value] for key, value in settings.items()}
-        ).result[1]
+        ).result[[output.io_type for output in schema.outputs].index("LORA_MODEL")]
         found["LoRA"] = float(sum(tensor.numel() for tensor in lora.values()))
     elif kind == "ours":
         with_timed_steps(watch)
@@ -183,6 +184,7 @@ def with_hook(watch: Watch) -> None:
     import comfy.utils
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
+    comfy.utils.PROGRESS_THROTTLE_MIN_INTERVAL = comfy.utils.PROGRESS_THROTTLE_MIN_PERCENT = 0  # every step is told
 
     def hook(*_, **__) -> None:
         watch.step_done()
