@@ -46,7 +46,7 @@ setup:  ## builds .venv and the real ComfyUI in .comfyui, once (6 GB, minutes)
 	@$(SETUP) test
 
 demo:  ## makes pictures in 4 steps with the embedded model, through ComfyUI's own server
-	@$(SETUP) demo
+	@$(SETUP) $(if $(filter floor,$(COMFYUI)),test,demo)
 	@COMFYUI_PATH="$(TREE)" "$(RUN)" demo/run.py $(if $(PROMPT),--prompt "$$PROMPT")
 
 test: lint unit integration $(if $(COMFYUI_PATH)$(COMFYUI),,floor)  ## lint, unit and integration on both versions: what CI runs
