@@ -41,6 +41,7 @@ help:  ## this list
 	@echo
 	@echo '  make demo PROMPT="cat face"          pictures of your own words'
 	@echo '  make test COMFYUI_PATH=... PYTHON=...  with your own ComfyUI and its Python (each command takes these)'
+	@echo '  make integration COMFYUI=floor         on the oldest supported ComfyUI, 0.16.3 (so do demo and compatibility)'
 
 setup:  ## builds .venv and the real ComfyUI in .comfyui, once (6 GB, minutes)
 	@$(SETUP) test
