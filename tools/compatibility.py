@@ -28,7 +28,7 @@ TABLE = ROOT / "docs" / "compatibility.md"
 COLUMNS = ("ComfyUI", "page", "Python, torch", "tried on", "starts", "nodes", "in the page", "distils", "what fails")
 FILES = {  # column -> the test files it counts; all others are "nodes"
     "starts": ("test_startup",),
-    "in the page": ("test_browser",),
+    "in the page": ("test_browser", "test_markup_in_page", "test_reports_in_page"),
     "distils": ("test_distilling", "test_distilling_in_server", "test_distillation_command"),
 }
 
