@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..host.page import for_pages
 from .comparing import CompareLoRA
 from .distilling import Distill
 from .editing import LCMEdit
@@ -11,27 +12,32 @@ from .loading import ApplyLoRA, LCMLoader, LoadLoRA
 from .merging import MergeLoRA, ResizeLoRA, SaveLoRA
 from .sampling import LCMKSampler, LCMPreset, LCMSampler, LCMScheduler
 
+NODES = [
+    for_pages(node)
+    for node in (
+        LCMKSampler,
+        LCMEdit,
+        LCMSampler,
+        LCMScheduler,
+        LCMPreset,
+        LCMLoader,
+        LoadLoRA,
+        MergeLoRA,
+        ResizeLoRA,
+        ApplyLoRA,
+        SaveLoRA,
+        CompareLoRA,
+        ExtractLoRA,
+        LCMNegativePrompt,
+        LCMGuidanceEmbedding,
+        LimitDenoised,
+        Distill,
+    )
+]
+
 
 class LCMKitExtension(ComfyExtension):
     """What ComfyUI asks for at start-up."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
-            LCMKSampler,
-            LCMEdit,
-            LCMSampler,
-            LCMScheduler,
-            LCMPreset,
-            LCMLoader,
-            LoadLoRA,
-            MergeLoRA,
-            ResizeLoRA,
-            ApplyLoRA,
-            SaveLoRA,
-            CompareLoRA,
-            ExtractLoRA,
-            LCMNegativePrompt,
-            LCMGuidanceEmbedding,
-            LimitDenoised,
-            Distill,
-        ]
+        return NODES

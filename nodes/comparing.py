@@ -3,7 +3,6 @@
 from comfy_api.latest import io, ui
 
 from ..host.lora import comparing
-from ..host.show import show
 
 CATEGORY = "LCM Kit/LoRA"
 MOST = 6
@@ -62,6 +61,5 @@ class CompareLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, rank, **slots) -> io.NodeOutput:
         picture, text = comparing.compare_slots(slots, rank)
-        show(text)
         preview = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         return io.NodeOutput(picture, text, ui=preview)

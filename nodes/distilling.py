@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io, ui
 
-from ..host.show import show
 from ..host.training import distilling
 
 CATEGORY = "LCM Kit/training"
@@ -190,5 +189,4 @@ class Distill(io.ComfyNode):
         lora, picture, text = distilling.distil(
             model[0], positive, negative, [one for one in latent or () if one], (vae or (None,))[0], **settings
         )
-        show(text)
         return io.NodeOutput(lora, picture, text, ui=ui.PreviewText(text))

@@ -3,7 +3,6 @@
 from comfy_api.latest import io, ui
 
 from ..host.lora import extracting
-from ..host.show import show
 
 CATEGORY = "LCM Kit/LoRA"
 
@@ -56,5 +55,4 @@ class ExtractLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, model_tuned, model_base, rank, keep, clip_tuned=None, clip_base=None) -> io.NodeOutput:
         lora, text = extracting.extract_lora(model_tuned, model_base, rank, keep, clip_tuned, clip_base)
-        show(text)
         return io.NodeOutput(lora, text, ui=ui.PreviewText(text))

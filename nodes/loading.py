@@ -4,7 +4,6 @@ from comfy_api.latest import io, ui
 
 from ..host.lora import files, patches, stack
 from ..host.lora.reports import contents
-from ..host.show import show
 
 CATEGORY = "LCM Kit/LoRA"
 STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
@@ -69,7 +68,6 @@ class LCMLoader(io.ComfyNode):
         model, clip, stacked = stack.apply(model, clip, lora_stack)
         done = patches.apply(model, clip, lora, strength, strength, demand_all=True, allow_misfit=wrong_base == "warn")
         text = "\n".join([done.report, *stacked])
-        show(text)
         preset = done.preset
         return io.NodeOutput(
             done.model, done.clip, lora, preset.steps, preset.cfg, text, preset, ui=ui.PreviewText(text)
@@ -100,7 +98,6 @@ class LoadLoRA(io.ComfyNode):
     def execute(cls, lora_name) -> io.NodeOutput:
         lora = files.read_lora(lora_name)
         text = contents(lora)
-        show(text)
         return io.NodeOutput(lora, text, ui=ui.PreviewText(text))
 
 
@@ -146,5 +143,4 @@ class ApplyLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, model, lora, strength_model, strength_clip, clip=None, wrong_base="refuse") -> io.NodeOutput:
         done = patches.apply(model, clip, lora, strength_model, strength_clip, allow_misfit=wrong_base == "warn")
-        show(done.report)
         return io.NodeOutput(done.model, done.clip, done.report, ui=ui.PreviewText(done.report))

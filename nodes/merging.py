@@ -3,7 +3,6 @@
 from comfy_api.latest import io, ui
 
 from ..host.lora import files, merging
-from ..host.show import show
 from ..lora_merge import METHODS
 
 CATEGORY = "LCM Kit/LoRA"
@@ -219,7 +218,6 @@ class MergeLoRA(io.ComfyNode):
             spread=spread,
             outliers=outliers,
         )
-        show(text)
         return io.NodeOutput(merged, text, ui=ui.PreviewText(text))
 
 
@@ -268,7 +266,6 @@ class ResizeLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, lora, rank, keep, dtype, max_mb=0.0) -> io.NodeOutput:
         small, text = merging.resize(lora, rank=rank, keep=keep, max_mb=max_mb, dtype=dtype)
-        show(text)
         return io.NodeOutput(small, text, ui=ui.PreviewText(text))
 
 
@@ -331,5 +328,4 @@ class SaveLoRA(io.ComfyNode):
             name_mode=output_name_mode,
             about={"title": title, "author": author, "trigger_words": trigger_words},
         )
-        show(path)
         return io.NodeOutput(path, ui=ui.PreviewText(path))

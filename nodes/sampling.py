@@ -3,7 +3,6 @@
 from comfy_api.latest import io, ui
 
 from ..host.sampling import sampling
-from ..host.show import show
 from ..samplers.presets import PRESETS
 
 CATEGORY = "LCM Kit/sampling"
@@ -269,5 +268,4 @@ class LCMPreset(io.ComfyNode):
     @classmethod
     def execute(cls, name, steps) -> io.NodeOutput:
         preset, text = sampling.preset_named(name, steps)
-        show(text)
         return io.NodeOutput(preset, preset.steps, preset.cfg, text, ui=ui.PreviewText(text))

@@ -1,5 +1,5 @@
 """The archive that the ComfyUI Registry would get: git's files minus .comfyignore, complete and free of what its
-scanners hide a version for (network, processes, environment, eval, pickle, JavaScript)."""
+scanners hide a version for (network, processes, environment, eval, pickle, JavaScript but one readable script)."""
 
 import ast
 import re
@@ -23,9 +23,11 @@ NEEDED = (
     "requirements.txt",
     "example_workflows/*.json",
     "web/docs/*.md",
+    "web/report.js",
 )
 KEPT_OUT = ("tests", "demo", "benchmarks", "tools", ".ci", ".github")
 SUFFIXES = {".py", ".md", ".json", ".toml", ".txt", ".jpg", ".png", ".webp", ""}
+SCRIPTS = {Path("web/report.js")}
 MEGABYTES = 5
 
 MODULES = {
@@ -40,6 +42,12 @@ CALLS = re.compile(
     r"|importlib\.import_module"
 )
 # Scanners read text, comments too.
+# What makes markup or code out of text, talks to somebody, or keeps something.
+WORDS_OF_SCRIPTS = re.compile(
+    r"(inner|outer)HTML|insertAdjacent|createContextualFragment|DOMParser|srcdoc|document\.write|\beval\b|\bFunction\("
+    r"|\bimport\(|fetch|XMLHttpRequest|WebSocket|EventSource|sendBeacon|Worker|postMessage|https?:|//\w+\.|javascript:"
+    r"|cookie|(local|session)Storage|indexedDB|set(Timeout|Interval)\([\"'`]|atob|fromCharCode|\\[xu][0-9a-fA-F]{2}"
+)
 WORDS = re.compile(r"os\.environ|subprocess|(?<![\w.])(eval|exec)\(|b64decode|torch\.load")
 
 
@@ -91,7 +99,43 @@ def test_archive_leaves_out_what_only_a_clone_needs(archive):
 
 
 def test_archive_holds_only_plain_files_of_known_kinds(archive):
-    assert [str(path) for path in archive if path.suffix not in SUFFIXES or (ROOT / path).is_symlink()] == []
+    assert [str(path) for path in archive if path.suffix not in SUFFIXES and path not in SCRIPTS] == []
+    assert [str(path) for path in archive if (ROOT / path).is_symlink()] == []
+
+
+def test_the_page_scripts_are_few_short_and_readable(archive):
+    assert {path for path in archive if path.suffix in (".js", ".mjs", ".ts", ".html", ".css", ".svg")} == SCRIPTS
+    for path in SCRIPTS:
+        lines = (ROOT / path).read_text(encoding="ascii").splitlines()
+        assert len(lines) < 200, path
+        assert max(map(len, lines)) <= 120, path  # nothing minified
+
+
+def test_page_scripts_set_text_only_and_talk_to_nobody():
+    found = []
+    for path in SCRIPTS:
+        text = (ROOT / path).read_text(encoding="ascii")
+        found += [f"{path}: {match.group()}" for match in WORDS_OF_SCRIPTS.finditer(text)]
+        assert re.findall(r"""\bfrom\s+["'](.*?)["']""", text) == ["../../scripts/app.js"], "the page's own door only"
+        assert text.count("import") == 1
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "element.innerHTML = text;",
+        "element.insertAdjacentHTML('beforeend', text);",
+        "document.write(text);",
+        "eval(text);",
+        "new Function('x', text)();",
+        "fetch('/history');",
+        "await import('./other.js');",
+        'import { app } from "https://example.org/app.js";',
+    ],
+)
+def test_rule_for_page_scripts_recognises(line):
+    assert WORDS_OF_SCRIPTS.search(line)
 
 
 def test_archive_is_small(archive):

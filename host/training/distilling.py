@@ -16,7 +16,7 @@ from ...distillation.trainer import Trainer
 from ...lora_merge.files.file_names import name_trouble, shown
 from ..lora.files import called
 from ..lora.weights import LoraWeights
-from ..show import show
+from ..page import show
 from .data import entries, paired, partners, pictures
 from .loan import compute_type
 from .run import Work, empty_latent, sigma_table, training

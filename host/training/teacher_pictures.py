@@ -10,7 +10,7 @@ import torch
 from ...distillation import checkpoint
 from ...distillation.draws import SAMPLES, generator
 from ...distillation.settings import Settings
-from ..show import show
+from ..page import show
 from .data import fingerprint
 
 STEPS = 25

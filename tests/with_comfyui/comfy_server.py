@@ -19,8 +19,12 @@ def comfyui() -> Path:
 
 
 def pack_server(home: Path, **options) -> ComfyUIServer:
-    """Not started yet. Previews are on, so that tests can see them, and the page is this ComfyUI's own."""
-    options.setdefault("arguments", ["--preview-method", "latent2rgb", *own_page(comfyui())])
+    """Not started yet. Previews are on, so that tests can see them, and the page is this ComfyUI's own.
+
+    FRONTEND_PATH names the folder of another page (the `static` of a comfyui-frontend-package).
+    """
+    page = ["--front-end-root", os.environ["FRONTEND_PATH"]] if os.environ.get("FRONTEND_PATH") else own_page(comfyui())
+    options.setdefault("arguments", ["--preview-method", "latent2rgb", *page])
     return ComfyUIServer(comfyui(), home, packs=PACKS, models=MODELS, **options)
 
 

@@ -119,3 +119,18 @@ def client(server):
 
     with Client(server) as connected:
         yield connected
+
+
+@pytest.fixture(scope="module")  # while it is there, nothing else can run an event loop
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    from lcm_kit.tests.with_comfyui.web_page import OPTIONS, chromium
+
+    path = chromium()
+    if path is None:
+        pytest.skip("no Chromium: install it (Debian: apt-get install chromium), or name one with CHROMIUM=/path")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=OPTIONS)
+        yield browser
+        browser.close()

@@ -2,9 +2,11 @@
 
 import asyncio
 import inspect
+import re
 
 import pytest
 
+from lcm_kit.host.page import plain
 from lcm_kit.nodes import LCMKitExtension
 from lcm_kit.tests.helpers import ROOT
 
@@ -245,6 +247,42 @@ def test_every_node_explains_itself(node_id):
 
 def test_every_help_page_belongs_to_a_node():
     assert {page.stem for page in (ROOT / "web" / "docs").iterdir()} == NODES.keys()
+
+
+def texts_in(value):
+    """Every text in an answer of the server."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from texts_in(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from texts_in(part)
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_what_a_page_knows_of_a_node_is_no_markup(node_id):
+    """Names, tooltips and choices; the page draws descriptions as Markdown and what a search finds as HTML."""
+    texts = list(texts_in(NODES[node_id].GET_NODE_INFO_V1()))
+    assert len(texts) > 5
+    assert [text for text in texts if plain(text) != text] == []
+
+
+def test_help_pages_are_markdown_without_html_or_strange_links():
+    for page in (ROOT / "web" / "docs").iterdir():
+        text = page.read_text(encoding="utf-8")
+        assert re.findall(r"<[a-zA-Z/!?][^>]*>", text) == [], page.name
+        assert [link for link in re.findall(r"\]\(([^)]*)\)", text) if not link.startswith("https://")] == [], page.name
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_a_report_is_there_again_where_the_host_can_do_it(node_id):
+    schema = NODES[node_id].GET_SCHEMA()
+    reports = any(output.display_name == "report" for output in schema.outputs)
+    if not hasattr(io.Schema, "has_intermediate_output"):
+        pytest.skip("a newer ComfyUI sends the report of a cached node again")
+    assert schema.has_intermediate_output == reports
 
 
 def test_the_seed_of_the_sampler_node_is_not_randomised_by_the_page():

@@ -1,0 +1,120 @@
+"""A node's report in ComfyUI's real page: it stays where it was shown, and goes into no prompt and no saved workflow."""
+
+import json
+
+import pytest
+
+from lcm_kit.demo.graphs import TINY, Graph, load, merge
+from lcm_kit.tests.with_comfyui.web_page import open_graph, opened_page, report_on, run_in_page
+
+REPORTING = ("LCMKitLoadLoRA", "LCMKitMergeLoRA", "LCMKitApplyLoRA", "LCMKitCompareLoRA")
+
+
+@pytest.fixture(scope="module")
+def page(browser, server):
+    return opened_page(browser, server)
+
+
+def graph_of_reports():
+    graph = Graph()
+    loaded = load(graph, TINY)
+    merged = merge(graph, TINY, 0.8, 1.0)
+    applied = graph.add(
+        "LCMKitApplyLoRA", model=loaded.model, clip=loaded.clip, lora=merged, strength_model=1.0, strength_clip=1.0
+    )
+    graph.add("PreviewAny", source=[applied, 2])
+    loras = {f"lora_{n}": graph[merged[0]]["inputs"][f"lora_{n}"] for n in (1, 2)}
+    graph.add("LCMKitCompareLoRA", rank=0, **loras, **{f"strength_{n}": 1.0 for n in range(1, 7)})
+    return graph
+
+
+def reports(page):
+    return {type_: report_on(page, type_) for type_ in REPORTING}
+
+
+@pytest.fixture
+def told(page, server):
+    """The reports after a run in which nothing was cached."""
+    forget(page, server)
+    open_graph(page, graph_of_reports(), "reports")
+    assert run_in_page(page)["status"]["status_str"] == "success"
+    found = reports(page)
+    assert found["LCMKitLoadLoRA"].startswith("tiny_emoji_")
+    assert found["LCMKitMergeLoRA"].startswith("Merged 2 LoRAs")
+    assert "modules applied at strength 1" in found["LCMKitApplyLoRA"].splitlines()[0]
+    return found
+
+
+def forget(page, server):
+    """Empties the server's cache of results: an old host sends nothing of a cached node that is no output node."""
+    body = json.dumps({"unload_models": True, "free_memory": True}).encode()
+    server.request("/free", body, {"Content-Type": "application/json"})
+    page.wait_for_timeout(500)
+
+
+def saved(page):
+    """The open graph as the page writes it into a file."""
+    return page.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
+
+
+def ours(page):
+    """(widgets_values as the page saves them, the inputs as it sends them) of our nodes in the open graph."""
+    saved_nodes = [node for node in saved(page)["nodes"] if node["type"].startswith("LCMKit")]
+    sent = page.evaluate("() => app.graphToPrompt().then(both => both.output)")
+    inputs = {id_: node["inputs"] for id_, node in sent.items() if node["class_type"].startswith("LCMKit")}
+    return [(node["type"], node.get("widgets_values")) for node in saved_nodes], inputs
+
+
+def test_a_report_is_in_no_saved_workflow_and_in_no_prompt(page, server):
+    forget(page, server)
+    open_graph(page, graph_of_reports(), "before")
+    before = ours(page)
+    run_in_page(page)
+    assert None not in reports(page).values()
+    assert ours(page) == before
+
+
+def test_reports_are_there_after_a_second_run_that_is_cached(page, told):
+    history = run_in_page(page)
+    (cached,) = (data["nodes"] for kind, data in history["status"]["messages"] if kind == "execution_cached")
+    assert len(cached) > 3
+    assert reports(page) == told
+
+
+def test_reports_are_there_after_a_change_of_tabs(page, told):
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    page.wait_for_function("() => !app.graph.nodes.some(n => n.type === 'LCMKitMergeLoRA')")
+    page.evaluate("() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+    page.wait_for_function("() => app.graph.nodes.some(n => n.type === 'LCMKitMergeLoRA')")
+    page.wait_for_timeout(500)
+    assert reports(page) == told
+    run_in_page(page)
+    assert reports(page) == told
+
+
+def test_reports_come_again_in_a_page_that_was_loaded_anew(browser, server, page, told):
+    """With the next run, which is cached: on all nodes where the host can do it, on output nodes with any."""
+    new = opened_page(browser, server)
+    new.evaluate("graph => app.loadGraphData(graph)", saved(page))
+    new.wait_for_function("() => app.graph.nodes.some(n => n.type === 'LCMKitMergeLoRA')")
+    assert reports(new) == dict.fromkeys(REPORTING)
+    run_in_page(new)
+    node = json.loads(server.request("/object_info/LCMKitLoadLoRA"))["LCMKitLoadLoRA"]
+    found = reports(new)
+    new.close()
+    if "has_intermediate_output" in node:
+        assert node["has_intermediate_output"]
+        assert found == told
+    assert found["LCMKitCompareLoRA"] == told["LCMKitCompareLoRA"]
+
+
+def test_a_report_is_as_large_as_its_text_and_read_only(page, told):
+    boxes = page.evaluate(
+        """() => app.graph.nodes.flatMap(n => n.widgets ?? []).filter(w => w.name === "lcm_kit_report").map(w => ({
+            readOnly: w.element.readOnly, text: w.element.value,
+            fits: w.element.scrollHeight <= w.element.clientHeight + 2, height: w.element.clientHeight,
+        }))"""
+    )
+    assert len(boxes) == len(REPORTING) + 1  # Load LoRA twice
+    assert all(box["readOnly"] for box in boxes)
+    assert [box for box in boxes if not box["fits"] and box["height"] < 250] == []

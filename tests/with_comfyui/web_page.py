@@ -1,0 +1,76 @@
+"""ComfyUI's real web page in a Chromium: opened, given graphs, run.
+
+CHROMIUM names the browser; else chromium, chromium-browser or google-chrome on the PATH is taken.
+"""
+
+import json
+import os
+import shutil
+import time
+
+OPTIONS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+OPTIONS += ["--disable-component-update", "--disable-sync"]
+SLOW = 120_000  # ms; two slow cores also run the server
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,  # else the template browser opens by itself
+    "Comfy.Minimap.Visible": False,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # full drawing at every zoom
+}
+
+
+def chromium() -> str | None:
+    """Path of the browser, or None."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+
+
+def opened_page(browser, server, script="", **settings):
+    """ComfyUI's page, ready, with nothing that lies over the graph. script: JavaScript to run before all others."""
+    body = json.dumps(SETTINGS | settings).encode()
+    server.request("/settings", body, {"Content-Type": "application/json"})
+    page = browser.new_page(viewport={"width": 1600, "height": 860})
+    page.set_default_timeout(SLOW)
+    page.add_init_script(f"localStorage.setItem('vueNodesBannerDismissed', 'true');{script}")
+    page.goto(server.url)
+    wait_until_ready(page)
+    return page
+
+
+def wait_until_ready(page):
+    page.wait_for_function(
+        "() => Boolean(window.app?.graph && window.LiteGraph?.registered_node_types?.LCMKitKSampler)"
+    )
+
+
+def open_graph(page, graph, name="graph"):
+    """A graph in API format, in a tab of its own."""
+    types = [node["class_type"] for node in graph.values()]
+    page.evaluate("([text, name]) => app.loadApiJson(JSON.parse(text), name)", [json.dumps(graph), name])
+    page.wait_for_function("types => types.every(t => app.graph.nodes.some(n => n.type === t))", arg=types)
+
+
+def run_in_page(page):
+    """Runs the open graph to its end, good or bad; returns what the server filed in its history."""
+    before = set(page.evaluate(HISTORY))
+    page.evaluate("() => app.queuePrompt(0)")
+    end = time.monotonic() + SLOW / 1000
+    while not (new := set(page.evaluate(HISTORY)) - before):
+        assert time.monotonic() < end, "the run is not in the history"
+        page.wait_for_timeout(100)
+    page.wait_for_timeout(500)  # the page has yet to draw it
+    (id_,) = new
+    return page.evaluate("id => fetch('/history/' + id).then(answer => answer.json())", id_)[id_]
+
+
+HISTORY = "() => fetch('/history').then(answer => answer.json()).then(Object.keys)"
+
+
+def report_on(page, type_):
+    """What the text area on the first node of that type shows, or None."""
+    return page.evaluate(
+        """type => {
+            const node = app.graph.nodes.find(n => n.type === type);
+            return node?.widgets?.find(w => w.name === "lcm_kit_report")?.element?.value ?? null;
+        }""",
+        type_,
+    )

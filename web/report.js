@@ -1,0 +1,134 @@
+// Shows on each node of LCM Kit what it reports, as read-only text below its widgets.
+//
+// The server sends a report as the node's output `text`, which the page draws for its own preview nodes only. Reports
+// hold names out of files and workflows, so they are set as the value of a text area and never become markup.
+import { app } from "../../scripts/app.js";
+
+const OURS = /^LCMKit/; // node ids
+const NAME = "lcm_kit_report";
+const PROGRESS = "$$node-text-preview"; // the page's own widget for the text of a node that is running
+const FONT = { size: 11, line: 15, family: 'ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace' };
+const BOX = { margin: 10, padding: 6, tallest: 330 }; // pixels; the margin is the page's own
+const NARROWEST = 340; // of a node with a report
+
+const STYLE = {
+  boxSizing: "border-box",
+  width: "100%",
+  height: "100%",
+  margin: "0",
+  padding: `${BOX.padding}px`,
+  border: "none",
+  borderRadius: "4px",
+  resize: "none",
+  overflow: "auto",
+  whiteSpace: "pre-wrap",
+  overflowWrap: "anywhere",
+  color: "var(--input-text, #ddd)",
+  background: "var(--comfy-input-bg, #222)",
+  fontFamily: FONT.family,
+  fontSize: `${FONT.size}px`,
+  lineHeight: `${FONT.line}px`,
+};
+
+let letter; // width of one, in pixels
+function widthOfLetter() {
+  if (!letter) {
+    const context = document.createElement("canvas").getContext("2d");
+    context.font = `${FONT.size}px ${FONT.family}`;
+    letter = context.measureText("0").width;
+  }
+  return letter;
+}
+
+// Rows that a line takes where each has room for so many letters.
+function rowsOf(line, columns) {
+  let rows = 1;
+  let used = 0;
+  for (const { length } of line.match(/ +|[^ ]+/g) ?? []) {
+    if (used > 0 && used + length > columns) {
+      rows += 1;
+      used = 0;
+    }
+    rows += Math.ceil(length / columns) - 1;
+    used = length > columns ? length % columns : used + length;
+  }
+  return rows;
+}
+
+// Pixels that `text` takes in a node of that width, without the margin around.
+function heightOf(text, width) {
+  const columns = Math.max(16, Math.floor((width - 2 * (BOX.margin + BOX.padding) - 2) / widthOfLetter()));
+  const rows = text.split("\n").reduce((sum, line) => sum + rowsOf(line, columns), 0);
+  return Math.min(BOX.tallest, rows * FONT.line + 2 * BOX.padding + 2);
+}
+
+function addBox(node) {
+  const element = document.createElement("textarea");
+  element.readOnly = true;
+  element.spellcheck = false;
+  element.setAttribute("aria-label", `${node.title}: report`);
+  Object.assign(element.style, STYLE);
+  const widget = node.addDOMWidget(NAME, NAME, element, {
+    serialize: false, // not in the prompt
+    hideOnZoom: false,
+    getValue: () => element.value,
+    setValue: () => {}, // a value in an old workflow is not this node's report
+    getMinHeight: () => heightOf(element.value, node.size[0]) + 2 * BOX.margin,
+  });
+  widget.serialize = false; // not in the workflow's widgets_values
+  return widget;
+}
+
+function removeProgress(node) {
+  const at = node.widgets.findIndex((widget) => widget.name === PROGRESS);
+  if (at < 0) return;
+  node.widgets[at].onRemove?.();
+  node.widgets.splice(at, 1);
+}
+
+// The node grows with its report, and shrinks again unless its user has made it larger.
+function fit(node, widget) {
+  const [width, height] = node.size;
+  node.size[0] = Math.max(width, NARROWEST);
+  // Nodes 2.0 lays its widgets out by their styles.
+  widget.element.style.minHeight = `${heightOf(widget.element.value, node.size[0])}px`;
+  const needed = node.computeSize()[1];
+  const grown = height === widget.fitted ? needed : Math.max(height, needed);
+  node.setSize([node.size[0], grown]);
+  widget.fitted = grown;
+}
+
+function show(node, output) {
+  const text = output?.text?.[0];
+  if (typeof text !== "string" || !OURS.test(node?.comfyClass ?? node?.type ?? "")) return;
+  const widget = node.widgets?.find((one) => one.name === NAME) ?? addBox(node);
+  removeProgress(node);
+  if (widget.element.value === text) return;
+  widget.element.value = text;
+  fit(node, widget);
+  node.setDirtyCanvas?.(true, true);
+}
+
+// "7", or "7" in a subgraph as "id of the subgraph:7".
+function nodeAt(locator) {
+  const root = app.rootGraph ?? app.graph?.rootGraph ?? app.graph;
+  const colon = locator.lastIndexOf(":");
+  const graph = colon < 0 ? root : root?.subgraphs?.get(locator.slice(0, colon));
+  return graph?.getNodeById(locator.slice(colon + 1));
+}
+
+app.registerExtension({
+  name: "lcm-kit.report",
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    if (!OURS.test(nodeData.name)) return;
+    const executed = nodeType.prototype.onExecuted;
+    nodeType.prototype.onExecuted = function (output) {
+      executed?.apply(this, arguments);
+      show(this, output);
+    };
+  },
+  // After a change of tabs, and when a run is opened from the history.
+  onNodeOutputsUpdated(outputs) {
+    for (const [locator, output] of Object.entries(outputs ?? {})) show(nodeAt(locator), output);
+  },
+});
