@@ -1,5 +1,6 @@
 """LoRA files: names <-> paths through folder_paths, reading with a cache, writing."""
 
+import logging
 import os
 import posixpath
 import re
@@ -19,6 +20,8 @@ from ...lora_merge.recognise.identity import identify, sha256_of, worth_hashing
 from .identity import KnownWeights
 from .weights import LoraWeights, from_lora, to_lora
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["DTYPES", "FORMATS", "NAME_MODES", "called", "fingerprint", "lora_names", "read_lora", "save_lora"]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -32,14 +35,24 @@ ABOUT = {
 }
 SUFFIXES = (".safetensors", ".sft")
 
+_warned: set[str] = set()
+
 # A changed strength runs a loader again, but need not read its file again. fingerprint -> weights, oldest first.
 CACHE_BYTES = 1 << 30
 _cache: OrderedDict[tuple, KnownWeights] = OrderedDict()
 
 
 def lora_names() -> list[str]:
-    """The files a user can choose. Pickles (.pt, .ckpt) are not opened, so they are not listed."""
-    return [name for name in folder_paths.get_filename_list("loras") if name.lower().endswith(SUFFIXES)]
+    """The files a user can choose. Pickles (.pt, .ckpt) are not opened, so they are not listed.
+
+    Nor is a name with < in it, with a warning: old pages draw a list as HTML, where such a name can run a script.
+    """
+    names = [name for name in folder_paths.get_filename_list("loras") if name.lower().endswith(SUFFIXES)]
+    for name in names:
+        if "<" in name and name not in _warned:
+            _warned.add(name)
+            logger.warning("%r in the loras folder is not listed, for it has a < in its name. Rename it.", name)
+    return [name for name in names if "<" not in name]
 
 
 def fingerprint(lora_name: str) -> tuple:

@@ -7,6 +7,7 @@ stranger's POST /prompt shows in pages that did not ask for it is looked at too.
 
 import json
 import re
+import shutil
 import time
 import urllib.error
 
@@ -205,6 +206,33 @@ def test_what_strangers_run_does_nothing_in_open_pages(runner, onlooker, server)
     runner.wait_for_timeout(500)
     assert [harm(runner), harm(onlooker)] == [[0, []]] * 2
     assert [page.evaluate("() => window.texts") for page in (runner, onlooker)] == [[], []]
+
+
+def test_no_name_of_a_file_becomes_markup_in_a_list(runner, hostile):
+    named = hostile.with_name(f"{SCRIPT}.safetensors")
+    shutil.copy(hostile, named)
+    try:
+        graph = Graph()
+        graph.add("PreviewAny", source=[graph.add("LCMKitLoadLoRA", lora_name=TINY.lcm), 1])
+        open_graph(runner, graph, "list")
+        runner.evaluate("() => app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")
+        runner.wait_for_timeout(1000)
+        at = runner.evaluate(
+            """() => {
+                const node = app.graph.nodes.find(n => n.type === "LCMKitLoadLoRA"), ds = app.canvas.ds;
+                ds.scale = 1;
+                ds.offset = [400 - node.pos[0], 300 - node.pos[1]];
+                app.canvas.draw(true, true);
+                const box = app.canvas.canvas.getBoundingClientRect();
+                return [box.x + 400 + node.size[0] / 2, box.y + 300 + node.widgets[0].y + 10];
+            }"""
+        )
+        runner.mouse.click(*at)
+        runner.get_by_text(TINY.style).first.wait_for(timeout=10_000)
+        assert harm(runner) == [0, []]
+        runner.keyboard.press("Escape")
+    finally:
+        named.unlink()
 
 
 def test_a_running_node_tells_numbers_and_only_to_its_own_page(runner, onlooker):
