@@ -51,9 +51,7 @@ class CompareLoRA(io.ComfyNode):
                     display_name="IMAGE",
                     tooltip="Norms by block, what a cut to each rank loses, and how the sum grows with strength_1.",
                 ),
-                io.String.Output(
-                    display_name="report", tooltip="All of it in numbers, and the answer in words at the end."
-                ),
+                io.String.Output(display_name="report", tooltip="The answer in words, and all of it in numbers."),
             ],
             search_aliases=["analyze lora", "lora conflict", "lora similarity", "lora heat map"],
         )

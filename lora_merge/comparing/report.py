@@ -17,11 +17,18 @@ _SHOWN_SETTINGS = 4
 
 
 def as_text(comparison: Comparison, rank: int = 0) -> str:
-    """One screen: the inputs, the sum, every two of them, the blocks, a cut (to `rank` among others), and the answer."""
-    sections = [_inputs(comparison), _sum(comparison), _pairs(comparison), _blocks(comparison), _cuts(comparison, rank)]
-    sections.append([f"Note: {note}." for note in comparison.notes])
-    lines = [line for section in sections if section for line in (*section, "")]
-    return "\n".join([*lines, "Will they fight?", *(f"  {line}" for line in answer(comparison))])
+    """One screen: the answer; the inputs, the sum, every two of them, the blocks, a cut (to `rank` among others)."""
+    first, *rest = answer(comparison)
+    sections = [
+        [f"Will they fight? {first}", *(f"  {line}" for line in rest)],
+        _inputs(comparison),
+        _sum(comparison),
+        _pairs(comparison),
+        _blocks(comparison),
+        _cuts(comparison, rank),
+        [f"Note: {note}." for note in comparison.notes],
+    ]
+    return "\n\n".join("\n".join(section) for section in sections if section)
 
 
 def _inputs(c: Comparison) -> list[str]:

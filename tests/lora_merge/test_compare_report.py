@@ -23,14 +23,15 @@ def lora(seed, names=BLOCKS[:3], source="LoRA", rank=3):
     return Lora.from_state_dict(tensors, source=source)
 
 
-def test_the_text_ends_in_an_answer_in_words():
+def test_the_text_begins_with_an_answer_in_words():
     found = compare([(lora(1, source="style.safetensors"), 0.8), (lora(2, source="lcm.safetensors"), 1.0)])
     text = as_text(found, 4)
     assert "style * 0.8: norm" in text
     assert "LoRA rank 3 alpha 2 (scale 0.666667): 3" in text
     assert text.count("<- this rank") == 1
-    assert text.splitlines()[-3].startswith("Will they fight?")
-    assert text.splitlines()[-1].startswith("  style and lcm: independent, cosine")
+    assert text.splitlines()[0].startswith("Will they fight? ")
+    assert text.splitlines()[1].startswith("  style and lcm: independent, cosine")
+    assert "\n\n\n" not in text
 
 
 def test_equal_file_names_are_told_apart():
