@@ -9,7 +9,8 @@ const NAME = "lcm_kit_report";
 const PROGRESS = "$$node-text-preview"; // the page's own widget for the text of a node that is running
 const FONT = { size: 11, line: 15, family: 'ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace' };
 const BOX = { margin: 10, padding: 6, tallest: 330 }; // pixels; the margin is the page's own
-const NARROWEST = 340; // of a node with a report
+const NARROWEST = 320; // of a node with a report
+const MOST = 4000; // letters that are counted: more fill the tallest box anyway
 
 const STYLE = {
   boxSizing: "border-box",
@@ -58,7 +59,8 @@ function rowsOf(line, columns) {
 // Pixels that `text` takes in a node of that width, without the margin around.
 function heightOf(text, width) {
   const columns = Math.max(16, Math.floor((width - 2 * (BOX.margin + BOX.padding) - 2) / widthOfLetter()));
-  const rows = text.split("\n").reduce((sum, line) => sum + rowsOf(line, columns), 0);
+  const lines = text.slice(0, MOST).split("\n");
+  const rows = lines.reduce((sum, line) => sum + rowsOf(line, columns), 0);
   return Math.min(BOX.tallest, rows * FONT.line + 2 * BOX.padding + 2);
 }
 
