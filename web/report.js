@@ -111,12 +111,14 @@ function show(node, output) {
   node.setDirtyCanvas?.(true, true);
 }
 
-// "7", or "7" in a subgraph as "id of the subgraph:7".
-function nodeAt(locator) {
+// "7"; in a subgraph "9:7", through the node that stands for it, or "id of the subgraph:7".
+function nodeAt(place) {
   const root = app.rootGraph ?? app.graph?.rootGraph ?? app.graph;
-  const colon = locator.lastIndexOf(":");
-  const graph = colon < 0 ? root : root?.subgraphs?.get(locator.slice(0, colon));
-  return graph?.getNodeById(locator.slice(colon + 1));
+  const way = place.split(":");
+  const id = way.pop();
+  let graph = root;
+  for (const part of way) graph = root?.subgraphs?.get(part) ?? graph?.getNodeById(part)?.subgraph;
+  return graph?.getNodeById(id);
 }
 
 app.registerExtension({
