@@ -101,7 +101,7 @@ def test_reports_in_a_subgraph(page, server):
     """After a run, and after a change of tabs; pages name such a node in two ways."""
     version = page.evaluate("() => window.__COMFYUI_FRONTEND_VERSION__").split(".")
     if tuple(map(int, version[:2])) < (1, 39):
-        pytest.skip("pages before ComfyUI 0.16.3 lose outputs in subgraphs themselves")
+        pytest.skip("older pages than that of ComfyUI 0.16.3 lost one of these three")
     forget(page, server)
     open_graph(page, graph_of_reports(), "subgraph")
     page.evaluate(
