@@ -5,6 +5,7 @@ import inspect
 import re
 
 import pytest
+from comfy_api.latest import io
 
 from lcm_kit.host.page import plain
 from lcm_kit.nodes import LCMKitExtension
