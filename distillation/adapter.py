@@ -1,5 +1,6 @@
 """Trainable LoRA branches beside the layers of a frozen network, switched on and off without a second copy of it."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -66,6 +67,12 @@ def _device(layer: nn.Module) -> torch.device:
     return weight.device
 
 
+def _full_rank(layer: nn.Module) -> int:
+    """The rank above which an update of the layer's weight has nothing to gain."""
+    out, inputs = _shape(layer)
+    return min(out, inputs.numel())
+
+
 class LoraAdapters(nn.Module):
     """One LoraBranch for each chosen layer of `network`, added to the layer's output by a forward hook.
 
@@ -74,7 +81,8 @@ class LoraAdapters(nn.Module):
     choose: chooses layers by (name, module); None takes `targets`, the paper's.
     device: where the network computes, if its weights may be kept elsewhere.
     Beside the layers and not in the weights: W + up @ down would be built anew, at the size of W, in every call.
-    `remove()` takes everything off again. Raises ValueError for a rank below 1 or if no layer is chosen.
+    `remove()` takes everything off again. Raises ValueError for a rank below 1 or above what any layer can use, for an
+    alpha that is not a finite number above 0, or if no layer is chosen.
     """
 
     def __init__(
@@ -94,6 +102,14 @@ class LoraAdapters(nn.Module):
         self.names = targets(network) if choose is None else [n for n, module in named.items() if choose(n, module)]
         if not self.names:
             raise ValueError("the network has no layer to adapt; LCM-LoRA adapts linear and convolution layers.")
+        widest = max(_full_rank(named[name]) for name in self.names)
+        if rank > widest:
+            raise ValueError(
+                f"rank is {rank}, but the largest layer of this network is {widest} wide, and beyond that a rank adds "
+                f"nothing. Use at most {widest}; LCM-LoRA uses 64."
+            )
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise ValueError(f"alpha is {alpha}; it has to be a finite number above 0. Leave it out to take the rank.")
         self.enabled = True
         scale = float(rank if alpha is None else alpha)
         self.branches = nn.ModuleList(LoraBranch(named[name], rank, scale, generator, device) for name in self.names)

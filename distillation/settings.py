@@ -1,5 +1,6 @@
 """What a training is told, and the grid of timesteps it works on."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -43,19 +44,38 @@ class Settings:
     weighting: Weighting = "x0"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "skip"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
-        if not self.learning_rate > 0 or not self.clip > 0:
+        low, high = self.cfg
+        for name, value, low_end, high_end in (
+            ("steps", self.steps, 1, None),
+            ("batch", self.batch, 1, None),
+            ("accumulate", self.accumulate, 1, None),
+            ("skip", self.skip, 1, None),
+            ("original_steps", self.original_steps, 0, None),
+            ("warmup", self.warmup, 0, None),
+            ("learning_rate", self.learning_rate, 0.0, None),
+            ("decay", self.decay, 0.0, 1.0),
+            ("weight_decay", self.weight_decay, 0.0, None),
+            ("betas: the first", self.betas[0], 0.0, 1.0),
+            ("betas: the second", self.betas[1], 0.0, 1.0),
+            ("guidance_min", low, 1.0, None),
+            ("guidance_max", high, 1.0, None),
+            ("huber_c", 0.0 if self.huber_c is None else self.huber_c, 0.0, None),
+            ("average", self.average, 0.0, 1.0),
+        ):
+            _check(name, value, low_end, high_end)
+        if not self.learning_rate > 0 or not self.clip > 0:  # clip may be infinite: then nothing is cut
             raise ValueError(
                 f"learning_rate is {self.learning_rate} and clip is {self.clip}; both must be above 0. "
                 "LCM-LoRA was trained with 1e-4 and 1."
             )
-        if self.cfg[0] > self.cfg[1]:
-            raise ValueError(f"cfg goes from {self.cfg[0]} down to {self.cfg[1]}; write the lower one first.")
-        if not 0 <= self.average < 1 or not 0 <= self.decay <= 1:
+        if low > high:
             raise ValueError(
-                f"average is {self.average} and decay is {self.decay}; average lies in [0, 1), decay in [0, 1]."
+                f"guidance_min is {low} and guidance_max is {high}; the first is the lower end. Exchange them, or set "
+                "both to one number."
+            )
+        if 1 in (self.average, *self.betas):
+            raise ValueError(
+                f"average is {self.average} and betas are {self.betas}; each has to be below 1, or nothing is ever learnt."
             )
         if self.weighting not in get_args(Weighting):
             raise ValueError(f"weighting is {self.weighting!r}; it has to be one of {', '.join(get_args(Weighting))}.")
@@ -83,6 +103,15 @@ class Settings:
         if self.original_steps:
             return training_grid(self.original_steps, train_timesteps=train_timesteps)
         return skipping_grid(self.skip, train_timesteps)
+
+
+def _check(name: str, value: float, low: float, high: float | None) -> None:
+    """Raises ValueError for a setting that is not finite or not from low to high; None is no end."""
+    if not math.isfinite(value) or value < low or (high is not None and value > high):
+        allowed = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+        default = getattr(Settings, name, None)
+        advice = "" if default is None else f" The default is {default:g}."
+        raise ValueError(f"{name} is {value}; it has to be a finite number, {allowed}.{advice}")
 
 
 def skipping_grid(skip: int, train_timesteps: int) -> list[int]:

@@ -152,6 +152,11 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Go on where the checkpoint stopped. Raises ValueError, having changed nothing, if it is of another run."""
         tensors, facts = checkpoint.read(path)
+        if missing := sorted({"settings", "identity", "done", "scaler"} - facts.keys()):
+            raise ValueError(
+                f"{path.name} is no checkpoint of a training (it lacks {', '.join(missing)}); it may hold the pictures of "
+                "another. Use another name."
+            )
         wrong = checkpoint.differences(facts["settings"], self.settings.kept())
         wrong += checkpoint.differences(facts["identity"], self.identity)
         shapes = {name: list(factor.shape) for name, factor in self.factors.items()}

@@ -89,6 +89,21 @@ def test_rank_0_is_refused():
         LoraAdapters(network(), 0, generator=torch.Generator())
 
 
+def test_a_rank_above_all_widths_is_refused_before_anything_is_made():
+    net = network()
+    widest = max(min(net.get_submodule(name).weight.flatten(1).shape) for name in adapters_of(network()).names)
+    LoraAdapters(net, widest, generator=torch.Generator()).remove()
+    with pytest.raises(ValueError, match=f"rank is {widest + 1}, but the largest layer .* is {widest} wide"):
+        LoraAdapters(net, widest + 1, generator=torch.Generator())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -1.0, 0.0])
+def test_an_alpha_that_scales_nothing_sensible_is_refused(alpha):
+    with pytest.raises(ValueError, match=r"alpha is .* finite number above 0"):
+        LoraAdapters(network(), 2, alpha, generator=torch.Generator())
+
+
 def test_a_network_without_layers_to_adapt_is_refused():
     with pytest.raises(ValueError, match="no layer to adapt"):
         LoraAdapters(nn.Sequential(nn.ReLU()), 4, generator=torch.Generator())

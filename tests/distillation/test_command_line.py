@@ -115,7 +115,7 @@ def test_each_caption_is_held_once(pictures):
         (["--prompts", "{here}/latin.txt"], "latin.txt is no UTF-8 text (invalid continuation byte at byte 3)"),
         (["--prompts", "{here}/nowhere.txt"], "nowhere.txt"),
         (["--prompts", "{here}/captions.txt"], "where there is no ComfyUI (no comfy/sd.py)"),
-        (["--prompts", "{here}/captions.txt", "--guidance-min", "9"], "cfg goes from 9.0 down to 8.5"),
+        (["--prompts", "{here}/captions.txt", "--guidance-min", "9"], "guidance_min is 9.0 and guidance_max is 8.5"),
         (["--prompts", "{here}/captions.txt", "--average-target"], "average_target needs a moving average"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import math
 import os
 import stat
 from contextlib import nullcontext
@@ -295,6 +296,15 @@ def test_a_step_of_one_batch_is_a_step_of_two_half_batches():
         torch.testing.assert_close(halves[key], whole[key])
 
 
+def test_pictures_of_another_training_are_no_checkpoint(tmp_path):
+    path = tmp_path / "a.latents.safetensors"
+    checkpoint.write(path, {"latents": torch.zeros(1, 4, 8, 8)}, {"prompts": "", "shape": [1], "cfg": 1, "seed": 0})
+    network = Gains()
+    with adapters_on(network, 2) as adapters:
+        with pytest.raises(ValueError, match=r"a\.latents\.safetensors is no checkpoint .*lacks done.*another name"):
+            trainer_of(adapters, network).load(path)
+
+
 def test_a_run_does_not_touch_the_global_generator():
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -355,9 +365,24 @@ def test_a_loss_that_is_no_number_ends_the_run():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"steps": 0}, "steps is 0; it has to be at least 1"),
+        ({"steps": 0}, "steps is 0; it has to be a finite number, at least 1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
-        ({"cfg": (3.0, 2.0)}, "from 3.0 down to 2.0"),
+        ({"cfg": (3.0, 2.0)}, "guidance_min is 3.0 and guidance_max is 2.0"),
+        ({"cfg": (math.nan, 2.0)}, "guidance_min is nan; it has to be a finite number, at least 1"),
+        ({"cfg": (2.0, math.inf)}, "guidance_max is inf"),
+        ({"cfg": (-3.0, 2.0)}, "guidance_min is -3"),
+        ({"learning_rate": math.inf}, "learning_rate is inf.*default is 0.0001"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"warmup": -5}, "warmup is -5; it has to be a finite number, at least 0"),
+        ({"huber_c": math.nan}, "huber_c is nan"),
+        ({"huber_c": -0.1}, "huber_c is -0.1"),
+        ({"weight_decay": math.nan}, "weight_decay is nan"),
+        ({"betas": (0.9, math.nan)}, "betas: the second is nan"),
+        ({"betas": (1.0, 0.9)}, r"betas are \(1.0, 0.9\)"),
+        ({"clip": math.nan}, "clip is nan"),
+        ({"decay": math.nan}, "decay is nan"),
+        ({"average": math.nan}, "average is nan"),
+        ({"original_steps": -1}, "original_steps is -1"),
         ({"average": 1.0}, "average is 1.0"),
         ({"average_target": True}, "average_target needs"),
         ({"weighting": "eps"}, "weighting is 'eps'; it has to be one of x0, v"),
