@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .schedule import timesteps_at
+from .schedule import MOST_STEPS, timesteps_at
 
 NoiseScaling = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(sigma (n,), noise (n, ...), latent (n, ...)) -> noised latent; linear in noise and in latent.
@@ -81,14 +81,17 @@ def gamma_per_step(gamma: float | Sequence[float], steps: int) -> list[float]:
 def parse_gammas(text: str) -> list[float]:
     """Numbers of a text such as "1, 1, 0.3", in their order; [] if the text is blank.
 
-    Commas and white space separate. Raises ValueError naming the first entry that is no number from 0 to 1.
+    Commas and white space separate. Raises ValueError naming the first entry that is no number from 0 to 1, or
+    for more than MOST_STEPS.
     """
     entries = text.replace(",", " ").split()
+    if len(entries) > MOST_STEPS:
+        raise ValueError(f"gammas has {len(entries):,} entries; a run has at most {MOST_STEPS:,} steps. Give fewer.")
     for entry in entries:
         # Stricter than float(), which also reads "1_0", "nan" and digits of other scripts.
         if not re.fullmatch(r"[+-]?([0-9]{1,20}(\.[0-9]{0,20})?|\.[0-9]{1,20})", entry) or not 0 <= float(entry) <= 1:
             raise ValueError(
-                f"gammas: {entry!r} is not a number from 0 (deterministic) to 1 (LCM). Write one for each step, first "
+                f"gammas: {entry[:40]!r} is not a number from 0 (deterministic) to 1 (LCM). Write one for each step, first "
                 "step first, separated by commas: 0, 0, 1. The last one holds to the end."
             )
     return [float(entry) for entry in entries]

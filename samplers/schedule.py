@@ -9,6 +9,9 @@ from operator import index as as_integer
 import torch
 from torch import Tensor
 
+MOST_STEPS = 1000
+"""Of a run, as every node has it: a longer list was not meant."""
+
 
 def training_grid(original_steps: int = 50, *, train_timesteps: int = 1000) -> list[int]:
     """Timesteps an LCM was distilled on, ascending: 19, 39, ..., 999 for the usual 50 of 1000.
@@ -69,14 +72,16 @@ def parse_timesteps(text: str) -> list[int]:
     """Whole numbers of a text such as "999, 759, 499, 259", in their order; [] if the text is blank.
 
     Commas and white space separate, any number of them. Range and order are custom_timesteps' business.
-    Raises ValueError naming the first entry that is not a whole number.
+    Raises ValueError naming the first entry that is not a whole number, or for more than MOST_STEPS.
     """
     entries = text.replace(",", " ").split()
+    if len(entries) > MOST_STEPS:
+        raise ValueError(f"timesteps has {len(entries):,} entries; a run has at most {MOST_STEPS:,} steps. Give fewer.")
     for entry in entries:
         # Stricter than int(), which also reads "9_9" and digits of other scripts.
         if not re.fullmatch(r"[+-]?[0-9]{1,9}", entry):
             raise ValueError(
-                f"timesteps: {entry!r} is not a whole number. Write them descending, separated by commas: "
+                f"timesteps: {entry[:40]!r} is not a whole number. Write them descending, separated by commas: "
                 "999, 759, 499, 259"
             )
     return [int(entry) for entry in entries]
