@@ -1,0 +1,69 @@
+"""The class that every node of the pack is made from."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from comfy_api.latest import io
+
+from .check import check
+from .paths import without_folders
+
+LONGEST = 4000  # of an error, in characters
+
+
+class Node(io.ComfyNode):
+    """A node that looks at what it is given, by its own schema, before it runs, and whose errors begin with its name.
+
+    ComfyUI checks what it can before anything runs, but no NaN, no value that comes through a link, no choice with
+    inputs of its own, and up to 0.3.75 no choice at all.
+    A node may define validate_inputs for some of its inputs, as ComfyUI knows it: what it has to say of a value is said
+    here too.
+    """
+
+    def __init_subclass__(cls, **keywords):
+        super().__init_subclass__(**keywords)
+        # ComfyUI makes copies of the class for every run, which find the checked function in place.
+        execute = vars(cls).get("execute")
+        if isinstance(execute, classmethod) and not hasattr(execute.__func__, "checked"):
+            cls.execute = classmethod(_checked(execute.__func__))
+
+
+def _checked(execute: Callable) -> Callable:
+    @functools.wraps(execute)
+    def run(cls, *values, **inputs):
+        schema = cls.define_schema()
+        with in_the_name_of(schema.display_name):
+            named = inspect.getfullargspec(execute).args[1:]
+            check(schema, dict(zip(named, values, strict=False)) | inputs, _own_rules(cls))
+            return execute(cls, *values, **inputs)
+
+    run.checked = True
+    return run
+
+
+def _own_rules(cls: type) -> dict[str, Callable]:
+    """Input -> what the node's validate_inputs says of a value for it."""
+    own = inspect.getfullargspec(cls.validate_inputs).args[1:]
+    return {name: lambda value, name=name: cls.validate_inputs(**{name: value}) for name in own}
+
+
+@contextmanager
+def in_the_name_of(node: str) -> Iterator[None]:
+    """Errors in words get the node's name before them; none is endless, and none names a folder of the machine."""
+    try:
+        yield
+    except Exception as error:
+        error.args = tuple(_fit_to_show(part) if isinstance(part, str) else part for part in error.args)
+        if isinstance(error, OSError) and error.errno is not None:  # the system's words: "Permission denied"
+            error.strerror = f"{node}: {error.strerror}"
+            error.filename = None if error.filename is None else _fit_to_show(str(error.filename))
+        elif isinstance(error, ValueError | OSError) and len(error.args) == 1 and isinstance(error.args[0], str):
+            error.args = (f"{node}: {error.args[0].removeprefix(f'{node}: ')}",)
+        raise
+
+
+def _fit_to_show(words: str) -> str:
+    words = without_folders(words)
+    return words if len(words) <= LONGEST else f"{words[: LONGEST // 2]} ... {words[-LONGEST // 2 :]}"
