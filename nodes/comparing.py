@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io, ui
 
+from ..host.door.node import Node
 from ..host.lora import comparing
 
 CATEGORY = "LCM Kit/LoRA"
@@ -25,7 +26,7 @@ def slots() -> list:
     return inputs
 
 
-class CompareLoRA(io.ComfyNode):
+class CompareLoRA(Node):
     @classmethod
     def define_schema(cls):
         return io.Schema(

@@ -2,12 +2,13 @@
 
 from comfy_api.latest import io, ui
 
+from ..host.door.node import Node
 from ..host.training import distilling
 
 CATEGORY = "LCM Kit/training"
 
 
-class Distill(io.ComfyNode):
+class Distill(Node):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -185,8 +186,8 @@ class Distill(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, latent=(), vae=(None,), **widgets) -> io.NodeOutput:
         # Lists of everything: prompts and latents may be many, of the rest there is one.
-        settings = {name: values[0] for name, values in widgets.items()}
+        single = distilling.only_ones(widgets | {"model": model, "vae": vae or (None,)})
         lora, picture, text = distilling.distil(
-            model[0], positive, negative, [one for one in latent or () if one], (vae or (None,))[0], **settings
+            positive=positive, negative=negative, latents=[one for one in latent or () if one], **single
         )
         return io.NodeOutput(lora, picture, text, ui=ui.PreviewText(text))

@@ -2,11 +2,12 @@
 
 from comfy_api.latest import io
 
+from ..host.door.node import Node
 from ..host.sampling import editing
 from .sampling import CATEGORY, MAX_SEED, ORIGINAL_STEPS_TOOLTIP
 
 
-class LCMEdit(io.ComfyNode):
+class LCMEdit(Node):
     @classmethod
     def define_schema(cls):
         return io.Schema(

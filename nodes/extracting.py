@@ -2,12 +2,13 @@
 
 from comfy_api.latest import io, ui
 
+from ..host.door.node import Node
 from ..host.lora import extracting
 
 CATEGORY = "LCM Kit/LoRA"
 
 
-class ExtractLoRA(io.ComfyNode):
+class ExtractLoRA(Node):
     @classmethod
     def define_schema(cls):
         return io.Schema(

@@ -2,13 +2,14 @@
 
 from comfy_api.latest import io
 
+from ..host.door.node import Node
 from ..host.sampling import embedding, limits
 from ..host.sampling import negative as host_negative
 
 CATEGORY = "LCM Kit/guidance"
 
 
-class LCMNegativePrompt(io.ComfyNode):
+class LCMNegativePrompt(Node):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -76,7 +77,7 @@ class LCMNegativePrompt(io.ComfyNode):
         )
 
 
-class LCMGuidanceEmbedding(io.ComfyNode):
+class LCMGuidanceEmbedding(Node):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -108,6 +109,10 @@ class LCMGuidanceEmbedding(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, unet_name=None):
+        return embedding.known(unet_name)
+
+    @classmethod
     def fingerprint_inputs(cls, unet_name="", **others):
         return embedding.fingerprint(unet_name)
 
@@ -116,7 +121,7 @@ class LCMGuidanceEmbedding(io.ComfyNode):
         return io.NodeOutput(embedding.with_guidance(model, unet_name, guidance))
 
 
-class LimitDenoised(io.ComfyNode):
+class LimitDenoised(Node):
     @classmethod
     def define_schema(cls):
         return io.Schema(

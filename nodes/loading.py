@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io, ui
 
+from ..host.door.node import Node
 from ..host.lora import files, patches, stack
 from ..host.lora.reports import contents
 
@@ -11,7 +12,7 @@ REPORT_TOOLTIP = "What was done, in words; also shown on the node."
 WRONG_BASE = {"options": ["refuse", "warn"], "default": "refuse"}
 
 
-class LCMLoader(io.ComfyNode):
+class LCMLoader(Node):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -59,6 +60,10 @@ class LCMLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, lora_name=None):
+        return files.known(lora_name)
+
+    @classmethod
     def fingerprint_inputs(cls, lora_name="", **others):
         return files.fingerprint(lora_name)
 
@@ -74,7 +79,7 @@ class LCMLoader(io.ComfyNode):
         )
 
 
-class LoadLoRA(io.ComfyNode):
+class LoadLoRA(Node):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -91,6 +96,10 @@ class LoadLoRA(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, lora_name=None):
+        return files.known(lora_name)
+
+    @classmethod
     def fingerprint_inputs(cls, lora_name=""):
         return files.fingerprint(lora_name)
 
@@ -101,7 +110,7 @@ class LoadLoRA(io.ComfyNode):
         return io.NodeOutput(lora, text, ui=ui.PreviewText(text))
 
 
-class ApplyLoRA(io.ComfyNode):
+class ApplyLoRA(Node):
     @classmethod
     def define_schema(cls):
         return io.Schema(

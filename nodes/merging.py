@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io, ui
 
+from ..host.door.node import Node
 from ..host.lora import files, merging
 from ..lora_merge import METHODS
 
@@ -41,7 +42,7 @@ def size():
     )
 
 
-class MergeLoRA(io.ComfyNode):
+class MergeLoRA(Node):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -221,7 +222,7 @@ class MergeLoRA(io.ComfyNode):
         return io.NodeOutput(merged, text, ui=ui.PreviewText(text))
 
 
-class ResizeLoRA(io.ComfyNode):
+class ResizeLoRA(Node):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -269,7 +270,7 @@ class ResizeLoRA(io.ComfyNode):
         return io.NodeOutput(small, text, ui=ui.PreviewText(text))
 
 
-class SaveLoRA(io.ComfyNode):
+class SaveLoRA(Node):
     @classmethod
     def define_schema(cls):
         return io.Schema(

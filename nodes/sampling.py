@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io, ui
 
+from ..host.door.node import Node
 from ..host.sampling import sampling
 from ..samplers.presets import PRESETS
 
@@ -44,7 +45,7 @@ def preset_input(replaces: str):
     )
 
 
-class LCMKSampler(io.ComfyNode):
+class LCMKSampler(Node):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -155,7 +156,7 @@ class LCMKSampler(io.ComfyNode):
         )
 
 
-class LCMSampler(io.ComfyNode):
+class LCMSampler(Node):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -187,7 +188,7 @@ class LCMSampler(io.ComfyNode):
         return io.NodeOutput(sampling.lcm_sampler(gamma=sampling.chosen_gamma(gamma, gammas, preset), seed=seed))
 
 
-class LCMScheduler(io.ComfyNode):
+class LCMScheduler(Node):
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -231,7 +232,7 @@ class LCMScheduler(io.ComfyNode):
         )
 
 
-class LCMPreset(io.ComfyNode):
+class LCMPreset(Node):
     @classmethod
     def define_schema(cls):
         return io.Schema(

@@ -8,21 +8,23 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import PurePath
 
 import comfy.utils
 import folder_paths
 import torch
 
 from ...lora_merge import load, save
-from ...lora_merge.files.file_names import path_trouble, shown
+from ...lora_merge.files.file_names import path_trouble
 from ...lora_merge.files.lora import FORMATS
 from ...lora_merge.recognise.identity import identify, sha256_of, worth_hashing
+from ..door.rules import nearest, shown
 from .identity import KnownWeights
 from .weights import LoraWeights, from_lora, to_lora
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["DTYPES", "FORMATS", "NAME_MODES", "called", "fingerprint", "lora_names", "read_lora", "save_lora"]
+__all__ = ["DTYPES", "FORMATS", "NAME_MODES", "called", "fingerprint", "known", "lora_names", "read_lora", "save_lora"]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 NAME_MODES = ("increment", "exact name", "overwrite", "overwrite_any")
@@ -55,12 +57,31 @@ def lora_names() -> list[str]:
     return [name for name in names if "<" not in name]
 
 
-def fingerprint(lora_name: str) -> tuple:
+def known(lora_name: object) -> bool | str:
+    """For ComfyUI's validate_inputs: True for a file that can be chosen, else what is wrong, in words.
+
+    Also True for what is no text: a value that comes through a link, of which nothing is known yet.
+    """
+    if not isinstance(lora_name, str) or folder_paths.get_full_path("loras", lora_name) is not None:
+        return True
+    return f"lora_name: {unknown(lora_name)}"
+
+
+def unknown(lora_name: str) -> str:
+    """What to say of a name that no file in the loras folder has."""
+    near = nearest(lora_name, lora_names())
+    return (
+        f"{shown(lora_name)} is not in the loras folder{f' (near it: {near})' if near else ''}. Put it there and press R "
+        "to refresh the lists, or choose another file."
+    )
+
+
+def fingerprint(lora_name: object) -> tuple:
     """Changes when the file does, so that ComfyUI runs a loader again for a file that was overwritten.
 
     Times have steps of milliseconds; a file that was replaced within one is another file on the disk.
     """
-    path = folder_paths.get_full_path("loras", lora_name)
+    path = folder_paths.get_full_path("loras", lora_name) if isinstance(lora_name, str) else None
     if path is None:
         return (lora_name,)
     state = os.stat(path)
@@ -71,9 +92,7 @@ def read_lora(lora_name: str) -> KnownWeights:
     """The LORA_MODEL in a file of the loras folder. Raises FileNotFoundError or ValueError, saying what is wrong."""
     path = folder_paths.get_full_path("loras", lora_name)
     if path is None:
-        raise FileNotFoundError(
-            f"{lora_name} is not in the loras folder. Put it there and press R to refresh the lists, or choose another file."
-        )
+        raise FileNotFoundError(unknown(lora_name))
     key = fingerprint(lora_name)
     if key not in _cache:
         # What is known of an older state of the file is of no use any more.
@@ -114,7 +133,9 @@ def called(path: str, name: str):
 
 
 def save_lora(weights, prefix: str, *, dtype: str, format: str, name_mode: str, about: Mapping[str, str]) -> str:
-    """Writes into the first loras folder; returns the name in loaders' lists. Raises ValueError, FileExistsError or OSError.
+    """Writes into the first loras folder; returns the file's name there, with folders and slashes, as loaders list it.
+
+    Raises ValueError, FileExistsError or OSError.
 
     prefix: name without extension, folders before it allowed. name_mode: one of NAME_MODES.
     about: names in ABOUT -> text for the file; an empty one leaves what the LoRA says already.
@@ -130,7 +151,8 @@ def save_lora(weights, prefix: str, *, dtype: str, format: str, name_mode: str, 
             with called(folder, "The loras folder"), called(path, os.path.basename(path)):
                 overwrite = OVERWRITE.get(name_mode, False)
                 save(lora, path, dtype=DTYPES[dtype], format=format, overwrite=overwrite, metadata=texts)
-            return os.path.relpath(path, os.path.abspath(folder_paths.get_folder_paths("loras")[0]))
+            # Not the path: the folders above are the server's own affair.
+            return PurePath(os.path.relpath(path, _loras_folder())).as_posix()
         except FileExistsError:
             if not increment:
                 raise
@@ -138,9 +160,13 @@ def save_lora(weights, prefix: str, *, dtype: str, format: str, name_mode: str, 
             number += 1
 
 
+def _loras_folder() -> str:
+    return os.path.abspath(folder_paths.get_folder_paths("loras")[0])
+
+
 def _place(prefix: str, ending: str) -> tuple[str, str, int]:
     """(folder, made if needed; file name; first free number), as core counts its saved files."""
-    loras = os.path.abspath(folder_paths.get_folder_paths("loras")[0])
+    loras = _loras_folder()
     said = f"filename_prefix is {shown(prefix)}"
     # A backslash separates folders on Windows, and a shared workflow should mean the same everywhere.
     name = prefix.replace("\\", "/")

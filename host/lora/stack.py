@@ -1,8 +1,9 @@
 """LORA_STACK: the list of LoRAs to apply that common node packs emit."""
 
+import reprlib
 from collections.abc import Sequence
-from numbers import Real
 
+from ..door import rules
 from . import files, patches
 
 FORM = "a LORA_STACK is a list of (file name in the loras folder, model strength, text encoder strength)"
@@ -12,20 +13,19 @@ def entries(stack) -> list[tuple[str, float, float]]:
     """The stack's LoRAs, checked; slots that say "None" are left out. Raises ValueError, naming the entry."""
     if stack is None:
         return []
-    if isinstance(stack, str | bytes) or not isinstance(stack, Sequence):
-        raise ValueError(f"lora_stack is {type(stack).__name__}, but {FORM}. Connect the LORA_STACK of a stacker node.")
     found = []
     for number, entry in enumerate(stack, start=1):
         if isinstance(entry, str) or not isinstance(entry, Sequence) or len(entry) != 3:
-            raise ValueError(f"lora_stack: entry {number} is {entry!r}, but {FORM}.")
+            raise ValueError(f"lora_stack: entry {number} is {reprlib.repr(entry)}, but {FORM}.")
         name, *strengths = entry
         if name is None or name == "None":
             continue
         if not isinstance(name, str):
-            raise ValueError(f"lora_stack: entry {number} names its file by {name!r}, but {FORM}.")
-        if not all(isinstance(strength, Real) and strength == strength for strength in strengths):
+            raise ValueError(f"lora_stack: entry {number} names its file by {reprlib.repr(name)}, but {FORM}.")
+        if any(rules.number(strength) for strength in strengths):
             raise ValueError(
-                f"lora_stack: entry {number} ({name}) has strengths {strengths}, but they have to be numbers."
+                f"lora_stack: entry {number} ({rules.shown(name)}) has strengths {reprlib.repr(strengths)}, but they have "
+                "to be finite numbers. Correct it in the stacker node."
             )
         found.append((name, float(strengths[0]), float(strengths[1])))
     return found

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...lora_merge.files.header import check_header
 from ...samplers.guidance import guidance_embedding
+from ..door.rules import nearest, shown
 from ..lora.files import called
 from ..lora.stored import is_readable, stored_weight
 
@@ -60,9 +61,28 @@ def unet_names() -> list[str]:
     return [name for name in dict.fromkeys(names) if name.lower().endswith(SUFFIXES)]
 
 
-def fingerprint(unet_name: str) -> tuple:
+def known(unet_name: object) -> bool | str:
+    """For ComfyUI's validate_inputs: True for a file that can be chosen, else what is wrong, in words.
+
+    Also True for what is no text: a value that comes through a link, of which nothing is known yet.
+    """
+    if not isinstance(unet_name, str) or _path(unet_name) is not None:
+        return True
+    return f"unet_name: {unknown(unet_name)}"
+
+
+def unknown(unet_name: str) -> str:
+    """What to say of a name that no file in the folders has."""
+    near = nearest(unet_name, unet_names())
+    return (
+        f"{shown(unet_name)} is in none of the folders {', '.join(FOLDERS)}{f' (near it: {near})' if near else ''}. Put it "
+        "there and press R to refresh the lists, or choose another file."
+    )
+
+
+def fingerprint(unet_name: object) -> tuple:
     """Changes when the file does, so that ComfyUI runs the node again for a file that was overwritten."""
-    path = _path(unet_name)
+    path = _path(unet_name) if isinstance(unet_name, str) else None
     if path is None:
         return (unet_name,)
     state = os.stat(path)
@@ -146,10 +166,7 @@ def _first_layer(model) -> tuple[torch.Tensor, list]:
 def _tensors(unet_name: str) -> FileTensors:
     path = _path(unet_name)
     if path is None:
-        raise FileNotFoundError(
-            f"{unet_name} is in none of the folders {', '.join(FOLDERS)}. Put it there and press R to refresh the lists, "
-            "or choose another file."
-        )
+        raise FileNotFoundError(unknown(unet_name))
     key = fingerprint(unet_name)
     if key not in _cache:
         with called(path, unet_name):

@@ -1,6 +1,7 @@
 """Distils an LCM-LoRA from a MODEL: latents and conditionings in, LORA_MODEL, picture and report out."""
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -13,7 +14,8 @@ from tqdm.auto import tqdm
 from ...distillation.objective import Weighting
 from ...distillation.settings import Settings
 from ...distillation.trainer import Trainer
-from ...lora_merge.files.file_names import name_trouble, shown
+from ...lora_merge.files.file_names import name_trouble
+from ..door.rules import shown
 from ..lora.files import called
 from ..lora.weights import LoraWeights
 from ..page import show
@@ -29,6 +31,17 @@ WARMUP = 20
 SAVE_EVERY = 100
 STRIPS = 10  # sample strips in a run
 LATENTS = ".latents"  # behind the name of a run: its pictures
+
+
+def only_ones(inputs: Mapping[str, Sequence]) -> dict:
+    """The value of each input, out of its list. Raises ValueError for an input with several."""
+    several = [f"{name} has {len(values)} values" for name, values in inputs.items() if len(values) != 1]
+    if several:
+        raise ValueError(
+            f"{', '.join(several)}, but one training takes one of each; only positive, negative and latent may have many. "
+            "Connect a node that gives one value."
+        )
+    return {name: values[0] for name, values in inputs.items()}
 
 
 def distil(

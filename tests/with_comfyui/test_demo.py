@@ -119,6 +119,7 @@ def foreign(server, path):
     save_file({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}, path)
 
 
+NOT_THERE = r"lora_name: 'missing\.safetensors' is not in the loras folder\. Put it there .* or choose another file"
 CUT_OFF = r"truncated\.safetensors\b.* is cut off: \d+ of \d+ bytes are there; download it again"
 FOREIGN = r"foreign\.safetensors does not fit this model \(TinyEmoji\).*made for another base model; use the LoRA for"
 MISMATCH = (
@@ -139,9 +140,7 @@ MISMATCH = (
 def test_bad_lora_file_is_named_and_the_server_lives_on(client, server, graph, make, node_type, says):
     name = f"{make.__name__}.safetensors"
     make(server, server.home / "models" / "loras" / name)
-    bad = graph(TINY, SHOT)
-    loaders = [node for node, content in bad.items() if "lora_name" in content["inputs"]]
-    bad[loaders[-1]]["inputs"]["lora_name"] = name
+    bad = with_file(graph(TINY, SHOT), name)
     with pytest.raises(ExecutionFailed, match=says) as failed:
         client.run(bad, timeout=120)
     assert failed.value.node_type == node_type
@@ -149,13 +148,19 @@ def test_bad_lora_file_is_named_and_the_server_lives_on(client, server, graph, m
 
 
 @pytest.mark.parametrize(("graph", "node_type"), [(lcm_only, "LCMKitLoader"), (style_in_few_steps, "LCMKitLoadLoRA")])
-def test_missing_lora_file_is_named_before_anything_runs(client, graph, node_type):
-    bad = graph(TINY, SHOT)
-    loaders = [node for node, content in bad.items() if "lora_name" in content["inputs"]]
-    bad[loaders[-1]]["inputs"]["lora_name"] = "missing.safetensors"
-    with pytest.raises(PromptRejected, match=rf"node {loaders[-1]} \({node_type}\): .*missing\.safetensors"):
-        client.run(bad, timeout=120)
-    assert_server_lives_on(client)
+def test_a_missing_lora_file_is_named_before_anything_runs(client, server, graph, node_type):
+    with pytest.raises(PromptRejected, match=NOT_THERE) as rejected:
+        client.run(with_file(graph(TINY, SHOT), "missing.safetensors"))
+    assert f"({node_type}): Custom validation failed" in str(rejected.value)
+    assert str(server.home) not in str(rejected.value)
+    assert "Value not in list" not in str(rejected.value)
+
+
+def with_file(workflow, name):
+    """The workflow with this file in its last LoRA loader."""
+    loaders = [node for node, content in workflow.items() if "lora_name" in content["inputs"]]
+    workflow[loaders[-1]]["inputs"]["lora_name"] = name
+    return workflow
 
 
 def assert_server_lives_on(client):

@@ -399,7 +399,24 @@ def test_a_run_stopped_in_the_node_goes_on_to_the_same_lora(model, comfy_home, m
         distilled(model, positive=[tiny.cond(8)], latent=[], resume="stopped")
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "a\\b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x",
+        "a/b",
+        ".hidden",
+        "a\\b",
+        "a:b",
+        "CON",
+        "con.x",
+        "COM1",
+        "x.latents",
+        "x.LATENTS",
+        "x.",
+        "é" * 101,
+        "a\nb",
+    ],
+)
 def test_a_resume_name_that_leads_elsewhere_is_refused(model, name):
     with pytest.raises(ValueError, match="write a plain name"):
         distilled(model, resume=name)

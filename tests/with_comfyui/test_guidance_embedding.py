@@ -414,6 +414,6 @@ def test_a_truncated_file_is_refused(model, file, written):
 
 
 def test_a_file_that_is_not_there_is_named(model):
-    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors is in none of the folders .*diffusion_models"):
+    with pytest.raises(ValueError, match=r"'gone\.safetensors' is in none of the folders .*diffusion_models"):
         applied(model, unet_name="gone.safetensors")
     assert LCMGuidanceEmbedding.fingerprint_inputs(unet_name="gone.safetensors") == ("gone.safetensors",)

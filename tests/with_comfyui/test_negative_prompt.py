@@ -368,7 +368,7 @@ def test_a_unet_without_text_is_refused():
 @pytest.mark.parametrize(
     ("negative", "message"),
     [
-        ([], r"negative has 0 entries"),
+        ([], r"negative is a list of 0 entries"),
         (tiny.cond(1) + tiny.cond(2), r"negative has 2 entries; .*ConditioningConcat"),
         ([[torch.zeros(1, 5, 24), {}]], r"shape \(1, 5, 24\), and this model reads texts of width 16.*Encode it"),
         ([[torch.zeros(1, 16), {}]], r"shape \(1, 16\)"),
@@ -384,9 +384,9 @@ def test_a_conditioning_that_does_not_fit_is_refused(model, negative, message):
     ("value", "message"),
     [
         ({"scale": 0.5}, r"scale is 0\.5"),
-        ({"tau": 0.0}, "tau is 0;"),
-        ({"alpha": 2.0}, "alpha is 2;"),
-        ({"end_step": -2}, "end_step is -2;"),
+        ({"tau": 0.0}, r"tau is 0\.0, .* from 1 to 10"),
+        ({"alpha": 2.0}, r"alpha is 2\.0, .* from 0 to 1"),
+        ({"end_step": -2}, r"end_step is -2, .* from -1 to 1,000"),
     ],
 )
 def test_values_out_of_range_are_refused(model, value, message):

@@ -49,7 +49,7 @@ def merge_workflow(first="test_style.safetensors", second="test_lcm.safetensors"
 def test_two_files_become_one_that_says_what_it_is(client, loras):
     outputs = client.run(merge_workflow())
     path = loras / "test_merged.safetensors"
-    assert outputs["4"]["text"] == [path.name]
+    assert outputs["4"]["text"] == ["test_merged.safetensors"]
     assert "Exact" in outputs["3"]["text"][0]
     with safetensors.safe_open(path, "pt") as file:
         inputs = json.loads(file.metadata()["lcm_kit.merge"])["inputs"]

@@ -12,7 +12,6 @@ import folder_paths
 import pytest
 import safetensors.torch
 import torch
-from comfy_api.latest import io
 
 from lcm_kit.nodes.loading import ApplyLoRA, LCMLoader, LoadLoRA
 from lcm_kit.nodes.merging import MergeLoRA, SaveLoRA
@@ -295,10 +294,7 @@ def test_what_the_page_asks_before_a_run_reads_no_file(model, put, monkeypatch, 
     name = put("a.safetensors", tiny.lora(model))
     for node in (LoadLoRA, LCMLoader):
         assert node.fingerprint_inputs(lora_name=name) == node.fingerprint_inputs(lora_name=name)
-        assert (
-            not hasattr(node, "validate_inputs")
-            or node.validate_inputs.__func__ is io.ComfyNode.validate_inputs.__func__
-        )
+        assert node.validate_inputs(lora_name=name) is True
     assert reads == []
 
 
@@ -365,17 +361,21 @@ def test_an_empty_stack_changes_nothing(model, put, stack):
 @pytest.mark.parametrize(
     ("stack", "message"),
     [
-        ("style.safetensors", r"lora_stack is str, but a LORA_STACK is a list of \(file name .*stacker node"),
-        ({"a": 1}, r"lora_stack is dict, but"),
+        (
+            "style.safetensors",
+            r"lora_stack is 'style\.safetensors', but .* a LORA_STACK, a list of \(file name .*stacker node",
+        ),
+        ({"a": 1}, r"lora_stack is a dict of 1 entry, but"),
         ([("style.safetensors", 1.0)], r"entry 1 is \('style\.safetensors', 1\.0\), but a LORA_STACK is a list of"),
         (["style.safetensors"], r"entry 1 is 'style\.safetensors', but"),
         ([("lcm.safetensors", 1.0, 1.0), (7, 1.0, 1.0)], r"entry 2 names its file by 7, but"),
         (
             [("style.safetensors", "much", 1.0)],
-            r"entry 1 \(style\.safetensors\) has strengths \['much', 1\.0\], .*numbers",
+            r"entry 1 \('style\.safetensors'\) has strengths \['much', 1\.0\], .*finite numbers",
         ),
         ([("style.safetensors", float("nan"), 1.0)], r"has strengths \[nan, 1\.0\]"),
-        ([("gone.safetensors", 1.0, 1.0)], r"gone\.safetensors is not in the loras folder"),
+        ([("style.safetensors", 1.0, float("inf"))], r"has strengths \[1\.0, inf\]"),
+        ([("gone.safetensors", 1.0, 1.0)], r"'gone\.safetensors' is not in the loras folder"),
     ],
 )
 def test_a_wrong_stack_is_named(model, put, stack, message):
@@ -395,7 +395,7 @@ def test_a_stacked_lora_for_another_base_is_refused(model, wide, put):
 
 
 def test_a_missing_file_is_named(loras_folder):
-    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors is not in the loras folder.*press R"):
+    with pytest.raises(ValueError, match=r"lora_name: 'gone\.safetensors' is not in the loras folder.*press R"):
         loaded("gone.safetensors")
 
 

@@ -139,7 +139,7 @@ def test_each_widget_reaches_the_merge(pair, widgets, keywords):
 
 
 def test_protect_counts_slots_and_not_connected_loras(pair):
-    slots = {f"strength_{n}": 1.0 for n in range(1, 7)} | {"lora_1": pair[0], "lora_2": None, "lora_5": pair[1]}
+    slots = {f"strength_{n}": 1.0 for n in range(1, 7)} | {"lora_1": pair[0], "lora_5": pair[1]}
     ours = MergeLoRA.execute("linear", 0, 1.0, 0, protect="lora_5", mu=1.0, **slots).result[0]
     assert same(ours, merge([(to_lora(pair[0]), 1.0), (to_lora(pair[1]), 1.0)], protect=1, mu=1.0).to_state_dict())
     with pytest.raises(ValueError, match="protect is lora_2, but no LoRA is connected there"):

@@ -96,7 +96,9 @@ def test_on_another_base_it_is_refused_with_the_counts_and_the_file_to_use(lora_
     with pytest.raises(ValueError, match="does not fit this model") as error:
         load(model, lora_files[lora])
     message = str(error.value)
-    assert message.startswith(f"{lora_files[lora]} does not fit this model ({bases.CONFIGS[base][0]}): it is LCM-LoRA ")
+    assert message.startswith(
+        f"LCM-LoRA Loader: {lora_files[lora]} does not fit this model ({bases.CONFIGS[base][0]}): it is LCM-LoRA "
+    )
     assert f"it is LCM-LoRA {lora}, and the model is {base}." in message
     assert f"Of its {full_size.MODULES[lora]} modules {fits} fit" in message
     assert f"Use LCM-LoRA {base} (https://huggingface.co/latent-consistency/{REPOSITORIES[base]}, " in message
