@@ -14,6 +14,9 @@ INPUTS = [
     ("LCMKitScheduler", "timesteps"),
     ("LCMKitMergeLoRA", "block_strengths"),
     ("LCMKitSaveLoRA", "filename_prefix"),
+    ("LCMKitSaveLoRA", "title"),
+    ("LCMKitSaveLoRA", "author"),
+    ("LCMKitSaveLoRA", "trigger_words"),
     ("LCMKitDistill", "resume"),
 ]
 MANY = 90_000

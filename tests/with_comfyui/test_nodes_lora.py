@@ -756,9 +756,10 @@ def notes_of(path):
 
 def test_a_saved_lora_says_what_the_node_was_told(model, put):
     lora = loaded(put("a.safetensors", tiny.lora(model), {"modelspec.author": "Ann", "sshs_model_hash": "1" * 64}))
-    path = SaveLoRA.execute(
+    name = SaveLoRA.execute(
         lora, "named", "fp16", "kohya", "increment", title=" Ink ", trigger_words="ink, brush"
     ).result[0]
+    path = folder_paths.get_full_path("loras", name)
     notes = notes_of(path)
     assert notes["modelspec.title"] == "Ink"
     assert notes["modelspec.author"] == "Ann"
