@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,3 +20,7 @@ pytest.register_assert_rewrite(f"{PACKAGE}.tests.helpers")
 # First on the path, so that `import nodes` is ComfyUI's nodes.py and never this repository's nodes/.
 if os.environ.get("COMFYUI_PATH"):
     sys.path.insert(0, str(Path(os.environ["COMFYUI_PATH"]).expanduser().resolve()))
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")

@@ -92,8 +92,11 @@ def test_what_load_reads_save_writes(tmp_path_factory, modules):
     if again is not None:
         assert_same(again, lora, 1e-6)
     else:
-        # Only for what the file's own header cannot hold.
-        assert any(len(name) > MAX_NAME - 40 or not name.isprintable() or not name for name, _ in modules)
+        # Only for what the file's own header cannot hold, and for names whose alpha reads as that of another module.
+        odd = ("lora", "lora_linear_layer")
+        assert any(
+            len(name) > MAX_NAME - 40 or not name.isprintable() or not name or name.endswith(odd) for name, _ in modules
+        )
 
 
 @given(NAMES)
