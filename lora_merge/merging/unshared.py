@@ -16,6 +16,7 @@ from ..algebra.precision import ALPHA
 from ..algebra.ranks import allocate
 from ..files.lora import Lora
 from ..updates.layer import Layer, LoraLayer, Term, exponent
+from ..updates.lokr import LokrLayer
 from .strengths import Strengths
 
 
@@ -25,6 +26,9 @@ def times(layer: Layer, strength: float) -> Layer | None:
     The strength goes into alpha, which rounds no weight. Where alpha has no effect (a LoKr of two whole matrices) the
     smaller matrix is multiplied, in float32.
     """
+    if isinstance(layer, LokrLayer):
+        # ComfyUI's product with a Tucker core is transposed, and torch.kron stops at that (torch 2.11).
+        layer = layer.without_core()
     if strength == 1:
         return layer
     if layer.dim is not None:

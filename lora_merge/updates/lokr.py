@@ -93,6 +93,14 @@ class LokrLayer(Layer):
         }
         return {name: part for name, part in found.items() if part is not None}
 
+    def without_core(self) -> LokrLayer:
+        """The same update with the second matrix whole and the scale in it, float32; itself if it has no Tucker core."""
+        if self.t2 is None or self.w2_a is None or self.w2_b is None:
+            return self
+        core, a, b = (part.detach().to(torch.float32) for part in (self.t2, self.w2_a, self.w2_b))
+        w2 = torch.einsum("ijkl,io,jn->onkl", core, a, b).mul_(self.scale).contiguous()
+        return LokrLayer(w1=self.w1, w2=w2, w1_a=self.w1_a, w1_b=self.w1_b, unfold=self.unfold)
+
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         (up1, down1), (up2, down2) = (_factors(pieces, dtype) for pieces in self._pieces())
         return _kron(up1, up2), _kron(down1, down2)

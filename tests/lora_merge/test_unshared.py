@@ -45,7 +45,8 @@ def test_it_stays_what_it_is_and_its_update_is_strength_times_what_it_was(tmp_pa
     for inputs, options in calls:
         merged = merge(inputs, **options)
         assert merged.modules[module].kind == kinds.ADDITIVE[kind][0]
-        assert merged.modules[module].parameters == one.modules[module].parameters
+        if "core" not in kind or "LoHa" in kind:  # which ComfyUI cannot multiply: it is folded in
+            assert merged.modules[module].parameters == one.modules[module].parameters
         assert relative(merged.delta(module).flatten(1), wanted) < 1e-6
     save(merged, tmp_path / "x.safetensors", dtype=torch.float32)
     assert relative(load(tmp_path / "x.safetensors").delta(module).flatten(1), wanted) < 1e-6

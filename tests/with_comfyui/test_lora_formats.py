@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from lcm_kit.lora_merge import Lora
+from lcm_kit.lora_merge import Lora, merge, save
 from lcm_kit.nodes.loading import ApplyLoRA, LoadLoRA
 from lcm_kit.nodes.merging import MergeLoRA
 from lcm_kit.tests.lora_merge import kinds
@@ -231,6 +231,22 @@ def test_our_delta_is_what_comfyuis_own_adapter_adds(kind, module):
     layer = next(iter(lora.modules.values()))
     up, down = layer.factors()
     torch.testing.assert_close((layer.scale * up @ down).reshape(added.shape), added, **CLOSE)
+
+
+@pytest.mark.parametrize("strength", [0.7, -0.5, 1.0])
+@pytest.mark.parametrize("alpha", [None, 1.5])
+@pytest.mark.parametrize(("kind", "module"), [case for case in CASES if kinds.ADDITIVE[case[0]][0] != "LoRA"])
+def test_core_loads_a_merged_loha_or_lokr_with_the_update_that_it_had(kind, module, alpha, strength, tmp_path):
+    """One that no other input touches stays what it is, also in the file."""
+    out, inputs, kernel = SHAPES[module]
+    merged = merge([(Lora.from_state_dict(state(kind, module, alpha=alpha)), strength)])
+    save(merged, tmp_path / "x.safetensors", dtype=torch.float32)
+    tensors = comfy.utils.load_torch_file(str(tmp_path / "x.safetensors"))
+    adapter = comfy.lora.load_lora(tensors, {kohya(module): "weight"})["weight"]
+    assert adapter.name == kinds.ADDITIVE[kind][0].lower()
+    added = adapter.calculate_weight(torch.zeros(out, inputs, *kernel), "weight", 1.0, 1.0, None, lambda delta: delta)
+    exact = strength * kinds.dense(kinds.parts(kind, out, inputs, kernel), alpha).float()
+    torch.testing.assert_close(added, exact.reshape(added.shape), **CLOSE)
 
 
 def for_core(tensors):
