@@ -20,7 +20,7 @@ from ..algebra.lowrank import (
     truncated_matrix,
     truncated_sum,
 )
-from ..algebra.precision import cast, cast_part, rounding
+from ..algebra.precision import COARSE, cast, cast_part, rounding
 from ..algebra.scaling import levelled, raised, raised_whole
 from ..algebra.sums import dense_dtype, dense_sum_in, weighted_sum
 from ..files.lora import Lora
@@ -92,8 +92,16 @@ class Engine:
         """The LoHa or LoKr that can stand in the result as it came, times its strength."""
         method = self.method
         if method.combine is None or (len(self._owners(module)) == 1 and not method.changes_one(self.values)):
-            return unshared(self.loras, self.strengths, module)
+            layer = unshared(self.loras, self.strengths, module)
+            return layer if layer is not None and self._is_held(layer) else None
         return None
+
+    def _is_held(self, layer: Layer) -> bool:
+        """Whether the result's dtype holds the layer; LoRA factors have alpha for what it does not."""
+        try:
+            return cast(layer, self.options.out_dtype or torch.float32).error <= COARSE
+        except ValueError:
+            return False
 
     def _owners(self, module: str) -> tuple[int, ...]:
         return tuple(index for index, lora in enumerate(self.loras) if module in lora.modules)

@@ -124,7 +124,8 @@ def test_factors_too_small_for_float16_take_powers_of_two_from_alpha(kind, size,
     else:
         assert error < 2e-3
     (merged,) = merge([(lora, 1.0)], out_dtype=torch.float16).modules.values()
-    assert relative(merged.delta_in(torch.float64).flatten(1), exact) == pytest.approx(error, abs=2e-3)
+    # As LoRA factors, where the kind has no alpha.
+    assert relative(merged.delta_in(torch.float64).flatten(1), exact) < 2e-3
 
 
 @pytest.mark.parametrize("part", ["diff", "diff_b", "w_norm"])
