@@ -19,6 +19,7 @@ from ..files.lora import Format, Lora
 from ..files.metadata import given
 from ..merging.account import Account
 from ..merging.merge import Progress, merge_with_account, resize_with_account
+from ..merging.options import Protect
 from ..merging.report import describe, describe_merge, describe_provenance
 from ..merging.reproduce import reproduce
 from ..merging.strengths import for_inputs
@@ -238,7 +239,7 @@ def _write(options: argparse.Namespace, lora: Lora, account: Account) -> str:
     return f"{describe_merge(account, lora)}\nWritten: {options.output} ({size / 1e6:.1f} MB)"
 
 
-def _protected(text: str) -> int | str | None:
+def _protected(text: str) -> Protect:
     if text in ("auto", "none"):
         return "auto" if text == "auto" else None
     try:

@@ -22,6 +22,7 @@ from ..algebra.lowrank import directions_in
 from ..algebra.orthonormal import triangle
 from ..algebra.threads import in_order
 from ..files.lora import Lora
+from ..keywords import named
 from ..merging.align import fused_notes, fused_with_slices, notes_on, unify
 from ..naming import names
 from ..naming.blocks import place
@@ -33,6 +34,7 @@ from .comparison import Comparison, Group, Input, Measure, Module, Pair, Part, c
 _ZERO = 1e-6
 
 
+@named
 def compare(
     inputs: Sequence[tuple[Lora, float]],
     *,

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..algebra.precision import is_finite
 from ..files.lora import Lora
 from ..files.metadata import ARCHITECTURE
+from ..keywords import named
 from ..naming import names, unet
 from ..naming.unet import infer_layout
 from ..recognise.identity import architecture_of
@@ -62,6 +63,7 @@ class Extraction:
         return "\n".join(lines)
 
 
+@named
 def extract(
     weights: Iterable[Weights],
     *,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.threads import on_one_core
+from ..keywords import named
 from . import json_text
 from . import metadata as about_file
 from .header import check_header
@@ -27,6 +28,7 @@ _PEFT = re.compile(r"base_model\.model\.(.+)\.lora_A(?:\.[^.]+)?\.weight")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+@named
 def load(path: str | os.PathLike[str], *, mapping: bool = True) -> Lora:
     """The LoRA in a safetensors file, in any spelling that naming/names.py and keys.py know.
 
@@ -46,6 +48,7 @@ def load(path: str | os.PathLike[str], *, mapping: bool = True) -> Lora:
     return Lora.from_state_dict(tensors, metadata=notes, source=path.name)
 
 
+@named
 def save(
     lora: Lora,
     path: str | os.PathLike[str],

@@ -7,7 +7,6 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import count
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from ..algebra.ranks import alike
 from ..algebra.threads import in_order
 from ..files.lora import Lora
 from ..files.metadata import ARCHITECTURE, MERGED_FROM, PROVENANCE_KEY, changed, given, is_computed, is_name
+from ..keywords import named
 from ..naming import names
 from ..naming.aliases import is_foreign
 from ..recognise.identity import architecture_of
@@ -25,7 +25,7 @@ from .align import fused_notes, fused_with_slices, notes_on, unify
 from .differences import Diffs, bias_sums, dense_modules
 from .inherit import inherited, is_picture, size_of
 from .module import Engine
-from .options import MergeOptions
+from .options import MergeOptions, Protect
 from .passthrough import refusal, sort_carried
 from .protect import protected_input
 from .provenance import to_json
@@ -37,9 +37,35 @@ __all__ = ["Account", "Input", "Progress", "Source", "merge", "merge_with_accoun
 
 Input = tuple[Lora, float]
 Progress = Callable[[int, int], None]
+Hashes = Sequence[str | None] | Callable[[], Sequence[str | None]]
 
 
-def merge(inputs: Sequence[Input], **keywords: Any) -> Lora:
+@named
+def merge(
+    inputs: Sequence[Input],
+    *,
+    method: str = "linear",
+    rank: int = 0,
+    keep: float | None = None,
+    retain: float | None = None,
+    max_mb: float | None = None,
+    balanced: bool = False,
+    density: float | None = None,
+    spread: float | None = None,
+    outliers: float | None = None,
+    seed: int = 0,
+    dense: bool = False,
+    protect: Protect = None,
+    mu: float = 0.0,
+    leave_out: bool = False,
+    out_dtype: torch.dtype | None = None,
+    block_strengths: Blocks | Sequence[Blocks] = None,
+    workers: int | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+    sha256: Hashes = (),
+    metadata: Mapping[str, str] | None = None,
+) -> Lora:
     """One LoRA whose update of every module is the sum of strength * update over the (lora, strength) inputs.
 
     Any number of inputs from 1 on, of any rank, alpha and spelling, strengths of any sign; modules that one input has
@@ -50,24 +76,63 @@ def merge(inputs: Sequence[Input], **keywords: Any) -> Lora:
     other input changes the module and its strength is 1, and falls away at strength 0.
     Strengths are multiplied into the updates before a method looks at them, and never normalised. Biases and norms are
     added up by every method.
-    keywords: those of `merge_with_account`.
+    Options: see `MergeOptions` and `merge_with_account`.
     """
-    return merge_with_account(inputs, **keywords)[0]
+    return merge_with_account(
+        inputs,
+        method=method,
+        rank=rank,
+        keep=keep,
+        retain=retain,
+        max_mb=max_mb,
+        balanced=balanced,
+        density=density,
+        spread=spread,
+        outliers=outliers,
+        seed=seed,
+        dense=dense,
+        protect=protect,
+        mu=mu,
+        leave_out=leave_out,
+        out_dtype=out_dtype,
+        block_strengths=block_strengths,
+        workers=workers,
+        device=device,
+        progress=progress,
+        sha256=sha256,
+        metadata=metadata,
+    )[0]
 
 
+@named
 def merge_with_account(
     inputs: Sequence[Input],
     *,
+    method: str = "linear",
+    rank: int = 0,
+    keep: float | None = None,
+    retain: float | None = None,
+    max_mb: float | None = None,
+    balanced: bool = False,
+    density: float | None = None,
+    spread: float | None = None,
+    outliers: float | None = None,
+    seed: int = 0,
+    dense: bool = False,
+    protect: Protect = None,
+    mu: float = 0.0,
+    leave_out: bool = False,
+    out_dtype: torch.dtype | None = None,
     block_strengths: Blocks | Sequence[Blocks] = None,
     workers: int | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
-    sha256: Sequence[str | None] | Callable[[], Sequence[str | None]] = (),
+    sha256: Hashes = (),
     metadata: Mapping[str, str] | None = None,
-    **choices: Any,
 ) -> tuple[Lora, Account]:
     """`merge`, and what it did to each input.
 
+    method to out_dtype: see `MergeOptions`.
     block_strengths: factors on the strengths by block, kind of layer and pattern (naming/blocks.py), as text or parsed; one for
         all inputs or one for each.
     workers: threads that modules are shared among; None is torch.get_num_threads(). The result is the same for any.
@@ -76,11 +141,26 @@ def merge_with_account(
         out (keep, retain, max_mb); what it raises ends the merge.
     sha256: of the inputs' files, for the provenance; a function is asked for them at the end.
     metadata: for the result, before what it keeps of its inputs' (inherit.py); an empty value keeps nothing of that name.
-    choices: the fields of MergeOptions by name: method, rank, keep, ...
     Raises ValueError without inputs, for options that are out of range or contradict one another, a strength that is not
     finite, for LoRAs that were made for different base models, and for modules that do not add up.
     """
-    options = MergeOptions(**choices)
+    options = MergeOptions(
+        method=method,
+        rank=rank,
+        keep=keep,
+        retain=retain,
+        max_mb=max_mb,
+        balanced=balanced,
+        density=density,
+        spread=spread,
+        outliers=outliers,
+        seed=seed,
+        dense=dense,
+        protect=protect,
+        mu=mu,
+        leave_out=leave_out,
+        out_dtype=out_dtype,
+    )
     options.check(len(inputs))
     wanted = given(metadata)
     loras = unify([lora for lora, _ in inputs])
@@ -98,21 +178,21 @@ def merge_with_account(
     passing = sort_carried(loras, strengths)
     if passing.refused and not options.leave_out:
         raise ValueError(refusal(loras, passing))
-    dense = dense_modules(loras)
+    whole = dense_modules(loras)
     # What meets an update that is passed through has strength 0.
-    in_all = dict.fromkeys([*(module for lora in loras for module in lora.modules), *dense])
+    in_all = dict.fromkeys([*(module for lora in loras for module in lora.modules), *whole])
     modules = [module for module in in_all if module not in passing.updates]
     _check_signs(options, strengths, modules)
 
     spellings = _spellings(loras)
-    engine = Engine(loras, strengths, options, dense, torch.device(device))
+    engine = Engine(loras, strengths, options, whole, torch.device(device))
     threads = torch.get_num_threads() if workers is None else max(1, workers)
     steps = _Steps(progress, len(modules))
-    sums = bias_sums(loras, strengths, {m for m in dense if m not in passing.updates and _is_norm(loras, m)})
+    sums = bias_sums(loras, strengths, {m for m in whole if m not in passing.updates and _is_norm(loras, m)})
     biases = {key: cast_part(diff, options.out_dtype, copy=False) for key, diff in sums.items()}
     ranks: Mapping[str, int] = {}
     if options.aim is not None:
-        low_rank = [module for module in modules if module not in dense]
+        low_rank = [module for module in modules if module not in whole]
         fixed = numbers_within(options, loras, modules, passing.updates, spellings, biases, size_of(notes))
         ranks = _allocated(engine, options, low_rank, threads, steps, fixed)
 
@@ -145,20 +225,91 @@ def merge_with_account(
     return merged, account
 
 
-def resize(lora: Lora, **keywords: Any) -> Lora:
+@named
+def resize(
+    lora: Lora,
+    *,
+    method: str = "linear",
+    rank: int = 0,
+    keep: float | None = None,
+    retain: float | None = None,
+    max_mb: float | None = None,
+    balanced: bool = False,
+    density: float | None = None,
+    spread: float | None = None,
+    outliers: float | None = None,
+    seed: int = 0,
+    dense: bool = False,
+    protect: Protect = None,
+    mu: float = 0.0,
+    leave_out: bool = False,
+    out_dtype: torch.dtype | None = None,
+    block_strengths: Blocks | Sequence[Blocks] = None,
+    workers: int | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+    sha256: Hashes = (),
+    metadata: Mapping[str, str] | None = None,
+) -> Lora:
     """A smaller LoRA for the same, cut where least is lost. Its metadata stays, with the provenance added.
 
-    keywords: exactly one of rank, keep, max_mb (and retain, which is keep here), and others of `merge_with_account`.
+    Exactly one of rank, keep, max_mb (and retain, which is keep here) says how small; the others are those of `merge`.
     Raises ValueError as that does, and if nothing says how small the result is to be.
     """
-    return resize_with_account(lora, **keywords)[0]
+    return resize_with_account(
+        lora,
+        method=method,
+        rank=rank,
+        keep=keep,
+        retain=retain,
+        max_mb=max_mb,
+        balanced=balanced,
+        density=density,
+        spread=spread,
+        outliers=outliers,
+        seed=seed,
+        dense=dense,
+        protect=protect,
+        mu=mu,
+        leave_out=leave_out,
+        out_dtype=out_dtype,
+        block_strengths=block_strengths,
+        workers=workers,
+        device=device,
+        progress=progress,
+        sha256=sha256,
+        metadata=metadata,
+    )[0]
 
 
+@named
 def resize_with_account(
-    lora: Lora, *, metadata: Mapping[str, str] | None = None, **keywords: Any
+    lora: Lora,
+    *,
+    method: str = "linear",
+    rank: int = 0,
+    keep: float | None = None,
+    retain: float | None = None,
+    max_mb: float | None = None,
+    balanced: bool = False,
+    density: float | None = None,
+    spread: float | None = None,
+    outliers: float | None = None,
+    seed: int = 0,
+    dense: bool = False,
+    protect: Protect = None,
+    mu: float = 0.0,
+    leave_out: bool = False,
+    out_dtype: torch.dtype | None = None,
+    block_strengths: Blocks | Sequence[Blocks] = None,
+    workers: int | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+    sha256: Hashes = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> tuple[Lora, Account]:
     """`resize`, and what it did."""
-    if not MergeOptions(**{k: v for k, v in keywords.items() if k in ("rank", "keep", "retain", "max_mb")}).cuts:
+    if not MergeOptions(rank=rank, keep=keep, retain=retain, max_mb=max_mb).cuts:
         raise ValueError("nothing says how small the result is to be. Give rank, keep or max_mb.")
     # It makes the same pictures still.
     pictures = {
@@ -166,7 +317,30 @@ def resize_with_account(
         for key, value in lora.metadata.items()
         if is_picture(key, value) and is_name(key) and not is_computed(key)
     }
-    small, account = merge_with_account([(lora, 1.0)], metadata={**pictures, **(metadata or {})}, **keywords)
+    small, account = merge_with_account(
+        [(lora, 1.0)],
+        method=method,
+        rank=rank,
+        keep=keep,
+        retain=retain,
+        max_mb=max_mb,
+        balanced=balanced,
+        density=density,
+        spread=spread,
+        outliers=outliers,
+        seed=seed,
+        dense=dense,
+        protect=protect,
+        mu=mu,
+        leave_out=leave_out,
+        out_dtype=out_dtype,
+        block_strengths=block_strengths,
+        workers=workers,
+        device=device,
+        progress=progress,
+        sha256=sha256,
+        metadata={**pictures, **(metadata or {})},
+    )
     merged_from = {MERGED_FROM: lora.metadata.get(MERGED_FROM, "")}
     return replace(small, metadata=changed(small.metadata, merged_from), source=lora.source), account
 

@@ -11,6 +11,7 @@ import torch
 from ..methods.table import Method, find_method
 
 AIMS = ("keep", "retain", "max_mb")
+Protect = int | Literal["auto"] | None
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -46,7 +47,7 @@ class MergeOptions:
     outliers: float | None = None
     seed: int = 0
     dense: bool = False
-    protect: int | Literal["auto"] | None = None
+    protect: Protect = None
     mu: float = 0.0
     leave_out: bool = False
     out_dtype: torch.dtype | None = None

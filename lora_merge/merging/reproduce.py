@@ -16,6 +16,7 @@ from ..files.hashes import weights_sha256
 from ..files.load_save import load
 from ..files.lora import Format, Lora
 from ..files.tensor_file import read
+from ..keywords import named
 from ..recognise.identity import sha256_of
 from ..updates.layer import Term
 from .merge import Progress, merge_with_account
@@ -39,6 +40,7 @@ class Reproduction:
     inputs: tuple[Path, ...]
 
 
+@named
 def reproduce(
     path: str | os.PathLike[str],
     folders: Sequence[str | os.PathLike[str]] = (),
