@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-import torch
-from torch import Tensor
-
-from ..algebra.lowrank import Truncated
-from ..algebra.precision import COARSE
 from ..files.hashes import stated
-from ..files.lora import Lora, too_small
-from ..updates.layer import Layer
+from ..files.lora import too_small
 from .options import MergeOptions
-from .passthrough import Passing
-from .strengths import Strengths
+from .plan import Plan
+from .tally import Tally
 
 # An effect below these is worth a warning: for the protected LoRA, and for any other.
 _AS_IT_IS, _HALF = 0.99, 0.5
@@ -82,135 +76,68 @@ class Account:
     rebalanced: int = 0
 
 
-@dataclass(frozen=True, eq=False)
-class Finished:
-    """One module of the result: a layer, or a whole-weight difference under its part name, and how it came about.
-
-    owners: numbers of the inputs it was made of.   cut: None where nothing was to be cut.
-    products: (owners, owners) and (owners,) float64, of the updates with one another and with what the method made of
-        them; None where that is their sum.
-    aside: input -> its energy here before and after it stepped aside.   rebalanced: factors balanced for float16.
-    rounding: relative error of an update too small for the result's dtype, 0 for one that is not.
-    """
-
-    module: str
-    owners: tuple[int, ...]
-    layer: Layer | None = None
-    diff: tuple[str, Tensor] | None = None
-    cut: Truncated | None = None
-    products: tuple[Tensor, Tensor] | None = None
-    aside: Mapping[int, tuple[float, float]] = field(default_factory=dict)
-    rebalanced: bool = False
-    rounding: float = 0.0
-
-
-class Tally:
-    """Sums over the modules of a merge."""
-
-    def __init__(self, inputs: int):
-        self.source_energy = [0.0] * inputs
-        self.kept_energy = [0.0] * inputs
-        self.energy = self.lost_energy = 0.0
-        self.cut = self.rebalanced = 0
-        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64)
-        self.along = torch.zeros(inputs, dtype=torch.float64)
-        self.before = [0.0] * inputs
-        self.after = [0.0] * inputs
-        self.ranks: list[int] = []
-        self.too_small: dict[str, float] = {}
-
-    def add(self, done: Finished, rank: int | None) -> None:
-        self.rebalanced += done.rebalanced
-        self.add_rounding(done.module, done.rounding)
-        if rank is not None:
-            self.ranks.append(rank)
-        if done.cut is not None:
-            self.energy += done.cut.energy
-            self.lost_energy += done.cut.lost_energy
-            self.cut += done.cut.lost_energy > 0
-            for index, whole, kept in zip(done.owners, done.cut.source_energy, done.cut.kept_energy, strict=True):
-                self.source_energy[index] += whole
-                self.kept_energy[index] += kept
-        if done.products is not None:
-            at = torch.tensor(done.owners)
-            self.gram[at[:, None], at] += done.products[0]
-            self.along[at] += done.products[1]
-        for index, (before, after) in done.aside.items():
-            self.before[index] += before
-            self.after[index] += after
-
-    def add_rounding(self, module: str, error: float) -> None:
-        if error > COARSE:
-            self.too_small[module] = max(error, self.too_small.get(module, 0.0))
-
-    def effects(self) -> list[float | None]:
-        """Coefficient of each input in what the method made, None for an input without energy."""
-        solved = (torch.linalg.pinv(self.gram, hermitian=True) @ self.along).tolist()
-        return [c if float(self.gram[index, index]) > 0 else None for index, c in enumerate(solved)]
-
-
-def account_of(
-    loras: Sequence[Lora],
-    strengths: Strengths,
-    options: MergeOptions,
-    tally: Tally,
-    modules: int,
-    passing: Passing,
-    sha256: Sequence[str | None],
-    warnings: Sequence[str],
-) -> Account:
-    """The account of a merge from its sums. options: with `protect` a number or None."""
-    linear = options.the_method.combine is None
-    effects: list[float | None] = [1.0] * len(loras) if linear else tally.effects()
-    sources = []
-    for index, lora in enumerate(loras):
-        others = {module for other in [*loras[:index], *loras[index + 1 :]] for module in other.spellings}
-        ranks = [layer.rank for layer in lora.modules.values()]
-        alphas = [layer.written_alpha for layer in lora.modules.values()]
-        retention: float | None = 1.0 if linear else None
-        if options.cuts:
-            whole = tally.source_energy[index]
-            retention = min(1.0, tally.kept_energy[index] / whole) if whole > 0 else None
-        blocks = strengths.blocks[index]
-        before = tally.before[index]
-        sources.append(
-            Source(
-                name=lora.source,
-                strength=strengths.base[index],
-                modules=len(lora.spellings),
-                only_here=len(set(lora.spellings) - others),
-                diffs=len(lora.diffs),
-                ranks=(min(ranks), max(ranks)) if ranks else None,
-                alphas=(min(alphas), max(alphas)) if alphas else None,
-                retention=retention,
-                merged=len(lora.spellings) - passing.passed_from(index) - passing.refused_from(index),
-                passed_through=passing.passed_from(index),
-                refused=passing.refused_from(index),
-                effect=effects[index],
-                stepped_aside=tally.after[index] / before if before > 0 else 1.0,
-                protected=options.protect == index,
-                block_strengths=blocks.text if blocks else "",
-                sha256=sha256[index],
-                weights=stated(lora.metadata),
-            )
-        )
-    error = math.sqrt(tally.lost_energy / tally.energy) if tally.energy > 0 else 0.0
-    spread = (min(tally.ranks), median(tally.ranks), max(tally.ranks)) if tally.ranks else None
-    if tally.too_small:
-        warnings = [*warnings, too_small(tally.too_small, options.out_dtype)]
-    notes = [*warnings, *_idle(options), *_scaled_protection(sources, options), *_lost(sources, options)]
+def account_of(plan: Plan, tally: Tally, sha256: Sequence[str | None]) -> Account:
+    """The account of a merge from its sums. sha256: of each input's file."""
+    options = plan.options
+    effects = [1.0] * len(plan.loras) if _is_sum(options) else tally.effects()
+    sources = [_source(plan, tally, index, effects[index], sha256[index]) for index in range(len(plan.loras))]
+    rounded = [too_small(tally.too_small, options.out_dtype)] if tally.too_small else []
     return Account(
-        tuple(sources),
-        options.method,
-        options.rank,
-        modules,
-        tally.cut,
-        error,
-        options,
-        spread,
-        tuple(notes),
-        tally.rebalanced,
+        sources=tuple(sources),
+        method=options.method,
+        rank=options.rank,
+        modules=len(plan.modules),
+        cut_modules=tally.cut,
+        relative_error=math.sqrt(tally.lost_energy / tally.energy) if tally.energy > 0 else 0.0,
+        options=options,
+        ranks=(min(tally.ranks), median(tally.ranks), max(tally.ranks)) if tally.ranks else None,
+        warnings=(
+            *plan.warnings,
+            *rounded,
+            *_idle(options),
+            *_scaled_protection(sources, options),
+            *_lost(sources, options),
+        ),
+        rebalanced=tally.rebalanced,
     )
+
+
+def _source(plan: Plan, tally: Tally, index: int, effect: float | None, sha256: str | None) -> Source:
+    lora, blocks, passing = plan.loras[index], plan.strengths.blocks[index], plan.passing
+    others = {module for other in [*plan.loras[:index], *plan.loras[index + 1 :]] for module in other.spellings}
+    ranks = [layer.rank for layer in lora.modules.values()]
+    alphas = [layer.written_alpha for layer in lora.modules.values()]
+    before = tally.before[index]
+    return Source(
+        name=lora.source,
+        strength=plan.strengths.base[index],
+        modules=len(lora.spellings),
+        only_here=len(set(lora.spellings) - others),
+        diffs=len(lora.diffs),
+        ranks=(min(ranks), max(ranks)) if ranks else None,
+        alphas=(min(alphas), max(alphas)) if alphas else None,
+        retention=_retention(plan.options, tally, index),
+        merged=len(lora.spellings) - passing.passed_from(index) - passing.refused_from(index),
+        passed_through=passing.passed_from(index),
+        refused=passing.refused_from(index),
+        effect=effect,
+        stepped_aside=tally.after[index] / before if before > 0 else 1.0,
+        protected=plan.options.protect == index,
+        block_strengths=blocks.text if blocks else "",
+        sha256=sha256,
+        weights=stated(lora.metadata),
+    )
+
+
+def _retention(options: MergeOptions, tally: Tally, index: int) -> float | None:
+    if options.cuts:
+        whole = tally.source_energy[index]
+        return min(1.0, tally.kept_energy[index] / whole) if whole > 0 else None
+    return 1.0 if _is_sum(options) else None
+
+
+def _is_sum(options: MergeOptions) -> bool:
+    return options.the_method.combine is None
 
 
 def _scaled_protection(sources: Sequence[Source], options: MergeOptions) -> list[str]:

@@ -26,11 +26,11 @@ from ..algebra.sums import dense_dtype, dense_sum_in, weighted_sum
 from ..files.lora import Lora
 from ..methods.table import Situation
 from ..updates.layer import Layer, LoraLayer, Term, exponent, largest
-from .account import Finished
 from .differences import weight_deltas, weight_sum
 from .options import MergeOptions
 from .protect import dense_stepping_aside, stepping_aside
 from .strengths import Strengths
+from .tally import Finished
 from .unshared import smaller_whole, uncut, unshared
 
 # Powers of two within which the squares of whole updates, and sums of millions of them, are within float32.

@@ -48,7 +48,9 @@ def test_the_options_of_a_merge_are_those_of_its_record():
     assert {field.name for field in fields(MergeOptions)} <= known.keys()
 
 
-@pytest.mark.parametrize(("outer", "inner"), [(merge, "merge_with_account"), (resize, "resize_with_account")], ids=str)
+@pytest.mark.parametrize(
+    ("outer", "inner"), [(merge, "merge_with_account"), (resize, "resize_with_account")], ids=["merge", "resize"]
+)
 def test_every_option_is_handed_on(outer, inner, monkeypatch):
     seen = {}
     monkeypatch.setattr(merging, inner, lambda first, **options: (seen.update(options), options))

@@ -1,0 +1,134 @@
+"""The first stage of a merge: what meets what, before any number is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..files.lora import Lora
+from ..files.metadata import ARCHITECTURE, changed, given
+from ..naming.aliases import is_foreign
+from .align import fused_notes, fused_with_slices, notes_on, unify
+from .differences import dense_modules
+from .inherit import inherited
+from .options import MergeOptions
+from .passthrough import Passing, refusal, sort_carried
+from .protect import protected_input
+from .strengths import Blocks, Strengths, strengths_of
+
+Input = tuple[Lora, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All that a merge is to do.
+
+    loras: the inputs, with canonical names that agree.   strengths: of each, module by module.
+    options: checked, `protect` a number or None.
+    modules: to be computed, in order.   whole: those of them, and of what passes through, that an input changes by a
+        whole-weight difference.   passing: what goes through as it is, and what is left out.
+    spellings: canonical name -> the name that the result gives a module.
+    sharing: inputs of which anything is in the sum.
+    metadata: that the result starts with.   names_architecture: whether the result says what it is for by itself.
+    warnings: what the user should know so far, in sentences.
+    """
+
+    loras: Sequence[Lora]
+    strengths: Strengths
+    options: MergeOptions
+    modules: Sequence[str]
+    whole: Mapping[str, None]
+    passing: Passing
+    spellings: Mapping[str, str]
+    sharing: Sequence[Lora]
+    metadata: Mapping[str, str]
+    names_architecture: bool
+    warnings: Sequence[str]
+
+
+def plan(
+    inputs: Sequence[Input],
+    options: MergeOptions,
+    block_strengths: Blocks | Sequence[Blocks] = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Plan:
+    """The plan of a merge; block_strengths, metadata and what is raised are those of `merge_with_account`."""
+    options.check(len(inputs))
+    wanted = given(metadata)
+    loras = unify([lora for lora, _ in inputs])
+    strengths = strengths_of(loras, [strength for _, strength in inputs], block_strengths)
+    sharing = [lora for index, lora in enumerate(loras) if _has_part(lora, index, strengths)]
+    kept, warnings = inherited(sharing)
+    notes = changed(kept, wanted)
+    warnings += [*notes_on(loras), *_fused(options, loras)]
+    options, unprotected = _protecting(options, loras, strengths)
+    passing = sort_carried(loras, strengths)
+    if passing.refused and not options.leave_out:
+        raise ValueError(refusal(loras, passing))
+    whole = dense_modules(loras)
+    modules = _modules(loras, whole, passing)
+    _check_signs(options, strengths, modules)
+    return Plan(
+        loras=loras,
+        strengths=strengths,
+        options=options,
+        modules=modules,
+        whole=whole,
+        passing=passing,
+        spellings=_spellings(loras),
+        sharing=sharing,
+        metadata=notes,
+        names_architecture=ARCHITECTURE not in notes and ARCHITECTURE not in wanted,
+        warnings=[*warnings, *unprotected],
+    )
+
+
+def _fused(options: MergeOptions, loras: Sequence[Lora]) -> list[str]:
+    meets = options.the_method.combine is not None or options.mu
+    return fused_notes(fused_with_slices(loras), loras) if meets else []
+
+
+def _modules(loras: Sequence[Lora], whole: Mapping[str, None], passing: Passing) -> list[str]:
+    # What meets an update that is passed through has strength 0.
+    in_all = dict.fromkeys([*(module for lora in loras for module in lora.modules), *whole])
+    return [module for module in in_all if module not in passing.updates]
+
+
+def _protecting(
+    options: MergeOptions, loras: Sequence[Lora], strengths: Strengths
+) -> tuple[MergeOptions, Sequence[str]]:
+    """The options with the number of whom `auto` protects, and a sentence if that is nobody."""
+    if options.protect != "auto":
+        return options, []
+    options = replace(options, protect=protected_input(loras, strengths.base))
+    if options.protect is None and options.mu:
+        return options, ["no input is recognised as an acceleration LoRA, so nobody is protected and mu did nothing"]
+    return options, []
+
+
+def _has_part(lora: Lora, index: int, strengths: Strengths) -> bool:
+    """Whether anything of the input is in the sum."""
+    return any(strengths.at(module)[index] != 0 for module in lora.spellings)
+
+
+def _check_signs(options: MergeOptions, strengths: Strengths, modules: Iterable[str]) -> None:
+    if options.the_method.signed:
+        return
+    for module in modules:
+        lowest = min(strengths.at(module))
+        if lowest < 0:
+            raise ValueError(
+                f"{module}: strength is {lowest:g}, but method {options.method} goes from one LoRA to another and takes "
+                "no negative strength. Choose another method, such as linear."
+            )
+
+
+def _spellings(loras: Sequence[Lora]) -> dict[str, str]:
+    """The first input's spelling of each module; a later one with dots where ComfyUI knows the name by its dots only."""
+    spellings: dict[str, str] = {}
+    for lora in loras:
+        for module, spelling in lora.spellings.items():
+            known = spellings.setdefault(module, spelling)
+            if known.startswith("lora_unet_") and spelling.startswith("diffusion_model.") and is_foreign(module):
+                spellings[module] = spelling
+    return spellings

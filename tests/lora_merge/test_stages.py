@@ -1,0 +1,84 @@
+"""The stages of a merge, each by itself."""
+
+import pytest
+import torch
+
+from lcm_kit.lora_merge import Lora, MergeOptions, merge_with_account
+from lcm_kit.lora_merge.merging.compute import compute
+from lcm_kit.lora_merge.merging.outcome import outcome
+from lcm_kit.lora_merge.merging.plan import plan
+
+GENERATOR = torch.Generator().manual_seed(3)
+
+
+def normal(*shape):
+    return torch.randn(shape, generator=GENERATOR)
+
+
+def lora(source, *modules, dora=(), bias=()):
+    state = {}
+    for module in modules:
+        state |= {f"{module}.lora_up.weight": normal(8, 2), f"{module}.lora_down.weight": normal(2, 8)}
+    state |= {f"{module}.dora_scale": normal(1, 8).abs() + 1 for module in dora}
+    state |= {f"{module}.diff_b": normal(8) for module in bias}
+    return Lora.from_state_dict(state, metadata={"modelspec.author": source}, source=source)
+
+
+FIRST = lora("first", "lora_unet_a", "lora_unet_b", "lora_unet_d", dora=["lora_unet_d"], bias=["lora_unet_a"])
+SECOND = lora("second", "lora_unet_b", "lora_unet_c")
+INPUTS = [(FIRST, 1.0), (SECOND, -0.5)]
+
+
+def test_a_plan_says_what_meets_what():
+    planned = plan(INPUTS, MergeOptions(), metadata={"modelspec.title": "both"})
+    assert planned.modules == ["lora_unet_a", "lora_unet_b", "lora_unet_c"]
+    assert list(planned.passing.updates) == ["lora_unet_d"]
+    assert planned.strengths.base == (1.0, -0.5)
+    assert planned.metadata["modelspec.title"] == "both"
+    assert planned.spellings.keys() == {*planned.modules, "lora_unet_d"}
+    assert [one.source for one in planned.sharing] == ["first", "second"]
+    assert planned.warnings == []
+
+
+def test_a_plan_leaves_out_of_the_sum_who_has_no_part_in_it():
+    planned = plan([(FIRST, 1.0), (SECOND, 0.0)], MergeOptions())
+    assert [one.source for one in planned.sharing] == ["first"]
+    assert planned.metadata["modelspec.author"] == "first"
+
+
+def test_a_plan_settles_whom_auto_protects():
+    planned = plan(INPUTS, MergeOptions(protect="auto", mu=1.0))
+    assert planned.options.protect is None
+    assert planned.warnings == [
+        "no input is recognised as an acceleration LoRA, so nobody is protected and mu did nothing"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "message"),
+    [
+        ([], {}, "there is nothing to merge"),
+        (INPUTS, {"method": "slerp"}, "lora_unet_a: strength is -0.5, but method slerp"),
+        ([(FIRST, 0.5), (SECOND, 1.0)], {}, "first has DoRA"),
+        ([(FIRST, float("nan"))], {}, "first: strength is nan"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_before_anything_is_computed(inputs, options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(inputs, MergeOptions(**options))
+
+
+@pytest.mark.parametrize("choices", [{}, {"rank": 1}, {"keep": 0.9}, {"method": "ties"}], ids=str)
+def test_the_stages_one_after_the_other_are_the_merge(choices):
+    planned = plan(INPUTS, MergeOptions(**choices))
+    computed = compute(planned, threads=2, device=torch.device("cpu"))
+    assert computed.layers.keys() == set(planned.modules)
+    assert computed.diffs.keys() == {("lora_unet_a", "diff_b")}
+    merged, account = outcome(planned, computed, ["ab"])
+    whole, other = merge_with_account(INPUTS, sha256=["ab"], **choices)
+    assert account == other
+    assert [source.sha256 for source in account.sources] == ["ab", None]
+    assert merged.metadata == whole.metadata
+    state, expected = merged.to_state_dict(), whole.to_state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in state)
