@@ -23,7 +23,7 @@ from ..merging.options import Protect
 from ..merging.report import describe, describe_merge, describe_provenance
 from ..merging.reproduce import reproduce
 from ..merging.strengths import for_inputs
-from ..methods.table import METHODS
+from ..methods.table import METHODS, all_parameters, methods_with
 from ..recognise.identity import sha256_of
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -60,9 +60,7 @@ def add_commands(commands: Commands) -> None:
     _cut(add)
     add.add_argument("--retain", type=float, metavar="SHARE", help="share of its energy that each LoRA keeps, 0 to 1")
     add.add_argument("--method", choices=METHODS, default="linear", help="default: linear; see the list below")
-    add.add_argument("--density", type=float, help="of methods that have it, 0 to 1; default: the method's")
-    add.add_argument("--spread", type=float, help="of della and della_ties")
-    add.add_argument("--outliers", type=float, help="of breadcrumbs")
+    _parameters(add)
     add.add_argument("--seed", type=int, default=0, help="of methods that draw at random; default: 0")
     add.add_argument(
         "--dense", action="store_true", help="methods work on whole updates as in their papers: slow, large"
@@ -95,6 +93,24 @@ def add_commands(commands: Commands) -> None:
     add = commands.add_parser("info", help="say what is in a LoRA file", epilog=_INFO_EXAMPLE, formatter_class=raw)
     add.add_argument("loras", nargs="+", metavar="FILE")
     add.set_defaults(run=_info)
+
+
+def _parameters(add: argparse.ArgumentParser) -> None:
+    """A flag for each parameter of any method; `_given` reads them."""
+    for name, methods in all_parameters().items():
+        low, high = min(one.low for one in methods.values()), max(one.high for one in methods.values())
+        meaning = _of_all({one.meaning for one in methods.values()})
+        default = _of_all({f"{one.default:g}" for one in methods.values()}) or "the method's"
+        text = f"of {methods_with(name)}, {low:g} to {high:g}; default: {default}{f'; {meaning}' if meaning else ''}"
+        add.add_argument(f"--{name.replace('_', '-')}", dest=name, type=float, help=text.replace("%", "%%"))
+
+
+def _of_all(texts: set[str]) -> str:
+    return next(iter(texts)) if len(texts) == 1 else ""
+
+
+def _given(options: argparse.Namespace) -> dict[str, float | None]:
+    return {name: getattr(options, name) for name in all_parameters()}
 
 
 def _merge_help() -> str:
@@ -181,9 +197,7 @@ def _merge(options: argparse.Namespace) -> Answer:
         merged, account = merge_with_account(
             [(load(path), strength) for path, strength in named],
             method=options.method,
-            density=options.density,
-            spread=options.spread,
-            outliers=options.outliers,
+            parameters=_given(options),
             seed=options.seed,
             dense=options.dense,
             retain=options.retain,

@@ -9,6 +9,7 @@ from statistics import median
 
 from ..files.hashes import stated
 from ..files.lora import too_small
+from ..methods.table import METHODS, Parameter
 from .options import MergeOptions
 from .plan import Plan
 from .tally import Tally
@@ -141,31 +142,45 @@ def _is_sum(options: MergeOptions) -> bool:
 
 
 def _scaled_protection(sources: Sequence[Source], options: MergeOptions) -> list[str]:
+    *others, last = [name for name, method in METHODS.items() if not method.scales_down]
     return [
         f"method {options.method} scales down what it merges: about {100 * (source.effect or 0):.0f} % is left of "
-        f"{source.name}, which is protected. linear, dare, slerp and tsv keep it."
+        f"{source.name}, which is protected. {', '.join(others)} and {last} keep it."
         for source in sources
         if source.protected and options.the_method.scales_down and (source.effect or 0) < _AS_IT_IS
     ]
 
 
 def _idle(options: MergeOptions) -> list[str]:
-    if options.the_method.combine is None or not options.the_method.is_sum(options.values):
+    method, values = options.the_method, options.values
+    name = method.neutral(values)
+    if name is None or not method.is_sum(values):
         return []
     return [
-        f"density is 1, at which method {options.method} prunes nothing: this is the plain sum. Choose a lower density."
+        f"{name} is {values[name]:g}, at which method {options.method} prunes nothing: this is the plain sum. "
+        f"Choose a {_away(method.parameters[name])} {name}."
     ]
+
+
+def _away(parameter: Parameter) -> str:
+    """Which way from the neutral value the others are."""
+    return "lower" if parameter.neutral == parameter.high else "higher"
 
 
 def _lost(sources: Sequence[Source], options: MergeOptions) -> list[str]:
     """Inputs of which the method or the cut has left less than half."""
+    gentler = [
+        f"a {'higher' if _away(parameter) == 'lower' else 'lower'} {name}, or "
+        for name, parameter in options.the_method.parameters.items()
+        if parameter.neutral is not None
+    ]
     result = []
     for source in sources:
         warned = source.protected and options.the_method.scales_down
         if source.effect is not None and source.effect < _HALF and not warned:
             result.append(
-                f"method {options.method} leaves about {100 * max(0.0, source.effect):.0f} % of {source.name}. Choose a "
-                "higher density, or another method such as linear."
+                f"method {options.method} leaves about {100 * max(0.0, source.effect):.0f} % of {source.name}. Choose "
+                f"{''.join(gentler)}another method such as linear."
             )
         if options.cuts and source.retention is not None and source.retention < _HALF:
             result.append(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, field, fields
+from functools import partial
 from typing import Literal
 
 import torch
 
-from ..methods.table import Method, find_method
+from ..keywords import nearest
+from ..methods.table import Method, Parameter, all_parameters, find_method
 
 AIMS = ("keep", "retain", "max_mb")
 Protect = int | Literal["auto"] | None
@@ -20,7 +23,9 @@ class MergeOptions:
     """How LoRAs are merged. At most one of rank, keep, retain and max_mb is given; with none the result is exact.
 
     method: a name in methods.METHODS.
-    density, spread, outliers: the method's parameters; None is its default. A density of 1 is accepted by every method.
+    density, spread, outliers: parameters of methods that people set most, put into `parameters`.
+    parameters: name in methods.METHODS -> value; None, and a name left out, is the method's default. A density of 1 is
+        accepted by every method.
     seed: of methods that draw at random, 0 or more.
     dense: methods that look at single entries look at those of the whole update, as their papers do, instead of those of
         the small core. Slow, and without a rank the result is a whole-weight difference: large.
@@ -42,15 +47,24 @@ class MergeOptions:
     retain: float | None = None
     max_mb: float | None = None
     balanced: bool = False
-    density: float | None = None
-    spread: float | None = None
-    outliers: float | None = None
+    density: InitVar[float | None] = None
+    spread: InitVar[float | None] = None
+    outliers: InitVar[float | None] = None
+    parameters: Mapping[str, float | None] = field(default_factory=dict, hash=False)
     seed: int = 0
     dense: bool = False
     protect: Protect = None
     mu: float = 0.0
     leave_out: bool = False
     out_dtype: torch.dtype | None = None
+
+    def __post_init__(self, density: float | None, spread: float | None, outliers: float | None) -> None:
+        parameters = {name: value for name, value in self.parameters.items() if value is not None}
+        for name, value in (("density", density), ("spread", spread), ("outliers", outliers)):
+            # `is`: what is not a number equals nothing, and is refused later.
+            if value is not None and (other := parameters.setdefault(name, value)) is not value and other != value:
+                raise ValueError(f"{name} is given twice, as {value:g} and in parameters as {other:g}.")
+        object.__setattr__(self, "parameters", parameters)
 
     @property
     def the_method(self) -> Method:
@@ -69,9 +83,9 @@ class MergeOptions:
     @property
     def values(self) -> dict[str, float]:
         """Value of each parameter that the method has."""
-        given = {"density": self.density, "spread": self.spread, "outliers": self.outliers}
+        given = self.parameters
         return {
-            name: parameter.default if (value := given[name]) is None else float(value)
+            name: parameter.default if (value := given.get(name)) is None else float(value)
             for name, parameter in self.the_method.parameters.items()
         }
 
@@ -87,28 +101,7 @@ class MergeOptions:
 
     def _check_method(self, inputs: int) -> None:
         method = self.the_method
-        for name in ("density", "spread", "outliers"):
-            value, parameter = getattr(self, name), method.parameters.get(name)
-            if value is None:
-                continue
-            if parameter is None:
-                if name == "density" and value == 1:
-                    continue
-                if name == "density":
-                    raise ValueError(
-                        f"density is {value:g}, but method {self.method} keeps every LoRA whole. Set density to 1."
-                    )
-                raise ValueError(f"{name} is {value:g}, but method {self.method} has no {name}. Leave {name} out.")
-            if not parameter.low <= value <= parameter.high:
-                raise ValueError(
-                    f"{name} is {value:g}, but it has to be within {parameter.low:g} and {parameter.high:g}."
-                )
-        values = self.values
-        if "outliers" in values and values["density"] < 1 and values["density"] + values["outliers"] > 1 + 1e-9:
-            raise ValueError(
-                f"density {values['density']:g} and outliers {values['outliers']:g} add up to more than 1: they are "
-                "shares of the same entries. Lower one of them."
-            )
+        self._check_parameters(method)
         if method.exact_inputs and inputs != method.exact_inputs:
             raise ValueError(
                 f"method {self.method} takes {method.exact_inputs} LoRAs, but there are {inputs}. Choose another method "
@@ -116,6 +109,35 @@ class MergeOptions:
             )
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, but it has to be 0 or more.")
+
+    def _check_parameters(self, method: Method) -> None:
+        known = all_parameters()
+        for name, value in self.parameters.items():
+            if value is None:
+                continue
+            if name not in known:
+                near = nearest(name, list(known))
+                raise ValueError(
+                    f"parameters has {name!r}, which is no parameter of any method"
+                    f"{f' (did you mean {near!r}?)' if near else ''}. There are {', '.join(known)}."
+                )
+            if name not in method.parameters:
+                self._refuse_parameter(name, value, next(iter(known[name].values())))
+            elif not method.parameters[name].low <= value <= method.parameters[name].high:
+                low, high = method.parameters[name].low, method.parameters[name].high
+                raise ValueError(f"{name} is {value:g}, but it has to be within {low:g} and {high:g}.")
+        if method.refuses is not None and (why := method.refuses(self.values)) is not None:
+            raise ValueError(why)
+
+    def _refuse_parameter(self, name: str, value: float, elsewhere: Parameter) -> None:
+        """A parameter that other methods have, unless its value leaves all as it is."""
+        if elsewhere.neutral is None:
+            raise ValueError(f"{name} is {value:g}, but method {self.method} has no {name}. Leave {name} out.")
+        if value != elsewhere.neutral:
+            raise ValueError(
+                f"{name} is {value:g}, but method {self.method} {elsewhere.without or f'has no {name}'}. "
+                f"Set {name} to {elsewhere.neutral:g}."
+            )
 
     def _check_cut(self) -> None:
         if self.rank < 0:
@@ -131,7 +153,10 @@ class MergeOptions:
                 )
         if self.max_mb is not None and not (math.isfinite(self.max_mb) and self.max_mb > 0):
             raise ValueError(f"max_mb is {self.max_mb:g}, but it has to be above 0, in MB of a million bytes.")
-        if self.balanced and not given:
+        self._check_way_of_cutting()
+
+    def _check_way_of_cutting(self) -> None:
+        if self.balanced and not self.cuts:
             raise ValueError(
                 "balanced chooses what a cut keeps, but nothing is cut. Give rank, keep, retain or max_mb too."
             )
@@ -154,25 +179,42 @@ class MergeOptions:
 
     def to_dict(self) -> dict[str, object]:
         """As JSON can hold it; the method's parameters with their values, so that later defaults change nothing."""
-        result = asdict(self) | self.values
+        result: dict[str, object] = {}
+        for option in fields(self):
+            value = getattr(self, option.name)
+            # Those that nobody gave are named too.
+            found = {**dict.fromkeys(all_parameters()), **self.parameters, **self.values}
+            result |= found if option.name == "parameters" else {option.name: value}
         dtype = self.out_dtype
         result["out_dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
         return result
 
 
-def options_from_dict(values: dict[str, object]) -> MergeOptions:
+def _parameter(name: str, options: MergeOptions) -> float | None:
+    return options.parameters.get(name)
+
+
+for _name in ("density", "spread", "outliers"):
+    # What was given, as if it were a field; `values` has defaults filled in.
+    setattr(MergeOptions, _name, property(partial(_parameter, _name)))
+
+
+def options_from_dict(values: Mapping[str, object]) -> MergeOptions:
     """Undoes `to_dict`. Raises ValueError for names or kinds of values that are no options."""
+    numbers = all_parameters().keys()
+    names = {option.name for option in fields(MergeOptions)} - {"parameters"}
+    if unknown := [name for name in values if name not in names and name not in numbers]:
+        raise ValueError(f"unknown options ({', '.join(unknown)})")
     kinds = {"method": str, "rank": int, "seed": int, "balanced": bool, "dense": bool, "leave_out": bool}
     for name, value in values.items():
         if name in kinds and (not isinstance(value, kinds[name]) or (kinds[name] is int and isinstance(value, bool))):
             raise ValueError(f"{name} is {value!r}, which is no {kinds[name].__name__}")
-        if name in (*AIMS, "density", "spread", "outliers", "mu") and isinstance(value, (str, list, dict, bool)):
+        if (name in (*AIMS, "mu") or name in numbers) and isinstance(value, (str, list, dict, bool)):
             raise ValueError(f"{name} is {value!r}, which is no number")
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     dtype = values.get("out_dtype")
     if dtype is not None and dtype not in dtypes:
         raise ValueError(f"out_dtype is {dtype!r}, but it has to be one of {', '.join(dtypes)}")
-    try:
-        return MergeOptions(**values | {"out_dtype": dtypes.get(str(dtype))})  # type: ignore[arg-type]
-    except TypeError as error:
-        raise ValueError(f"unknown options ({error})") from None
+    options = {name: value for name, value in values.items() if name in names}
+    parameters = {name: value for name, value in values.items() if name in numbers}
+    return MergeOptions(**options | {"out_dtype": dtypes.get(str(dtype)), "parameters": parameters})  # type: ignore[arg-type]

@@ -69,8 +69,7 @@ def _choices(account: Account) -> str:
     options = account.options
     chosen = [f"{name} {value:g}" for name, value in options.values.items()]
     chosen += ["on whole updates"] if options.dense and options.the_method.entrywise else []
-    # Of the methods only those with a chance in them draw.
-    chosen += [f"seed {options.seed}"] if options.seed and account.method.startswith(("dare", "della")) else []
+    chosen += [f"seed {options.seed}"] if options.seed and options.the_method.draws else []
     return f" ({', '.join(chosen)})" if chosen else ""
 
 

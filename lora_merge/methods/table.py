@@ -15,12 +15,20 @@ from .sparsify import at_random, by_magnitude, by_magnitude_at_random, without_o
 
 @dataclass(frozen=True)
 class Parameter:
-    """A number that a method takes: its default, the smallest and the largest allowed, and what it means."""
+    """A number that a method takes: its default, the smallest and the largest allowed, and what it means.
+
+    neutral: the value at which the method changes no update, which every other method accepts too; None if there is none.
+    without: what methods do that do not have the parameter, for the message that refuses it there.
+    step: of a widget.
+    """
 
     default: float
     low: float
     high: float
     meaning: str
+    neutral: float | None = None
+    without: str = ""
+    step: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,9 @@ class Method:
     parameters: by name, in the order of the formula.
     entrywise: it looks at single entries, so that its result depends on the axes: of whole updates it is another one than
         of their cores, of the same strength (algebra/core_space.py).
+    draws: it draws at random, so that the seed matters.
     elects: entries of the weaker sign fall away.   scales_down: inputs come out weaker than strength * update, as a rule.
+    refuses: values of its parameters -> why they do not go together, or None.
     exact_inputs: how many inputs it takes, 0 for any number.   signed: strengths may be negative.
     """
 
@@ -67,18 +77,24 @@ class Method:
     source: str
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     entrywise: bool = False
+    draws: bool = False
     elects: bool = False
     scales_down: bool = False
     exact_inputs: int = 0
     signed: bool = True
+    refuses: Callable[[Mapping[str, float]], str | None] | None = None
+
+    def neutral(self, values: Mapping[str, float]) -> str | None:
+        """The parameter at whose value it changes no update by itself, None if none has such a value."""
+        return next((name for name, parameter in self.parameters.items() if values[name] == parameter.neutral), None)
 
     def changes_one(self, values: Mapping[str, float]) -> bool:
         """Whether it changes an update that is alone on its weight."""
-        return self.entrywise and values.get("density") != 1
+        return self.entrywise and self.neutral(values) is None
 
     def is_sum(self, values: Mapping[str, float]) -> bool:
         """Whether it makes the plain sum."""
-        return self.combine is None or (values.get("density") == 1 and not self.elects)
+        return self.combine is None or (self.neutral(values) is not None and not self.elects)
 
 
 def _each(prune: Callable[[Tensor, Situation, int], Tensor], together: Callable[[list[Tensor]], Tensor]) -> Combine:
@@ -141,16 +157,30 @@ def _orthogonal(deltas: Sequence[Tensor], situation: Situation) -> Tensor:
 
 
 def _density(default: float, meaning: str) -> Parameter:
-    return Parameter(default, 0.0, 1.0, meaning)
+    return Parameter(default, 0.0, 1.0, meaning, neutral=1.0, without="keeps every LoRA whole")
 
 
-# DELLA's epsilon is the whole width; mergekit's is half of it, 0.15 unless told otherwise.
-_SPREAD = Parameter(
-    0.3, 0.0, 1.0, "difference between the chances of the largest and the smallest entry of a row; 0 is DARE"
+def _too_many(values: Mapping[str, float]) -> str | None:
+    density, outliers = values["density"], values["outliers"]
+    if density == 1 or density + outliers <= 1 + 1e-9:
+        return None
+    return (
+        f"density {density:g} and outliers {outliers:g} add up to more than 1: they are shares of the same entries. "
+        "Lower one of them."
+    )
+
+
+# DELLA's epsilon, the difference between the chances of the largest and the smallest entry of a row: the whole width;
+# mergekit's is half of it, 0.15 unless told otherwise.
+_SPREAD = Parameter(0.3, 0.0, 1.0, "how much likelier the largest entries stay than the smallest; 0 is dare")
+_OUTLIERS = Parameter(
+    0.01, 0.0, 1.0, "share of the entries that is cut off as too large; with density at most 1", step=0.005
 )
 _DARE = "Yu et al. 2023, DARE, arXiv 2311.03099"
 _DELLA = "Deep et al. 2024, DELLA-Merging, arXiv 2406.11617"
 _TIES = "Yadav et al. 2023, TIES-Merging, arXiv 2306.01708"
+# So many methods are named where a parameter is theirs.
+_NAMED = 2
 _CHANCE = "chance of an entry to stay; those that stay are divided by it"
 
 # Where the defaults come from, and where others differ (mergekit of June 2026, PEFT 0.21, the authors' own code):
@@ -182,6 +212,7 @@ METHODS: dict[str, Method] = {
         _DARE,
         {"density": _density(0.9, _CHANCE)},
         entrywise=True,
+        draws=True,
     ),
     "dare_ties": Method(
         _each(_any, _disjoint_sum),
@@ -189,6 +220,7 @@ METHODS: dict[str, Method] = {
         f"{_DARE}, with {_TIES}",
         {"density": _density(0.9, _CHANCE)},
         entrywise=True,
+        draws=True,
         elects=True,
         scales_down=True,
     ),
@@ -198,6 +230,7 @@ METHODS: dict[str, Method] = {
         _DELLA,
         {"density": _density(0.9, f"mean {_CHANCE}"), "spread": _SPREAD},
         entrywise=True,
+        draws=True,
     ),
     "della_ties": Method(
         _each(_rather_large, _disjoint_sum),
@@ -205,6 +238,7 @@ METHODS: dict[str, Method] = {
         f"{_DELLA}, with {_TIES}",
         {"density": _density(0.9, f"mean {_CHANCE}"), "spread": _SPREAD},
         entrywise=True,
+        draws=True,
         elects=True,
         scales_down=True,
     ),
@@ -222,10 +256,11 @@ METHODS: dict[str, Method] = {
         "Davari & Belilovsky 2023, Model Breadcrumbs, arXiv 2312.06795",
         {
             "density": _density(0.9, "share of entries kept, the largest below the outliers; 1 keeps outliers too"),
-            "outliers": Parameter(0.01, 0.0, 1.0, "share of entries cut off as too large"),
+            "outliers": _OUTLIERS,
         },
         entrywise=True,
         scales_down=True,
+        refuses=_too_many,
     ),
     "slerp": Method(
         _on_the_arc,
@@ -247,3 +282,18 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"method is {name!r}, but it has to be one of: {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def all_parameters() -> dict[str, dict[str, Parameter]]:
+    """Parameter -> method -> what it is there, of all methods, in the order of the table."""
+    result: dict[str, dict[str, Parameter]] = {}
+    for method, row in METHODS.items():
+        for name, parameter in row.parameters.items():
+            result.setdefault(name, {})[method] = parameter
+    return result
+
+
+def methods_with(name: str) -> str:
+    """Whose parameter it is, in words."""
+    methods = list(all_parameters()[name])
+    return "methods that have it" if len(methods) > _NAMED else " and ".join(methods)

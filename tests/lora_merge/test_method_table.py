@@ -1,0 +1,186 @@
+"""A merge method is a row: its parameters reach options, command line and report from there."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lcm_kit.lora_merge import METHODS, Lora, MergeOptions, describe_merge, load, merge, merge_with_account, save
+from lcm_kit.lora_merge.__main__ import main
+from lcm_kit.lora_merge.merging.account import Source
+from lcm_kit.lora_merge.merging.account import _lost as lost
+from lcm_kit.lora_merge.merging.options import options_from_dict
+from lcm_kit.lora_merge.merging.reproduce import reproduce
+from lcm_kit.lora_merge.methods import table
+from lcm_kit.lora_merge.methods.table import Method, Parameter, all_parameters
+
+GENERATOR = torch.Generator().manual_seed(11)
+MODULE = "lora_unet_x"
+
+
+def lora(source):
+    up, down = torch.randn(6, 2, generator=GENERATOR), torch.randn(2, 6, generator=GENERATOR)
+    return Lora.from_state_dict({f"{MODULE}.lora_up.weight": up, f"{MODULE}.lora_down.weight": down}, source=source)
+
+
+INPUTS = [(lora("first"), 1.0), (lora("second"), 0.5)]
+
+
+def sharpened(deltas, situation):
+    return situation.values["sharpness"] * sum(deltas)
+
+
+ROW = Method(
+    sharpened,
+    "the sum, sharpened",
+    "nowhere",
+    {"sharpness": Parameter(1.5, 1.0, 4.0, "factor, 100 % of it")},
+    draws=True,
+)
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """The table with one more row."""
+    monkeypatch.setitem(table.METHODS, "made_up", ROW)
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_new_row_is_an_option_with_its_range_and_default():
+    assert MergeOptions(method="made_up").values == {"sharpness": 1.5}
+    whole = sum(strength * one.delta(MODULE) for one, strength in INPUTS)
+    for given, factor in ({}, 1.5), ({"sharpness": 2.0}, 2.0):
+        merged, account = merge_with_account(INPUTS, method="made_up", parameters=given, seed=3)
+        torch.testing.assert_close(merged.delta(MODULE), factor * whole)
+        assert f"method made_up (sharpness {factor:g}, seed 3)" in describe_merge(account, merged)
+        notes = json.loads(merged.metadata["lcm_kit.merge"])["options"]
+        assert notes["sharpness"] == factor
+        assert options_from_dict(notes) == MergeOptions(method="made_up", parameters={"sharpness": factor}, seed=3)
+    with pytest.raises(ValueError, match=r"sharpness is 5, but it has to be within 1 and 4\."):
+        merge(INPUTS, method="made_up", parameters={"sharpness": 5})
+    with pytest.raises(ValueError, match=r"sharpness is 2, but method ties has no sharpness\. Leave sharpness out\."):
+        merge(INPUTS, method="ties", parameters={"sharpness": 2})
+    with pytest.raises(
+        ValueError, match=r"'sharpnes', which is no parameter of any method \(did you mean 'sharpness'\?\)"
+    ):
+        merge(INPUTS, method="made_up", parameters={"sharpnes": 2})
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_new_row_is_a_flag_of_the_command_and_in_its_help(tmp_path, capsys):
+    files = [str(tmp_path / f"{one.source}.safetensors") for one, _ in INPUTS]
+    for (one, _), file in zip(INPUTS, files, strict=True):
+        save(one, file, dtype=torch.float32)
+    out = tmp_path / "out.safetensors"
+    command = ["merge", files[0], f"{files[1]}:0.5", "-o", str(out), "--dtype", "fp32", "--method", "made_up"]
+    assert main([*command, "--sharpness", "3"]) == 0
+    assert "method made_up (sharpness 3)" in capsys.readouterr().out
+    torch.testing.assert_close(
+        load(out).delta(MODULE), 3 * sum(strength * one.delta(MODULE) for one, strength in INPUTS)
+    )
+    assert reproduce(out).identical
+    with pytest.raises(SystemExit):
+        main(["merge", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--sharpness SHARPNESS of made_up, 1 to 4; default: 1.5; factor, 100 % of it" in text
+    assert "made_up the sum, sharpened (default: sharpness 1.5)" in text
+
+
+@pytest.mark.usefixtures("made_up")
+def test_other_methods_say_nothing_of_a_new_row():
+    merged, account = merge_with_account(INPUTS)
+    assert "sharpness" not in describe_merge(account, merged)
+    assert merged.delta(MODULE).equal(merge(INPUTS).delta(MODULE))
+
+
+@pytest.mark.parametrize("name", all_parameters())
+def test_no_parameter_has_the_name_of_another_option(name):
+    options = set(MergeOptions().to_dict()) - set(all_parameters())
+    assert name.isidentifier()
+    assert name not in {
+        *options,
+        "parameters",
+        "output",
+        "format",
+        "dtype",
+        "device",
+        "workers",
+        "block_strengths",
+        "loras",
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_default_is_within_its_range_and_the_row_accepts_its_defaults(method):
+    for name, parameter in METHODS[method].parameters.items():
+        assert parameter.low <= parameter.default <= parameter.high
+        assert parameter.neutral is None or parameter.low <= parameter.neutral <= parameter.high, name
+    MergeOptions(method=method).check(2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_draws_exactly_if_the_table_says_so(method):
+    deltas = [merge(INPUTS, method=method, seed=seed, parameters=_half(method)).delta(MODULE) for seed in range(4)]
+    assert any(not torch.equal(deltas[0], other) for other in deltas[1:]) is METHODS[method].draws
+
+
+def _half(method):
+    return {"density": 0.5} if "density" in METHODS[method].parameters else {}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_report_names_the_seed_of_methods_that_draw(method):
+    merged, account = merge_with_account(INPUTS, method=method, seed=9)
+    assert ("seed 9" in describe_merge(account, merged)) is METHODS[method].draws
+
+
+def test_a_parameter_by_name_and_in_the_mapping_is_the_same():
+    by_name, in_mapping = MergeOptions(method="della", density=0.5), MergeOptions("della", parameters={"density": 0.5})
+    assert by_name == in_mapping
+    assert hash(by_name) == hash(in_mapping)
+    assert (by_name.density, by_name.spread) == (0.5, None)
+    assert replace(by_name, seed=4).values == by_name.values == {"density": 0.5, "spread": 0.3}
+    assert MergeOptions(density=0.5, parameters={"density": 0.5}).parameters == {"density": 0.5}
+    with pytest.raises(ValueError, match=r"density is given twice, as 0\.5 and in parameters as 0\.6"):
+        merge(INPUTS, method="ties", density=0.5, parameters={"density": 0.6})
+
+
+def test_what_was_handed_in_stays_as_it_is():
+    given = {"density": None, "spread": 0.2}
+    options = MergeOptions("della", density=0.5, parameters=given)
+    assert given == {"density": None, "spread": 0.2}
+    given["spread"] = 0.9
+    assert options.values == {"density": 0.5, "spread": 0.2}
+
+
+@pytest.mark.parametrize("name", ["parameters", "densty", "__class__"])
+def test_notes_with_unknown_options_are_refused(name):
+    with pytest.raises(ValueError, match=rf"unknown options \({name}\)"):
+        options_from_dict({"method": "linear", name: {}})
+
+
+@pytest.mark.parametrize(
+    ("density", "hint"),
+    [
+        (0.01, "Choose a higher density, or another method such as linear."),
+        (1.0, "this is the plain sum. Choose a lower density."),
+    ],
+)
+def test_a_hint_says_which_way_to_go(density, hint):
+    _, account = merge_with_account(INPUTS, method="magnitude", density=density)
+    assert any(one.endswith(hint) for one in account.warnings)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_hint_names_a_parameter_that_the_method_has_not(method):
+    faint = Source("faint", 1.0, 1, 1, 0, (2, 2), (2.0, 2.0), None, effect=0.1)
+    (text,) = lost([faint], MergeOptions(method=method))
+    assert ("density" in text) is ("density" in METHODS[method].parameters)
+
+
+def test_what_keeps_a_protected_lora_is_what_the_table_says():
+    _, account = merge_with_account(INPUTS, method="ties", protect=0, density=0.02)
+    (text,) = [one for one in account.warnings if "which is protected" in one]
+    keeping = text.split("protected. ")[1].removesuffix(" keep it.").replace(" and ", ", ").split(", ")
+    assert keeping == [name for name, method in METHODS.items() if not method.scales_down]
