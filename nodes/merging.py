@@ -5,6 +5,7 @@ from comfy_api.latest import io, ui
 from ..host.door.node import Node
 from ..host.lora import files, merging
 from ..lora_merge import METHODS
+from ..lora_merge.methods.table import all_parameters
 
 CATEGORY = "LCM Kit/LoRA"
 STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
@@ -22,6 +23,23 @@ def share(name, tooltip):
         tooltip=tooltip,
         advanced=True,
     )
+
+
+def parameters(besides):
+    """An input for each parameter of a method, besides those that have one of their own."""
+    for name, methods in all_parameters().items():
+        if name not in besides:
+            method, parameter = next(iter(methods.items()))
+            yield io.Float.Input(
+                name,
+                default=parameter.default,
+                min=parameter.low,
+                max=parameter.high,
+                step=parameter.step,
+                optional=True,
+                tooltip=f"Of {method}: {parameter.meaning}.",
+                advanced=True,
+            )
 
 
 def about(name, tooltip):
@@ -155,26 +173,7 @@ class MergeLoRA(Node):
                     "weights.",
                     advanced=True,
                 ),
-                io.Float.Input(
-                    "spread",
-                    default=METHODS["della"].parameters["spread"].default,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="Of della: how much likelier the largest entries stay than the smallest. 0 is dare.",
-                    advanced=True,
-                ),
-                io.Float.Input(
-                    "outliers",
-                    default=METHODS["breadcrumbs"].parameters["outliers"].default,
-                    min=0.0,
-                    max=1.0,
-                    step=0.005,
-                    optional=True,
-                    tooltip="Of breadcrumbs: share of the entries that is cut off as too large. With density at most 1.",
-                    advanced=True,
-                ),
+                *parameters(besides=["density"]),
             ],
             outputs=[
                 io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The merged LoRA. Apply it at strength 1."),
@@ -198,8 +197,6 @@ class MergeLoRA(Node):
         mu=0.0,
         block_strengths="",
         dense=False,
-        spread=METHODS["della"].parameters["spread"].default,
-        outliers=METHODS["breadcrumbs"].parameters["outliers"].default,
         **slots,
     ) -> io.NodeOutput:
         merged, text = merging.merge(
@@ -216,8 +213,6 @@ class MergeLoRA(Node):
             mu=mu,
             block_strengths=block_strengths,
             dense=dense,
-            spread=spread,
-            outliers=outliers,
         )
         return io.NodeOutput(merged, text, ui=ui.PreviewText(text))
 

@@ -8,8 +8,9 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 
-from ...lora_merge import METHODS, describe_merge, merge_with_account, resize_with_account
+from ...lora_merge import describe_merge, merge_with_account, resize_with_account
 from ...lora_merge.merging.strengths import for_inputs
+from ...lora_merge.methods.table import find_method
 from ...lora_merge.recognise.identity import sha256_of
 from .files import DTYPES, lora_names
 from .identity import KnownWeights
@@ -17,12 +18,11 @@ from .weights import LoraWeights, from_lora, to_lora
 
 PROTECT = ("auto", "none", *(f"lora_{number}" for number in range(1, 7)))
 AIMS = ("keep", "retain", "max_mb")
-# Widgets have a value always, so those of other methods are left out.
-PARAMETERS = ("spread", "outliers")
 
 
 def merge(slots: Mapping[str, object], *, method: str, block_strengths: str, protect: str, **choices):
     """(merged, report). slots: lora_1, strength_1, lora_2, ... as the node has them; an empty lora slot is left out.
+    With them come parameters of methods; widgets have a value always, so those of other methods are left out.
 
     choices: the node's other widgets; 0 leaves keep, retain and max_mb out.
     """
@@ -37,7 +37,8 @@ def merge(slots: Mapping[str, object], *, method: str, block_strengths: str, pro
             method=method,
             protect=_protected(protect, numbers),
             block_strengths=for_inputs(block_strengths, numbers),
-            **_given(method, choices),
+            parameters={name: slots[name] for name in find_method(method).parameters if name in slots},
+            **_given(choices),
             **more,
         ),
     )
@@ -48,17 +49,13 @@ def resize(lora, *, dtype: str, **choices) -> tuple[LoraWeights, str]:
     """(smaller one, report). choices: rank, keep, max_mb; 0 leaves them out."""
     whole = to_lora(lora)
     small, account = _watched(
-        [lora], lambda **more: resize_with_account(whole, out_dtype=DTYPES[dtype], **_given("linear", choices), **more)
+        [lora], lambda **more: resize_with_account(whole, out_dtype=DTYPES[dtype], **_given(choices), **more)
     )
     return from_lora(small), describe_merge(account, small)
 
 
-def _given(method: str, choices: Mapping[str, object]) -> dict[str, object]:
-    result = {name: value for name, value in choices.items() if name not in AIMS or value}
-    for name in PARAMETERS:
-        if name not in METHODS[method].parameters:
-            result.pop(name, None)
-    return result
+def _given(choices: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in choices.items() if name not in AIMS or value}
 
 
 def _protected(text: str, numbers: list[str]):

@@ -16,6 +16,7 @@ import torch
 from lcm_kit.host.lora.weights import to_lora
 from lcm_kit.lora_merge import METHODS, load, merge, resize
 from lcm_kit.lora_merge.merging.reproduce import reproduce
+from lcm_kit.lora_merge.methods.table import Method, Parameter
 from lcm_kit.nodes.loading import ApplyLoRA, LoadLoRA
 from lcm_kit.nodes.merging import MergeLoRA, ResizeLoRA, SaveLoRA
 from lcm_kit.tests.with_comfyui import tiny
@@ -85,6 +86,30 @@ def test_each_method_is_that_of_lora_merge(pair, method):
     wanted = merge(inputs, method=method, density=density, seed=5)
     assert same(ours, wanted.to_state_dict())
     assert f"Merged 2 LoRAs, method {method}" in text
+
+
+def test_a_new_row_in_the_table_of_methods_is_a_choice_and_its_parameter_an_input(pair, monkeypatch):
+    row = Method(
+        lambda deltas, situation: situation.values["sharpness"] * sum(deltas),
+        "the sum, sharpened",
+        "nowhere",
+        {"sharpness": Parameter(1.5, 1.0, 4.0, "factor on the sum")},
+    )
+    before = [(entry.id, entry.as_dict()) for entry in MergeLoRA.define_schema().inputs if entry.id != "method"]
+    monkeypatch.setitem(METHODS, "made_up", row)
+    *others, last = (entry for entry in MergeLoRA.define_schema().inputs if entry.id != "method")
+    assert [(entry.id, entry.as_dict()) for entry in others] == before
+    assert (last.id, last.default, last.min, last.max, last.optional) == ("sharpness", 1.5, 1.0, 4.0, True)
+    assert last.tooltip == "Of made_up: factor on the sum."
+    inputs = [(to_lora(one), 1.0) for one in pair]
+    for given, factor in ({}, 1.5), ({"sharpness": 3.0}, 3.0):
+        ours, text = merged((pair[0], 1.0), (pair[1], 1.0), method="made_up", **given)
+        assert same(ours, merge(inputs, method="made_up", parameters={"sharpness": factor}).to_state_dict())
+        assert f"method made_up (sharpness {factor:g})" in text
+    with pytest.raises(ValueError, match=r"Merge LoRAs: .*sharpness"):
+        merged((pair[0], 1.0), (pair[1], 1.0), method="made_up", sharpness=5.0)
+    # A widget always has a value, and other methods do without it.
+    assert same(merged((pair[0], 1.0), sharpness=3.0)[0], merged((pair[0], 1.0))[0])
 
 
 def test_a_file_of_the_merge_equals_the_patch_in_the_graph_and_two_of_cores_loaders(model, clip, loras_folder):
