@@ -22,6 +22,7 @@ from ..distillation.engine import Engine
 from ..distillation.settings import Settings
 from ..distillation.trainer import Trainer
 from ..lora_merge import Lora, save
+from ..lora_merge.files.dtypes import DTYPES
 from ..lora_merge.files.file_names import name_trouble, shown
 from ..lora_merge.files.load_save import check_output
 from ..lora_merge.files.pictures import check_picture, write_picture
@@ -31,7 +32,6 @@ from .processes import check_same, first_of_a_machine, has_accelerator, processe
 
 # Pictures handed to the VAE; ComfyUI makes that as few as fit. Not --batch: latents differ with it in their last digits.
 AT_ONCE = 8
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclasses.dataclass(frozen=True)

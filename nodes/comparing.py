@@ -4,26 +4,14 @@ from comfy_api.latest import io, ui
 
 from ..host.door.node import Node
 from ..host.lora import comparing
+from .inputs import lora_slots
 
 CATEGORY = "LCM Kit/LoRA"
-MOST = 6
+SLOT_TOOLTIPS = {
+    1: "The first LoRA: its strength is swept in the picture.",
+    2: "The second LoRA, for example an LCM-LoRA.",
+}
 STRENGTH_TOOLTIP = "Strength it is meant to have: 1 as trained, below 0 subtracts it."
-
-
-def slots() -> list:
-    """lora_1, strength_1, lora_2, ...; the first two are required."""
-    inputs: list = []
-    for number in range(1, MOST + 1):
-        is_extra = number > 2
-        words = ("The first LoRA: its strength is swept in the picture.", "The second LoRA, for example an LCM-LoRA.")
-        tooltip = "Another LoRA, if there is one." if is_extra else words[number - 1]
-        inputs += [
-            io.LoraModel.Input(f"lora_{number}", optional=is_extra, tooltip=tooltip),
-            io.Float.Input(
-                f"strength_{number}", default=1.0, min=-100.0, max=100.0, step=0.01, tooltip=STRENGTH_TOOLTIP
-            ),
-        ]
-    return inputs
 
 
 class CompareLoRA(Node):
@@ -37,7 +25,7 @@ class CompareLoRA(Node):
             "directions or leave each other alone, and what a smaller rank of their sum would lose.",
             is_output_node=True,
             inputs=[
-                *slots(),
+                *lora_slots(SLOT_TOOLTIPS, STRENGTH_TOOLTIP),
                 io.Int.Input(
                     "rank",
                     default=0,

@@ -4,6 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..host.door.node import Node
 from ..host.training import distilling
+from . import inputs
 
 CATEGORY = "LCM Kit/training"
 
@@ -106,13 +107,8 @@ class Distill(Node):
                     tooltip="Timesteps that a solver step skips: 20 as published. More learns faster, with a coarser "
                     "solver; original_steps of the samplers is then 1000 / skip.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Same seed and inputs, same LoRA (exactly so on a CPU).",
+                inputs.seed(
+                    "Same seed and inputs, same LoRA (exactly so on a CPU).",
                 ),
                 io.Int.Input(
                     "samples",

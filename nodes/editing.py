@@ -4,7 +4,8 @@ from comfy_api.latest import io
 
 from ..host.door.node import Node
 from ..host.sampling import editing
-from .sampling import CATEGORY, MAX_SEED, ORIGINAL_STEPS_TOOLTIP
+from . import inputs
+from .sampling import CATEGORY
 
 
 class LCMEdit(Node):
@@ -29,49 +30,22 @@ class LCMEdit(Node):
                     "latent_image",
                     tooltip="The picture, from VAE Encode. With a noise mask only what it covers can change.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="Fixes the noise of every step, for each image of a batch on its own.",
+                inputs.seed(
+                    "Fixes the noise of every step, for each image of a batch on its own.", after_generate=True
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=4,
-                    min=1,
-                    max=1000,
-                    tooltip="Steps of two model calls each, one for each prompt. 4 is usual, 2 nearly as good; more "
+                inputs.steps(
+                    "Steps of two model calls each, one for each prompt. 4 is usual, 2 nearly as good; more "
                     "seldom helps and moves more of the picture.",
                 ),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Guidance of the target away from the source. 1 is none and usually best; above 1 leads "
+                inputs.cfg(
+                    "Guidance of the target away from the source. 1 is none and usually best; above 1 leads "
                     "further, keeps less of the picture, and takes three model calls a step.",
                 ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How large the change may be: where on the schedule it begins. 1 can change all, colours "
+                inputs.denoise(
+                    "How large the change may be: where on the schedule it begins. 1 can change all, colours "
                     "and layout too; lower keeps more. All steps are always run.",
                 ),
-                io.Int.Input(
-                    "original_steps",
-                    default=50,
-                    min=1,
-                    max=1000,
-                    tooltip=ORIGINAL_STEPS_TOOLTIP,
-                    advanced=True,
-                ),
+                inputs.original_steps(advanced=True),
                 io.Float.Input(
                     "keep",
                     default=0.2,

@@ -5,11 +5,10 @@ from comfy_api.latest import io, ui
 from ..host.door.node import Node
 from ..host.lora import files, patches, stack
 from ..host.lora.reports import contents
+from . import inputs
 
 CATEGORY = "LCM Kit/LoRA"
-STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
 REPORT_TOOLTIP = "What was done, in words; also shown on the node."
-WRONG_BASE = {"options": ["refuse", "warn"], "default": "refuse"}
 
 
 class LCMLoader(Node):
@@ -25,19 +24,12 @@ class LCMLoader(Node):
                 io.Model.Input("model", tooltip="The base model or a fine-tune of it, before or after style LoRAs."),
                 io.Clip.Input("clip", optional=True, tooltip="Passed through; LCM-LoRAs do not change it."),
                 io.Combo.Input("lora_name", options=files.lora_names(), tooltip="A file in the loras folder."),
-                io.Float.Input(
+                inputs.strength(
                     "strength",
-                    **STRENGTH,
-                    tooltip="1 is what it was trained for. Lower gives softer pictures that need more steps, "
+                    "1 is what it was trained for. Lower gives softer pictures that need more steps, "
                     "0 leaves the model as it is.",
                 ),
-                io.Combo.Input(
-                    "wrong_base",
-                    **WRONG_BASE,
-                    tooltip="If the LoRA was made for another base model: refuse stops with a message that says which "
-                    "file to use, warn applies what fits and says so.",
-                    advanced=True,
-                ),
+                inputs.wrong_base(),
                 io.Custom("LORA_STACK").Input(
                     "lora_stack",
                     optional=True,
@@ -123,23 +115,13 @@ class ApplyLoRA(Node):
                 io.Model.Input("model", tooltip="The model to change; it is copied, not altered."),
                 io.Clip.Input("clip", optional=True, tooltip="The text encoder, if the LoRA should change it too."),
                 io.LoraModel.Input("lora", tooltip="The LoRA to apply."),
-                io.Float.Input(
+                inputs.strength(
                     "strength_model",
-                    **STRENGTH,
-                    tooltip="How strongly the model is changed: 1 as trained, 0 not at all, below 0 the opposite way. "
+                    "How strongly the model is changed: 1 as trained, 0 not at all, below 0 the opposite way. "
                     "A merged LoRA has its strengths inside already, so 1.",
                 ),
-                io.Float.Input(
-                    "strength_clip", **STRENGTH, tooltip="The same for the text encoder; no effect without one."
-                ),
-                io.Combo.Input(
-                    "wrong_base",
-                    **WRONG_BASE,
-                    optional=True,
-                    tooltip="If the LoRA was made for another base model: refuse stops with a message that says which "
-                    "file to use, warn applies what fits and says so.",
-                    advanced=True,
-                ),
+                inputs.strength("strength_clip", "The same for the text encoder; no effect without one."),
+                inputs.wrong_base(optional=True),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL"),

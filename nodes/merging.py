@@ -6,9 +6,10 @@ from ..host.door.node import Node
 from ..host.lora import files, merging
 from ..lora_merge import METHODS
 from ..lora_merge.methods.table import all_parameters
+from . import inputs
 
 CATEGORY = "LCM Kit/LoRA"
-STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
+SLOT_TOOLTIPS = {1: "The first LoRA, for example a style.", 2: "The second LoRA, for example an LCM-LoRA."}
 STRENGTH_TOOLTIP = "Factor on this LoRA: 1 as trained, 0 leaves it out, below 0 subtracts it."
 
 
@@ -70,18 +71,7 @@ class MergeLoRA(Node):
             description="One LoRA that does what two to six do together: the sum of strength times LoRA. Ranks, alphas "
             "and key spellings may differ. Style 0.8 and LCM-LoRA 1.0 give that style in 4 steps.",
             inputs=[
-                io.LoraModel.Input("lora_1", tooltip="The first LoRA, for example a style."),
-                io.Float.Input("strength_1", **STRENGTH, tooltip=STRENGTH_TOOLTIP),
-                io.LoraModel.Input("lora_2", tooltip="The second LoRA, for example an LCM-LoRA."),
-                io.Float.Input("strength_2", **STRENGTH, tooltip=STRENGTH_TOOLTIP),
-                io.LoraModel.Input("lora_3", optional=True, tooltip="Another LoRA, if there is one."),
-                io.Float.Input("strength_3", **STRENGTH, tooltip=STRENGTH_TOOLTIP),
-                io.LoraModel.Input("lora_4", optional=True, tooltip="Another LoRA, if there is one."),
-                io.Float.Input("strength_4", **STRENGTH, tooltip=STRENGTH_TOOLTIP),
-                io.LoraModel.Input("lora_5", optional=True, tooltip="Another LoRA, if there is one."),
-                io.Float.Input("strength_5", **STRENGTH, tooltip=STRENGTH_TOOLTIP),
-                io.LoraModel.Input("lora_6", optional=True, tooltip="Another LoRA, if there is one."),
-                io.Float.Input("strength_6", **STRENGTH, tooltip=STRENGTH_TOOLTIP),
+                *inputs.lora_slots(SLOT_TOOLTIPS, STRENGTH_TOOLTIP),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
@@ -107,13 +97,8 @@ class MergeLoRA(Node):
                     "are the plain sum. Usual: ties 0.2, magnitude 0.5, breadcrumbs, dare and della 0.9. linear, slerp "
                     "and tsv prune nothing and want 1.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Seed of methods that draw at random, dare and della. The others draw nothing.",
+                inputs.seed(
+                    "Seed of methods that draw at random, dare and della. The others draw nothing.",
                     advanced=True,
                 ),
                 share(
@@ -244,12 +229,7 @@ class ResizeLoRA(Node):
                     tooltip="Share of the energy to keep, with as few numbers as possible: ranks differ from module to "
                     "module. 0.98 is a good start, 0 is off.",
                 ),
-                io.Combo.Input(
-                    "dtype",
-                    options=list(files.DTYPES),
-                    default="fp16",
-                    tooltip="fp16 is what most LoRAs use; fp32 is twice as large; bf16 is coarser.",
-                ),
+                inputs.dtype("fp16 is what most LoRAs use; fp32 is twice as large; bf16 is coarser."),
                 size(),
             ],
             outputs=[
@@ -283,12 +263,9 @@ class SaveLoRA(Node):
                     tooltip="Name of the file, without .safetensors; a folder may stand before it. %year%, %month%, "
                     "%day%, %hour%, %minute% and %second% are filled in.",
                 ),
-                io.Combo.Input(
-                    "dtype",
-                    options=list(files.DTYPES),
-                    default="fp16",
-                    tooltip="fp16 is what most LoRAs use; fp32 is exact and twice as large; bf16 is coarser, with room "
-                    "for very large values.",
+                inputs.dtype(
+                    "fp16 is what most LoRAs use; fp32 is exact and twice as large; bf16 is coarser, with room "
+                    "for very large values."
                 ),
                 io.Combo.Input(
                     "format",

@@ -5,22 +5,13 @@ from comfy_api.latest import io, ui
 from ..host.door.node import Node
 from ..host.sampling import sampling
 from ..samplers.presets import PRESETS
+from . import inputs
 
 CATEGORY = "LCM Kit/sampling"
-MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 GAMMA_TOOLTIP = (
     "How much of the noise is drawn fresh at every step. 1 is LCM as published and was best up to 8 steps; for 16 and "
     "more try 0.3 to 0.7. 0 draws none after the first step (deterministic)."
-)
-DENOISE_TOOLTIP = (
-    "1 starts from pure noise. Lower keeps more of the input picture: 0.5 starts half-way down the schedule. "
-    "All steps are always run, on the part of the schedule that is left."
-)
-STEPS_TOOLTIP = "Model calls. 4 is the usual choice with an LCM-LoRA, 2 to 8 work; more than 8 rarely looks better."
-ORIGINAL_STEPS_TOOLTIP = (
-    "How many timesteps the LCM was distilled on: 50 for the published LCM-LoRAs, 100 for some video models. "
-    "Steps are picked evenly from these."
 )
 Presets = io.Custom("LCM_PRESET")
 
@@ -67,26 +58,16 @@ class LCMKSampler(Node):
                 io.Latent.Input(
                     "latent_image", tooltip="An empty latent, or a picture to change with denoise below 1."
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="Fixes the initial noise and the noise of every step, for each image of a batch on its own.",
+                inputs.seed(
+                    "Fixes the initial noise and the noise of every step, for each image of a batch on its own.",
+                    after_generate=True,
                 ),
-                io.Int.Input("steps", default=4, min=1, max=1000, tooltip=STEPS_TOOLTIP),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Guidance. 1 is none and the fastest: an LCM-LoRA has its guidance built in. "
+                inputs.steps(),
+                inputs.cfg(
+                    "Guidance. 1 is none and the fastest: an LCM-LoRA has its guidance built in. "
                     "1 to 2 strengthens the prompt and doubles the work; above 2 pictures burn.",
                 ),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=DENOISE_TOOLTIP),
+                inputs.denoise(),
                 io.Float.Input(
                     "gamma",
                     default=1.0,
@@ -105,14 +86,7 @@ class LCMKSampler(Node):
                     "1 or 2 keep most of the effect of the negative prompt at little cost.",
                     advanced=True,
                 ),
-                io.Int.Input(
-                    "original_steps",
-                    default=50,
-                    min=1,
-                    max=1000,
-                    tooltip=ORIGINAL_STEPS_TOOLTIP,
-                    advanced=True,
-                ),
+                inputs.original_steps(advanced=True),
                 gammas_input(),
                 preset_input("steps, cfg, gamma and original_steps"),
             ],
@@ -166,15 +140,11 @@ class LCMSampler(Node):
             description="The LCM sampler for SamplerCustom and SamplerCustomAdvanced. Use it with LCM Scheduler.",
             inputs=[
                 io.Float.Input("gamma", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=GAMMA_TOOLTIP),
-                io.Int.Input(
-                    "seed",
-                    default=-1,
-                    min=-1,
-                    max=MAX_SEED,
-                    control_after_generate=False,
-                    tooltip="Seed of the noise added between steps; -1 takes the seed of the noise input. Images of a "
+                inputs.seed(
+                    "Seed of the noise added between steps; -1 takes the seed of the noise input. Images of a "
                     "batch count from 0 here, because ComfyUI does not hand a latent's batch index to samplers; "
                     "LCM KSampler keeps it.",
+                    lowest=-1,
                 ),
                 gammas_input(),
                 preset_input("gamma"),
@@ -201,9 +171,9 @@ class LCMScheduler(Node):
                 io.Model.Input(
                     "model", tooltip="The model that will be sampled; only its table of noise levels is read."
                 ),
-                io.Int.Input("steps", default=4, min=1, max=1000, tooltip=STEPS_TOOLTIP),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=DENOISE_TOOLTIP),
-                io.Int.Input("original_steps", default=50, min=1, max=1000, tooltip=ORIGINAL_STEPS_TOOLTIP),
+                inputs.steps(),
+                inputs.denoise(),
+                inputs.original_steps(),
                 io.String.Input(
                     "timesteps",
                     default="",

@@ -12,9 +12,9 @@ from pathlib import PurePath
 
 import comfy.utils
 import folder_paths
-import torch
 
 from ...lora_merge import load, save
+from ...lora_merge.files.dtypes import DTYPES
 from ...lora_merge.files.file_names import path_trouble
 from ...lora_merge.files.lora import FORMATS
 from ...lora_merge.recognise.identity import identify, sha256_of, worth_hashing
@@ -24,9 +24,8 @@ from .weights import LoraWeights, from_lora, to_lora
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["DTYPES", "FORMATS", "NAME_MODES", "called", "fingerprint", "known", "lora_names", "read_lora", "save_lora"]
+__all__ = ["FORMATS", "NAME_MODES", "called", "fingerprint", "known", "lora_names", "read_lora", "save_lora"]
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 NAME_MODES = ("increment", "exact name", "overwrite", "overwrite_any")
 OVERWRITE = {"overwrite": True, "overwrite_any": "any"}
 # What the node asks for -> its name in the ModelSpec.

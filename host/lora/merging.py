@@ -9,10 +9,11 @@ import comfy.utils
 import folder_paths
 
 from ...lora_merge import describe_merge, merge_with_account, resize_with_account
+from ...lora_merge.files.dtypes import DTYPES
 from ...lora_merge.merging.strengths import for_inputs
 from ...lora_merge.methods.table import find_method
 from ...lora_merge.recognise.identity import sha256_of
-from .files import DTYPES, lora_names
+from .files import lora_names
 from .identity import KnownWeights
 from .weights import LoraWeights, from_lora, to_lora
 

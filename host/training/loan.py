@@ -13,9 +13,8 @@ from comfy.quant_ops import QuantizedTensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ...distillation.recompute import replaced_forwards
+from ...lora_merge.files.dtypes import DTYPES
 from .data import Rows
-
-COMPUTE_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def compute_type(model, choice: str) -> torch.dtype:
@@ -24,7 +23,7 @@ def compute_type(model, choice: str) -> torch.dtype:
     bf16 where it is fast, it needs no loss scaling; then fp16; on a CPU fp32.
     """
     if choice != "auto":
-        return COMPUTE_TYPES[choice]
+        return DTYPES[choice]
     device = model.load_device
     if comfy.model_management.is_device_cpu(device):
         return torch.float32

@@ -11,8 +11,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..extracting.checkpoints import Pairs, pairs
 from ..extracting.extract import Weights, extract
+from ..files.dtypes import DTYPES
 from ..files.load_save import check_output, save
-from .merge import DTYPES, Answer, Commands, add_meta, meta, overwriting
+from .merge import Answer, Commands, add_meta, meta, overwriting
 
 _EXAMPLES = """examples:
   python -m lora_merge extract lcm-dreamshaper.safetensors dreamshaper.safetensors -o lcm.safetensors --rank 64

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..files.about import describe_metadata
+from ..files.dtypes import DTYPES
 from ..files.hashes import stated, weights_sha256
 from ..files.load_save import check_output, load, save
 from ..files.lora import Format, Lora
@@ -26,7 +27,6 @@ from ..merging.strengths import for_inputs
 from ..methods.table import METHODS, all_parameters, methods_with
 from ..recognise.identity import sha256_of
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 Answer = tuple[int, str]
 Commands = Any  # argparse has no public name for what add_subparsers returns.
 

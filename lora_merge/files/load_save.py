@@ -15,6 +15,7 @@ from ..algebra.threads import on_one_core
 from ..keywords import named
 from . import json_text
 from . import metadata as about_file
+from .dtypes import DTYPES
 from .header import check_header
 from .lora import FORMATS, Format, Lora
 from .overwriting import Overwrite, guard
@@ -25,7 +26,6 @@ from .whole import check_place, write_whole
 
 # As PEFT itself names them; the scale is nowhere in such a file.
 _PEFT = re.compile(r"base_model\.model\.(.+)\.lora_A(?:\.[^.]+)?\.weight")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @named
@@ -70,8 +70,8 @@ def save(
     as it was then.
     """
     path = Path(path)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype}, but it has to be one of {', '.join(map(str, DTYPES))}")
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype is {dtype}, but it has to be one of {', '.join(map(str, DTYPES.values()))}")
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}, but it has to be one of {', '.join(FORMATS)}")
     check_output(path, overwrite)

@@ -1,0 +1,84 @@
+"""Inputs that several nodes have, declared once: a word means the same, with the same range, wherever it stands."""
+
+from collections.abc import Mapping
+
+from comfy_api.latest import io
+
+from ..lora_merge.files.dtypes import DTYPES
+
+MAX_SEED = 0xFFFFFFFFFFFFFFFF
+LORAS = 6  # slots of a node that takes several LoRAs; the first two have to be connected
+STEPS_TOOLTIP = "Model calls. 4 is the usual choice with an LCM-LoRA, 2 to 8 work; more than 8 rarely looks better."
+ORIGINAL_STEPS_TOOLTIP = (
+    "How many timesteps the LCM was distilled on: 50 for the published LCM-LoRAs, 100 for some video models. "
+    "Steps are picked evenly from these."
+)
+DENOISE_TOOLTIP = (
+    "1 starts from pure noise. Lower keeps more of the input picture: 0.5 starts half-way down the schedule. "
+    "All steps are always run, on the part of the schedule that is left."
+)
+
+
+def strength(name: str, tooltip: str) -> io.Float.Input:
+    """The strength of a LoRA; below 0 subtracts it."""
+    return io.Float.Input(name, default=1.0, min=-100.0, max=100.0, step=0.01, tooltip=tooltip)
+
+
+def lora_slots(tooltips: Mapping[int, str], strength_tooltip: str) -> list:
+    """lora_1, strength_1, lora_2, ...   tooltips: of the first two LoRAs, by their numbers."""
+    inputs: list = []
+    for number in range(1, LORAS + 1):
+        tooltip = tooltips.get(number, "Another LoRA, if there is one.")
+        inputs += [
+            io.LoraModel.Input(f"lora_{number}", optional=number > 2, tooltip=tooltip),
+            strength(f"strength_{number}", strength_tooltip),
+        ]
+    return inputs
+
+
+def wrong_base(optional: bool = False) -> io.Combo.Input:
+    return io.Combo.Input(
+        "wrong_base",
+        options=["refuse", "warn"],
+        default="refuse",
+        optional=optional,
+        tooltip="If the LoRA was made for another base model: refuse stops with a message that says which "
+        "file to use, warn applies what fits and says so.",
+        advanced=True,
+    )
+
+
+def dtype(tooltip: str) -> io.Combo.Input:
+    """What a LoRA file stores its numbers in."""
+    return io.Combo.Input("dtype", options=list(DTYPES), default="fp16", tooltip=tooltip)
+
+
+def seed(tooltip: str, *, lowest: int = 0, after_generate: bool = False, advanced: bool | None = None) -> io.Int.Input:
+    """after_generate: whether the page offers to change it after every run.   lowest: also the default."""
+    return io.Int.Input(
+        "seed",
+        default=lowest,
+        min=lowest,
+        max=MAX_SEED,
+        control_after_generate=after_generate,
+        tooltip=tooltip,
+        advanced=advanced,
+    )
+
+
+def steps(tooltip: str = STEPS_TOOLTIP) -> io.Int.Input:
+    return io.Int.Input("steps", default=4, min=1, max=1000, tooltip=tooltip)
+
+
+def cfg(tooltip: str) -> io.Float.Input:
+    return io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
+
+
+def denoise(tooltip: str = DENOISE_TOOLTIP) -> io.Float.Input:
+    return io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
+
+
+def original_steps(advanced: bool | None = None) -> io.Int.Input:
+    return io.Int.Input(
+        "original_steps", default=50, min=1, max=1000, tooltip=ORIGINAL_STEPS_TOOLTIP, advanced=advanced
+    )
