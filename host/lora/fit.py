@@ -44,11 +44,6 @@ class Fit:
     def complete(self) -> bool:
         return len(self.placed) == self.asked > 0
 
-    @property
-    def foreign(self) -> bool:
-        """Made for another model: a wrong shape anywhere, or fewer than half of the modules with a place."""
-        return bool(self.clashing) or 2 * (len(self.placed) + len(self.twice)) < max(self.asked, 1)
-
 
 def fit(weights: Mapping[str, torch.Tensor], model, clip=None) -> Fit:
     """Looks up every module of a LORA_MODEL; changes nothing."""

@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ...lora_merge.recognise.identity import Identity, identify
+from ...samplers.presets import PRESETS, Preset
 from .weights import LoraWeights, to_lora
 
 
@@ -42,3 +43,8 @@ def identity_of(weights: LoraWeights) -> Identity | None:
         return identify(to_lora(weights))
     except ValueError:
         return None
+
+
+def preset_of(identity: Identity | None) -> Preset:
+    """The sampling settings that go with a LoRA; LCM's for one that is not known."""
+    return PRESETS.get(identity.preset or "LCM", PRESETS["LCM"]) if identity else PRESETS["LCM"]

@@ -7,66 +7,15 @@ from ...lora_merge.files.about import remarks
 from ...lora_merge.files.remarks import peft_remarks
 from ...lora_merge.recognise.identity import Identity
 from ...samplers.presets import Preset
-from .bases import ModelBase, base_of, uncovered
-from .fit import Fit, fit, weight_of
-from .identity import KnownWeights, identity_of
-from .reports import applied_lines, preset_of, refusal
+from .bases import base_of, uncovered
+from .case import Case
+from .fit import fit, weight_of
+from .identity import KnownWeights, identity_of, preset_of
+from .reports import applied_lines, refusal
 from .stored import change_objects, never_patched
 from .weights import LoraWeights, named
 
 logger = logging.getLogger(__name__)
-
-# Where the base is not known: what a model may lack of the modules that an acceleration LoRA changes.
-FEW = 0.05
-# An acceleration LoRA changes all modules of its kinds; one that leaves more than this share is for a smaller model.
-LEFT = 0.25
-
-
-@dataclass(frozen=True)
-class Case:
-    """All that is known before anything is patched.
-
-    name: of the LoRA.
-    left, could: modules of the model that the LoRA leaves alone, and all of them, in the kinds that it is for.
-    """
-
-    name: str
-    identity: Identity | None
-    found: Fit
-    model: ModelBase
-    left: tuple[str, ...]
-    could: int
-
-    @property
-    def other_base(self) -> bool:
-        """Both bases are known, and the model's is none that the LoRA can be for."""
-        return bool(self._bases and self.model.base and self.model.base not in self._bases)
-
-    @property
-    def same_base(self) -> bool:
-        """Both bases are known, and the model's is one that the LoRA can be for."""
-        return self.model.base in self._bases
-
-    @property
-    def _bases(self) -> tuple[str, ...]:
-        return self.identity.bases if self.identity else ()
-
-    @property
-    def accelerates(self) -> bool:
-        return self.identity is not None and self.identity.structure.accelerates
-
-    def wrong(self, demand_all: bool) -> bool:
-        """Whether the LoRA was made for another model, or names a weight twice.
-
-        A style LoRA that is for a sister of the model and fits in most of its modules works after a fashion. A model of
-        the right base may be pruned.
-        """
-        if self.found.foreign or self.found.twice or (self.other_base and (self.accelerates or demand_all)):
-            return True
-        if self.same_base or not demand_all:
-            return False
-        lacking = self.found.asked - len(self.found.placed)
-        return lacking > FEW * self.found.asked or (self.accelerates and len(self.left) > LEFT * self.could)
 
 
 @dataclass(frozen=True)
@@ -115,7 +64,7 @@ def _case(weights: LoraWeights, identity: Identity | None, model, clip) -> Case:
     found, model_base = fit(weights, model, clip), base_of(model)
     kinds = identity.structure.recognised.kinds if identity else frozenset()
     left, could = uncovered(found, model_base, kinds)
-    case = Case(weights.name, identity, found, model_base, tuple(left), could)
+    case = Case(name=weights.name, identity=identity, found=found, model=model_base, left=tuple(left), could=could)
     if remembered:
         weights.cases[model.model] = case
     return case

@@ -1,9 +1,6 @@
 """What the LoRA nodes say: one screen about a LoRA and what became of it, or why it was refused."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,11 +10,9 @@ from ...lora_merge.files.keys import unread_text
 from ...lora_merge.recognise import catalogue
 from ...lora_merge.recognise.identity import Identity
 from ...samplers.presets import PRESETS, Preset
-from .identity import identity_of
+from .case import Case
+from .identity import identity_of, preset_of
 from .weights import named, to_lora
-
-if TYPE_CHECKING:
-    from .patches import Case
 
 SHOWN = 5
 
@@ -67,7 +62,7 @@ def refusal(case: Case) -> str:
         return f"{name} changes the text encoder only ({len(found.waiting)} modules). Connect a CLIP."
     if not found.asked:
         return f"{name} is empty. Use another LoRA."
-    if found.twice and not found.foreign and not case.other_base:
+    if found.twice and not case.counts.foreign and not case.other_base:
         return _names_twice(name, found.twice)
     identity = case.identity
     counts = ", ".join(filter(None, [f"of its {found.asked} modules {len(found.placed)} fit", _why(case)]))
@@ -132,11 +127,6 @@ def _what(identity: Identity, model: str | None = None) -> list[str]:
         whose = identity.preset if identity.preset in PRESETS else f"{preset_of(identity).name}, as a guess"
         lines.append(f"Settings ({whose}): {_settings(preset_of(identity))}.")
     return lines
-
-
-def preset_of(identity: Identity | None) -> Preset:
-    """The sampling settings that go with a LoRA; LCM's for one that is not known."""
-    return PRESETS.get(identity.preset or "LCM", PRESETS["LCM"]) if identity else PRESETS["LCM"]
 
 
 def _settings(preset: Preset) -> str:

@@ -1,0 +1,55 @@
+"""All that is known of a LoRA and a MODEL before anything is patched."""
+
+from dataclasses import dataclass
+
+from ...lora_merge.recognise.identity import Identity
+from ...lora_merge.recognise.wrong_base import Counts, is_other_base, is_wrong_base
+from .bases import ModelBase
+from .fit import Fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """name: of the LoRA.   identity: what it is, None for one that lora_merge cannot read.
+    found: where its modules belong.   model: what the MODEL is.
+    left, could: modules of the model that the LoRA leaves alone, and all of them, in the kinds that it is for.
+    """
+
+    name: str
+    identity: Identity | None
+    found: Fit
+    model: ModelBase
+    left: tuple[str, ...]
+    could: int
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """Names of the bases that the LoRA can be for, () if unknown."""
+        return self.identity.bases if self.identity else ()
+
+    @property
+    def accelerates(self) -> bool:
+        return self.identity is not None and self.identity.structure.accelerates
+
+    @property
+    def other_base(self) -> bool:
+        """Both bases are known, and the model's is none that the LoRA can be for."""
+        return is_other_base(self.bases, self.model.base)
+
+    @property
+    def counts(self) -> Counts:
+        found = self.found
+        return Counts(
+            placed=len(found.placed),
+            homeless=len(found.homeless),
+            clashing=len(found.clashing),
+            twice=len(found.twice),
+            left=len(self.left),
+            could=self.could,
+        )
+
+    def wrong(self, demand_all: bool) -> bool:
+        """Whether the LoRA was made for another model, or names a weight twice; see is_wrong_base."""
+        return is_wrong_base(
+            self.counts, self.bases, self.model.base, accelerates=self.accelerates, demand_all=demand_all
+        )
