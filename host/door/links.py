@@ -48,12 +48,15 @@ def _is_prompt(entry: Any) -> bool:
 
 def _is_latent(value: Any) -> bool:
     """Pictures (b, channels, h, w) and the like in a dict; also several such at once, ComfyUI's nested tensors."""
-    if not isinstance(value, Mapping) or not _is_tensor(value.get("noise_mask", torch.empty(0))):
+    if not isinstance(value, Mapping):
         return False
-    samples = value.get("samples")
-    if getattr(samples, "is_nested", False) and hasattr(samples, "unbind"):
-        return all(_is_batch(part) for part in samples.unbind())
-    return _is_batch(samples)
+    masks, samples = _parts(value.get("noise_mask", torch.empty(0))), _parts(value.get("samples"))
+    return all(map(_is_tensor, masks)) and all(map(_is_batch, samples))
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    """Each of a nested tensor's tensors; anything else alone."""
+    return value.unbind() if getattr(value, "is_nested", False) and hasattr(value, "unbind") else (value,)
 
 
 def _is_batch(samples: Any) -> bool:

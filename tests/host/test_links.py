@@ -30,6 +30,28 @@ def test_a_kind_takes_its_own_values_and_those_of_no_other(kind):
             assert fits == (name == kind) or (kind == "LORA_STACK" and name == "CONDITIONING")
 
 
+class Nested(tuple):
+    """As ComfyUI's nested tensors: several at once."""
+
+    is_nested = True
+
+    def unbind(self):
+        return tuple(self)
+
+
+@pytest.mark.parametrize(
+    ("samples", "mask", "fits"),
+    [
+        (Nested([PICTURES, torch.zeros(2, 3, 5)]), torch.ones(1, 8, 8), True),
+        (Nested([PICTURES, torch.zeros(2, 3, 5)]), Nested([torch.ones(1, 1, 8, 8), torch.zeros(1, 1, 5)]), True),
+        (Nested([PICTURES, torch.zeros(2, 3, 5)]), Nested([torch.ones(1, 1, 8, 8), "x"]), False),
+        (Nested([PICTURES, torch.zeros(0, 3, 5)]), torch.ones(1, 8, 8), False),
+    ],
+)
+def test_several_latents_at_once_may_have_a_mask_each(samples, mask, fits):
+    assert KINDS["LATENT"].fits({"samples": samples, "noise_mask": mask}) is fits
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", NEVER, ids=lambda value: repr(value)[:20])
 def test_no_kind_takes_what_is_none(kind, value):
