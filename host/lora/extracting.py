@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 
 import comfy.lora
 import comfy.model_management
-import comfy.utils
 import torch
 
 from ...lora_merge.extracting.extract import NAMELESS, Weights, extract
 from ...lora_merge.naming import names
+from ..progress import watched
 from .stored import is_readable, stored_weight, weight_keys
 from .weights import LoraWeights, from_lora
 
@@ -36,15 +36,17 @@ def extract_lora(
     if not comfy.model_management.is_device_cpu(device):
         largest = max(entry[0].numel() for plan in plans for entry, _ in plan.values())
         comfy.model_management.free_memory(_need(largest), device)
-    progress = comfy.utils.ProgressBar(sum(map(len, plans)))
+    progress, done, total = watched(), 0, sum(map(len, plans))
 
     def weights() -> Iterator[Weights]:
+        nonlocal done
         for plan, (_, _, prefix, homes) in zip(plans, sides, strict=True):
             for key, (tuned, base) in plan.items():
-                comfy.model_management.throw_exception_if_processing_interrupted()
+                progress(done, total)
                 # ComfyUI spells weights of the model with its prefix, those of text encoders as they are.
                 yield _pair(key, _name(key, homes, prefix), tuned, base, device)
-                progress.update(1)
+                done += 1
+        progress(done, total)
 
     lora, account = extract(weights(), rank=rank, keep=keep, source="Extracted LoRA", device=_place)
     if not lora.spellings:

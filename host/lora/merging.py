@@ -4,17 +4,18 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 
-import comfy.model_management
-import comfy.utils
 import folder_paths
 
 from ...lora_merge import describe_merge, merge_with_account, resize_with_account
 from ...lora_merge.files.dtypes import DTYPES
+from ...lora_merge.merging.protect import which_protected
 from ...lora_merge.merging.strengths import for_inputs
 from ...lora_merge.methods.table import find_method
 from ...lora_merge.recognise.identity import sha256_of
+from ..progress import watched
 from .files import lora_names
 from .identity import KnownWeights
+from .slots import connected
 from .weights import LoraWeights, from_lora, to_lora
 
 PROTECT = ("auto", "none", *(f"lora_{number}" for number in range(1, 7)))
@@ -27,17 +28,16 @@ def merge(slots: Mapping[str, object], *, method: str, block_strengths: str, pro
 
     choices: the node's other widgets; 0 leaves keep, retain and max_mb out.
     """
-    numbers = [key.removeprefix("lora_") for key in slots if key.startswith("lora_") and slots[key] is not None]
-    numbers = sorted(numbers, key=int)
-    weights = [slots[f"lora_{number}"] for number in numbers]
-    loras = [to_lora(one, f"lora_{number}") for one, number in zip(weights, numbers, strict=True)]
+    used = connected(slots)
+    labels = [str(slot.number) for slot in used]
+    inputs = [(slot.lora, slot.strength) for slot in used]
     merged, account = _watched(
-        weights,
+        [slot.weights for slot in used],
         lambda **more: merge_with_account(
-            [(lora, slots[f"strength_{number}"]) for lora, number in zip(loras, numbers, strict=True)],
+            inputs,
             method=method,
-            protect=_protected(protect, numbers),
-            block_strengths=for_inputs(block_strengths, numbers),
+            protect=which_protected(protect, labels),
+            block_strengths=for_inputs(block_strengths, labels),
             parameters={name: slots[name] for name in find_method(method).parameters if name in slots},
             **_given(choices),
             **more,
@@ -59,27 +59,12 @@ def _given(choices: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in choices.items() if name not in AIMS or value}
 
 
-def _protected(text: str, numbers: list[str]):
-    if text in ("auto", "none"):
-        return "auto" if text == "auto" else None
-    number = text.removeprefix("lora_")
-    if number not in numbers:
-        raise ValueError(f"protect is {text}, but no LoRA is connected there. Choose another, auto or none.")
-    return numbers.index(number)
-
-
 def _watched(weights: list, work: Callable):
     """work with ComfyUI's progress bar and interrupt, and the hashes of the files computed beside it."""
-    bar = comfy.utils.ProgressBar(1)
-
-    def progress(done: int, total: int) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, total)
-
     with ThreadPoolExecutor(1) as pool:
         hashes = [pool.submit(_sha256, one) for one in weights]
         try:
-            return work(progress=progress, sha256=lambda: [one.result() for one in hashes])
+            return work(progress=watched(), sha256=lambda: [one.result() for one in hashes])
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -20,7 +20,7 @@ from ..files.lora import Format, Lora
 from ..files.metadata import given
 from ..merging.account import Account
 from ..merging.merge import Progress, merge_with_account, resize_with_account
-from ..merging.options import Protect
+from ..merging.protect import which_protected
 from ..merging.report import describe, describe_merge, describe_provenance
 from ..merging.reproduce import reproduce
 from ..merging.strengths import for_inputs
@@ -201,7 +201,7 @@ def _merge(options: argparse.Namespace) -> Answer:
             seed=options.seed,
             dense=options.dense,
             retain=options.retain,
-            protect=_protected(options.protect),
+            protect=which_protected(options.protect, labels),
             mu=options.mu,
             block_strengths=for_inputs("\n".join(options.block_strengths), labels),
             leave_out=options.leave_out,
@@ -251,18 +251,6 @@ def _write(options: argparse.Namespace, lora: Lora, account: Account) -> str:
     save(lora, options.output, dtype=DTYPES[options.dtype], format=options.format, overwrite=options.overwrite)
     size = options.output.stat().st_size
     return f"{describe_merge(account, lora)}\nWritten: {options.output} ({size / 1e6:.1f} MB)"
-
-
-def _protected(text: str) -> Protect:
-    if text in ("auto", "none"):
-        return "auto" if text == "auto" else None
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"--protect is {text!r}, but it has to be auto, none, or the number of a LoRA from 1 on.")
-    return number - 1
 
 
 def _path_and_strength(text: str) -> tuple[str, float]:

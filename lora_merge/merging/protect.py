@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +11,23 @@ from torch import Tensor
 from ..files.lora import Lora
 from ..recognise.identity import identify
 from ..updates.layer import Layer, LoraLayer, Term, whole_factors
+
+
+def which_protected(text: str, labels: Sequence[str]) -> int | Literal["auto"] | None:
+    """The `protect` of MergeOptions for what a user writes: auto, none, or a LoRA by its number.
+
+    labels: number of each input as people see it, "1", "2", ...; "lora_2" is the same as "2".
+    Raises ValueError for anything else.
+    """
+    if text in ("auto", "none"):
+        return "auto" if text == "auto" else None
+    number = text.removeprefix("lora_")
+    try:
+        return labels.index(str(int(number)))
+    except ValueError:
+        raise ValueError(
+            f"protect is {text}, but the LoRAs are numbered {', '.join(labels)}. Choose one of these, auto or none."
+        ) from None
 
 
 def stepping_aside(terms: Sequence[Term], protected: int, mu: float, energy: float = 0.5) -> list[Term]:

@@ -20,6 +20,7 @@ from lcm_kit.lora_merge import (
     save,
 )
 from lcm_kit.lora_merge.merging.options import MergeOptions, options_from_dict
+from lcm_kit.lora_merge.merging.protect import which_protected
 from lcm_kit.lora_merge.merging.sizes import numbers_within
 from lcm_kit.lora_merge.recognise.identity import PRESET_KEY
 from lcm_kit.tests.lora_merge.make import dense, factors, generator, kohya, relative
@@ -453,3 +454,23 @@ def test_balanced_hands_out_ranks_by_what_every_input_keeps():
     best = max(sum(share[rank] for share, rank in zip(shares, ranks, strict=True)) for ranks in fitting)
     # The last rank may find no room in a greedy choice.
     assert sum(source.retention for source in account.sources) > best - 0.03
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "protected"),
+    [
+        ("auto", ["1", "2"], "auto"),
+        ("none", ["1", "2"], None),
+        ("2", ["1", "2"], 1),
+        ("lora_5", ["1", "5"], 1),
+        ("02", ["1", "2"], 1),
+    ],
+)
+def test_the_protected_one_is_named_as_people_number_the_loras(text, labels, protected):
+    assert which_protected(text, labels) == protected
+
+
+@pytest.mark.parametrize("text", ["0", "3", "-1", "lora_3", "lora_", "", "lcm", "1.0", "Auto"])
+def test_a_number_that_no_lora_has_is_refused_with_those_there_are(text):
+    with pytest.raises(ValueError, match=rf"protect is {text}, but the LoRAs are numbered 1, 2\. Choose one of these"):
+        which_protected(text, ["1", "2"])

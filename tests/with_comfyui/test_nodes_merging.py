@@ -167,7 +167,7 @@ def test_protect_counts_slots_and_not_connected_loras(pair):
     slots = {f"strength_{n}": 1.0 for n in range(1, 7)} | {"lora_1": pair[0], "lora_5": pair[1]}
     ours = MergeLoRA.execute("linear", 0, 1.0, 0, protect="lora_5", mu=1.0, **slots).result[0]
     assert same(ours, merge([(to_lora(pair[0]), 1.0), (to_lora(pair[1]), 1.0)], protect=1, mu=1.0).to_state_dict())
-    with pytest.raises(ValueError, match="protect is lora_2, but no LoRA is connected there"):
+    with pytest.raises(ValueError, match="protect is lora_2, but the LoRAs are numbered 1, 5"):
         MergeLoRA.execute("linear", 0, 1.0, 0, protect="lora_2", mu=1.0, **slots)
     with pytest.raises(ValueError, match=r"'lora_2: down=0' is for LoRA 2; there are 1, 5"):
         MergeLoRA.execute("linear", 0, 1.0, 0, block_strengths="lora_2: down=0", **slots)
