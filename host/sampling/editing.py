@@ -9,14 +9,12 @@ import math
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
-import latent_preview
 import torch
 
 from ...samplers.editing import edit_ddcm
 from ...samplers.noise import StepNoise
 from .guidance import FirstStepsGuider
-from .latents import fitted, given_out
-from .sampling import batch_indices_of, initial_noise, lcm_sigmas
+from .sampling import lcm_sigmas, run
 from .tables import forward_process
 
 # Which prompt a prediction is for; rides in the model_options, which ComfyUI hands through to the guider.
@@ -103,20 +101,14 @@ def edit(model, source, target, latent, *, seed, steps, cfg, denoise, original_s
     guider = TwoPromptsGuider(model)
     guider.set_conds(source, target)
     guider.set_cfg(cfg)
-
-    latent = fitted(model, latent)
-    indices = batch_indices_of(latent)
-    samples = guider.sample(
-        initial_noise(latent["samples"], seed, indices),
-        latent["samples"],
-        EditSampler(seed, indices, keep),
+    return run(
+        guider,
+        latent,
         sigmas,
-        denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, 2 * (len(sigmas) - 1)),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        lambda indices: EditSampler(seed, indices, keep),
         seed=seed,
+        calls=2 * (len(sigmas) - 1),
     )
-    return given_out(latent, samples)
 
 
 def _has_picture(samples) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 
 import comfy.model_management
 import comfy.sample
@@ -153,15 +154,39 @@ def sample(
             "or set cfg to 1: an LCM-LoRA has its guidance built in."
         )
 
+    return run(
+        guider,
+        latent,
+        sigmas,
+        lambda indices: lcm_sampler(gamma=gamma, seed=seed, batch_indices=indices),
+        seed=seed,
+        calls=len(sigmas) - 1,
+    )
+
+
+def run(
+    guider,
+    latent: dict,
+    sigmas: torch.Tensor,
+    sampler_for: Callable[[list[int]], comfy.samplers.Sampler],
+    *,
+    seed: int,
+    calls: int,
+) -> dict:
+    """A LATENT sampled as ComfyUI's own nodes do it, with previews and a progress bar of so many calls.
+
+    sampler_for: batch indices of the images -> the sampler.
+    """
+    model = guider.model_patcher
     latent = fitted(model, latent)
     indices = batch_indices_of(latent)
     samples = guider.sample(
         initial_noise(latent["samples"], seed, indices),
         latent["samples"],
-        lcm_sampler(gamma=gamma, seed=seed, batch_indices=indices),
+        sampler_for(indices),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        callback=latent_preview.prepare_callback(model, calls),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
