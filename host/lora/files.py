@@ -7,7 +7,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import PurePath
 
 import comfy.utils
@@ -24,7 +23,7 @@ from .weights import LoraWeights, from_lora, to_lora
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["FORMATS", "NAME_MODES", "called", "fingerprint", "known", "lora_names", "read_lora", "save_lora"]
+__all__ = ["FORMATS", "NAME_MODES", "fingerprint", "known", "lora_names", "read_lora", "save_lora"]
 
 NAME_MODES = ("increment", "exact name", "overwrite", "overwrite_any")
 OVERWRITE = {"overwrite": True, "overwrite_any": "any"}
@@ -97,8 +96,7 @@ def read_lora(lora_name: str) -> KnownWeights:
         # What is known of an older state of the file is of no use any more.
         for old in [old for old in _cache if old[0] == path]:
             del _cache[old]
-        with called(path, lora_name):
-            _cache[key] = _read(path, key[2])
+        _cache[key] = _read(path, key[2])
     _cache.move_to_end(key)
     while len(_cache) > 1 and sum(map(_bytes, _cache.values())) > CACHE_BYTES:
         _cache.popitem(last=False)
@@ -118,19 +116,6 @@ def _read(path: str, size: int) -> KnownWeights:
     return KnownWeights(dict(weights), name=weights.name, metadata=weights.metadata, identity=identity)
 
 
-@contextmanager
-def called(path: str, name: str):
-    """Errors name the file as the graph does: where this machine keeps its folders is nobody else's business."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        text = str(error).replace(path, name)
-        if text == str(error):
-            raise
-        kind = next(one for one in (FileNotFoundError, FileExistsError, OSError, ValueError) if isinstance(error, one))
-        raise kind(text) from error
-
-
 def save_lora(weights, prefix: str, *, dtype: str, format: str, name_mode: str, about: Mapping[str, str]) -> str:
     """Writes into the first loras folder; returns the file's name there, with folders and slashes, as loaders list it.
 
@@ -147,9 +132,8 @@ def save_lora(weights, prefix: str, *, dtype: str, format: str, name_mode: str, 
     while True:
         path = os.path.join(folder, f"{name}_{number:05}_.safetensors" if increment else f"{name}.safetensors")
         try:
-            with called(folder, "The loras folder"), called(path, os.path.basename(path)):
-                overwrite = OVERWRITE.get(name_mode, False)
-                save(lora, path, dtype=DTYPES[dtype], format=format, overwrite=overwrite, metadata=texts)
+            overwrite = OVERWRITE.get(name_mode, False)
+            save(lora, path, dtype=DTYPES[dtype], format=format, overwrite=overwrite, metadata=texts)
             # Not the path: the folders above are the server's own affair.
             return PurePath(os.path.relpath(path, _loras_folder())).as_posix()
         except FileExistsError:

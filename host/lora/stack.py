@@ -2,9 +2,11 @@
 
 import reprlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..door import rules
 from . import files, patches
+from .weights import LoraWeights
 
 FORM = "a LORA_STACK is a list of (file name in the loras folder, model strength, text encoder strength)"
 
@@ -39,3 +41,16 @@ def apply(model, clip, stack) -> tuple[object, object, list[str]]:
         model, clip = done.model, done.clip
         reports.append(done.report.splitlines()[0])
     return model, clip, reports
+
+
+def load_and_apply(
+    model, clip, lora_name: str, strength: float, stack, *, allow_misfit: bool
+) -> tuple[LoraWeights, patches.Applied]:
+    """(the LoRA in a file, MODEL and CLIP with it), after those of a stack; the report tells of them too.
+
+    Nearly all of the LoRA has to fit, unless allow_misfit. Raises what `apply` raises.
+    """
+    lora = files.read_lora(lora_name)
+    model, clip, stacked = apply(model, clip, stack)
+    done = patches.apply(model, clip, lora, strength, strength, demand_all=True, allow_misfit=allow_misfit)
+    return lora, replace(done, report="\n".join([done.report, *stacked]))

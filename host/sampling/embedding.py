@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from ...lora_merge.files.header import check_header
 from ...samplers.guidance import guidance_embedding
 from ..door.rules import nearest, shown
-from ..lora.files import called
 from ..lora.stored import is_readable, stored_weight
 
 logger = logging.getLogger(__name__)
@@ -169,8 +168,7 @@ def _tensors(unet_name: str) -> FileTensors:
         raise FileNotFoundError(unknown(unet_name))
     key = fingerprint(unet_name)
     if key not in _cache:
-        with called(path, unet_name):
-            _cache[key] = _read(path)
+        _cache[key] = _read(path)
     _cache.move_to_end(key)
     while len(_cache) > CACHED:
         _cache.popitem(last=False)

@@ -16,7 +16,6 @@ from ...distillation.settings import Settings
 from ...distillation.trainer import Trainer
 from ...lora_merge.files.file_names import name_trouble
 from ..door.rules import shown
-from ..lora.files import called
 from ..lora.weights import LoraWeights
 from ..page import show
 from .data import entries, paired, partners, pictures
@@ -42,6 +41,12 @@ def only_ones(inputs: Mapping[str, Sequence]) -> dict:
             "Connect a node that gives one value."
         )
     return {name: values[0] for name, values in inputs.items()}
+
+
+def distil_lists(positive: list, negative: list, latents: Sequence | None, vae: Sequence | None, **inputs: Sequence):
+    """What `distil` returns, of inputs that are all lists: prompts and latents may be many, of the rest there is one."""
+    single = only_ones(inputs | {"vae": vae or (None,)})
+    return distil(positive=positive, negative=negative, latents=[one for one in latents or () if one], **single)
 
 
 def distil(
@@ -70,16 +75,15 @@ def distil(
     given = pictures(model, latents)
     which = paired(conds, len(given)) if given else [number % len(conds) for number in range(samples)]
     prompts = [*zip(which, partners(conds, unconds, which), strict=True)]
-    with _in_output():
-        data = given or teachers_pictures(
-            model, [(conds[cond], unconds[uncond]) for cond, uncond in prompts],
-            empty_latent(model, latents, width, height), settings, _beside(checkpoint_file, LATENTS),
-        )  # fmt: skip
+    data = given or teachers_pictures(
+        model, [(conds[cond], unconds[uncond]) for cond, uncond in prompts],
+        empty_latent(model, latents, width, height), settings, _beside(checkpoint_file, LATENTS),
+    )  # fmt: skip
     work = Work(
         model, data, conds, unconds, prompts, table=table, settings=settings, dtype=type_, rank=rank, alpha=alpha,
         recompute=gradient_checkpointing,
     )  # fmt: skip
-    with _in_output(), training(work) as run:
+    with training(work) as run:
         strip = run.strip(vae, rough)
         seconds = _run(run.trainer, strip, checkpoint_file)
         last = strip.last()
@@ -130,11 +134,6 @@ def _checkpoint_file(name: str) -> Path | None:
     if name.lower().endswith(LATENTS):
         raise ValueError(f"{said}, where the pictures of {shown(name[: -len(LATENTS)])} are kept. Write another name.")
     return Path(folder_paths.get_output_directory()) / "LCMKit" / "distilling" / f"{name}.safetensors"
-
-
-def _in_output():
-    """Errors about files of a run say where they are in the output folder, not where that is."""
-    return called(folder_paths.get_output_directory(), "output")
 
 
 def _beside(file: Path | None, ending: str) -> Path | None:
