@@ -181,9 +181,5 @@ class Distill(Node):
 
     @classmethod
     def execute(cls, model, positive, negative, latent=(), vae=(None,), **widgets) -> io.NodeOutput:
-        # Lists of everything: prompts and latents may be many, of the rest there is one.
-        single = distilling.only_ones(widgets | {"model": model, "vae": vae or (None,)})
-        lora, picture, text = distilling.distil(
-            positive=positive, negative=negative, latents=[one for one in latent or () if one], **single
-        )
+        lora, picture, text = distilling.distil_lists(positive, negative, latent, vae, model=model, **widgets)
         return io.NodeOutput(lora, picture, text, ui=ui.PreviewText(text))

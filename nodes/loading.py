@@ -61,13 +61,12 @@ class LCMLoader(Node):
 
     @classmethod
     def execute(cls, model, lora_name, strength, wrong_base, clip=None, lora_stack=None) -> io.NodeOutput:
-        lora = files.read_lora(lora_name)
-        model, clip, stacked = stack.apply(model, clip, lora_stack)
-        done = patches.apply(model, clip, lora, strength, strength, demand_all=True, allow_misfit=wrong_base == "warn")
-        text = "\n".join([done.report, *stacked])
-        preset = done.preset
+        lora, done = stack.load_and_apply(
+            model, clip, lora_name, strength, lora_stack, allow_misfit=wrong_base == "warn"
+        )
+        steps, cfg = done.preset.steps, done.preset.cfg
         return io.NodeOutput(
-            done.model, done.clip, lora, preset.steps, preset.cfg, text, preset, ui=ui.PreviewText(text)
+            done.model, done.clip, lora, steps, cfg, done.report, done.preset, ui=ui.PreviewText(done.report)
         )
 
 
