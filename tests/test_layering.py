@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -33,6 +34,31 @@ ALLOWED = {
 # trainer, as host does in a graph. It stays out of the archive, and nothing else may import it.
 COMMAND = ("distillation/__main__.py", "launch/*.py")
 ALLOWED_TO_COMMAND = {".launch"}
+
+# Wing of lora_merge -> the wings that its files may import; the files of lora_merge itself may import all of them.
+_FLOOR = {"naming", "updates"}
+_ALGEBRA = {*_FLOOR, "algebra"}
+_FILES = {*_ALGEBRA, "files"}
+WINGS = {
+    "naming": set(),
+    "updates": set(),
+    "methods": set(),
+    "algebra": {"updates"},
+    "files": _ALGEBRA,
+    "recognise": _FILES,
+    "extracting": {*_FILES, "recognise"},
+    "merging": {*_FILES, "recognise", "methods"},
+    "comparing": {*_FILES, "recognise", "methods", "merging"},
+    "cli": {*_FILES, "recognise", "methods", "extracting", "merging", "comparing"},
+}
+
+MAX_LINES, MAX_FILES = 350, 12
+# What is larger, and why it is not divided.
+LONG_FILES: dict[str, str] = {}
+LARGE_WINGS = {
+    "files": "keys, metadata, safe reading and whole writing know one another and nothing above them",
+    "merging": "a merge's stages are a file each, and its account, recipe and report read what these leave",
+}
 
 
 def is_command(file: Path, root: Path = ROOT) -> bool:
@@ -66,6 +92,24 @@ def offences(file: Path, root: Path = ROOT) -> list[str]:
         if not any(is_within(name, one) for one in allowed):
             found.append(f"{file.relative_to(root)}:{line} imports {name}, which {layer}/ may not")
     return found
+
+
+def wing_of(file: Path, root: Path = ROOT) -> str:
+    """The wing of lora_merge that a file is in; "" for lora_merge's own files and everything else."""
+    parts = file.relative_to(root).parts
+    return parts[1] if parts[0] == "lora_merge" and len(parts) > 2 else ""
+
+
+def offences_of_wings(file: Path, root: Path = ROOT) -> list[str]:
+    """Imports of a wing's file that its row in WINGS does not name."""
+    if not (wing := wing_of(file, root)):
+        return []
+    allowed = {f".lora_merge.{one}" for one in (wing, *WINGS[wing])}
+    return [
+        f"{file.relative_to(root)}:{line} imports {name}, which lora_merge/{wing}/ may not"
+        for line, name in imports_of(file, root)
+        if is_within(name, ".lora_merge") and not any(is_within(name, one) for one in allowed)
+    ]
 
 
 def test_every_layer_has_modules_to_check():
@@ -128,6 +172,63 @@ def test_rule_knows_the_command_line_of_distillation(file, line, allowed, tmp_pa
     path.parent.mkdir(parents=True)
     path.write_text(line)
     assert (offences(path, tmp_path) == []) is allowed
+
+
+def test_every_wing_has_a_rule_and_modules_to_check():
+    assert {wing_of(file) for file in shipped_modules()} - {""} == set(WINGS)
+
+
+def test_no_wing_is_above_itself():
+    """The rules alone allow no circle: some order of the wings has every arrow pointing back."""
+    rest = dict(WINGS)
+    while rest:
+        lowest = [wing for wing, below in rest.items() if not below & rest.keys()]
+        assert lowest, f"a circle among {sorted(rest)}"
+        for wing in lowest:
+            del rest[wing]
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_imports_point_down_in_lora_merge(wing):
+    files = [file for file in shipped_modules() if wing_of(file) == wing]
+    assert [offence for file in files for offence in offences_of_wings(file)] == []
+
+
+@pytest.mark.parametrize(
+    ("wing", "line", "allowed"),
+    [
+        ("naming", "from . import unet", True),
+        ("naming", "from ..files.keys import parse", False),
+        ("updates", "from ..files.keys import DIFF_PARTS", False),
+        ("updates", "def late():\n    from ..algebra import sums", False),
+        ("algebra", "from ..updates.layer import Layer", True),
+        ("algebra", "from ..naming import names", False),
+        ("files", "from ..merging.merge import merge", False),
+        ("merging", "from ..methods.table import METHODS", True),
+        ("merging", "from .. import Lora", False),
+        ("merging", "from ..comparing.compare import compare", False),
+        ("extracting", "from ..merging.merge import resize", False),
+        ("comparing", "from ..merging.strengths import strengths_of", True),
+        ("cli", "from ..comparing import report", True),
+        ("merging", "import torch", True),
+    ],
+)
+def test_rule_of_wings_recognises(wing, line, allowed, tmp_path):
+    file = tmp_path / "lora_merge" / wing / "module.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(line)
+    assert (offences_of_wings(file, tmp_path) == []) is allowed
+
+
+def test_no_file_is_long_and_no_wing_is_crowded():
+    """Without being named above with a reason."""
+    files = shipped_modules()
+    long = {
+        file.relative_to(ROOT).as_posix() for file in files if len(file.read_text("utf-8").splitlines()) > MAX_LINES
+    }
+    assert long <= LONG_FILES.keys()
+    counts = Counter(filter(None, map(wing_of, files)))
+    assert {wing for wing, count in counts.items() if count > MAX_FILES} <= LARGE_WINGS.keys()
 
 
 def test_the_command_line_of_distillation_stays_out_of_the_archive():

@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from ..updates.parts import BIAS_PARTS, DIFF_PARTS
+
+__all__ = ["BIAS_PARTS", "DIFF_PARTS", "UNKNOWN", "parse", "suffix", "unread_format", "unread_text"]
+
 # Spellings of LoRA's factors. "up" and "B" are the (out, rank) factor, "down" and "A" the (rank, in) one.
 _FACTORS = (
     re.compile(r"(.+)\.lora_(up|down|mid)\.weight"),  # kohya, ComfyUI
@@ -18,9 +22,6 @@ _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:(?:\.[^.]+)?\.weight)?")
 _BUNDLED = re.compile(r"bundle_emb\..+")
 _PART = {"B": "up", "A": "down"}
 
-# Dense differences to a weight, a bias or a norm: additive, written by LyCORIS and ComfyUI's trainer.
-DIFF_PARTS = ("diff", "diff_b", "w_norm", "b_norm")
-BIAS_PARTS = ("diff_b", "b_norm")
 # Part -> what stands behind the module in kohya's and ComfyUI's key, where that is not the part's own name.
 _SUFFIXES = {
     "up": ".lora_up.weight",

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from ..files.keys import DIFF_PARTS
 from . import weight_dependent as carried
 from .layer import Layer, LoraLayer
 from .loha import LohaLayer
 from .lokr import LokrLayer
+from .parts import DIFF_PARTS
 from .weight_dependent import Carried
 
 # Kind -> parts that have to be there, parts that may.
