@@ -1,4 +1,4 @@
-"""The two naming schemes of Stable Diffusion UNets, and the way from one to the other.
+"""The family of Stable Diffusion UNets: its two naming schemes, and the way from one to the other.
 
 Names here are underscored and without prefix: `down_blocks_0_attentions_0_proj_in` (diffusers) is
 `input_blocks_1_1_proj_in` (ldm, the checkpoints' own and ComfyUI's). With R residual blocks a level,
@@ -12,9 +12,11 @@ SD1.5, SD2, SDXL and SSD-1B have R = 2. Names tell R nearly always; `infer_layou
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+
+from .family import Family, Place, block_of, kind_of, underscored, with_dots, without_prefix
 
 DEFAULT_RES_BLOCKS = 2
 MAX_RES_BLOCKS = 8
@@ -224,3 +226,94 @@ def infer_layout(names: Iterable[str], res_blocks: int | None = None) -> Layout:
         for level in range(levels):
             slots.setdefault(level, 2 if level in attention_levels else 1)
     return Layout(res_blocks, levels, slots)
+
+
+_KOHYA = "lora_unet_"
+_LEVEL = re.compile(r"(down|up)_blocks_(\d+)_")
+_IN, _OUT = ("conv_in", "time_embedding", "add_embedding", "class_embedding"), ("conv_out", "conv_norm_out")
+# Wan Fun's trainer writes two underscores; ComfyUI replaces them only if one particular key is there. Any number of
+# them counts as one, so that a spelling's spelling is itself.
+_WRITTEN = re.compile(r"^(?:unet\.|diffusion_model\.|lora_unet_[_.]*|lycoris_)")
+
+
+def body_as_written(name: str) -> str:
+    """A file's module, underscored and without the usual words for the diffusion model."""
+    return underscored(_WRITTEN.sub("", name))
+
+
+def bodies(spellings: Iterable[str]) -> list[str]:
+    """The UNet names among spellings, without prefix: what `infer_layout` works on."""
+    return [name.removeprefix(_KOHYA) for name in spellings if name.startswith(_KOHYA)]
+
+
+def _recognises(names: Collection[str]) -> bool:
+    found = bodies(names)
+    return any(is_diffusers(body) or is_ldm(body) for body in found)
+
+
+def _spelling(name: str) -> str | None:
+    body = _without_processor(body_as_written(name))
+    return f"{_KOHYA}{body}" if is_diffusers(body) or is_ldm(body) else None
+
+
+def _without_processor(body: str) -> str:
+    """diffusers' processors have to_out, all others to_out.0."""
+    return re.sub(r"(attn[12])_to_out$", r"\1_to_out_0", body.replace("_processor_to_", "_to_"))
+
+
+def _canonical(name: str, layout: Layout) -> str | None:
+    if not name.startswith(_KOHYA):
+        return None
+    ldm = to_ldm(name.removeprefix(_KOHYA), layout)
+    return f"{_KOHYA}{ldm}" if ldm else None
+
+
+def _dotted(name: str, layout: Layout) -> str | None:
+    if not name.startswith(_KOHYA):
+        return None
+    body = name.removeprefix(_KOHYA)
+    dotted = with_dots(to_diffusers(body, layout) or body)
+    return f"unet.{dotted}" if dotted else None
+
+
+def _tidy(spellings: Mapping[str, str]) -> dict[str, str]:
+    """A mix of diffusers and ldm blocks becomes ldm, ComfyUI's own."""
+    found = bodies(spellings.values())
+    mixed = any(map(is_diffusers, found)) and any(map(is_ldm, found))
+    return {module: module if mixed and name.startswith(_KOHYA) else name for module, name in spellings.items()}
+
+
+def _kernel(canonical: str) -> tuple[int, ...] | None:
+    body = canonical.removeprefix(_KOHYA)
+    return (3, 3) if body != canonical and is_wide_convolution(body) else None
+
+
+def _place(module: str, layout: Layout) -> Place | None:
+    body = without_prefix(module)
+    name = to_diffusers(body, layout) or body
+    if match := _LEVEL.match(name):
+        block = f"{match[1]}.{match[2]}"
+    elif name.startswith("mid_block_"):
+        block = "mid"
+    elif name.startswith(_IN):
+        block = "in"
+    elif name.startswith(_OUT):
+        block = "out"
+    elif name != body:
+        block = block_of(name)
+    else:
+        return None
+    return Place("unet", block, kind_of(name))
+
+
+FAMILY = Family(
+    name="Stable Diffusion UNet",
+    recognises=_recognises,
+    spelling=_spelling,
+    canonical=_canonical,
+    dotted=_dotted,
+    tidy=_tidy,
+    kernel=_kernel,
+    place=_place,
+    twin=to_diffusers,
+)
