@@ -11,6 +11,7 @@ from ..files.twice import Named, Pair, pairs_text, slices, twice, undecided
 from ..naming import names, unet
 from ..naming.unet import Layout
 from ..updates.layer import meeting_shape
+from .one_naming import in_own_naming
 
 
 def unify(loras: Sequence[Lora]) -> list[Lora]:
@@ -32,18 +33,31 @@ def unify(loras: Sequence[Lora]) -> list[Lora]:
     for res_blocks in candidates if mixed else candidates[:1]:
         renamed = [_rename(lora, unet.infer_layout(bodies, res_blocks)) for lora in loras]
         if not _clashes(renamed):
-            _check_one_naming(renamed)
-            return renamed
+            return _in_one_naming(renamed)
     renamed = [_rename(lora, unet.infer_layout(bodies)) for lora in loras]
     if clashes := _clashes(renamed):
         more = f" ({len(clashes) - 1} more modules differ)" if len(clashes) > 1 else ""
         raise ValueError(f"{clashes[0]}{more}; they were made for different base models, so merge LoRAs of one base.")
-    _check_one_naming(renamed)
-    return renamed
+    return _in_one_naming(renamed)
+
+
+def _in_one_naming(loras: list[Lora]) -> list[Lora]:
+    """The LoRAs, translated into the naming of their model where they name one weight differently and all is known.
+
+    Raises ValueError if two still name one weight differently, or may do so.
+    """
+    if twice(_updates(loras)) and (same := in_own_naming(loras)) is not None and not _clashes(same):
+        loras = same
+    _check_one_naming(loras)
+    return loras
+
+
+def _updates(loras: Sequence[Lora]) -> list[Named]:
+    return [named for index, lora in enumerate(loras) for named in lora.named(index)]
 
 
 def _check_one_naming(loras: Sequence[Lora]) -> None:
-    updates: list[Named] = [named for index, lora in enumerate(loras) for named in lora.named(index)]
+    updates = _updates(loras)
     sources = [lora.source for lora in loras]
     if pairs := twice(updates):
         names_them = "are, or may be, two spellings of one weight, and a loader would use only one of the two updates"
@@ -64,7 +78,7 @@ def _check_one_naming(loras: Sequence[Lora]) -> None:
 def fused_with_slices(loras: Sequence[Lora]) -> list[Pair]:
     """Modules of two LoRAs of which one is a slice of the other's weight (q beside qkv): ComfyUI adds up both, exactly,
     but they never meet here."""
-    return slices([named for index, lora in enumerate(loras) for named in lora.named(index)])
+    return slices(_updates(loras))
 
 
 def fused_notes(pairs: Sequence[Pair], loras: Sequence[Lora]) -> list[str]:

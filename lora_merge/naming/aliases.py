@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 
-from . import unet
+from . import flux, unet
 
 # What stands before a module's name in a canonical name, and what some trainers put there besides.
 _PREFIX = re.compile(r"(?:lora_prior_unet_|lora_unet_|lora_transformer_|model_diffusion_model_)?(?:model_|decoder_)?")
@@ -38,38 +38,24 @@ _LUMINA = {"attention_out": "attn_to_out", "attention_q_norm": "attn_norm_q", "a
 _LUMINA |= {f"feed_forward_w{n}": f"feed_forward_linear_{n}" for n in (1, 2, 3)}
 _LUMINA |= {"adaLN_modulation_1": "norm1_linear", "attention_norm1": "norm1_norm"}
 _LUMINA_QKV = {"attention_qkv": "attention_to_q attention_to_k attention_to_v attn_to_q attn_to_k attn_to_v"}
+
+
+def _alike(name: str) -> str:
+    for pattern, ending in _ENDINGS:
+        name = pattern.sub(ending, name)
+    return name
+
+
+def _flux_stacks() -> list[_Stack]:
+    found: list[_Stack] = []
+    for stack, whole in flux.WHOLE.items():
+        modules = {**whole, **flux.NORMS[stack]}
+        found.append((*stack, {own: _alike(names) for own, names in modules.items()}, flux.FUSED[stack]))
+    return found
+
+
 _STACKS: tuple[_Stack, ...] = (
-    (  # Flux, Chroma, HunyuanVideo
-        "double_blocks",
-        "transformer_blocks",
-        {
-            "img_attn_proj": "attn_to_out",
-            "txt_attn_proj": "attn_to_add_out",
-            "img_mod_lin": "norm1_linear",
-            "txt_mod_lin": "norm1_context_linear",
-            "img_mlp_0": "ff_net_0_proj ff_linear_in",
-            "img_mlp_2": "ff_net_2 ff_linear_out",
-            "txt_mlp_0": "ff_context_net_0_proj ff_context_linear_in",
-            "txt_mlp_2": "ff_context_net_2 ff_context_linear_out",
-            "img_attn_norm_query_norm": "attn_norm_q",
-            "img_attn_norm_key_norm": "attn_norm_k",
-            "txt_attn_norm_query_norm": "attn_norm_added_q",
-            "txt_attn_norm_key_norm": "attn_norm_added_k",
-        },
-        {"img_attn_qkv": _IMAGE_QKV, "txt_attn_qkv": _TEXT_QKV},
-    ),
-    (
-        "single_blocks",
-        "single_transformer_blocks",
-        {
-            "modulation_lin": "norm_linear",
-            "linear1": "attn_to_qkv_mlp_proj",
-            "linear2": "proj_out attn_to_out",
-            "norm_query_norm": "attn_norm_q",
-            "norm_key_norm": "attn_norm_k",
-        },
-        {"linear1": f"{_IMAGE_QKV} proj_mlp", "linear1_qkv": _IMAGE_QKV},
-    ),
+    *_flux_stacks(),  # and HunyuanVideo
     (  # SD3
         "joint_blocks",
         "transformer_blocks",
@@ -263,10 +249,7 @@ def _singles() -> dict[str, tuple[str, ...]]:
 
 def body(canonical: str) -> str:
     """A model's module without prefix, endings that differ from tool to tool made alike."""
-    name = _PREFIX.sub("", canonical, count=1)
-    for pattern, ending in _ENDINGS:
-        name = pattern.sub(ending, name)
-    return name
+    return _alike(_PREFIX.sub("", canonical, count=1))
 
 
 def sites(canonical: str) -> frozenset[str]:

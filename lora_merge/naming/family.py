@@ -83,8 +83,8 @@ class Family:
     place: (canonical name, layout) -> where in the model it is.
     path: canonical name -> the name without what says which part of the model it is.
     twin: (path, layout) -> the path in the family's other naming.
-    own: canonical name -> canonical name of the same whole weight in the model's own naming. Only for names of a LoRA
-        that `recognises` knows: elsewhere the same names stand for other weights.
+    own: canonical name -> the one canonical name of that weight, in the model's own naming if it is a whole weight.
+        Only for names of a LoRA that `recognises` knows: elsewhere the same names stand for other weights.
     fused: canonical name of a slice -> canonical names of the weights that hold it, in the model's own naming.
     rows: (canonical name of a slice, of the fused weight, the latter's shape) -> the slice's rows.
     """
@@ -102,6 +102,10 @@ class Family:
     own: Callable[[str], str | None] = _none
     fused: Callable[[str], frozenset[str]] = lambda name: frozenset()
     rows: Callable[[str, str, tuple[int, ...]], Rows | None] = _none
+
+    @property
+    def translates(self) -> bool:
+        return self.own is not _none
 
 
 def underscored(name: str) -> str:

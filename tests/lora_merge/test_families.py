@@ -1,0 +1,268 @@
+"""Families of models: what each says of its names, and two namings of one model in a merge."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lcm_kit.lora_merge import Lora, merge, merge_with_account
+from lcm_kit.lora_merge.comparing.compare import compare
+from lcm_kit.lora_merge.comparing.report import as_text
+from lcm_kit.lora_merge.merging.one_naming import stacked
+from lcm_kit.lora_merge.naming import flux, names
+from lcm_kit.lora_merge.naming.families import FAMILIES, family_of
+from lcm_kit.lora_merge.naming.family import Rows
+from lcm_kit.lora_merge.naming.unet import Layout
+from lcm_kit.lora_merge.updates.layer import LoraLayer
+from lcm_kit.tests.lora_merge.make import factors, kohya, relative
+
+H = 8
+# Whole weights and slices of one double and one single block in diffusers' naming: name -> (rows, columns).
+DIFFUSERS = {
+    **{f"transformer_blocks.3.attn.{x}": (H, H) for x in ("to_q", "to_k", "to_v", "to_out.0")},
+    **{f"transformer_blocks.3.attn.{x}": (H, H) for x in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")},
+    "transformer_blocks.3.ff.net.0.proj": (4 * H, H),
+    "transformer_blocks.3.ff.net.2": (H, 4 * H),
+    "transformer_blocks.3.norm1.linear": (6 * H, H),
+    **{f"single_transformer_blocks.7.attn.{x}": (H, H) for x in ("to_q", "to_k", "to_v")},
+    "single_transformer_blocks.7.proj_mlp": (4 * H, H),
+    "single_transformer_blocks.7.proj_out": (H, 5 * H),
+}
+OWN = {
+    "double_blocks.3.img_attn.qkv": (3 * H, H),
+    "double_blocks.3.img_attn.proj": (H, H),
+    "double_blocks.3.txt_attn.qkv": (3 * H, H),
+    "double_blocks.3.txt_attn.proj": (H, H),
+    "double_blocks.3.img_mlp.0": (4 * H, H),
+    "double_blocks.3.img_mlp.2": (H, 4 * H),
+    "double_blocks.3.img_mod.lin": (6 * H, H),
+    "single_blocks.7.linear1": (7 * H, H),
+    "single_blocks.7.linear2": (H, 5 * H),
+}
+PARTS = {
+    "double_blocks.3.img_attn.qkv": [f"transformer_blocks.3.attn.to_{x}" for x in "qkv"],
+    "double_blocks.3.txt_attn.qkv": [f"transformer_blocks.3.attn.add_{x}_proj" for x in "qkv"],
+    "single_blocks.7.linear1": [*(f"single_transformer_blocks.7.attn.to_{x}" for x in "qkv"),
+                                "single_transformer_blocks.7.proj_mlp"],
+    "double_blocks.3.img_attn.proj": ["transformer_blocks.3.attn.to_out.0"],
+    "double_blocks.3.txt_attn.proj": ["transformer_blocks.3.attn.to_add_out"],
+    "double_blocks.3.img_mlp.0": ["transformer_blocks.3.ff.net.0.proj"],
+    "double_blocks.3.img_mlp.2": ["transformer_blocks.3.ff.net.2"],
+    "double_blocks.3.img_mod.lin": ["transformer_blocks.3.norm1.linear"],
+    "single_blocks.7.linear2": ["single_transformer_blocks.7.proj_out"],
+}  # fmt: skip
+
+
+def lora(shapes, prefix, seed=0, source="LoRA", more=None, alpha=None):
+    state = {}
+    for number, (name, (out, inputs)) in enumerate(shapes.items()):
+        state |= kohya(f"{prefix}{name}", *factors(out, 2 + number % 2, inputs, seed=100 * seed + number), alpha)
+    return Lora.from_state_dict(state | (more or {}), source=source)
+
+
+def whole(other):
+    """Own name -> update of a LoRA in diffusers' naming, put together by hand."""
+    return {
+        own: torch.cat([other.delta(f"transformer.{part}") if f"transformer.{part}" in known(other)
+                        else torch.zeros(DIFFUSERS[part]) for part in parts])
+        for own, parts in PARTS.items()
+    }  # fmt: skip
+
+
+def known(one):
+    return set(one.spellings.values())
+
+
+def refused(*loras):
+    for work in (merge, compare):
+        with pytest.raises(ValueError, match="spell their modules differently") as error:
+            work([(one, 1.0) for one in loras])
+    return str(error.value)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("alpha", [None, 0.3, -2.0])
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "lora_unet_"])
+def test_a_split_lora_and_a_fused_one_meet_weight_by_weight(prefix, alpha, swap):
+    first = {name if "." in prefix else name.replace(".", "_"): shape for name, shape in OWN.items()}
+    own, other = lora(first, prefix, 1), lora(DIFFUSERS, "transformer.", 2, alpha=alpha)
+    inputs = [(own, 1.0), (other, 0.8)]
+    merged, account = merge_with_account(inputs[::-1] if swap else inputs)
+    assert account.warnings == ()
+    assert known(merged) == known(own)
+    for name, delta in whole(other).items():
+        wanted = own.delta(f"diffusion_model.{name}") + 0.8 * delta
+        assert relative(merged.delta(f"diffusion_model.{name}"), wanted) < 1e-6
+    assert "under two names" not in as_text(compare(inputs))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    parts=st.sets(st.sampled_from(sorted(DIFFUSERS)), min_size=1),
+    mine=st.sets(st.sampled_from(sorted(OWN)), min_size=1),
+)
+def test_any_part_of_one_lora_and_any_part_of_another_arrive_or_are_refused(parts, mine):
+    """Some slices of a weight, some blocks: what is merged adds up, in the names that each weight has."""
+    own = lora({name: OWN[name] for name in sorted(mine)}, "diffusion_model.", 1)
+    other = lora({name: DIFFUSERS[name] for name in sorted(parts)}, "transformer.", 2)
+    try:
+        merged = merge([(own, 1.0), (other, 1.0)])
+    except ValueError as error:
+        assert "spell their modules differently" in str(error)  # noqa: PT017, either is right
+        return
+    for name, delta in whole(other).items():
+        total = torch.zeros(OWN[name])
+        for place, update in updates_in(merged, name):
+            total[place] += update
+        wanted = delta + (own.delta(f"diffusion_model.{name}") if name in mine else 0)
+        torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-7)
+
+
+def updates_in(merged, own):
+    """(rows, update) of every module of a merged LoRA that is the weight or a slice of it."""
+    for spelled in known(merged):
+        body = spelled.removeprefix("lora_unet_").removeprefix("diffusion_model.").replace(".", "_")
+        if body == own.replace(".", "_"):
+            yield slice(None), merged.delta(spelled)
+    start = 0
+    for part in PARTS[own]:
+        rows = DIFFUSERS[part][0]
+        for spelled in (f"transformer.{part}", f"lora_transformer_{part.replace('.', '_')}"):
+            if spelled in known(merged):
+                yield slice(start, start + rows), merged.delta(spelled)
+        start += rows
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"transformer.transformer_blocks.3.attn.foo": (H, H)},  # not of the family
+        {"transformer.transformer_blocks.19.attn.to_q": (H, H)},  # deeper than Flux: HunyuanVideo has 20
+        {"transformer.transformer_blocks.3.img_mlp.net.2": (H, 4 * H)},  # Qwen-Image
+        {"transformer.joint_transformer_blocks.0.attn.to_q": (H, H)},  # AuraFlow
+    ],
+)
+def test_a_lora_with_a_name_that_the_family_lacks_is_not_translated(changed):
+    more = {}
+    for name, (out, inputs) in changed.items():
+        more |= kohya(name, *factors(out, 2, inputs))
+    text = refused(lora(OWN, "diffusion_model.", 1, "a"), lora(DIFFUSERS, "transformer.", 2, "b", more))
+    assert "(a) and transformer." in text
+
+
+def test_blocks_that_many_models_have_are_not_taken_for_flux():
+    """Qwen-Image's attention has these names and, in the real models, the same shapes."""
+    attention = {name: shape for name, shape in DIFFUSERS.items() if name.startswith("transformer_blocks.3.attn")}
+    refused(lora(OWN, "diffusion_model.", 1), lora(attention, "transformer.", 2))
+
+
+def test_slices_that_are_no_plain_lora_stay_slices():
+    fused, part = "double_blocks.3.img_attn.qkv", "transformer_blocks.3.attn.to_q"
+    own = lora(OWN, "diffusion_model.", 1)
+    rest = {name: shape for name, shape in DIFFUSERS.items() if name != part}
+    g = torch.Generator().manual_seed(0)
+    diff = torch.randn(H, H, generator=g)
+    other = lora(rest, "transformer.", 2, more={f"transformer.{part}.diff": diff})
+    merged = merge([(own, 1.0), (other, 1.0)])
+    name = f"lora_transformer_{part.replace('.', '_')}"
+    assert merged.spellings[name] in (name, f"transformer.{part}")
+    assert torch.equal(merged.delta(name), diff)
+    expected = own.delta(f"diffusion_model.{fused}").clone()
+    expected[H:] += torch.cat([other.delta(f"transformer.{p}") for p in PARTS[fused][1:]])
+    assert relative(merged.delta(f"diffusion_model.{fused}"), expected) < 1e-6
+
+
+def test_a_text_encoder_beside_it_changes_nothing():
+    encoder = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    own = lora(OWN, "diffusion_model.", 1, more=kohya(encoder, *factors(6, 2, 5)))
+    other = lora(DIFFUSERS, "transformer.", 2)
+    text = Lora.from_state_dict(kohya(encoder, *factors(6, 2, 5, seed=9)))
+    merged = merge([(own, 1.0), (text, 1.0), (other, 1.0)])
+    assert relative(merged.delta(encoder), own.delta(encoder) + text.delta(encoder)) < 1e-6
+    assert len(merged.modules) == len(OWN) + 1
+
+
+def test_what_needs_no_translation_is_as_it_was():
+    """Alone, with its like, or with nothing in common: every name stays as it came."""
+    other = lora(DIFFUSERS, "transformer.", 2)
+    assert known(merge([(other, 1.0)])) == known(merge([(other, 1.0), (other, 0.5)])) == known(other)
+    apart = lora({"single_blocks.8.linear2": (H, 5 * H)}, "diffusion_model.", 1)
+    assert known(merge([(other, 1.0), (apart, 1.0)])) == known(other) | known(apart)
+
+
+# ---- what each family says
+
+
+def canonical(spelled):
+    return names.canonical(names.spelling(spelled), Layout())
+
+
+@pytest.mark.parametrize("fused", [name for name, parts in PARTS.items() if len(parts) > 1])
+@pytest.mark.parametrize("mlp", [0, 1, 4, 6])
+def test_slices_fill_the_rows_of_a_fused_weight(fused, mlp):
+    shape = (3 * H + mlp * H * ("linear1" in fused), H)
+    parts = [part for part in PARTS[fused] if mlp or "mlp" not in part]
+    own = canonical(f"diffusion_model.{fused}")
+    found = [flux.FAMILY.rows(canonical(f"transformer.{part}"), own, shape) for part in parts]
+    assert [rows.start for rows in found] == [0, *itertools.accumulate(rows.length for rows in found[:-1])]
+    assert found[-1].start + found[-1].length == shape[0]
+    assert flux.FAMILY.rows(canonical(f"transformer.{parts[0]}"), own, (2 * H, H)) is None
+    assert flux.FAMILY.rows(canonical("transformer.transformer_blocks.4.attn.to_q"), own, shape) is None
+
+
+@pytest.mark.parametrize(
+    "prefix", ["transformer.", "lycoris_", "lora_transformer_", "", "lora_unet_", "base_model.model."]
+)
+def test_one_weight_has_one_name_whatever_stands_before_it(prefix):
+    for own, parts in PARTS.items():
+        for part in parts:
+            spelled = part.replace(".", "_") if prefix.endswith("_") else part
+            wanted = (
+                f"lora_unet_{own.replace('.', '_')}"
+                if len(parts) == 1
+                else f"lora_transformer_{part.replace('.', '_')}"
+            )
+            assert flux.FAMILY.own(canonical(prefix + spelled)) == wanted
+            assert flux.FAMILY.own(wanted) == wanted
+
+
+def test_stacked_slices_do_not_mix():
+    g = torch.Generator().manual_seed(0)
+    layers = [
+        LoraLayer(torch.randn(3, r, generator=g), torch.randn(r, 5, generator=g), alpha)
+        for r, alpha in ((2, 1.0), (1, -4.0))
+    ]
+    made = stacked([(Rows(6, 3), layers[0]), (Rows(0, 3), layers[1])], (9, 5))
+    assert made.rank == 3
+    wanted = torch.cat([layers[1].delta(), torch.zeros(3, 5), layers[0].delta()])
+    torch.testing.assert_close(made.delta(), wanted)
+
+
+RECOGNISED = {
+    "text encoder": ["lora_te1_text_model_encoder_layers_0_mlp_fc1"],
+    "Stable Diffusion UNet": ["lora_unet_input_blocks_1_1_proj_in"],
+    "Flux": ["lora_unet_double_blocks_0_img_attn_proj", "lora_unet_img_in"],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_family_recognises_its_own_names_and_no_others(family):
+    """And answers None to all other names, so that the next one is asked."""
+    for name, modules in RECOGNISED.items():
+        assert family.recognises(modules) is (name == family.name)
+    strange = "lora_unet_blocks_0_self_attn_q"
+    for said in (family.canonical, family.place, family.twin):
+        assert said(strange, Layout()) is None
+    for said in (family.path, family.own, family.kernel):
+        assert said(strange) is None
+    assert family.fused(strange) == frozenset()
+    assert family.tidy({strange: strange}) == {strange: strange}
+    assert family.recognises([]) is False
+
+
+def test_loras_of_two_families_have_none_in_common():
+    assert family_of([]) is None
+    assert family_of([RECOGNISED["Flux"], RECOGNISED["Stable Diffusion UNet"]]) is None
+    assert family_of([RECOGNISED["Flux"], RECOGNISED["Flux"]]) is flux.FAMILY
