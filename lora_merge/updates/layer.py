@@ -178,8 +178,10 @@ def is_safe(layer: Layer, strength: float = 1.0, *, part: int = 0, low: int = -1
     if max(sizes) > part or size > part:
         return False
     product = sum(sizes)
-    if -math.inf in (product, size):
+    if product == -math.inf:
         return True  # zeros, times what is no more than ordinary
+    if size == -math.inf:
+        return product <= part  # infinity times 0 is no number
     # The scale is shared evenly by the two factors.
     spread = -110 <= min(sizes) + size / 2 and max(sizes) + size / 2 <= 110
     return min(sizes) >= -part and abs(product) <= part and spread and low <= product + size <= high

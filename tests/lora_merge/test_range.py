@@ -250,3 +250,14 @@ def test_an_alpha_of_zero_adds_nothing_and_one_that_is_no_number_is_refused(meth
         state = lora(1).to_state_dict() | {f"{LINEAR}.alpha": torch.tensor(alpha)}
         with pytest.raises(ValueError, match=f"NaN or infinite values in {LINEAR}.alpha"):
             Lora.from_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", kinds.ADDITIVE)
+@pytest.mark.parametrize("power", [60, 80, 100, 120])
+def test_an_alpha_of_zero_makes_zeros_of_numbers_of_any_size(kind, power):
+    tensors = kinds.parts(kind, kernel=(3, 3) if kinds.ADDITIVE[kind][1] else ())
+    state = {f"{LINEAR}{end}": tensor * 2.0**power for end, tensor in tensors.items()}
+    layer = Lora.from_state_dict(state | {f"{LINEAR}.alpha": torch.zeros(())}).modules[LINEAR]
+    # LoKr of two whole matrices has no rank, and so no alpha.
+    if layer.scale == 0:
+        assert torch.equal(layer.delta(), torch.zeros(layer.shape))
