@@ -34,7 +34,8 @@ def save(home: str, count: int) -> None:
     sys.stdin.readline()
     for number in range(count):
         try:
-            name = save_lora(factors, f"race/{number // 10}", dtype="fp16", format="kohya", name_mode="increment")
+            prefix = f"race/{number // 10}"
+            name = save_lora(factors, prefix, dtype="fp16", format="kohya", name_mode="increment", about={})
             print("saved", name, flush=True)
         except Exception as error:
             print("failed", type(error).__name__, error, flush=True)
