@@ -6,7 +6,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint unit integration mutants floor compatibility clean
+.PHONY: help setup demo test lint unit integration mutants fuzz soak floor compatibility clean
 
 BASE_PYTHON ?= python3
 # Waiting threads must not spin: on a laptop two ComfyUI threads would fight for the cores.
@@ -69,6 +69,15 @@ floor:  ## integration on the oldest ComfyUI that LCM Kit supports, without the 
 
 mutants: setup  ## small changes of the code, one at a time: does a unit test notice?
 	"$(RUN)" tools/mutants.py --sample $(or $(SAMPLE),300)
+
+fuzz: setup  ## random and broken LoRA files on the whole way; SECONDS=1800 SEED=1
+	env -u COMFYUI_PATH OMP_NUM_THREADS=1 "$(RUN)" tests/soak/fuzz.py --seconds $(or $(SECONDS),1800) --seed $(or $(SEED),1)
+
+soak: setup  ## kills, races, random workflows and hundreds of prompts; PROMPTS=500 KILLS=200 SAVES=100 GRAPHS=2000
+	"$(RUN)" tests/soak/kills.py $(or $(KILLS),200)
+	COMFYUI_PATH="$(TREE)" "$(RUN)" tests/soak/save_race.py $(or $(SAVES),100)
+	COMFYUI_PATH="$(TREE)" "$(RUN)" tests/soak/prompts.py $(or $(PROMPTS),500)
+	COMFYUI_PATH="$(TREE)" GRAPHS=$(or $(GRAPHS),2000) "$(RUN)" -m pytest -q tests/with_comfyui/test_random_graphs.py
 
 compatibility: setup  ## tries everything on one ComfyUI and writes a row of docs/compatibility.md
 	@COMFYUI_PATH="$(TREE)" WORKERS="$(WORKERS)" "$(RUN)" tools/compatibility.py

@@ -1,6 +1,6 @@
 """kill -9 at random moments: of the writer alone, of whole merges, of trainings' checkpoints.
 
-    python tests/soak/kills.py [COUNT]          so many of each; 200 if not given
+    python tests/soak/kills.py [COUNT [KIND]]   so many of each, 200 if not given; writer, merges or checkpoints alone
 Prints one line and exits with 1 if a file was torn or lost, or if something is left after the next good run.
 """
 
@@ -176,8 +176,10 @@ def _digest(path: Path) -> str:
 
 def main() -> int:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    found = {}
+    found, wanted = {}, sys.argv[2:] or list(KINDS)
     for name, kind in KINDS.items():
+        if name not in wanted:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             found[name] = kind(Path(folder), count, random.Random(1))
     print("kills: " + "; ".join(f"{name} {figures}" for name, figures in found.items()))
