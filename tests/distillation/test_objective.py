@@ -69,6 +69,11 @@ def test_pseudo_huber_is_quadratic_below_c_and_linear_above():
     assert pseudo_huber(error, 1e-2).tolist() == pytest.approx([0.0, 1e-10 / 2e-2, 0.99005], rel=1e-2)
 
 
+def test_pseudo_huber_bends_at_a_thousandth_unless_told():
+    error = torch.tensor([1e-4, 1e-3, 1.0])
+    assert torch.equal(pseudo_huber(error), pseudo_huber(error, 0.001))
+
+
 def test_without_huber_the_distance_is_the_mean_square():
     student = lambda x, sigma: torch.zeros_like(x)  # noqa: E731
     z0, noise = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(4))

@@ -14,6 +14,8 @@ from torch import nn
 
 from lcm_kit.distillation import checkpoint
 from lcm_kit.distillation.adapter import Average
+from lcm_kit.distillation.draws import draw
+from lcm_kit.distillation.objective import distillation_loss
 from lcm_kit.distillation.settings import Settings, skipping_grid
 from lcm_kit.distillation.trainer import Trainer, adapters_on
 from lcm_kit.lora_merge.files import whole
@@ -53,6 +55,22 @@ def assert_same_lora(actual, expected):
     assert actual.keys() == expected.keys()
     for key in expected:
         assert torch.equal(actual[key], expected[key]), key
+
+
+def test_a_flow_models_loss_is_the_one_of_flow_models():
+    losses = {}
+    for flow in (False, True):
+        network = Gains()
+        with adapters_on(network, 2, seed=SHORT.seed) as adapters:
+            trainer = trainer_of(adapters, network, flow=flow)
+            batch = data(0, range(SHORT.batch))
+            draws = draw(SHORT.seed, 0, range(SHORT.batch), batch.z0, trainer.grid, SHORT.cfg)
+            wanted = distillation_loss(
+                denoiser(network), adapters, batch, draws, stride=STRIDE, table=TABLE, huber_c=SHORT.huber_c, flow=flow
+            )
+            losses[flow] = trainer.step()
+            assert losses[flow] == pytest.approx(wanted.item(), rel=1e-6)
+    assert losses[True] != losses[False]
 
 
 # ---- what it converges to

@@ -7,7 +7,7 @@ from PIL import Image
 
 from lcm_kit.lora_merge import Lora, load, save
 from lcm_kit.lora_merge.__main__ import main
-from lcm_kit.lora_merge.comparing.canvas import Canvas
+from lcm_kit.lora_merge.comparing.canvas import Canvas, _round
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.picture import WIDTH, draw
 from lcm_kit.lora_merge.comparing.report import as_csv, as_json, as_text
@@ -83,6 +83,34 @@ def test_a_text_too_long_loses_its_middle():
     canvas.text((0, 0), "a_very_long_name_of_a_file_that_goes_on_and_on", width=100)
     right = canvas.image().crop((110, 0, 200, 40))
     assert right.getcolors() == [(90 * 40, (255, 255, 255))]
+
+
+def test_a_line_is_where_it_was_drawn():
+    canvas = Canvas(60, 20)
+    canvas.line([(10, 10), (50, 10)], (0, 0, 0), width=4)
+    image = canvas.image()
+    assert [image.getpixel((x, 10))[0] < 128 for x in (5, 15, 30, 45, 55)] == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("anchor", ["la", "md", "rm", "mm"])
+def test_what_a_text_stands_on_is_behind_all_of_it(anchor):
+    canvas, plain = Canvas(120, 60), Canvas(120, 60)
+    canvas.text((60, 30), "text", 20, anchor=anchor, behind=(255, 0, 0))
+    plain.text((60, 30), "text", 20, anchor=anchor)
+    ink = plain.image().convert("L").point(lambda value: 255 * (value < 100)).getbbox()
+    red = canvas.image().getchannel("G").point(lambda value: 255 * (value < 128)).getbbox()
+    assert red[0] <= ink[0]
+    assert red[1] <= ink[1]
+    assert red[2] >= ink[2]
+    assert red[3] >= ink[3]
+    assert canvas.image().getpixel(((red[0] + red[2]) // 2, red[1] + 1))[0] > 200
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"), [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 50, [0, 10, 20, 30, 40, 50]), (3, 3, [3])]
+)
+def test_an_axis_has_both_of_its_ends(low, high, ticks):
+    assert _round(low, high) == pytest.approx(ticks)
 
 
 def test_the_command_prints_and_writes(tmp_path, capsys):

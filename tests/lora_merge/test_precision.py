@@ -1,4 +1,5 @@
 import logging
+import math
 
 import pytest
 import torch
@@ -76,6 +77,14 @@ def test_keeping_the_dtype_keeps_every_bit():
     state = Lora.from_state_dict(kohya(MODULE, up, down)).to_state_dict()
     assert torch.equal(state[f"{MODULE}.lora_up.weight"], up)
     assert torch.equal(state[f"{MODULE}.lora_down.weight"], down)
+    kept = cast(LoraLayer(up, down), torch.float16)
+    assert (kept.balanced, kept.error) == (False, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_values_of_eight_bits_are_looked_at_too(dtype):
+    assert all_finite([torch.ones(3, 2).to(dtype)])
+    assert not all_finite([torch.tensor([1.0, math.nan]).to(dtype)])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
