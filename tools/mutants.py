@@ -31,8 +31,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("samplers", "lora_merge", "distillation")
-# A new process for each test, or a command line around the functions.
-LEFT_OUT = ("distillation/__main__.py", "lora_merge/__main__.py", "lora_merge/cli/")
+# A new process for each test, or a command line around the functions; and where things lie in a picture, which is looked at.
+LEFT_OUT = (
+    "distillation/__main__.py",
+    "lora_merge/__main__.py",
+    "lora_merge/cli/",
+    "lora_merge/comparing/picture.py",
+)
 TESTS = [f"tests/{folder}" for folder in FOLDERS]
 SLOW_TESTS = ["tests/distillation/test_two_processes.py"]
 KNOWN = Path(__file__).with_name("mutants_known.json")
