@@ -154,8 +154,14 @@ def test_a_merge_without_files_is_made_again_by_name(files):
             ["merge", "lcm.safetensors", "-o", "x.safetensors", "--keep", "0.5", "--rank", "3"],
             "rank and keep are given",
         ),
-        (["merge", "lcm.safetensors", "-o", "x.safetensors", "--protect", "0"], "--protect is '0'"),
-        (["merge", "lcm.safetensors", "-o", "x.safetensors", "--protect", "3", "--mu", "1"], "protect is 2, but"),
+        (
+            ["merge", "lcm.safetensors", "-o", "x.safetensors", "--protect", "0"],
+            "protect is 0, but the LoRAs are numbered 1",
+        ),
+        (
+            ["merge", "lcm.safetensors", "-o", "x.safetensors", "--protect", "3", "--mu", "1"],
+            "protect is 3, but the LoRAs are numbered 1",
+        ),
         (["merge", "lcm.safetensors", "-o", "x.safetensors", "--block-strengths", "2: down=0"], "is for LoRA 2"),
         (["merge", "lcm.safetensors", "-o", "x.txt"], "has to end in .safetensors"),
         (["resize", "lcm.safetensors", "-o", "x.safetensors"], "how small the result is to be"),
