@@ -10,15 +10,14 @@ Teacher, student and target are one network, with its LoRA off or on.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..samplers.consistency import boundary_scalings
 from .adapter import LoraAdapters
-
-Weighting = Literal["x0", "v"]
+from .settings import Weighting
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x (b, ...), sigma (b,)) -> denoised (b, ...)."""

@@ -1,68 +1,93 @@
-"""What a training is told, and the grid of timesteps it works on."""
+"""What a training is told, and the grid of timesteps it works on.
+
+Names and defaults of the node and the command are read here, without torch: a command line has to answer at once.
+"""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
 
-from ..samplers.schedule import training_grid
-from .objective import Weighting
+Weighting = Literal["x0", "v"]
+Compute = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+def _said(
+    help: str, *, low: float | None = None, high: float | None = None, metavar: str | None = None
+) -> dict[str, Any]:
+    """Of a field that node and command have too: what it is, in few words, and its range; None is no end."""
+    return {"help": help, "low": low, "high": high, "metavar": metavar}
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is trained and how. The defaults are the paper's, as far as it and the authors' scripts tell.
 
-    steps: optimizer steps.   batch: images at once, on each process.   accumulate: such batches to a step.
-    learning_rate: of AdamW, reached after `warmup` steps; in the last share `decay` of all steps it falls to 0.
-    clip: largest norm of the gradient.   cfg: lowest and highest guidance, ComfyUI's scale (the paper's omega + 1;
-    LCM-LoRA: omega fixed at 7.5).   skip: training timesteps per solver step, the paper's k.
-    original_steps: how many timesteps are trained, evenly spaced, as the samplers' input of that name; 0 takes those that
-    the solver visits, one every `skip`. More of them than that train the timesteps between its visits as well.
-    huber_c: c of the pseudo-Huber distance; None is L2.
-    weighting: what the distance is measured in, "x0" or "v"; see objective.consistency_loss.
-    average: rate mu of the moving average that is returned, 0 for none; average_target: whether it is the target too.
+    cfg: both ends of the guidance, on ComfyUI's scale (the paper's omega + 1; LCM-LoRA: omega fixed at 7.5).
+    skip: the paper's k.   original_steps: 0 takes those that the solver visits, one every `skip`. More of them than that
+    train the timesteps between its visits as well.
+    huber_c: None is L2 too.   weighting: see objective.consistency_loss.
     scale_loss: for float16, whose smallest gradients would vanish otherwise.
     """
 
-    steps: int
-    batch: int = 4
-    accumulate: int = 1
-    learning_rate: float = 1e-4
-    warmup: int = 0
-    decay: float = 0.0
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 1.0
-    cfg: tuple[float, float] = (8.5, 8.5)
-    skip: int = 20
-    huber_c: float | None = 0.001
-    average: float = 0.0
-    average_target: bool = False
+    steps: int = field(default=1000, metadata=_said("optimizer steps", low=1))
+    batch: int = field(default=4, metadata=_said("images at once, on each process", low=1))
+    accumulate: int = field(default=1, metadata=_said("batches to a step", low=1))
+    learning_rate: float = field(default=1e-4, metadata=_said("of AdamW", low=0.0))
+    warmup: int = field(default=20, metadata=_said("steps until it is reached", low=0, metavar="STEPS"))
+    decay: float = field(
+        default=0.0,
+        metadata=_said("share of all steps, at the end, in which it falls to 0", low=0.0, high=1.0, metavar="SHARE"),
+    )
+    weight_decay: float = field(default=0.0, metadata=_said("of AdamW", low=0.0))
+    betas: tuple[float, float] = field(default=(0.9, 0.999), metadata=_said("of AdamW", low=0.0, high=1.0))
+    clip: float = field(default=1.0, metadata=_said("largest norm of the gradient"))
+    guidance_min: float = field(default=8.5, metadata=_said("guidance that is built in, on the scale of cfg", low=1.0))
+    guidance_max: float = field(default=8.5, metadata=_said("above it, each image draws one in between", low=1.0))
+    skip: int = field(default=20, metadata=_said("timesteps that a solver step skips", low=1))
+    original_steps: int = field(
+        default=0,
+        metadata=_said(
+            "timesteps that are trained, evenly spaced, as the samplers' input of that name; 0: one every --skip",
+            low=0,
+            metavar="N",
+        ),
+    )
+    huber_c: float | None = field(default=0.001, metadata=_said("c of the pseudo-Huber distance, 0 for L2", low=0.0))
+    weighting: Weighting = field(
+        default="x0",
+        metadata=_said(
+            "what the distance is measured in; v asks for the same precision at every noise level; x0: as published"
+        ),
+    )
+    average: float = field(
+        default=0.0,
+        metadata=_said(
+            "rate of a moving average, such as 0.95, that is saved in place of the last weights and is what the student "
+            "is compared with; 0: none",
+            low=0.0,
+            high=1.0,
+            metavar="RATE",
+        ),
+    )
+    average_target: bool = field(
+        default=True, metadata=_said("whether the average is what the student is compared with, too")
+    )
+    seed: int = field(default=0, metadata=_said("of all that is drawn"))
     scale_loss: bool = False
-    seed: int = 0
-    original_steps: int = 0
-    weighting: Weighting = "x0"
+
+    @property
+    def cfg(self) -> tuple[float, float]:
+        return self.guidance_min, self.guidance_max
 
     def __post_init__(self) -> None:
         low, high = self.cfg
-        for name, value, low_end, high_end in (
-            ("steps", self.steps, 1, None),
-            ("batch", self.batch, 1, None),
-            ("accumulate", self.accumulate, 1, None),
-            ("skip", self.skip, 1, None),
-            ("original_steps", self.original_steps, 0, None),
-            ("warmup", self.warmup, 0, None),
-            ("learning_rate", self.learning_rate, 0.0, None),
-            ("decay", self.decay, 0.0, 1.0),
-            ("weight_decay", self.weight_decay, 0.0, None),
-            ("betas: the first", self.betas[0], 0.0, 1.0),
-            ("betas: the second", self.betas[1], 0.0, 1.0),
-            ("guidance_min", low, 1.0, None),
-            ("guidance_max", high, 1.0, None),
-            ("huber_c", 0.0 if self.huber_c is None else self.huber_c, 0.0, None),
-            ("average", self.average, 0.0, 1.0),
-        ):
-            _check(name, value, low_end, high_end)
+        for one in fields(self):
+            value, given = getattr(self, one.name), one.metadata
+            if given and (given["low"], given["high"]) != (None, None):
+                ends = "the first", "the second"
+                named = zip(ends, value, strict=True) if isinstance(value, tuple) else [("", value or 0)]
+                for which, number in named:
+                    _check(f"{one.name}: {which}" if which else one.name, number, given["low"], given["high"])
         if not self.learning_rate > 0 or not self.clip > 0:  # clip may be infinite: then nothing is cut
             raise ValueError(
                 f"learning_rate is {self.learning_rate} and clip is {self.clip}; both must be above 0. "
@@ -79,8 +104,6 @@ class Settings:
             )
         if self.weighting not in get_args(Weighting):
             raise ValueError(f"weighting is {self.weighting!r}; it has to be one of {', '.join(get_args(Weighting))}.")
-        if self.average_target and not self.average:
-            raise ValueError("average_target needs a moving average: set average, for example to 0.95.")
 
     def rate_at(self, step: int) -> float:
         """The learning rate of step 0, 1, ..."""
@@ -91,6 +114,8 @@ class Settings:
     def kept(self) -> dict[str, Any]:
         """What a resumed run must have as before; a longer run is the same run unless its rate falls at the end."""
         facts = asdict(self)
+        facts["cfg"] = facts.pop("guidance_min"), facts.pop("guidance_max")
+        facts["average_target"] = self.average_target and self.average > 0
         if not self.decay:
             del facts["steps"]
         for name in ("original_steps", "weighting"):  # earlier checkpoints do not name them
@@ -100,9 +125,31 @@ class Settings:
 
     def grid(self, train_timesteps: int) -> list[int]:
         """The timesteps that are trained, ascending. Raises ValueError where the samplers would not visit them."""
+        from ..samplers.schedule import training_grid  # late: it needs torch
+
         if self.original_steps:
             return training_grid(self.original_steps, train_timesteps=train_timesteps)
         return skipping_grid(self.skip, train_timesteps)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What node and command ask for beside the Settings.
+
+    alpha: 0 takes the rank.   samples: only where no pictures are given.   dtype: the LoRA is float32 always.
+    """
+
+    rank: int = field(default=64, metadata=_said("size of the LoRA", low=1))
+    alpha: float = field(default=0.0, metadata=_said("the scale is alpha / rank; 0: the rank"))
+    samples: int = field(
+        default=64, metadata=_said("how many pictures the model makes, if none are given", low=1, metavar="N")
+    )
+    width: int = field(default=512, metadata=_said("pictures are cropped and scaled to it", low=1))
+    height: int = field(default=512, metadata=_said("pictures are cropped and scaled to it", low=1))
+    dtype: Compute = field(default="auto", metadata=_said("what the network computes in; auto: by the device"))
+    gradient_checkpointing: bool = field(
+        default=True, metadata=_said("compute layers again in place of keeping them: slower, in less memory")
+    )
 
 
 def _check(name: str, value: float, low: float, high: float | None) -> None:
@@ -127,4 +174,6 @@ def skipping_grid(skip: int, train_timesteps: int) -> list[int]:
             f"skip is {skip}, but samplers divide the model's {train_timesteps} timesteps into whole steps; use {nearest}, "
             "or say by original_steps which timesteps are trained. LCM-LoRA skips 20."
         )
+    from ..samplers.schedule import training_grid
+
     return training_grid(points, train_timesteps=train_timesteps)

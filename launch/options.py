@@ -1,10 +1,17 @@
-"""What `python -m lcm_kit.distillation` can be told. The defaults are those of the node and of `Settings`."""
+"""What `python -m lcm_kit.distillation` can be told.
+
+Names, defaults and explanations of what is trained and how are those of `Settings` and `Setup`, the node's too.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from ..distillation.settings import Settings, Setup
 
 _DESCRIPTION = """Make an LCM-LoRA from a checkpoint: latent consistency distillation (arXiv 2311.05556), in your own ComfyUI.
 
@@ -40,8 +47,13 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     _files(parser.add_argument_group("files"))
     _data(parser.add_argument_group("data"))
-    _training(parser.add_argument_group("training"))
-    _memory(parser.add_argument_group("memory and speed"))
+    training = parser.add_argument_group("training")
+    _settings(training, Settings)
+    _settings(training, Setup, "rank", "alpha")
+    memory = parser.add_argument_group("memory and speed")
+    _settings(memory, Setup, "dtype", "gradient_checkpointing")
+    memory.add_argument("--cpu", action="store_true", help="use no GPU")
+    parser.set_defaults(gradient_checkpointing=Setup.gradient_checkpointing)
     options = parser.parse_args(arguments)
     if options.prompts is None and not options.pictures:
         parser.error("nothing to learn from: give --prompts FILE, or --pictures FOLDER or SHARD.tar")
@@ -79,53 +91,34 @@ def _data(add: argparse._ArgumentGroup) -> None:
         "--negative", default="", metavar="TEXT", help="what guidance moves away from; default: an empty prompt"
     )
     add.add_argument("--zero-negative", action="store_true", help="zeros in its place, as LCM-LoRA for SDXL was made")
-    add.add_argument("--samples", type=_positive, default=64, metavar="N", help="how many pictures the model makes, if none "
-                     "are given; default: 64")  # fmt: skip
-    add.add_argument("--width", type=_positive, default=512, help="pictures are cropped and scaled to it; default: 512")
-    add.add_argument("--height", type=_positive, default=512, help="default: 512")
+    _settings(add, Setup, "samples", "width", "height")
 
 
-def _training(add: argparse._ArgumentGroup) -> None:
-    add.add_argument("--steps", type=_positive, default=1000, help="default: 1000")
-    add.add_argument("--batch", type=_positive, default=4, help="images at once, on each process; default: 4")
-    add.add_argument("--accumulate", type=_positive, default=1, help="batches to a step; default: 1")
-    add.add_argument("--rank", type=_positive, default=64, help="size of the LoRA; default: 64")
-    add.add_argument("--alpha", type=float, default=0.0, help="the scale is alpha / rank; default: the rank")
-    add.add_argument("--learning-rate", type=float, default=1e-4, help="of AdamW; default: 1e-4")
-    add.add_argument("--warmup", type=int, default=20, metavar="STEPS", help="steps until it is reached; default: 20")
-    add.add_argument("--decay", type=float, default=0.0, metavar="SHARE", help="share of all steps, at the end, in which it "
-                     "falls to 0; default: 0")  # fmt: skip
-    add.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW; default: 0")
-    add.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999), help="of AdamW; default: 0.9 0.999")
-    add.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient; default: 1")
-    add.add_argument(
-        "--guidance-min", type=float, default=8.5, help="guidance that is built in, on the scale of cfg; default: 8.5"
-    )
-    add.add_argument(
-        "--guidance-max", type=float, default=8.5, help="above it, each image draws one in between; default: 8.5"
-    )
-    add.add_argument("--skip", type=_positive, default=20, help="timesteps that a solver step skips; default: 20")
-    add.add_argument("--original-steps", type=int, default=0, metavar="N", help="timesteps that are trained, evenly spaced, as "
-                     "the samplers' input of that name; default: one every --skip")  # fmt: skip
-    add.add_argument(
-        "--huber-c", type=float, default=0.001, help="c of the pseudo-Huber distance, 0 for L2; default: 0.001"
-    )
-    add.add_argument("--weighting", choices=["x0", "v"], default="x0", help="what the distance is measured in; v asks for the "
-                     "same precision at every noise level; default: x0, as published")  # fmt: skip
-    add.add_argument("--average", type=float, default=0.0, metavar="RATE", help="rate of a moving average that is saved in "
-                     "place of the last weights, such as 0.95; default: 0, none")  # fmt: skip
-    add.add_argument(
-        "--average-target", action="store_true", help="the average is what the student is compared with, too"
-    )
-    add.add_argument("--seed", type=int, default=0, help="default: 0")
+def _settings(add: argparse._ArgumentGroup, owner: type, *names: str) -> None:
+    """Flags for fields of Settings or Setup, all of them without names: called, explained and preset as they are there."""
+    for one in dataclasses.fields(owner):
+        if one.metadata and (not names or one.name in names):
+            said = f"{one.metadata['help']}; default: {_words(one.default)}"
+            add.add_argument(f"--{one.name.replace('_', '-')}", help=said, **_kind(one))
 
 
-def _memory(add: argparse._ArgumentGroup) -> None:
-    add.add_argument("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="what the network computes in; "
-                     "default: auto, by the device")  # fmt: skip
-    add.add_argument("--no-gradient-checkpointing", dest="gradient_checkpointing", action="store_false",
-                     help="faster, for much more memory")  # fmt: skip
-    add.add_argument("--cpu", action="store_true", help="use no GPU")
+def _kind(one: dataclasses.Field[Any]) -> dict[str, Any]:
+    """What argparse has to know to read the text for a field."""
+    if isinstance(one.default, bool):
+        return {"action": argparse.BooleanOptionalAction}
+    known: dict[str, Any] = {"default": one.default, "metavar": one.metadata["metavar"]}
+    if get_origin(one.type) is Literal:
+        return known | {"choices": get_args(one.type)}
+    if isinstance(one.default, tuple):
+        return known | {"type": float, "nargs": len(one.default)}
+    is_count = isinstance(one.default, int) and one.metadata["low"] == 1
+    return known | {"type": _positive if is_count else type(one.default)}
+
+
+def _words(default: Any) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def _positive(text: str) -> int:

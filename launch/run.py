@@ -78,14 +78,13 @@ def run(options: argparse.Namespace) -> str:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    return Settings(
-        steps=options.steps, batch=options.batch, accumulate=options.accumulate, learning_rate=options.learning_rate,
-        warmup=options.warmup, decay=options.decay, weight_decay=options.weight_decay, betas=tuple(options.betas),
-        clip=options.clip, cfg=(options.guidance_min, options.guidance_max), skip=options.skip,
-        huber_c=options.huber_c or None, average=options.average, average_target=options.average_target,
-        seed=options.seed, original_steps=options.original_steps,
-        weighting=options.weighting,
-    )  # fmt: skip
+    """Raises ValueError for settings that make no sense. An L2 distance is written as --huber-c 0."""
+    if options.average_target and not options.average:
+        raise ValueError("average_target needs a moving average: set average, for example to 0.95.")
+    known = {one.name: getattr(options, one.name, None) for one in dataclasses.fields(Settings)}
+    known |= {"betas": tuple(options.betas)}
+    settings = Settings(**{name: value for name, value in known.items() if value is not None})
+    return dataclasses.replace(settings, huber_c=settings.huber_c or None)
 
 
 def _texts(options: argparse.Namespace) -> Texts:

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io, ui
 
+from ..distillation.settings import Settings, Setup
 from ..host.door.node import Node
 from ..host.training import distilling
 from . import inputs
@@ -49,25 +50,27 @@ class Distill(Node):
                 ),
                 io.Int.Input(
                     "steps",
-                    default=1000,
+                    default=Settings.steps,
                     min=1,
                     max=1_000_000,
                     tooltip="Training steps. The published ones had about 1000.",
                 ),
-                io.Int.Input("batch", default=4, min=1, max=4096, tooltip="Images at once: more need more memory."),
+                io.Int.Input(
+                    "batch", default=Settings.batch, min=1, max=4096, tooltip="Images at once: more need more memory."
+                ),
                 io.Int.Input(
                     "accumulate",
-                    default=1,
+                    default=Settings.accumulate,
                     min=1,
                     max=4096,
                     tooltip="Batches to a training step: 4 with batch 4 trains as batch 16 does, in the memory of 4.",
                 ),
                 io.Int.Input(
-                    "rank", default=64, min=1, max=4096, tooltip="Size of the LoRA. The published ones have 64."
+                    "rank", default=Setup.rank, min=1, max=4096, tooltip="Size of the LoRA. The published ones have 64."
                 ),
                 io.Float.Input(
                     "alpha",
-                    default=0.0,
+                    default=Setup.alpha,
                     min=0.0,
                     max=4096.0,
                     step=0.5,
@@ -76,7 +79,7 @@ class Distill(Node):
                 ),
                 io.Float.Input(
                     "learning_rate",
-                    default=1e-4,
+                    default=Settings.learning_rate,
                     min=1e-7,
                     max=1.0,
                     step=1e-7,
@@ -84,7 +87,7 @@ class Distill(Node):
                 ),
                 io.Float.Input(
                     "guidance_min",
-                    default=8.5,
+                    default=Settings.guidance_min,
                     min=1.0,
                     max=100.0,
                     step=0.1,
@@ -93,7 +96,7 @@ class Distill(Node):
                 ),
                 io.Float.Input(
                     "guidance_max",
-                    default=8.5,
+                    default=Settings.guidance_max,
                     min=1.0,
                     max=100.0,
                     step=0.1,
@@ -101,7 +104,7 @@ class Distill(Node):
                 ),
                 io.Int.Input(
                     "skip",
-                    default=20,
+                    default=Settings.skip,
                     min=1,
                     max=1000,
                     tooltip="Timesteps that a solver step skips: 20 as published. More learns faster, with a coarser "
@@ -112,25 +115,29 @@ class Distill(Node):
                 ),
                 io.Int.Input(
                     "samples",
-                    default=64,
+                    default=Setup.samples,
                     min=1,
                     max=100_000,
                     tooltip="How many pictures the model makes to learn from, if none are connected; the prompts take "
                     "turns.",
                 ),
-                io.Int.Input("width", default=512, min=16, max=16384, step=8, tooltip="Of the model's own pictures."),
-                io.Int.Input("height", default=512, min=16, max=16384, step=8, tooltip="Of the model's own pictures."),
+                io.Int.Input(
+                    "width", default=Setup.width, min=16, max=16384, step=8, tooltip="Of the model's own pictures."
+                ),
+                io.Int.Input(
+                    "height", default=Setup.height, min=16, max=16384, step=8, tooltip="Of the model's own pictures."
+                ),
                 io.Combo.Input(
                     "dtype",
                     options=list(distilling.DTYPES),
-                    default="auto",
+                    default=Setup.dtype,
                     tooltip="What the network computes in; the LoRA itself is always trained in fp32. auto: bf16 where "
                     "the device is fast in it, else fp16; fp32 on a CPU.",
                     advanced=True,
                 ),
                 io.Boolean.Input(
                     "gradient_checkpointing",
-                    default=True,
+                    default=Setup.gradient_checkpointing,
                     tooltip="On needs much less memory, off is faster. The LoRA is the same.",
                     advanced=True,
                 ),
@@ -142,7 +149,7 @@ class Distill(Node):
                 ),
                 io.Int.Input(
                     "original_steps",
-                    default=0,
+                    default=Settings.original_steps,
                     min=0,
                     max=1000,
                     optional=True,
@@ -153,7 +160,7 @@ class Distill(Node):
                 io.Combo.Input(
                     "weighting",
                     options=list(distilling.WEIGHTINGS),
-                    default="x0",
+                    default=Settings.weighting,
                     optional=True,
                     tooltip="What the distance is measured in. x0 as published; v asks for the same precision at every noise "
                     "level, which gave our own model clearly better pictures.",
@@ -161,7 +168,7 @@ class Distill(Node):
                 ),
                 io.Float.Input(
                     "average",
-                    default=0.0,
+                    default=Settings.average,
                     min=0.0,
                     max=0.9999,
                     step=0.0001,

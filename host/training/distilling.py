@@ -11,8 +11,7 @@ import folder_paths
 import torch
 from tqdm.auto import tqdm
 
-from ...distillation.objective import Weighting
-from ...distillation.settings import Settings
+from ...distillation.settings import Compute, Settings, Weighting
 from ...distillation.trainer import Trainer
 from ...lora_merge.files.file_names import name_trouble
 from ..door.rules import shown
@@ -24,9 +23,8 @@ from .run import Work, empty_latent, sigma_table, training
 from .strip import Strip, rough_previewer
 from .teacher_pictures import teachers_pictures
 
-DTYPES = ("auto", "bf16", "fp16", "fp32")
+DTYPES = get_args(Compute)
 WEIGHTINGS = get_args(Weighting)
-WARMUP = 20
 SAVE_EVERY = 100
 STRIPS = 10  # sample strips in a run
 LATENTS = ".latents"  # behind the name of a run: its pictures
@@ -50,27 +48,21 @@ def distil_lists(positive: list, negative: list, latents: Sequence | None, vae: 
 
 
 def distil(
-    model, positive, negative, latents, vae, *, steps, batch, accumulate, rank, alpha, learning_rate, guidance_min,
-    guidance_max, skip, seed, samples, width, height, dtype, gradient_checkpointing, resume, original_steps=0,
-    weighting="x0", average=0.0,
+    model, positive, negative, latents, vae, *, rank, alpha, samples, width, height, dtype, gradient_checkpointing, resume,
+    **training_settings,
 ):  # fmt: skip
     """(LORA_MODEL, IMAGE, report). The MODEL is as before afterwards, whatever happens.
 
     positive, negative: lists of CONDITIONINGs.   latents: list of LATENTs, may be empty.   vae: VAE or None.
-    alpha: 0 takes the rank.   guidance_min, guidance_max: on the scale of cfg.
+    alpha: 0 takes the rank.   training_settings: see Settings.
     samples, width, height: of the model's own pictures, where no latents are given.
-    resume: name of the checkpoint, "" keeps none.   original_steps, weighting: see Settings.
-    average: rate of the moving average that is target and result, 0 for none.
+    resume: name of the checkpoint, "" keeps none.
     Raises ValueError for inputs that do not go together, before anything is loaded or trained.
     """
     checkpoint_file = _checkpoint_file(resume)
     conds, unconds = entries(positive, "positive"), entries(negative, "negative")
     table, type_ = sigma_table(model), compute_type(model, dtype)
-    settings = Settings(
-        steps=steps, batch=batch, accumulate=accumulate, learning_rate=learning_rate, warmup=WARMUP,
-        cfg=(guidance_min, guidance_max), skip=skip, scale_loss=type_ == torch.float16, seed=seed,
-        original_steps=original_steps, weighting=weighting, average=average, average_target=average > 0,
-    )  # fmt: skip
+    settings = Settings(**training_settings, scale_loss=type_ == torch.float16)
     rough = rough_previewer(model.get_model_object("latent_format"))
     given = pictures(model, latents)
     which = paired(conds, len(given)) if given else [number % len(conds) for number in range(samples)]

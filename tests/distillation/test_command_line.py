@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import tarfile
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from PIL import Image
 
 from lcm_kit.distillation.__main__ import main
 from lcm_kit.distillation.engine import Alone
-from lcm_kit.distillation.settings import Settings
+from lcm_kit.distillation.settings import Settings, Setup
 from lcm_kit.launch import data as launch_data
 from lcm_kit.launch.options import parsed
 from lcm_kit.launch.processes import processes
 from lcm_kit.launch.run import _settings, _texts
 from lcm_kit.tests.helpers import ROOT
 
+# What the command cannot do without.
+LEAST = ["--checkpoint", "x", "-o", "y", "--prompts", "z"]
 RED = torch.tensor([1.0, 0.0, 0.0])
 
 
@@ -63,8 +66,43 @@ def test_help_explains_with_examples_in_a_clone(tmp_path):
 
 
 def test_defaults_are_those_of_the_settings():
-    options = parsed(["--checkpoint", "x", "-o", "y", "--prompts", "z"])
-    assert _settings(options) == Settings(steps=1000, warmup=20)  # 20: the node's
+    options = parsed(LEAST)
+    assert _settings(options) == Settings()
+    assert {name: getattr(options, name) for name in asdict(Setup())} == asdict(Setup())
+
+
+OTHERS = {
+    "steps": 9, "batch": 9, "accumulate": 9, "learning_rate": 0.5, "warmup": 9, "decay": 0.5, "weight_decay": 0.5,
+    "betas": (0.5, 0.7), "clip": 0.5, "guidance_min": 2.5, "guidance_max": 9.5, "skip": 9, "original_steps": 9,
+    "huber_c": 0.5, "weighting": "v", "average": 0.5, "seed": 9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), OTHERS.items())
+def test_every_setting_has_its_flag(name, value):
+    words = map(str, value if isinstance(value, tuple) else [value])
+    given = parsed([*LEAST, f"--{name.replace('_', '-')}", *words])
+    assert _settings(given) == replace(Settings(), **{name: value})
+
+
+def test_no_setting_is_left_without_a_flag():
+    assert {one.name for one in fields(Settings) if one.metadata} == {*OTHERS, "average_target"}
+
+
+def test_an_average_is_target_and_result_for_command_and_class_alike():
+    alone, asked = (_settings(parsed([*LEAST, "--average", "0.95", *more])) for more in ([], ["--average-target"]))
+    assert alone == asked == Settings(average=0.95)
+    assert alone.kept()["average_target"] is True
+    result_only = _settings(parsed([*LEAST, "--average", "0.95", "--no-average-target"]))
+    assert result_only == Settings(average=0.95, average_target=False)
+    assert Settings().kept()["average_target"] is False  # as checkpoints without an average have it
+
+
+def test_names_and_defaults_need_no_torch():
+    """A command line answers at once."""
+    code = "import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('distillation', run_name='__main__')\n"
+    code += "except SystemExit: assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60)
 
 
 def test_pictures_of_a_folder_come_by_name_with_their_captions(pictures):

@@ -12,7 +12,17 @@ TABLE = ((1 - ALPHA_BAR) / ALPHA_BAR).sqrt().float()
 SPREAD = 0.5  # standard deviation of the data, centred
 SIZE = 3  # numbers in an "image"
 STRIDE = 200
-SETTINGS = Settings(steps=6, batch=4, accumulate=2, learning_rate=0.02, cfg=(1.0, 3.0), skip=STRIDE, seed=3)
+SETTINGS = Settings(
+    steps=6,
+    batch=4,
+    accumulate=2,
+    learning_rate=0.02,
+    warmup=0,
+    guidance_min=1.0,
+    guidance_max=3.0,
+    skip=STRIDE,
+    seed=3,
+)
 GRID = torch.arange(1000 // STRIDE) * STRIDE + STRIDE - 1
 
 

@@ -3,6 +3,8 @@
 import json
 import re
 from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
 from types import SimpleNamespace
 
 import comfy.conds
@@ -22,6 +24,7 @@ from comfy.model_base import ModelType
 from lcm_kit.distillation.adapter import LoraAdapters
 from lcm_kit.distillation.draws import draw
 from lcm_kit.distillation.objective import distillation_loss
+from lcm_kit.distillation.settings import Settings, Setup
 from lcm_kit.host.training import distilling, strip, teacher_pictures
 from lcm_kit.host.training.data import Batches, Item, encoded, moved
 from lcm_kit.host.training.loan import Denoiser, lent
@@ -227,7 +230,7 @@ STRONG = [[4 * tiny.cond(1)[0][0], {}]]
 def test_the_lora_lowers_the_loss_after_loading_by_core(kind, monkeypatch):
     # One solver step from noise to data, the most that a few training steps can show; chains of them are learnt in
     # tests/distillation, where the solution is known.
-    monkeypatch.setattr(distilling, "WARMUP", 1)
+    monkeypatch.setattr(distilling, "Settings", partial(Settings, warmup=1))
     model, other = calm_model(kind), calm_model(kind)
     lora, _, report = distilled(
         model, positive=[STRONG], steps=16, batch=4, rank=4, learning_rate=6e-3, skip=1000, guidance_min=3.0
@@ -239,7 +242,7 @@ def test_the_lora_lowers_the_loss_after_loading_by_core(kind, monkeypatch):
 
 
 def test_a_flow_model_learns_too(monkeypatch):
-    monkeypatch.setattr(distilling, "WARMUP", 1)
+    monkeypatch.setattr(distilling, "Settings", partial(Settings, warmup=1))
     model = calm_model(ModelType.FLOW, sampling_settings={"shift": 3.0})
     _, _, report = distilled(
         model, positive=[STRONG], steps=16, batch=4, rank=4, learning_rate=6e-3, skip=1000, guidance_min=3.0
@@ -286,6 +289,18 @@ def test_bf16_learns_nearly_the_same(model):
     one, other = (torch.cat([lora[key].flatten() for key in ups]) for lora in (exact, coarse))
     # Adam's first steps are the gradients' signs, of which bf16 turns the smallest.
     assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.8
+
+
+def test_the_nodes_defaults_are_those_of_settings_and_command():
+    known = {owner: {one.name: one.default for one in fields(owner) if one.metadata} for owner in (Settings, Setup)}
+    node = {entry.id: entry.default for entry in Distill.GET_SCHEMA().inputs if hasattr(entry, "default")}
+    for owner, defaults in known.items():
+        assert {name: node[name] for name in defaults if name in node} == {
+            name: value for name, value in defaults.items() if name in node
+        }, owner
+    # What the node does not ask for.
+    absent = {"warmup", "decay", "weight_decay", "betas", "clip", "huber_c", "average_target"}
+    assert {*known[Settings], *known[Setup]} - node.keys() == absent
 
 
 # ---- what it leaves alone

@@ -1,6 +1,7 @@
 """Transformers of ComfyUI's own classes: Distill trains them, and a LoRA reaches the weights that core leaves alone."""
 
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -11,6 +12,7 @@ import torch
 
 from lcm_kit.distillation.draws import draw
 from lcm_kit.distillation.objective import distillation_loss
+from lcm_kit.distillation.settings import Settings
 from lcm_kit.host.lora import patches
 from lcm_kit.host.lora.stored import never_patched, stored_weight, weight_keys
 from lcm_kit.host.lora.weights import LoraWeights
@@ -78,7 +80,7 @@ def distilled(family, model, **widgets):
 
 @pytest.mark.parametrize("name", ["Wan", "Flux", "Qwen-Image", "Z-Image"])
 def test_distill_lowers_the_loss_with_checkpointing_and_without(name, monkeypatch, caplog):
-    monkeypatch.setattr(distilling, "WARMUP", 1)
+    monkeypatch.setattr(distilling, "Settings", partial(Settings, warmup=1))
     family = FAMILIES[name]
     model, other = family.model(), family.model()
     lora = distilled(family, model)
