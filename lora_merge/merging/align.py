@@ -46,8 +46,9 @@ def _in_one_naming(loras: list[Lora]) -> list[Lora]:
 
     Raises ValueError if two still name one weight differently, or may do so.
     """
-    if twice(_updates(loras)) and (same := in_own_naming(loras)) is not None and not _clashes(same):
-        loras = same
+    if twice(_updates(loras)) and (same := in_own_naming(loras)) is not None:
+        if not twice(_updates(same)) and not _clashes(same):
+            loras = same
     _check_one_naming(loras)
     return loras
 

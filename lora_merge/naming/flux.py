@@ -117,6 +117,8 @@ def _own(canonical: str) -> str | None:
     if (block := _split(canonical)) is None:
         return None
     stack, number, module = block
+    if match[1] == "lora_transformer_" and stack in (DOUBLE[0], SINGLE[0]):
+        return None  # HunyuanVideo's own names are written so, never Flux's
     if (stack, module) in _OWN_OF:
         return f"lora_unet_{_OWN_OF[stack, module].format(number)}"
     # One prefix for the slices, which stay diffusers'.

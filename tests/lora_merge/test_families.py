@@ -158,6 +158,12 @@ def test_blocks_that_many_models_have_are_not_taken_for_flux():
     refused(lora(OWN, "diffusion_model.", 1), lora(attention, "transformer.", 2))
 
 
+def test_the_models_own_names_behind_diffusers_prefix_are_another_models():
+    """HunyuanVideo's, in the files of its first trainers."""
+    text = refused(lora(OWN, "diffusion_model.", 1, "a"), lora(OWN, "transformer.", 2, "b"))
+    assert "transformer.double_blocks.3.img_attn.proj (b)" in text
+
+
 def test_slices_that_are_no_plain_lora_stay_slices():
     fused, part = "double_blocks.3.img_attn.qkv", "transformer_blocks.3.attn.to_q"
     own = lora(OWN, "diffusion_model.", 1)
