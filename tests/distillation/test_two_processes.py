@@ -28,11 +28,13 @@ def alone():
 
 def run(processes, *arguments):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    # A process that is aborted says where each of its threads was. torchrun's own summary comes last and is long.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     done = subprocess.run(
         [sys.executable, *launcher, str(WORKER), *map(str, arguments)],
-        capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=240, env=environment, stdin=subprocess.DEVNULL,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, f"{done.stdout[-5000:]}\n{done.stderr[-30_000:]}"
 
 
 def test_two_processes_train_what_one_trains_and_resume(tmp_path):
