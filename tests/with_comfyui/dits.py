@@ -2,6 +2,7 @@
 
 from functools import cache
 from importlib import import_module
+from inspect import signature
 from types import SimpleNamespace
 
 import comfy.lora
@@ -115,12 +116,11 @@ def model(name):
     base, module, cls, config, params = MODELS[name]
     module = import_module(f"comfy.ldm.{module}")
     dtype = {"dtype": torch.float32, "device": "cpu", "operations": comfy.ops.disable_weight_init}
-    if params is not None:
-        fields = getattr(module, params).__dataclass_fields__
-        own = {key: value for key, value in config.items() if key in fields}
-        dit = getattr(module, cls)(**own, **dtype)
-    else:
-        dit = getattr(module, cls)(**config, **dtype)
+    # Older classes lack some of the sizes.
+    fields = signature(getattr(module, params or cls)).parameters
+    every = any(field.kind is field.VAR_KEYWORD for field in fields.values())
+    own = {key: value for key, value in config.items() if every or key in fields}
+    dit = getattr(module, cls)(**own, **dtype)
     base = getattr(comfy.model_base, base)
     found = base.__new__(base)
     torch.nn.Module.__init__(found)
