@@ -126,14 +126,32 @@ def _directions(whole: Stack, balanced: bool) -> Directions:
     cores = [a @ b.T for a, b in zip(torch.split(r_up, ranks, 1), torch.split(r_down, ranks, 1), strict=True)]
     total = r_up @ r_down.T
     u, vh, worth = _by_importance(total, cores, balanced)
-    return Directions(up, down, u, vh, total, tuple(cores), worth, not balanced, whole.shape)
+    return Directions(
+        up=up,
+        down=down,
+        u=u,
+        vh=vh,
+        total=total,
+        cores=tuple(cores),
+        worth=worth,
+        singular=not balanced,
+        shape=whole.shape,
+    )
 
 
 def directions_in(space: CoreSpace, core: Tensor, *, balanced: bool = False) -> Directions:
     """The same for left @ core @ right, what a merge method made of the cores of a CoreSpace."""
     u, vh, worth = _by_importance(core, space.cores, balanced)
     return Directions(
-        Basis(space.left), Basis(space.right.T), u, vh, core, space.cores, worth, not balanced, space.shape
+        up=Basis(space.left),
+        down=Basis(space.right.T),
+        u=u,
+        vh=vh,
+        total=core,
+        cores=space.cores,
+        worth=worth,
+        singular=not balanced,
+        shape=space.shape,
     )
 
 
@@ -178,7 +196,9 @@ def truncated_sum(terms: Sequence[Term], rank: int, *, balanced: bool = False) -
     if sum(whole.ranks) <= rank:
         energies = tuple(_product_energy(up, down) for up, down in whole.parts)
         energy = energies[0] if len(energies) == 1 else _product_energy(whole.up, whole.down)
-        return Truncated(whole.layer(), energy, 0.0, energies, energies)
+        return Truncated(
+            layer=whole.layer(), energy=energy, lost_energy=0.0, source_energy=energies, kept_energy=energies
+        )
     return _directions(whole, balanced).cut(rank)
 
 

@@ -225,18 +225,41 @@ def _module(
     is_dense = any((name, part) in lora.diffs for lora in loras for part in ("diff", "w_norm"))
     counted = sum(rank for index, rank in zip(found, ranks, strict=True) if strengths[index])
     curve = _curve(owns, strengths, (rows, columns), counted, is_dense)
-    figures = Module(name, block, (rows, columns), tuple(parts), float(curve.kept[0, -1]), tuple(pairs))
+    figures = Module(
+        name=name,
+        block=block,
+        shape=(rows, columns),
+        parts=tuple(parts),
+        energy=float(curve.kept[0, -1]),
+        pairs=tuple(pairs),
+    )
     return figures, curve, dots
 
 
 def _part(lora: Lora, module: str, own: _Own, rank: int) -> Part:
     layer = lora.modules.get(module)
     if layer is None:
-        return Part("difference", rank, own.effective, None, 1.0, own.energy, False)
+        return Part(
+            kind="difference",
+            rank=rank,
+            effective=own.effective,
+            alpha=None,
+            scale=1.0,
+            energy=own.energy,
+            deficient=False,
+        )
     # Only of a plain LoRA the factors' rank is what somebody chose.
     possible = min(layer.rank, layer.shape[0], math.prod(layer.shape[1:]))
     deficient = isinstance(layer, LoraLayer) and 0 < own.effective < possible and (module, "diff") not in lora.diffs
-    return Part(layer.kind, layer.rank, own.effective, layer.alpha, layer.scale, own.energy, deficient)
+    return Part(
+        kind=layer.kind,
+        rank=layer.rank,
+        effective=own.effective,
+        alpha=layer.alpha,
+        scale=layer.scale,
+        energy=own.energy,
+        deficient=deficient,
+    )
 
 
 def _pair(which: tuple[int, int], first: _Own, second: _Own, dot: float, shape: tuple[int, int]) -> Pair:
@@ -297,7 +320,13 @@ def _group(name: str, modules: Sequence[Module], inputs: int) -> Group:
         found = [pair for module in modules for pair in module.pairs if pair.which == (i, j)]
         if found:
             pairs.append(_summed(found, energies[i], energies[j]))
-    return Group(name, len(modules), tuple(energies), sum(module.energy for module in modules), tuple(pairs))
+    return Group(
+        name=name,
+        modules=len(modules),
+        energies=tuple(energies),
+        energy=sum(module.energy for module in modules),
+        pairs=tuple(pairs),
+    )
 
 
 def _summed(pairs: Sequence[Pair], first: float, second: float) -> Pair:

@@ -124,9 +124,14 @@ def extract(
     _as_norms(diffs)
     ranks = [layer.rank for layer in layers.values()]
     account = Extraction(
-        len(layers), len(diffs), equal, tuple(other), (min(ranks), max(ranks)) if ranks else None,
-        math.sqrt(lost / energy) if energy > 0 else 0.0, energy,
-    )  # fmt: skip
+        modules=len(layers),
+        vectors=len(diffs),
+        equal=equal,
+        other=tuple(other),
+        ranks=(min(ranks), max(ranks)) if ranks else None,
+        error=math.sqrt(lost / energy) if energy > 0 else 0.0,
+        energy=energy,
+    )
     return _lora(layers, diffs, source), account
 
 
@@ -199,11 +204,11 @@ def _lora(layers: dict[str, Layer], diffs: dict[tuple[str, str], Tensor], source
         raise ValueError(f"{source}: its weights mix the block names of diffusers with those of ldm.")
     found = {module: names.canonical(spelling, layout) for module, spelling in spelled.items()}
     lora = Lora(
-        {found[module]: layer for module, layer in layers.items()},
-        {(found[module], part): diff for (module, part), diff in diffs.items()},
-        {found[module]: spelling for module, spelling in spelled.items()},
-        {"modelspec.title": source},
-        source,
+        modules={found[module]: layer for module, layer in layers.items()},
+        diffs={(found[module], part): diff for (module, part), diff in diffs.items()},
+        spellings={found[module]: spelling for module, spelling in spelled.items()},
+        metadata={"modelspec.title": source},
+        source=source,
     )
     architecture = architecture_of(lora)
     return replace(lora, metadata={**lora.metadata, ARCHITECTURE: architecture}) if architecture else lora

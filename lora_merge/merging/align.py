@@ -106,13 +106,13 @@ def _rename(lora: Lora, layout: Layout) -> Lora:
     if len(set(new.values())) < len(new):
         raise ValueError(f"{lora.source}: two of its modules are one module beside the other LoRAs' names.")
     return Lora(
-        {new[module]: layer for module, layer in lora.modules.items()},
-        {(new[module], part): diff for (module, part), diff in lora.diffs.items()},
-        {new[module]: spelling for module, spelling in lora.spellings.items()},
-        lora.metadata,
-        lora.source,
-        {new[module]: update for module, update in lora.carried.items()},
-        lora.keys,
+        modules={new[module]: layer for module, layer in lora.modules.items()},
+        diffs={(new[module], part): diff for (module, part), diff in lora.diffs.items()},
+        spellings={new[module]: spelling for module, spelling in lora.spellings.items()},
+        metadata=lora.metadata,
+        source=lora.source,
+        carried={new[module]: update for module, update in lora.carried.items()},
+        keys=lora.keys,
     )
 
 

@@ -90,11 +90,13 @@ class Engine:
 
     def unshared(self, module: str) -> Layer | None:
         """The LoHa or LoKr that can stand in the result as it came, times its strength."""
+        layer = unshared(self.loras, self.strengths, module) if self._adds_up(module) else None
+        return layer if layer is not None and self._is_held(layer) else None
+
+    def _adds_up(self, module: str) -> bool:
+        """Whether the method makes the plain sum of the module's updates, or changes nothing since there is only one."""
         method = self.method
-        if method.combine is None or (len(self._owners(module)) == 1 and not method.changes_one(self.values)):
-            layer = unshared(self.loras, self.strengths, module)
-            return layer if layer is not None and self._is_held(layer) else None
-        return None
+        return method.combine is None or (len(self._owners(module)) == 1 and not method.changes_one(self.values))
 
     def _is_held(self, layer: Layer) -> bool:
         """Whether the result's dtype holds the layer; LoRA factors have alpha for what it does not."""
@@ -127,7 +129,13 @@ class Engine:
 
     def _situation(self, module: str, owners: tuple[int, ...]) -> Situation:
         at = self.strengths.at(module)
-        return Situation(tuple(at[index] for index in owners), owners, self.values, module, self.options.seed)
+        return Situation(
+            strengths=tuple(at[index] for index in owners),
+            inputs=owners,
+            values=self.values,
+            module=module,
+            seed=self.options.seed,
+        )
 
     def _directions(
         self, module: str, owners: tuple[int, ...], terms: list[Term]
@@ -141,27 +149,26 @@ class Engine:
         return directions_in(space, core, balanced=balanced), _products(space.cores, core)
 
     def _low_rank(self, module: str, rank: int) -> Finished:
-        method = self.method
-        alone = method.combine is not None and len(self._owners(module)) == 1 and not method.changes_one(self.values)
-        added = method.combine is None or alone
-        owners, terms, aside, power = self._terms(module, exact=added and not rank)
-        if not added:
+        adds = self._adds_up(module)
+        owners, terms, aside, power = self._terms(module, exact=adds and not rank)
+        if not adds:
             return _raised(replace(self._by_method(module, owners, terms, rank), aside=aside), power)
-        products = _products_of_one(terms[0]) if alone else None
+        products = None if self.method.combine is None else _products_of_one(terms[0])
+        done = Finished(module=module, owners=owners, products=products, aside=aside)
         whole = self.unshared(module)
-        if whole is not None and (
-            not rank or (whole.rank <= rank and (not self.options.aim or smaller_whole(whole, rank)))
-        ):
-            done = Finished(module, owners, whole, None, None, products, aside)
+        if whole is not None and self._stays(whole, rank):
+            cut = uncut(whole, terms) if rank else None
             # In its own size already.
-            return replace(
-                _raised(replace(done, layer=None, cut=uncut(whole, terms) if rank else None), power), layer=whole
-            )
+            return replace(_raised(replace(done, cut=cut), power), layer=whole)
         if not rank:
             layer = weighted_sum(terms, self.options.out_dtype or torch.float32)
-            return _raised(Finished(module, owners, layer, None, None, products, aside), power)
+            return _raised(replace(done, layer=layer), power)
         cut = truncated_sum(terms, rank, balanced=self.options.balanced)
-        return _raised(Finished(module, owners, cut.layer, None, cut, products, aside), power)
+        return _raised(replace(done, layer=cut.layer, cut=cut), power)
+
+    def _stays(self, whole: Layer, rank: int) -> bool:
+        """Whether a LoHa or LoKr stays what it is where modules are cut to that rank, 0 for no cut."""
+        return not rank or (whole.rank <= rank and (not self.options.aim or smaller_whole(whole, rank)))
 
     def _by_method(self, module: str, owners: tuple[int, ...], terms: list[Term], rank: int) -> Finished:
         """What the method makes of terms of ordinary size."""
@@ -172,11 +179,11 @@ class Engine:
         if rank:
             found, both = self._directions(module, owners, terms)
             cut = found.cut(rank)
-            return Finished(module, owners, cut.layer, None, cut, both)
+            return Finished(module=module, owners=owners, layer=cut.layer, cut=cut, products=both)
         space = core_space(terms)
         assert method.combine is not None
         core = method.combine(space.cores, self._situation(module, owners))
-        return Finished(module, owners, space.layer(core), None, None, _products(space.cores, core))
+        return Finished(module=module, owners=owners, layer=space.layer(core), products=_products(space.cores, core))
 
     def _dense(self, module: str) -> Finished:
         """A module with a whole-weight difference. Such differences stay whole, whatever is cut."""
@@ -215,9 +222,9 @@ class Engine:
             products = _products(flat, total)
         total = total.reshape(shape)
         if not rank:
-            return Finished(module, owners, None, ("diff", total), None, products, energies)
+            return Finished(module=module, owners=owners, diff=("diff", total), products=products, aside=energies)
         cut = truncated_matrix(total, deltas, rank)
-        return Finished(module, owners, cut.layer, None, cut, products, energies)
+        return Finished(module=module, owners=owners, layer=cut.layer, cut=cut, products=products, aside=energies)
 
 
 @contextmanager

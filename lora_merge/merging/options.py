@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from functools import partial
 from typing import Literal
@@ -205,12 +205,7 @@ def options_from_dict(values: Mapping[str, object]) -> MergeOptions:
     names = {option.name for option in fields(MergeOptions)} - {"parameters"}
     if unknown := [name for name in values if name not in names and name not in numbers]:
         raise ValueError(f"unknown options ({', '.join(unknown)})")
-    kinds = {"method": str, "rank": int, "seed": int, "balanced": bool, "dense": bool, "leave_out": bool}
-    for name, value in values.items():
-        if name in kinds and (not isinstance(value, kinds[name]) or (kinds[name] is int and isinstance(value, bool))):
-            raise ValueError(f"{name} is {value!r}, which is no {kinds[name].__name__}")
-        if (name in (*AIMS, "mu") or name in numbers) and isinstance(value, (str, list, dict, bool)):
-            raise ValueError(f"{name} is {value!r}, which is no number")
+    _check_kinds(values, numbers)
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     dtype = values.get("out_dtype")
     if dtype is not None and dtype not in dtypes:
@@ -218,3 +213,12 @@ def options_from_dict(values: Mapping[str, object]) -> MergeOptions:
     options = {name: value for name, value in values.items() if name in names}
     parameters = {name: value for name, value in values.items() if name in numbers}
     return MergeOptions(**options | {"out_dtype": dtypes.get(str(dtype)), "parameters": parameters})  # type: ignore[arg-type]
+
+
+def _check_kinds(values: Mapping[str, object], parameters: Collection[str]) -> None:
+    kinds = {"method": str, "rank": int, "seed": int, "balanced": bool, "dense": bool, "leave_out": bool}
+    for name, value in values.items():
+        if name in kinds and (not isinstance(value, kinds[name]) or (kinds[name] is int and isinstance(value, bool))):
+            raise ValueError(f"{name} is {value!r}, which is no {kinds[name].__name__}")
+        if name in (*AIMS, "mu", *parameters) and isinstance(value, (str, list, dict, bool)):
+            raise ValueError(f"{name} is {value!r}, which is no number")

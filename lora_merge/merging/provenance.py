@@ -80,11 +80,11 @@ def recipe_of(metadata: Mapping[str, str], source: str) -> Recipe:
             raise ValueError(f"version {notes['version']}, and this one reads {VERSION}")
         inputs = tuple(
             Ingredient(
-                str(entry["name"]),
-                None if entry["sha256"] is None else str(entry["sha256"]),
-                float(entry["strength"]),
-                str(entry["block_strengths"]),
-                entry.get("weights"),
+                name=str(entry["name"]),
+                sha256=None if entry["sha256"] is None else str(entry["sha256"]),
+                strength=float(entry["strength"]),
+                block_strengths=str(entry["block_strengths"]),
+                weights=entry.get("weights"),
             )
             for entry in notes["inputs"]
         )

@@ -57,7 +57,7 @@ def smaller_whole(layer: Layer, rank: int) -> bool:
 def uncut(layer: Layer, terms: Sequence[Term]) -> Truncated:
     """What a cut that cuts nothing says of the layer, made of the (layer, strength) terms."""
     energies = tuple(energy_of(term) if term[1] else 0.0 for term in terms)
-    return Truncated(layer, sum(energies), 0.0, energies, energies)
+    return Truncated(layer=layer, energy=sum(energies), lost_energy=0.0, source_energy=energies, kept_energy=energies)
 
 
 def allocate_around(

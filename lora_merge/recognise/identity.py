@@ -98,12 +98,12 @@ def structure_of(lora: Lora) -> Structure:
         if carried.shape is not None:
             shapes[lora.spellings[module]] = carried.shape
     return Structure(
-        len(lora.spellings),
-        _span([layer.rank for layer in layers]),
-        _span(alphas),
-        _span([layer.scale for layer in layers]),
-        lora.parameters,
-        recognise(_unet(shapes)),
+        modules=len(lora.spellings),
+        ranks=_span([layer.rank for layer in layers]),
+        alphas=_span(alphas),
+        scales=_span([layer.scale for layer in layers]),
+        parameters=lora.parameters,
+        recognised=recognise(_unet(shapes)),
     )
 
 
@@ -134,18 +134,32 @@ def identify(
         value = (digest or sha256_of)(path)
         for entry in catalogue:
             if entry.sha256 == value:
-                return Identity(entry.name, (entry.base,), "sha256", entry.preset, entry, structure)
+                return Identity(
+                    kind=entry.name,
+                    bases=(entry.base,),
+                    how="sha256",
+                    preset=entry.preset,
+                    published=entry,
+                    structure=structure,
+                )
     named = _preset_by_metadata(lora.metadata)
     for entry in catalogue:
         # A LoRA of another method can be of the same shape; then its own words say more.
         if _has_structure_of(entry, structure) and named in (None, entry.preset):
-            return Identity(entry.name, (entry.base,), "structure", entry.preset, entry, structure)
+            return Identity(
+                kind=entry.name,
+                bases=(entry.base,),
+                how="structure",
+                preset=entry.preset,
+                published=entry,
+                structure=structure,
+            )
     bases = _bases_by_metadata(found.bases, lora.metadata)
     if named is not None:
         kind = f"{named} LoRA" if PROVENANCE_KEY not in lora.metadata else f"merge with {named} in it"
-        return Identity(kind, bases, "metadata", named, None, structure)
+        return Identity(kind=kind, bases=bases, how="metadata", preset=named, published=None, structure=structure)
     kind = "LoRA that covers what acceleration LoRAs cover" if structure.accelerates else "LoRA"
-    return Identity(kind, bases, "unknown", None, None, structure)
+    return Identity(kind=kind, bases=bases, how="unknown", preset=None, published=None, structure=structure)
 
 
 def worth_hashing(size: int, catalogue: Sequence[Published] = PUBLISHED) -> bool:
