@@ -60,6 +60,15 @@ def every_progress_report():
         yield
 
 
+@pytest.fixture
+def no_gradients():
+    """As in ComfyUI's own execution."""
+    import torch
+
+    with torch.inference_mode():
+        yield
+
+
 @pytest.fixture(scope="session")
 def comfy_home():
     """The base directory (models/, input/, output/) of the ComfyUI that runs in process."""

@@ -23,11 +23,7 @@ SEED = 5
 CAT, DOG = tiny.cond(1), tiny.cond(2)
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    """As in ComfyUI's own execution."""
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def edit(model, latent, **changed):

@@ -23,11 +23,7 @@ from lcm_kit.tests.with_comfyui import dits, tiny
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    """As in ComfyUI's own execution."""
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def with_lora(model, lora, strength=1.0, clip=None):

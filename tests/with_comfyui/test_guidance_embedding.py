@@ -30,11 +30,7 @@ WEIGHT, BIAS = "diffusion_model.time_embed.0.weight", "diffusion_model.time_embe
 SD15 = {"use_linear_in_transformer": False, "num_heads": 2, "num_head_channels": -1}
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    """As in ComfyUI's own execution."""
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture(scope="module")

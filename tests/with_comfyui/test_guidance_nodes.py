@@ -49,11 +49,7 @@ ALWAYS = {
 NODES = COMBINING | ALWAYS
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    """As in ComfyUI's own execution."""
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,7 @@ from lcm_kit.tests.with_comfyui import tiny
 FORMATS = ["SD15", "SDXL", "Flux", "Flux2", "LTXV", "Wan21", "Wan22", "HunyuanVideo", "Hunyuan3Dv2", "Mochi"]
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 class Network(torch.nn.Module):

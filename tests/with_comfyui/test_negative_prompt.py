@@ -26,11 +26,7 @@ SEED = 5
 USUAL = {"scale": 3.0, "tau": 2.5, "alpha": 0.5, "end_step": -1}
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    """As in ComfyUI's own execution."""
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture(scope="module")

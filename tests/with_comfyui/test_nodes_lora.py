@@ -21,11 +21,7 @@ from lcm_kit.tests.with_comfyui import tiny
 EXACT = {"rtol": 0, "atol": 2e-6}  # float32 sums of weights of size 1, in another order
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    """As in ComfyUI's own execution."""
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture(scope="module")

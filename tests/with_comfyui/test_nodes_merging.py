@@ -25,11 +25,7 @@ FEW = re.compile("down_blocks_0_(attentions|resnets)_0")
 EXACT = {"rtol": 0, "atol": 2e-6}  # float32 sums of weights of size 1, in another order
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    """As in ComfyUI's own execution."""
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def saved(lora, name, dtype="fp32"):

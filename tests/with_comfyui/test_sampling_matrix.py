@@ -30,11 +30,7 @@ SEED = 5
 IMAGE, VIDEO = (4, 8, 8), (16, 3, 4, 6)
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    """As in ComfyUI's own execution."""
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def told(prediction):

@@ -32,10 +32,7 @@ def lora_files(comfy_home, tmp_path_factory):
     files._cache.clear()
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def load(model, name, wrong_base="refuse"):
