@@ -288,3 +288,13 @@ def test_a_cut_of_a_module_keeps_its_largest_singular_values_at_its_strength(str
     wanted = [float(values[:rank].sum()) for rank in range(5)]
     assert found.kept[0] == pytest.approx(wanted, rel=1e-6, abs=1e-9)
     assert found.kept[1] == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+
+
+def test_one_weight_for_all_of_attention_beside_its_parts_is_counted():
+    whole = kohya("lora_unet_double_blocks_0_img_attn_qkv", *factors(48, 2, 16), alpha=2)
+    parts = {}
+    for number, part in enumerate(("to_q", "to_k", "to_v")):
+        parts |= kohya(f"transformer.transformer_blocks.0.attn.{part}", *factors(16, 2, 16, seed=number), alpha=2)
+    both = [(Lora.from_state_dict(one), 1.0) for one in (whole, parts)]
+    assert compare(both).fused == 3
+    assert compare(both[:1]).fused == 0
