@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from ..algebra.core_space import CoreSpace
-from ..algebra.lowrank import directions_in
 from ..algebra.orthonormal import triangle
 from ..algebra.threads import in_order
 from ..files.lora import Lora
@@ -29,6 +25,7 @@ from ..naming.blocks import place
 from ..naming.unet import infer_layout
 from ..updates.layer import LoraLayer, whole_factors
 from .comparison import Comparison, Group, Input, Measure, Module, Pair, Part, cosine_variance, inside, overlap
+from .curve import Curve, Own, curve_of
 
 # What float32 makes of exact zeros stays below this share of the largest singular value.
 _ZERO = 1e-6
@@ -63,7 +60,7 @@ def compare(
     wanted = [name for name in order if any(_has(lora, name) for lora in loras)]
     layout = infer_layout(names.unet_bodies(wanted))
 
-    def work(name: str) -> tuple[Module, _Curve, Tensor]:
+    def work(name: str) -> tuple[Module, Curve, Tensor]:
         where = place(name, layout)
         try:
             return _module(name, f"{where.part} {where.block}".strip(), loras, strengths, energy)
@@ -72,7 +69,7 @@ def compare(
 
     threads = torch.get_num_threads() if workers is None else max(1, workers)
     modules: list[Module] = []
-    curve = _Curve.empty(len(loras))
+    curve = Curve.empty(len(loras))
     products = torch.zeros(len(loras), len(loras), dtype=torch.float64)
     for module, part, dots in in_order(work, wanted, threads):
         modules.append(module)
@@ -94,31 +91,6 @@ def compare(
         fused=len(fused),
         notes=(*notes_on(loras), *fused_notes(fused, loras)),
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Curve:
-    """Against the rank of a cut. kept: (1 + inputs, ranks + 1) energies; numbers: (ranks + 1,) values in the file."""
-
-    kept: Tensor
-    numbers: Tensor
-
-    @classmethod
-    def empty(cls, inputs: int) -> _Curve:
-        return cls(torch.zeros(1 + inputs, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
-
-    def __add__(self, other: _Curve) -> _Curve:
-        length = max(len(self.numbers), len(other.numbers))
-        (a, m), (b, n) = self._to(length), other._to(length)
-        return _Curve(a + b, m + n)
-
-    def _to(self, length: int) -> tuple[Tensor, Tensor]:
-        """Beyond its own ranks nothing changes any more."""
-        more = length - len(self.numbers)
-        return (
-            torch.cat([self.kept, self.kept[:, -1:].expand(-1, more)], dim=1),
-            torch.cat([self.numbers, self.numbers[-1:].expand(more)]),
-        )
 
 
 def _has(lora: Lora, module: str) -> bool:
@@ -149,39 +121,7 @@ def _factors(lora: Lora, module: str) -> tuple[Tensor, Tensor, Tensor] | None:
     return (torch.cat(ups, dim=1), torch.cat(downs, dim=0), torch.cat(scales)) if ups else None
 
 
-@dataclass(frozen=True, eq=False)
-class _Own:
-    """One update in the common small space. up: (p, r), down: (q, r), float64, the update's columns of R_u and R_d, scales
-    in up.   values: its squared singular values, descending.   inner @ vectors: the right ones, (q, r) @ (r, r).
-    effective: number of those that are not 0.   leading: number of them that hold the wanted share of its energy.
-    """
-
-    up: Tensor
-    down: Tensor
-    values: Tensor
-    inner: Tensor
-    vectors: Tensor
-    effective: int
-    leading: int
-    energy: float
-
-    @cached_property
-    def core(self) -> Tensor:
-        """(p, q)"""
-        return self.up @ self.down.T
-
-    @cached_property
-    def right(self) -> Tensor:
-        """(q, effective), orthonormal."""
-        return self.inner @ self.vectors[:, : self.effective]
-
-    @cached_property
-    def left(self) -> Tensor:
-        """(p, effective), orthonormal."""
-        return (self.core @ self.right) / self.values[: self.effective].sqrt()
-
-
-def _own(up: Tensor, down: Tensor, share: float) -> _Own:
+def _own(up: Tensor, down: Tensor, share: float) -> Own:
     """Singular values as roots of eigenvalues: good to 1e-8 of the largest one, which is below float32's
     rounding of the factors, in half the time of a singular value decomposition.
     """
@@ -192,12 +132,12 @@ def _own(up: Tensor, down: Tensor, share: float) -> _Own:
     effective = int((values > _ZERO**2 * values[0]).sum())
     held = values.cumsum(0)
     leading = int((held < share * (1 - 1e-9) * held[-1]).sum()) + 1
-    return _Own(up, down, values, inner, vectors.flip(1), effective, min(leading, effective), float(held[-1]))
+    return Own(up, down, values, inner, vectors.flip(1), effective, min(leading, effective), float(held[-1]))
 
 
 def _module(
     name: str, block: str, loras: Sequence[Lora], strengths: Sequence[float], share: float
-) -> tuple[Module, _Curve, Tensor]:
+) -> tuple[Module, Curve, Tensor]:
     """Its figures, its part of the curve of cuts, and the inner products of the updates at strength 1."""
     found = {index: pair for index, lora in enumerate(loras) if (pair := _factors(lora, name)) is not None}
     ups, downs = [up for up, _, _ in found.values()], [down for _, down, _ in found.values()]
@@ -224,7 +164,7 @@ def _module(
 
     is_dense = any((name, part) in lora.diffs for lora in loras for part in ("diff", "w_norm"))
     counted = sum(rank for index, rank in zip(found, ranks, strict=True) if strengths[index])
-    curve = _curve(owns, strengths, (rows, columns), counted, is_dense)
+    curve = curve_of(owns, strengths, (rows, columns), counted, is_dense)
     figures = Module(
         name=name,
         block=block,
@@ -236,7 +176,7 @@ def _module(
     return figures, curve, dots
 
 
-def _part(lora: Lora, module: str, own: _Own, rank: int) -> Part:
+def _part(lora: Lora, module: str, own: Own, rank: int) -> Part:
     layer = lora.modules.get(module)
     if layer is None:
         return Part(
@@ -262,7 +202,7 @@ def _part(lora: Lora, module: str, own: _Own, rank: int) -> Part:
     )
 
 
-def _pair(which: tuple[int, int], first: _Own, second: _Own, dot: float, shape: tuple[int, int]) -> Pair:
+def _pair(which: tuple[int, int], first: Own, second: Own, dot: float, shape: tuple[int, int]) -> Pair:
     rows, columns = shape
     lefts, rights = first.left.T @ second.left, first.right.T @ second.right
     ranks = (first.effective, second.effective)
@@ -279,38 +219,6 @@ def _pair(which: tuple[int, int], first: _Own, second: _Own, dot: float, shape: 
         first_inside=inside(first_led, first.energy, second.leading, columns),
         second_inside=inside(second_led, second.energy, first.leading, columns),
     )
-
-
-def _curve(
-    owns: Mapping[int, _Own], strengths: Sequence[float], shape: tuple[int, int], rank: int, is_dense: bool
-) -> _Curve:
-    """rank: what an exact merge of this module takes."""
-    rows, columns = shape
-    weighted = {index: strengths[index] * own.core for index, own in owns.items()}
-    total = sum(weighted.values(), torch.zeros((), dtype=torch.float64))
-    energies = torch.zeros(1 + len(strengths), 1, dtype=torch.float64)
-    energies[0] = total.square().sum()
-    for index, own in owns.items():
-        energies[1 + index] = strengths[index] ** 2 * own.energy
-    if is_dense:  # a difference of whole weights stays whole at any rank
-        return _Curve(energies, torch.full((1,), float(rows * columns), dtype=torch.float64))
-    if len(owns) == 1:
-        ((index, own),) = owns.items()
-        kept_of_one = strengths[index] ** 2 * torch.cat([own.values.new_zeros(1), own.values.cumsum(0)])
-        known = kept_of_one.expand(2, -1)
-    else:
-        space = CoreSpace(total.new_zeros(rows, 0), total.new_zeros(0, columns), tuple(weighted.values()), shape)
-        known = directions_in(space, total).prospect().kept
-    # An exact merge takes no rank for strength 0, but one rank of zeros where nothing is left.
-    rank = max(rank, 1)
-    kept = energies.expand(-1, 1 + rank).clone()
-    # Where all that an exact merge takes fits, nothing is cut.
-    shown = min(rank, known.shape[1])
-    kept[0, :shown] = known[0, :shown]
-    for row, index in enumerate(owns, start=1):
-        kept[1 + index, :shown] = known[row, :shown]
-    numbers = (rows + columns) * torch.arange(1 + rank, dtype=torch.float64)
-    return _Curve(kept, numbers)
 
 
 def _group(name: str, modules: Sequence[Module], inputs: int) -> Group:
