@@ -1,6 +1,6 @@
 """The values that a node is given, held against its schema."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,11 @@ class Fault:
         return f"{self.input} is {rules.shown(self.value)}, but it has to be {self.rule}. {self.way}"
 
 
-def check(schema, given: Mapping[str, Any], own: Mapping[str, Callable[[str], str | bool]]) -> None:
+def check(schema, given: Mapping[str, Any], own: Collection[str]) -> None:
     """Nothing, if every value is what the schema says its input takes; what is not given is not looked at.
 
     given: input -> value; where the schema asks for lists, a list of values.
-    own: input -> the node's own rule for its text, in place of a list: True, or what is wrong in words.
+    own: inputs whose text names a file, which is seen when it is opened, in place of a list.
     Raises ValueError, naming node, inputs, values, what is allowed and the way out.
     """
     inputs = {entry.id: entry for entry in schema.inputs}
@@ -39,8 +39,6 @@ def check(schema, given: Mapping[str, Any], own: Mapping[str, Callable[[str], st
                 found += map(str, faults_of(inputs[name], value))
             elif rule := rules.text(value):
                 found.append(str(Fault(name, value, rule, "Choose one of the list.")))
-            elif (answer := own[name](value)) is not True:
-                found.append(str(answer))
     if found:
         raise ValueError(f"{schema.display_name}: {' '.join(sorted(dict.fromkeys(found)))}")
 

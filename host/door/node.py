@@ -36,8 +36,16 @@ def _checked(execute: Callable) -> Callable:
         schema = cls.define_schema()
         with in_the_name_of(schema.display_name):
             named = inspect.getfullargspec(execute).args[1:]
-            check(schema, dict(zip(named, values, strict=False)) | inputs, _own_rules(cls))
-            return execute(cls, *values, **inputs)
+            given, own = dict(zip(named, values, strict=False)) | inputs, _own_rules(cls)
+            check(schema, given, own.keys())
+            try:
+                return execute(cls, *values, **inputs)
+            except FileNotFoundError:
+                # The node's own rule for the name knows which input it is, and which files are near.
+                told = [answer for name in own.keys() & given.keys() if (answer := own[name](given[name])) is not True]
+                if told:
+                    raise ValueError(" ".join(map(str, told))) from None
+                raise
 
     run.checked = True
     return run
