@@ -79,6 +79,15 @@ def _stem(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
+def not_there(name: str, where: str, names: Sequence[str]) -> str:
+    """What to say of a file that is not there. where: "not in the loras folder".   names: of those that are."""
+    near = nearest(name, names)
+    return (
+        f"{shown(name)} is {where}{f' (near it: {near})' if near else ''}. Put it there and press R to refresh the lists, or "
+        "choose another file."
+    )
+
+
 def shown(value: Any) -> str:
     """A value in few words, whatever it is. Of what is no text or number only the kind is told, not the inside."""
     if value is None:

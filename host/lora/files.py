@@ -17,7 +17,7 @@ from ...lora_merge.files.dtypes import DTYPES
 from ...lora_merge.files.file_names import path_trouble
 from ...lora_merge.files.lora import FORMATS
 from ...lora_merge.recognise.identity import identify, sha256_of, worth_hashing
-from ..door.rules import nearest, shown
+from ..door.rules import not_there, shown
 from .identity import KnownWeights
 from .weights import LoraWeights, from_lora, to_lora
 
@@ -67,11 +67,7 @@ def known(lora_name: object) -> bool | str:
 
 def unknown(lora_name: str) -> str:
     """What to say of a name that no file in the loras folder has."""
-    near = nearest(lora_name, lora_names())
-    return (
-        f"{shown(lora_name)} is not in the loras folder{f' (near it: {near})' if near else ''}. Put it there and press R "
-        "to refresh the lists, or choose another file."
-    )
+    return not_there(lora_name, "not in the loras folder", lora_names())
 
 
 def fingerprint(lora_name: object) -> tuple:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...lora_merge.files.header import check_header
 from ...samplers.guidance import guidance_embedding
-from ..door.rules import nearest, shown
+from ..door.rules import not_there
 from ..lora.stored import is_readable, stored_weight
 
 logger = logging.getLogger(__name__)
@@ -72,11 +72,7 @@ def known(unet_name: object) -> bool | str:
 
 def unknown(unet_name: str) -> str:
     """What to say of a name that no file in the folders has."""
-    near = nearest(unet_name, unet_names())
-    return (
-        f"{shown(unet_name)} is in none of the folders {', '.join(FOLDERS)}{f' (near it: {near})' if near else ''}. Put it "
-        "there and press R to refresh the lists, or choose another file."
-    )
+    return not_there(unet_name, f"in none of the folders {', '.join(FOLDERS)}", unet_names())
 
 
 def fingerprint(unet_name: object) -> tuple:
