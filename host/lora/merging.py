@@ -8,10 +8,10 @@ import folder_paths
 
 from ...lora_merge import describe_merge, merge_with_account, resize_with_account
 from ...lora_merge.files.dtypes import DTYPES
-from ...lora_merge.merging.protect import which_protected
-from ...lora_merge.merging.strengths import for_inputs
 from ...lora_merge.methods.table import find_method
+from ...lora_merge.one_module.protect import which_protected
 from ...lora_merge.recognise.identity import sha256_of
+from ...lora_merge.settings.strengths import for_inputs
 from ..progress import watched
 from .files import lora_names
 from .identity import KnownWeights

@@ -3,8 +3,8 @@
 import logging
 from dataclasses import dataclass
 
-from ...lora_merge.files.about import remarks
-from ...lora_merge.files.remarks import peft_remarks
+from ...lora_merge.metadata.about import remarks
+from ...lora_merge.metadata.adapter_config import peft_remarks
 from ...lora_merge.recognise.identity import Identity
 from ...samplers.presets import Preset
 from .bases import base_of, uncovered

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ...lora_merge import describe
-from ...lora_merge.files.about import describe_metadata
 from ...lora_merge.files.keys import unread_text
+from ...lora_merge.metadata.about import describe_metadata
 from ...lora_merge.recognise import catalogue
 from ...lora_merge.recognise.identity import Identity
 from ...samplers.presets import PRESETS, Preset

@@ -9,10 +9,10 @@ from pathlib import Path
 from ..comparing.compare import compare
 from ..comparing.picture import draw
 from ..comparing.report import CSV_BEGINS, JSON_BEGINS, as_csv, as_json, as_text
+from ..disk.overwriting import Overwrite, guard
+from ..disk.pictures import check_picture, write_picture
+from ..disk.whole import check_place, write_whole
 from ..files.load_save import load
-from ..files.overwriting import Overwrite, guard
-from ..files.pictures import check_picture, write_picture
-from ..files.whole import check_place, write_whole
 from .merge import Answer, Commands, _bar, _path_and_strength, overwriting
 
 _EXAMPLES = """examples:

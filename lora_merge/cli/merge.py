@@ -12,20 +12,20 @@ from typing import Any, get_args
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..files.about import describe_metadata
+from ..disk.hashes import stated, weights_sha256
 from ..files.dtypes import DTYPES
-from ..files.hashes import stated, weights_sha256
 from ..files.load_save import check_output, load, save
 from ..files.lora import Format, Lora
-from ..files.metadata import given
 from ..merging.account import Account
 from ..merging.merge import Progress, merge_with_account, resize_with_account
-from ..merging.protect import which_protected
 from ..merging.report import describe, describe_merge, describe_provenance
 from ..merging.reproduce import reproduce
-from ..merging.strengths import for_inputs
+from ..metadata.about import describe_metadata
+from ..metadata.fields import given
 from ..methods.table import METHODS, all_parameters, methods_with
+from ..one_module.protect import which_protected
 from ..recognise.identity import sha256_of
+from ..settings.strengths import for_inputs
 
 Answer = tuple[int, str]
 Commands = Any  # argparse has no public name for what add_subparsers returns.
@@ -130,7 +130,7 @@ def _output(add: argparse.ArgumentParser) -> None:
 
 
 def overwriting(add: argparse.ArgumentParser) -> None:
-    """Adds the options that set `overwrite`, see files/overwriting.py."""
+    """Adds the options that set `overwrite`, see disk/overwriting.py."""
     add.add_argument("--overwrite", action="store_true", help="replace an existing file that LCM Kit wrote")
     add.add_argument(
         "--overwrite-any", dest="overwrite", action="store_const", const="any", help="replace any existing file"

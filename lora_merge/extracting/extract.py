@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..algebra.precision import is_finite
 from ..files.lora import Lora
-from ..files.metadata import ARCHITECTURE
 from ..keywords import named
+from ..metadata.fields import ARCHITECTURE
 from ..naming import names, unet
 from ..naming.unet import infer_layout
 from ..recognise.identity import architecture_of

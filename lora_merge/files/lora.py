@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..algebra.precision import COARSE, cast, cast_part, rounding
+from ..metadata.adapter_config import noted
 from ..naming import names
 from ..naming.unet import infer_layout
 from ..updates.layer import Layer, LoraLayer
 from ..updates.weight_dependent import Carried
 from .keys import BIAS_PARTS, DIFF_PARTS, suffix
 from .reading import KeyAccount, read
-from .remarks import noted
 from .twice import Named, named
 
 Format = Literal["kohya", "diffusers"]

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from ..files.hashes import stated
+from ..disk.hashes import stated
 from ..files.lora import too_small
 from ..methods.table import METHODS, Parameter
-from .options import MergeOptions
+from ..one_module.tally import Tally
+from ..settings.options import MergeOptions
 from .plan import Plan
-from .tally import Tally
 
 # An effect below these is worth a warning: for the protected LoRA, and for any other.
 _AS_IT_IS, _HALF = 0.99, 0.5

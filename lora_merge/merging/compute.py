@@ -14,14 +14,14 @@ from ..algebra.precision import cast_part, rounding
 from ..algebra.ranks import alike
 from ..algebra.threads import in_order
 from ..files.lora import Lora
+from ..metadata.inherit import size_of
+from ..one_module.differences import Diffs, bias_sums
+from ..one_module.module import Engine
+from ..one_module.tally import Finished, Tally
+from ..one_module.unshared import allocate_around
 from ..updates.layer import Layer, LoraLayer
-from .differences import Diffs, bias_sums
-from .inherit import size_of
-from .module import Engine
 from .plan import Plan
 from .sizes import numbers_within
-from .tally import Finished, Tally
-from .unshared import allocate_around
 
 Progress = Callable[[int, int], None]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..files.lora import Lora
-from ..files.metadata import ARCHITECTURE, MERGED_FROM, PROVENANCE_KEY
+from ..metadata.fields import ARCHITECTURE, MERGED_FROM, PROVENANCE_KEY
 from ..naming import names
 from ..recognise.identity import architecture_of
 from .account import Account, account_of

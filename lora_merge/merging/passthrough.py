@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from ..files.keys import BIAS_PARTS
 from ..files.lora import Lora
+from ..settings.strengths import Strengths
 from ..updates.weight_dependent import Carried
-from .strengths import Strengths
 
 _SHOWN = 3
 

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..files.lora import Lora
-from ..files.metadata import ARCHITECTURE, changed, given
+from ..metadata.fields import ARCHITECTURE, changed, given
+from ..metadata.inherit import inherited
 from ..naming.aliases import is_foreign
+from ..one_module.differences import dense_modules
+from ..one_module.protect import protected_input
+from ..settings.options import MergeOptions
+from ..settings.strengths import Blocks, Strengths, strengths_of
 from .align import fused_notes, fused_with_slices, notes_on, unify
-from .differences import dense_modules
-from .inherit import inherited
-from .options import MergeOptions
 from .passthrough import Passing, refusal, sort_carried
-from .protect import protected_input
-from .strengths import Blocks, Strengths, strengths_of
 
 Input = tuple[Lora, float]
 

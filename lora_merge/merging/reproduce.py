@@ -12,15 +12,15 @@ from torch import Tensor
 
 from ..algebra.scaling import levelled
 from ..algebra.sums import stacked
-from ..files.hashes import weights_sha256
+from ..disk.hashes import weights_sha256
+from ..disk.tensor_file import read
 from ..files.load_save import load
 from ..files.lora import Format, Lora
-from ..files.tensor_file import read
 from ..keywords import named
 from ..recognise.identity import sha256_of
+from ..settings.options import DTYPES
 from ..updates.layer import Term
 from .merge import Progress, merge_with_account
-from .options import DTYPES
 from .provenance import Ingredient, recipe_of
 
 # Other processors round otherwise, so that factors of cut modules differ and their product hardly does. Twice to four

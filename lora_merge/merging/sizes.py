@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..files.keys import BIAS_PARTS
 from ..files.lora import Lora
+from ..settings.options import MergeOptions
 from ..updates.weight_dependent import Carried
-from .options import MergeOptions
 
 # What a header says of one tensor besides its name, at most: dtype, shape of four numbers, offsets of ten digits.
 _ENTRY = 100

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from lcm_kit.lora_merge import Lora, load, merge, merge_with_account, resize, save
 from lcm_kit.lora_merge.__main__ import main
-from lcm_kit.lora_merge.files import tags
-from lcm_kit.lora_merge.files.about import describe_metadata, trigger_words
+from lcm_kit.lora_merge.metadata import tags
+from lcm_kit.lora_merge.metadata.about import describe_metadata, trigger_words
 from lcm_kit.lora_merge.recognise.identity import identify
 from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import factors, kohya
@@ -317,7 +317,7 @@ def test_what_no_file_can_hold_is_refused_and_nothing_is_written(tmp_path, value
 
 
 def test_a_header_that_would_be_too_long_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("lcm_kit.lora_merge.files.header.MAX_HEADER", 5000)
+    monkeypatch.setattr("lcm_kit.lora_merge.disk.header.MAX_HEADER", 5000)
     with pytest.raises(ValueError, match=r"nobody could read it again.*leave out metadata"):
         save(small(note="x" * 5000), tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == []

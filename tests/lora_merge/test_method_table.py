@@ -10,10 +10,10 @@ from lcm_kit.lora_merge import METHODS, Lora, MergeOptions, describe_merge, load
 from lcm_kit.lora_merge.__main__ import main
 from lcm_kit.lora_merge.merging.account import Source
 from lcm_kit.lora_merge.merging.account import _lost as lost
-from lcm_kit.lora_merge.merging.options import options_from_dict
 from lcm_kit.lora_merge.merging.reproduce import reproduce
 from lcm_kit.lora_merge.methods import table
 from lcm_kit.lora_merge.methods.table import Method, Parameter, all_parameters
+from lcm_kit.lora_merge.settings.options import options_from_dict
 
 GENERATOR = torch.Generator().manual_seed(11)
 MODULE = "lora_unet_x"

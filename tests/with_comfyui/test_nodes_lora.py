@@ -691,7 +691,7 @@ def test_no_message_tells_where_the_loras_folder_is(model, loras_folder):
 
 def test_core_can_forbid_files_to_be_mapped(loras_folder, put, model, monkeypatch):
     """--disable-mmap; a small file is never mapped."""
-    from lcm_kit.lora_merge.files import tensor_file
+    from lcm_kit.lora_merge.disk import tensor_file
 
     monkeypatch.setattr(tensor_file, "MAPPED_ABOVE", 100)
     put("style.safetensors", tiny.lora(model))

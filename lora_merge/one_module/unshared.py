@@ -15,9 +15,9 @@ from ..algebra.lowrank import Prospect, Truncated, energy_of
 from ..algebra.precision import ALPHA
 from ..algebra.ranks import allocate
 from ..files.lora import Lora
+from ..settings.strengths import Strengths
 from ..updates.layer import Layer, LoraLayer, Term, exponent
 from ..updates.lokr import LokrLayer
-from .strengths import Strengths
 
 
 def times(layer: Layer, strength: float) -> Layer | None:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from . import json_text
-from .peft import METADATA_KEY
+from ..disk import json_text
+from .adapter_scales import METADATA_KEY
 
 # In the metadata of a Lora: "used", or why it was not.
 CONFIG_KEY = "lcm_kit.adapter_config"
@@ -35,7 +35,7 @@ def noted(metadata: Mapping[str, str], keys: Collection[str]) -> dict[str, str]:
 
 
 def of_config(config: Mapping[str, Any]) -> dict[str, str]:
-    """What an adapter_config.json adds to the metadata, for scales (files/peft.py) and remarks."""
+    """What an adapter_config.json adds to the metadata, for scales (adapter_scales.py) and remarks."""
     known = [key for key in ("lora_alpha", "use_rslora", *_FIELDS) if config.get(key) is not None]
     notes = {key: str(config[key]) for key in known}
     if config.get("alpha_pattern"):

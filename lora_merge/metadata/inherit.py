@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-from ..files import tags
-from ..files.about import WORDS, remarks, shown, words_in
-from ..files.lora import Lora
-from ..files.metadata import is_hash, is_scale
+from . import tags
+from .about import WORDS, remarks, shown, words_in
+from .fields import is_hash, is_scale
 
 # Facts about the base model: true of the sum if all who state them agree.
 _AGREED = (
@@ -51,10 +51,21 @@ _TEXTS = (
 _LONG = 100_000
 _PICTURES = ("modelspec.thumbnail", "ssmd_cover_images")
 
-Stated = Sequence[tuple[Lora, str]]
+
+class Described(Protocol):
+    """A Lora, of which nothing else is looked at here."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
 
 
-def inherited(loras: Sequence[Lora]) -> tuple[dict[str, str], list[str]]:
+Stated = Sequence[tuple[Described, str]]
+
+
+def inherited(loras: Sequence[Described]) -> tuple[dict[str, str], list[str]]:
     """(metadata, what the user should know of it) for the sum of LoRAs that all have a part in it."""
     notes = [f"{lora.source}: {remark[0].lower()}{remark[1:]}" for lora in loras for remark in remarks(lora.metadata)]
     if len(loras) == 1:
@@ -88,7 +99,7 @@ def size_of(metadata: Mapping[str, str]) -> int:
     return sum(len(json.dumps(text, ensure_ascii=False).encode()) + 1 for pair in metadata.items() for text in pair)
 
 
-def _all_of(lora: Lora) -> dict[str, str]:
+def _all_of(lora: Described) -> dict[str, str]:
     return {
         key: value
         for key, value in lora.metadata.items()
@@ -96,7 +107,7 @@ def _all_of(lora: Lora) -> dict[str, str]:
     }
 
 
-def _stated(loras: Sequence[Lora], key: str, notes: list[str]) -> Stated:
+def _stated(loras: Sequence[Described], key: str, notes: list[str]) -> Stated:
     found = [(lora, lora.metadata[key].strip()) for lora in loras if lora.metadata.get(key, "").strip()]
     for lora, value in found:
         if len(value) > _LONG:
@@ -130,7 +141,7 @@ def _by_name(stated: Stated, between: str = "\n", form: str = "{name}: {value}")
     return between.join(form.format(name=lora.source, value=value) for lora, value in stated)
 
 
-def _differing_licences(loras: Sequence[Lora]) -> list[str]:
+def _differing_licences(loras: Sequence[Described]) -> list[str]:
     for key in _LICENCES:
         stated = _stated(loras, key, [])
         if stated and _one_for_all(stated) is None:
@@ -139,7 +150,7 @@ def _differing_licences(loras: Sequence[Lora]) -> list[str]:
     return []
 
 
-def _add_tags(loras: Sequence[Lora], result: dict[str, str], notes: list[str]) -> None:
+def _add_tags(loras: Sequence[Described], result: dict[str, str], notes: list[str]) -> None:
     each = []
     for lora in loras:
         try:

@@ -9,8 +9,8 @@ from torch import Tensor
 from ..algebra.sums import dense_sum
 from ..files.keys import BIAS_PARTS
 from ..files.lora import Lora
+from ..settings.strengths import Strengths
 from ..updates.layer import Term
-from .strengths import Strengths
 
 Diffs = dict[tuple[str, str], Tensor]
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from heapq import nlargest
 
-from . import json_text
+from ..disk import json_text
 
 KEY = "ss_tag_frequency"
 # Of the text as a header holds it. Much more, from several files, would make a header that is too long.

@@ -25,11 +25,11 @@ from ..algebra.scaling import levelled, raised, raised_whole
 from ..algebra.sums import dense_dtype, dense_sum_in, weighted_sum
 from ..files.lora import Lora
 from ..methods.table import Situation
+from ..settings.options import MergeOptions
+from ..settings.strengths import Strengths
 from ..updates.layer import Layer, LoraLayer, Term, exponent, largest
 from .differences import weight_deltas, weight_sum
-from .options import MergeOptions
 from .protect import dense_stepping_aside, stepping_aside
-from .strengths import Strengths
 from .tally import Finished
 from .unshared import smaller_whole, uncut, unshared
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from . import json_text, tags
-from .metadata import PROVENANCE_KEY
-from .peft import METADATA_KEY as ADAPTER_KEY
+from ..disk import json_text
+from . import tags
+from .adapter_scales import METADATA_KEY as ADAPTER_KEY
+from .fields import PROVENANCE_KEY
 
 # Where programs and sites put the words that a LoRA answers to: text with commas, or a JSON list.
 WORDS = (

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from . import json_text
+from ..disk import json_text
 from .expressions import Budget, Expression
 
 METADATA_KEY = "lora_adapter_metadata"
