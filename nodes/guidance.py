@@ -61,7 +61,7 @@ class LCMNegativePrompt(Node):
                     default=-1,
                     min=-1,
                     max=1000,
-                    tooltip="Work in the first so many steps only. -1 is all, 0 none. Of 4 LCM steps the first 2 decide "
+                    tooltip="How many steps to work in, counted from the first. -1 is all, 0 none. Of 4 LCM steps the first 2 decide "
                     "what is in the picture.",
                     advanced=True,
                 ),

@@ -70,7 +70,7 @@ def _watched(weights: list, work: Callable):
 
 
 def _sha256(weights) -> str | None:
-    """Of the file that the weights came from as they are, None for what was made in the graph."""
+    """sha256 of the weights' file, None if they were made or changed in the graph."""
     if not isinstance(weights, KnownWeights) or not weights.untouched:
         return None
     paths = [name for name in lora_names() if PurePath(name).name == weights.name]

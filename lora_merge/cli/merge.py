@@ -63,7 +63,9 @@ def add_commands(commands: Commands) -> None:
     _parameters(add)
     add.add_argument("--seed", type=int, default=0, help="of methods that draw at random; default: 0")
     add.add_argument(
-        "--dense", action="store_true", help="methods work on whole updates as in their papers: slow, large"
+        "--dense",
+        action="store_true",
+        help="methods work on whole updates, as in their papers; takes more time and makes a larger file",
     )
     add.add_argument("--protect", default="auto", metavar="N", help="which LoRA the others make room for: 1, 2, ..., none, "
                      "or auto (default): the one recognised as an acceleration LoRA")  # fmt: skip

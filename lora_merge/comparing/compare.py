@@ -132,7 +132,16 @@ def _own(up: Tensor, down: Tensor, share: float) -> Own:
     effective = int((values > _ZERO**2 * values[0]).sum())
     held = values.cumsum(0)
     leading = int((held < share * (1 - 1e-9) * held[-1]).sum()) + 1
-    return Own(up, down, values, inner, vectors.flip(1), effective, min(leading, effective), float(held[-1]))
+    return Own(
+        up=up,
+        down=down,
+        values=values,
+        inner=inner,
+        vectors=vectors.flip(1),
+        effective=effective,
+        leading=min(leading, effective),
+        energy=float(held[-1]),
+    )
 
 
 def _module(
@@ -165,7 +174,7 @@ def _module(
     is_dense = any((name, part) in lora.diffs for lora in loras for part in ("diff", "w_norm"))
     counted = sum(rank for index, rank in zip(found, ranks, strict=True) if strengths[index])
     curve = curve_of(owns, strengths, (rows, columns), counted, is_dense)
-    figures = Module(
+    compared = Module(
         name=name,
         block=block,
         shape=(rows, columns),
@@ -173,7 +182,7 @@ def _module(
         energy=float(curve.kept[0, -1]),
         pairs=tuple(pairs),
     )
-    return figures, curve, dots
+    return compared, curve, dots
 
 
 def _part(lora: Lora, module: str, own: Own, rank: int) -> Part:
@@ -209,7 +218,7 @@ def _pair(which: tuple[int, int], first: Own, second: Own, dot: float, shape: tu
     first_led = float((first.core @ second.right[:, : second.leading]).square().sum())
     second_led = float((second.core @ first.right[:, : first.leading]).square().sum())
     return Pair(
-        which,
+        which=which,
         shared=1,
         dot=dot,
         norms=math.sqrt(first.energy * second.energy),
@@ -238,9 +247,9 @@ def _group(name: str, modules: Sequence[Module], inputs: int) -> Group:
 
 
 def _summed(pairs: Sequence[Pair], first: float, second: float) -> Pair:
-    """Of a whole group, where the two have energies `first` and `second`, modules that only one has included."""
+    """Sum of the pairs of a group. first, second: the inputs' energies over all its modules, shared or not."""
     return Pair(
-        pairs[0].which,
+        which=pairs[0].which,
         shared=sum(pair.shared for pair in pairs),
         dot=sum(pair.dot for pair in pairs),
         norms=math.sqrt(first * second),

@@ -38,7 +38,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Header:
     """entries: name -> (dtype, shape, first byte, byte behind the last), counted from `begin`, in the order of the data.
     size: of the whole file in bytes.   changed: when it was, in nanoseconds.
@@ -108,7 +108,7 @@ def _read(file: BinaryIO) -> Header:
     if 8 + length > size:
         raise _Refused(f"is cut off within its first {length} bytes, at {size}; download it again.")
     entries, metadata = _check(text, size)
-    return Header(entries, metadata, 8 + length, size, state.st_mtime_ns)
+    return Header(entries=entries, metadata=metadata, begin=8 + length, size=size, changed=state.st_mtime_ns)
 
 
 def _check(text: bytes, size: int) -> tuple[dict[str, Any], dict[str, str]]:

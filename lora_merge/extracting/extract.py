@@ -188,7 +188,7 @@ def _check(name: str, diff: Tensor) -> None:
 
 
 def _as_norms(diffs: dict[tuple[str, str], Tensor]) -> None:
-    """The bias of a norm goes with its weight."""
+    """Renames diff_b to b_norm beside a w_norm, as LyCORIS pairs them."""
     for module, part in list(diffs):
         if part == "diff_b" and (module, "w_norm") in diffs:
             diffs[module, "b_norm"] = diffs.pop((module, part))

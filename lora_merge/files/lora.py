@@ -77,14 +77,14 @@ class Lora:
         """
         found = read(state_dict, metadata or {}, source)
         return cls(
-            found.modules,
-            found.diffs,
-            found.spellings,
-            noted(metadata or {}, state_dict),
-            source,
-            found.carried,
-            found.keys,
-            found.unread,
+            modules=found.modules,
+            diffs=found.diffs,
+            spellings=found.spellings,
+            metadata=noted(metadata or {}, state_dict),
+            source=source,
+            carried=found.carried,
+            keys=found.keys,
+            unread=found.unread,
         )
 
     @property

@@ -38,7 +38,7 @@ class KeyAccount:
     unread: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Contents:
     """What `read` finds; the fields are those of Lora."""
 

@@ -25,7 +25,7 @@ def outcome(plan: Plan, computed: Computed, sha256: Sequence[str | None] = ()) -
         MERGED_FROM: ", ".join(lora.source for lora in plan.sharing or plan.loras),
     }
     inputs = zip(plan.loras, plan.strengths.base, strict=True)
-    passed = plan.passing.updates
+    passed = plan.passthrough.updates
     used = {*computed.layers, *passed, *(module for module, _ in computed.diffs)}
     merged = Lora(
         modules=computed.layers,

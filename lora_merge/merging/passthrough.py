@@ -14,7 +14,7 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Passing:
+class Passthrough:
     """sources: module -> index of the one input it is passed through from. updates: module -> that update.
     refused: index of an input -> its modules that can be neither added nor passed through.
     """
@@ -31,7 +31,7 @@ class Passing:
         return len(self.refused.get(index, ()))
 
 
-def sort_carried(loras: Sequence[Lora], strengths: Strengths) -> Passing:
+def passthrough_of(loras: Sequence[Lora], strengths: Strengths) -> Passthrough:
     """Which updates that depend on the weight go through a merge; the LoRAs have canonical names that agree.
 
     One goes through as it is if its strength there is 1 and no other input of a strength other than 0 changes that
@@ -50,13 +50,13 @@ def sort_carried(loras: Sequence[Lora], strengths: Strengths) -> Passing:
             elif at[index]:
                 refused.setdefault(index, []).append(module)
     updates = {module: loras[index].carried[module] for module, index in sources.items()}
-    return Passing(sources, updates, {index: tuple(modules) for index, modules in refused.items()})
+    return Passthrough(sources, updates, {index: tuple(modules) for index, modules in refused.items()})
 
 
-def refusal(loras: Sequence[Lora], passing: Passing) -> str:
+def refusal(loras: Sequence[Lora], passthrough: Passthrough) -> str:
     """One message for all modules that do not add up, by input and kind."""
     texts = []
-    for index, modules in passing.refused.items():
+    for index, modules in passthrough.refused.items():
         lora = loras[index]
         kinds: dict[str, list[str]] = {}
         for module in modules:

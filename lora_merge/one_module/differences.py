@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -20,26 +21,32 @@ def dense_modules(loras: Sequence[Lora]) -> dict[str, None]:
     return dict.fromkeys(module for lora in loras for module, part in lora.diffs if part not in BIAS_PARTS)
 
 
-def weight_deltas(
-    module: str, loras: Sequence[Lora], strengths: Sequence[float]
-) -> tuple[str, dict[int, tuple[list[Term], list[tuple[Tensor, float]]]]]:
-    """(part, input -> its low-rank terms and its dense differences with their strength) for one weight."""
-    result: dict[int, tuple[list[Term], list[tuple[Tensor, float]]]] = {}
+@dataclass(frozen=True, eq=False)
+class WeightTerms:
+    """What one input adds to one weight: low-rank terms, and dense differences; each with the input's strength."""
+
+    low_rank: list[Term]
+    dense: list[tuple[Tensor, float]]
+
+
+def weight_terms(module: str, loras: Sequence[Lora], strengths: Sequence[float]) -> tuple[str, dict[int, WeightTerms]]:
+    """(part of the sum, input -> its terms) of one weight; inputs that do not change it are not there."""
+    result: dict[int, WeightTerms] = {}
     parts = set()
     for index, (lora, strength) in enumerate(zip(loras, strengths, strict=True)):
         terms = [(lora.modules[module], strength)] if module in lora.modules else []
         found = [part for part in ("diff", "w_norm") if (module, part) in lora.diffs]
         parts |= {*found, *("diff" for _ in terms)}
         if terms or found:
-            result[index] = terms, [(lora.diffs[module, part], strength) for part in found]
+            result[index] = WeightTerms(terms, [(lora.diffs[module, part], strength) for part in found])
     return "w_norm" if parts == {"w_norm"} else "diff", result
 
 
 def weight_sum(module: str, loras: Sequence[Lora], strengths: Sequence[float]) -> tuple[str, Tensor]:
     """(part, sum) of all updates of one weight, at least one of which is dense; a low-rank one is added as its delta."""
-    part, found = weight_deltas(module, loras, strengths)
-    terms = [term for low_rank, _ in found.values() for term in low_rank]
-    return part, dense_sum(terms, [diff for _, diffs in found.values() for diff in diffs])
+    part, found = weight_terms(module, loras, strengths)
+    low_rank = [term for terms in found.values() for term in terms.low_rank]
+    return part, dense_sum(low_rank, [diff for terms in found.values() for diff in terms.dense])
 
 
 def bias_sums(loras: Sequence[Lora], strengths: Strengths, norms: Collection[str]) -> Diffs:

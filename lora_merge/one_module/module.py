@@ -28,7 +28,7 @@ from ..methods.table import Situation
 from ..settings.options import MergeOptions
 from ..settings.strengths import Strengths
 from ..updates.layer import Layer, LoraLayer, Term, exponent, largest
-from .differences import weight_deltas, weight_sum
+from .differences import weight_sum, weight_terms
 from .protect import dense_stepping_aside, stepping_aside
 from .tally import Finished
 from .unshared import smaller_whole, uncut, unshared
@@ -37,8 +37,8 @@ from .unshared import smaller_whole, uncut, unshared
 _SQUARED = 50
 
 
-class Engine:
-    """The merge of single modules; safe to use from several threads, since it changes nothing of its own.
+class ModuleMerger:
+    """Merges single modules; safe to use from several threads, since it changes nothing of its own.
 
     loras: with canonical names that agree.   options: checked, `protect` a number or None.
     dense_modules: those that an input changes by a whole-weight difference.   device: where to compute.
@@ -186,16 +186,16 @@ class Engine:
         return Finished(module=module, owners=owners, layer=space.layer(core), products=_products(space.cores, core))
 
     def _dense(self, module: str) -> Finished:
-        """A module with a whole-weight difference. Such differences stay whole, whatever is cut."""
+        """The merge of a weight that some input changes by a dense difference; the result is dense and never cut."""
         at = self.strengths.at(module)
-        found = weight_deltas(module, self.loras, at)[1]
+        found = weight_terms(module, self.loras, at)[1]
         owners = tuple(found)
-        shape = next(tuple(diff.shape) for _, diffs in found.values() for diff, _ in diffs)
+        shape = next(tuple(diff.shape) for terms in found.values() for diff, _ in terms.dense)
         # Norms have no rows to prune; they are added up.
         if len(shape) < 2 or (self.method.combine is None and not self.options.mu):
-            return Finished(module, owners, None, weight_sum(module, self.loras, at))
+            return Finished(module=module, owners=owners, diff=weight_sum(module, self.loras, at))
         zero = torch.zeros(shape)
-        summed = [(terms, [*diffs, (zero, 0.0)]) for terms, diffs in found.values()]
+        summed = [(terms.low_rank, [*terms.dense, (zero, 0.0)]) for terms in found.values()]
         deltas = [dense_sum_in(dense_dtype(*both), *both) for both in summed]
         power = _power(deltas)
         deltas = [(delta * 2.0**-power if power else delta).float().to(self.device) for delta in deltas]

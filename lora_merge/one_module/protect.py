@@ -33,9 +33,8 @@ def which_protected(text: str, labels: Sequence[str]) -> int | Literal["auto"] |
 def stepping_aside(terms: Sequence[Term], protected: int, mu: float, energy: float = 0.5) -> list[Term]:
     """The terms of one weight, all but the protected one weakened along its leading input directions.
 
-    NP-LoRA's soft projection (arXiv 2511.11051) the other way about: there the content
-    makes room for the style, here everything makes room for the protected LoRA, an LCM-LoRA as a rule. With V its leading
-    right singular vectors, each other update D becomes D (I - mu / (1 + mu) V V^T). Ranks stay as they are.
+    NP-LoRA's soft projection (arXiv 2511.11051) with roles swapped: it projects the content off the style, here all
+    inputs are projected off the protected LoRA, an LCM-LoRA as a rule. With V its leading right singular vectors, each other update D becomes D (I - mu / (1 + mu) V V^T). Ranks stay as they are.
     protected: index of a term. mu: 0 leaves all as it is, exactly; 1 halves the others along V; large removes them there.
     energy: (0, 1], share of the protected update's squared norm that V has to hold; more directions, more room.
     Raises ValueError for mu below 0 or energy outside its range.

@@ -13,7 +13,7 @@ from ..algebra.precision import COARSE
 from ..updates.layer import Layer
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Finished:
     """One module of the result: a layer, or a whole-weight difference under its part name, and how it came about.
 

@@ -123,17 +123,17 @@ def build(parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, .
 
 def _additive(kind: str, parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, ...]) -> Layer:
     if kind == "LoRA":
-        return LoraLayer(parts["up"], parts["down"], alpha, parts.get("mid"))
+        return LoraLayer(parts["up"], parts["down"], alpha=alpha, mid=parts.get("mid"))
     if kind == "LoHa":
         return LohaLayer(
-            parts["hada_w1_a"],
-            parts["hada_w1_b"],
-            parts["hada_w2_a"],
-            parts["hada_w2_b"],
-            alpha,
-            parts.get("hada_t1"),
-            parts.get("hada_t2"),
-            kernel,
+            w1_a=parts["hada_w1_a"],
+            w1_b=parts["hada_w1_b"],
+            w2_a=parts["hada_w2_a"],
+            w2_b=parts["hada_w2_b"],
+            alpha=alpha,
+            t1=parts.get("hada_t1"),
+            t2=parts.get("hada_t2"),
+            unfold=kernel,
         )
     return LokrLayer(
         **{name.removeprefix("lokr_"): part for name, part in parts.items() if name.startswith("lokr_")},

@@ -32,10 +32,10 @@ def sharpened(deltas, situation):
 
 
 ROW = Method(
-    sharpened,
-    "the sum, sharpened",
-    "nowhere",
-    {"sharpness": Parameter(1.5, 1.0, 4.0, "factor, 100 % of it")},
+    combine=sharpened,
+    summary="the sum, sharpened",
+    source="nowhere",
+    parameters={"sharpness": Parameter(default=1.5, low=1.0, high=4.0, meaning="factor, 100 % of it")},
     draws=True,
 )
 
@@ -174,7 +174,17 @@ def test_a_hint_says_which_way_to_go(density, hint):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_hint_names_a_parameter_that_the_method_has_not(method):
-    faint = Source("faint", 1.0, 1, 1, 0, (2, 2), (2.0, 2.0), None, effect=0.1)
+    faint = Source(
+        name="faint",
+        strength=1.0,
+        modules=1,
+        only_here=1,
+        diffs=0,
+        ranks=(2, 2),
+        alphas=(2.0, 2.0),
+        retention=None,
+        effect=0.1,
+    )
     (text,) = lost([faint], MergeOptions(method=method))
     assert ("density" in text) is ("density" in METHODS[method].parameters)
 

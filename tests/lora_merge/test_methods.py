@@ -38,7 +38,7 @@ def weighted(module, inputs=INPUTS):
 
 def draws(module, index, shape, seed=0):
     """The uniform numbers that input `index` gets: a CPU generator seeded by what the docstring of Situation says."""
-    situation = Situation((1.0,) * 3, (0, 1, 2), {}, module, seed)
+    situation = Situation(strengths=(1.0,) * 3, inputs=(0, 1, 2), values={}, module=module, seed=seed)
     return torch.rand(shape, generator=situation.generator(index))
 
 

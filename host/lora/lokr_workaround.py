@@ -1,4 +1,4 @@
-"""LoKr with a Tucker core, written out: as ComfyUI 0.30.0 multiplies it, torch.kron of torch 2.11 stops."""
+"""Expands LoKr Tucker cores, on which ComfyUI 0.30.0 with torch 2.11 fails: torch.kron needs contiguous factors."""
 
 from collections.abc import Mapping
 
