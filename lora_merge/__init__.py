@@ -14,8 +14,8 @@ from .files.reading import KeyAccount, account_keys
 from .merging.merge import Account, merge, merge_with_account, resize, resize_with_account
 from .merging.report import describe, describe_merge
 from .methods.table import METHODS
+from .settings.block_strengths import BlockStrengths, parse_block_strengths
 from .settings.options import MergeOptions
-from .settings.strengths import BlockStrengths, parse_block_strengths
 from .updates.layer import Layer, LoraLayer
 from .updates.loha import LohaLayer
 from .updates.lokr import LokrLayer

@@ -39,13 +39,12 @@ def passthrough_of(loras: Sequence[Lora], strengths: Strengths) -> Passthrough:
     """
     sources: dict[str, int] = {}
     refused: dict[int, list[str]] = {}
-    carried = dict.fromkeys(module for lora in loras for module in lora.carried)
-    changed = [_weights(lora) for lora in loras] if carried else []
+    changed = [_weights(lora) for lora in loras] if any(lora.carried for lora in loras) else []
     for index, lora in enumerate(loras):
         for module in lora.carried:
             at = strengths.at(module)
-            others = any(at[other] and module in changed[other] for other in range(len(loras)) if other != index)
-            if at[index] == 1 and not others:
+            owners = {other for other, weights in enumerate(changed) if at[other] and module in weights}
+            if at[index] == 1 and owners == {index}:
                 sources[module] = index
             elif at[index]:
                 refused.setdefault(index, []).append(module)
