@@ -47,13 +47,7 @@ def compare(
     Updates that depend on the weight (DoRA, OFT, ...) and bias differences are counted, not compared.
     Raises ValueError without inputs, for a strength that is not finite, and for LoRAs of different base models.
     """
-    if not inputs:
-        raise ValueError("there is nothing to compare: give at least one LoRA")
-    for lora, strength in inputs:
-        if not math.isfinite(strength):
-            raise ValueError(f"{lora.source}: strength is {strength}, but it has to be a finite number")
-    if not 0 < energy <= 1:
-        raise ValueError(f"energy is {energy}; it must be above 0 and at most 1.")
+    _check(inputs, energy)
     loras = unify([lora for lora, _ in inputs])
     strengths = tuple(float(strength) for _, strength in inputs)
     order = dict.fromkeys([name for lora in loras for name in (*lora.modules, *(module for module, _ in lora.diffs))])
@@ -77,6 +71,28 @@ def compare(
         products += dots
         if progress is not None:
             progress(len(modules), len(wanted))
+    return _together(loras, strengths, modules, curve, products, energy)
+
+
+def _check(inputs: Sequence[tuple[Lora, float]], energy: float) -> None:
+    if not inputs:
+        raise ValueError("there is nothing to compare: give at least one LoRA")
+    for lora, strength in inputs:
+        if not math.isfinite(strength):
+            raise ValueError(f"{lora.source}: strength is {strength}, but it has to be a finite number")
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy is {energy}; it must be above 0 and at most 1.")
+
+
+def _together(
+    loras: Sequence[Lora],
+    strengths: Sequence[float],
+    modules: Sequence[Module],
+    curve: Curve,
+    products: Tensor,
+    energy: float,
+) -> Comparison:
+    """The figures of blocks, of all modules together, and of each input."""
     fused = fused_with_slices(loras)
     blocks = dict.fromkeys(sorted({module.block for module in modules}, key=_in_order))
     return Comparison(

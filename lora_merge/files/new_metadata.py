@@ -53,30 +53,38 @@ def _set_implementation(metadata: dict[str, str], format: Format) -> None:
 
 def _network(lora: Lora) -> dict[str, str]:
     """kohya's account of the modules."""
-    result = {}
     plain = [layer for layer in lora.modules.values() if all(size == 1 for size in layer.kernel)]
     convolutions = [layer for layer in lora.modules.values() if any(size > 1 for size in layer.kernel)]
     algorithms = [kind.lower() for kind in lora.kinds if kind != "difference"] or ["full"]
-    module = lora.metadata.get("ss_network_module", "")
+    before = lora.metadata.get("ss_network_module", "")
     # Trainers for other models than Stable Diffusion say networks.lora_flux and the like.
-    own = module if module.startswith("networks.lora") else "networks.lora"
-    result["ss_network_module"] = own if algorithms == ["lora"] else "lycoris.kohya"
-    # kohya's resize script writes Dynamic where modules differ.
-    result["ss_network_dim"] = _one([_dim(layer) for layer in plain or convolutions])
-    result["ss_network_alpha"] = _one([layer.written_alpha for layer in plain or convolutions])
-    arguments: dict[str, object] = (
-        {} if algorithms == ["lora"] else {"algo": algorithms[0] if len(algorithms) == 1 else "mixed"}
-    )
-    if convolutions:
-        arguments |= {
-            "conv_dim": _one([_dim(layer) for layer in convolutions]),
-            "conv_alpha": _one([layer.written_alpha for layer in convolutions]),
-        }
-    if module == result["ss_network_module"]:
+    own = before if before.startswith("networks.lora") else "networks.lora"
+    module = own if algorithms == ["lora"] else "lycoris.kohya"
+    arguments = {**_algorithm(algorithms), **_of_convolutions(convolutions)}
+    if before == module:
         arguments = _other_arguments(lora.metadata) | arguments
-    if arguments:
-        result["ss_network_args"] = json.dumps(arguments)
-    return result
+    return {
+        "ss_network_module": module,
+        # kohya's resize script writes Dynamic where modules differ.
+        "ss_network_dim": _one([_dim(layer) for layer in plain or convolutions]),
+        "ss_network_alpha": _one([layer.written_alpha for layer in plain or convolutions]),
+        **({"ss_network_args": json.dumps(arguments)} if arguments else {}),
+    }
+
+
+def _algorithm(algorithms: Sequence[str]) -> dict[str, object]:
+    if list(algorithms) == ["lora"]:
+        return {}
+    return {"algo": algorithms[0] if len(algorithms) == 1 else "mixed"}
+
+
+def _of_convolutions(layers: Sequence[Layer]) -> dict[str, object]:
+    if not layers:
+        return {}
+    return {
+        "conv_dim": _one([_dim(layer) for layer in layers]),
+        "conv_alpha": _one([layer.written_alpha for layer in layers]),
+    }
 
 
 def _other_arguments(metadata: Mapping[str, str]) -> dict[str, object]:
