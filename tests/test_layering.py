@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -52,10 +53,24 @@ WINGS = {
     "cli": {*_MERGING, "extracting", "comparing"},
 }
 
-MAX_LINES, MAX_FILES = 350, 12
+MAX_LINES, MAX_FILES, MAX_FUNCTION = 350, 12, 40
 # What is larger, and why it is not divided.
 LONG_FILES: dict[str, str] = {}
 LARGE_WINGS: dict[str, str] = {}
+_OPTIONS = "its signature names every option with type and default, and each is handed on by name"
+LONG_FUNCTIONS = {
+    **dict.fromkeys(
+        (
+            f"lora_merge/merging/merge.py {name}"
+            for name in ("merge", "merge_with_account", "resize", "resize_with_account")
+        ),
+        _OPTIONS,
+    ),
+    "lora_merge/comparing/report.py as_json": "one literal, which shows the file as it is",
+    "samplers/multistep.py sample_lcm": "the loop of the algorithm, top to bottom as in the paper",
+    "samplers/editing.py edit_ddcm": "the loop of the algorithm, top to bottom as in the paper",
+    "launch/run.py _distil": "a whole run, in whose order large things are let go of",
+}
 
 
 def is_command(file: Path, root: Path = ROOT) -> bool:
@@ -234,6 +249,35 @@ def test_no_file_is_long_and_no_wing_is_crowded():
     assert long == LONG_FILES.keys()
     counts = Counter(wing_of(file) for file in files if wing_of(file) and file.name != "__init__.py")
     assert {wing for wing, count in counts.items() if count > MAX_FILES} == LARGE_WINGS.keys()
+
+
+def function_lines(file: Path) -> Iterator[tuple[str, int]]:
+    """(name, number of lines) of every function in a file, its docstring and decorators apart."""
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0]
+            says = ast.get_docstring(node, clean=False) is not None
+            yield node.name, node.end_lineno - node.lineno + 1 - says * (first.end_lineno - first.lineno + 1)
+
+
+def test_no_function_is_long():
+    """Without being named above with a reason. A node's inputs are a list, however many there are."""
+    every = {
+        (f"{file.relative_to(ROOT).as_posix()} {name}", lines)
+        for file in shipped_modules()
+        for name, lines in function_lines(file)
+        if not (layer_of(file) == "nodes" and name == "define_schema")
+    }
+    assert {name for name, lines in every if lines > MAX_FUNCTION} <= LONG_FUNCTIONS.keys()
+    assert LONG_FUNCTIONS.keys() <= {name for name, _ in every}
+
+
+def test_lines_of_functions_are_counted_without_what_explains_them(tmp_path):
+    file = tmp_path / "module.py"
+    file.write_text(
+        '@a\n@b\ndef f(\n    x,\n):\n    """One.\n\n    Three."""\n    # four\n    return x\n\n\nasync def g(): ...\n'
+    )
+    assert list(function_lines(file)) == [("f", 5), ("g", 1)]
 
 
 def test_the_command_line_of_distillation_stays_out_of_the_archive():
