@@ -15,10 +15,10 @@ from ...lora_merge.settings.strengths import for_inputs
 from ..progress import watched
 from .files import lora_names
 from .identity import KnownWeights
-from .slots import connected
+from .slots import LORA, NUMBERS, connected
 from .weights import LoraWeights, from_lora, to_lora
 
-PROTECT = ("auto", "none", *(f"lora_{number}" for number in range(1, 7)))
+PROTECT = ("auto", "none", *(f"{LORA}{number}" for number in NUMBERS))
 AIMS = ("keep", "retain", "max_mb")
 
 

@@ -72,7 +72,7 @@ def distil(
         empty_latent(model, latents, width, height), settings, _beside(checkpoint_file, LATENTS),
     )  # fmt: skip
     work = Work(
-        model=model, latents=data, conds=conds, unconds=unconds, prompts=prompts, table=table, settings=settings, dtype=type_, rank=rank, alpha=alpha,
+        model, data, conds, unconds, prompts, table=table, settings=settings, dtype=type_, rank=rank, alpha=alpha,
         recompute=gradient_checkpointing,
     )  # fmt: skip
     with training(work) as run:

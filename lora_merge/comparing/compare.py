@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..algebra.orthonormal import triangle
 from ..algebra.threads import in_order
+from ..files.keys import BIAS_PARTS, WEIGHT_PARTS
 from ..files.lora import Lora
 from ..keywords import named
 from ..merging.align import fused_notes, fused_with_slices, notes_on, unify
@@ -110,7 +111,7 @@ def _together(
 
 
 def _has(lora: Lora, module: str) -> bool:
-    return module in lora.modules or any((module, part) in lora.diffs for part in ("diff", "w_norm"))
+    return module in lora.modules or any((module, part) in lora.diffs for part in WEIGHT_PARTS)
 
 
 def _factors(lora: Lora, module: str) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -125,7 +126,7 @@ def _factors(lora: Lora, module: str) -> tuple[Tensor, Tensor, Tensor] | None:
         ups.append(up)
         downs.append(down)
         scales.append(torch.full((up.shape[1],), layer.scale))
-    for part in ("diff", "w_norm"):
+    for part in WEIGHT_PARTS:
         if (module, part) in lora.diffs:
             diff = lora.diffs[module, part].detach().to(torch.float32)
             up, down = whole_factors(diff.reshape(diff.shape[0] if diff.ndim else 1, -1))
@@ -187,7 +188,7 @@ def _module(
             sign = math.copysign(1.0, strengths[i]) * math.copysign(1.0, strengths[j])
             pairs.append(_pair((i, j), owns[i], owns[j], sign * float(dots[i, j]), (rows, columns)))
 
-    is_dense = any((name, part) in lora.diffs for lora in loras for part in ("diff", "w_norm"))
+    is_dense = any((name, part) in lora.diffs for lora in loras for part in WEIGHT_PARTS)
     counted = sum(rank for index, rank in zip(found, ranks, strict=True) if strengths[index])
     curve = curve_of(owns, strengths, (rows, columns), counted, is_dense)
     compared = Module(
@@ -290,7 +291,7 @@ def _facts(index: int, loras: Sequence[Lora], modules: Sequence[Module], strengt
         zero=tuple(m.name for m, part in own if part.energy == 0),
         deficient=tuple(m.name for m, part in own if part.deficient),
         settings=tuple((*setting, count) for setting, count in sorted(settings.items(), key=lambda item: -item[1])),
-        biases=sum(part in ("diff_b", "b_norm") for _, part in lora.diffs),
+        biases=sum(part in BIAS_PARTS for _, part in lora.diffs),
         carried=tuple(sorted(Counter(update.kind for update in lora.carried.values()).items())),
         values=lora.parameters,
     )

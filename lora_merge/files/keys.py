@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ..updates.parts import BIAS_PARTS, DIFF_PARTS
+from ..updates.parts import BIAS_PARTS, DIFF_PARTS, WEIGHT_PARTS
 
-__all__ = ["BIAS_PARTS", "DIFF_PARTS", "UNKNOWN", "parse", "suffix", "unread_format", "unread_text"]
+__all__ = ["BIAS_PARTS", "DIFF_PARTS", "UNKNOWN", "WEIGHT_PARTS", "parse", "suffix", "unread_format", "unread_text"]
 
 # Spellings of LoRA's factors. "up" and "B" are the (out, rank) factor, "down" and "A" the (rank, in) one.
 _FACTORS = (

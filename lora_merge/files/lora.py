@@ -19,7 +19,7 @@ from ..naming import names
 from ..naming.unet import infer_layout
 from ..updates.layer import Layer, LoraLayer
 from ..updates.weight_dependent import Carried
-from .keys import BIAS_PARTS, DIFF_PARTS, suffix
+from .keys import BIAS_PARTS, DIFF_PARTS, WEIGHT_PARTS, suffix
 from .reading import KeyAccount, read
 from .twice import Named, named
 
@@ -136,7 +136,7 @@ class Lora:
             raise ValueError(f"{self.source}: {module} is {kind}, whose update depends on the weight it changes")
         if module in self.modules:
             return self.modules[module].delta()
-        for part in ("diff", "w_norm"):
+        for part in WEIGHT_PARTS:
             if (module, part) in self.diffs:
                 return self.diffs[module, part].detach().to(torch.float32, copy=True)
         raise KeyError(f"{self.source} changes the bias of {module!r} only, not its weight")

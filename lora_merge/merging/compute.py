@@ -13,6 +13,7 @@ from torch import Tensor
 from ..algebra.precision import cast_part, rounding
 from ..algebra.ranks import alike
 from ..algebra.threads import in_order
+from ..files.keys import WEIGHT_PARTS
 from ..files.lora import Lora
 from ..metadata.inherit import size_of
 from ..one_module.differences import Diffs, bias_sums
@@ -72,7 +73,7 @@ def _biases(plan: Plan, tally: Tally) -> Diffs:
 
 def _is_norm(loras: Sequence[Lora], module: str) -> bool:
     """Whether the weight's difference is a norm's everywhere."""
-    parts = {part for lora in loras for part in ("diff", "w_norm") if (module, part) in lora.diffs}
+    parts = {part for lora in loras for part in WEIGHT_PARTS if (module, part) in lora.diffs}
     return parts == {"w_norm"} and not any(module in lora.modules for lora in loras)
 
 

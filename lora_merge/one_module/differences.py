@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..algebra.sums import dense_sum
-from ..files.keys import BIAS_PARTS
+from ..files.keys import BIAS_PARTS, WEIGHT_PARTS
 from ..files.lora import Lora
 from ..settings.strengths import Strengths
 from ..updates.layer import Term
@@ -35,7 +35,7 @@ def weight_terms(module: str, loras: Sequence[Lora], strengths: Sequence[float])
     parts = set()
     for index, (lora, strength) in enumerate(zip(loras, strengths, strict=True)):
         terms = [(lora.modules[module], strength)] if module in lora.modules else []
-        found = [part for part in ("diff", "w_norm") if (module, part) in lora.diffs]
+        found = [part for part in WEIGHT_PARTS if (module, part) in lora.diffs]
         parts |= {*found, *("diff" for _ in terms)}
         if terms or found:
             result[index] = WeightTerms(terms, [(lora.diffs[module, part], strength) for part in found])

@@ -10,7 +10,7 @@ from . import weight_dependent as carried
 from .layer import Layer, LoraLayer
 from .loha import LohaLayer
 from .lokr import LokrLayer
-from .parts import DIFF_PARTS
+from .parts import DIFF_PARTS, WEIGHT_PARTS
 from .weight_dependent import Carried
 
 # Kind -> parts that have to be there, parts that may.
@@ -34,7 +34,6 @@ _KIND_OF = {part: kind for kind, (needed, allowed) in _KINDS.items() for part in
 ADDITIVE = ("LoRA", "LoHa", "LoKr")
 # Parts that make an additive kind depend on the weight.
 _MODIFIERS = {"dora_scale": carried.DORA, "magnitude": carried.DORA, "reshape_weight": carried.RESIZED}
-_WEIGHT_DIFFS = {"diff", "w_norm"}
 
 
 def kinds_of(parts: Collection[str]) -> list[str]:
@@ -50,7 +49,7 @@ def is_carried(parts: Collection[str]) -> bool:
 def problem(parts: Mapping[str, str]) -> str | None:
     """What is missing from or contradictory in a module's parts (part -> key of the file); None if nothing is."""
     kinds = kinds_of(parts)
-    dense = sorted(_WEIGHT_DIFFS & parts.keys())
+    dense = sorted(parts.keys() & set(WEIGHT_PARTS))
     if len(kinds) + len(dense) > 1:
         if dense:
             return f"has both {parts[dense[0]]} and another update of its weight"
