@@ -12,6 +12,9 @@ from ..algebra.lowrank import Truncated
 from ..algebra.precision import COARSE
 from ..updates.layer import Layer
 
+# What float32 makes of inner products, relative to the norms.
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Finished:
@@ -75,6 +78,24 @@ class Tally:
             self.too_small[module] = max(error, self.too_small.get(module, 0.0))
 
     def effects(self) -> list[float | None]:
-        """Coefficient of each input in what the method made, None for an input without energy."""
-        solved = (torch.linalg.pinv(self.gram, hermitian=True) @ self.along).tolist()
-        return [c if float(self.gram[index, index]) > 0 else None for index, c in enumerate(solved)]
+        """Coefficient of each input in what the method made, by least squares; None for an input without energy.
+
+        Inputs of one direction, a LoRA that is given twice, have the coefficient of their sum. Where inputs depend on one
+        another in other ways the coefficients are the smallest that fit.
+        """
+        energies = self.gram.diagonal()
+        together = _one_direction(self.gram)
+        gram, along = together.T @ self.gram @ together, together.T @ self.along
+        # Float32 products of dependent inputs leave an eigenvalue of rounding, which is no direction.
+        noise = _ROUNDING * float(energies[energies > 0].min()) if bool((energies > 0).any()) else 0.0
+        inverse = torch.linalg.pinv(gram, atol=noise, rtol=len(gram) * torch.finfo(gram.dtype).eps, hermitian=True)
+        solved = (together @ (inverse @ along)).tolist()
+        return [c if energy > 0 else None for c, energy in zip(solved, energies.tolist(), strict=True)]
+
+
+def _one_direction(gram: Tensor) -> Tensor:
+    """(inputs, inputs), a 1 in each row: at the first input of the same direction or the opposite one, by the products."""
+    norms = gram.diagonal().sqrt()
+    cosines = gram.abs() / torch.outer(norms, norms).clamp(min=torch.finfo(gram.dtype).tiny)
+    same = (cosines > 1 - _ROUNDING) | torch.eye(len(gram), dtype=torch.bool)
+    return torch.nn.functional.one_hot(same.int().argmax(dim=1), len(gram)).to(gram.dtype)
