@@ -75,10 +75,11 @@ def sampled(model, positive, setup, steps: int, noise, step_noise) -> torch.Tens
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
     from lcm_kit.host.sampling import sampling as ours
+    from lcm_kit.host.sampling import schedules
 
     if setup is None:
         sampler = ours.lcm_sampler(gamma=1.0, seed=step_noise.seed)
-        sigmas = ours.lcm_sigmas(model, steps=steps, denoise=1.0, original_steps=50)
+        sigmas = schedules.lcm_sigmas(model, steps=steps, denoise=1.0, original_steps=50)
     else:
         patch, scheduler = setup
         if patch:

@@ -10,7 +10,8 @@ from .extracting import ExtractLoRA
 from .guidance import LCMGuidanceEmbedding, LCMNegativePrompt, LimitDenoised
 from .loading import ApplyLoRA, LCMLoader, LoadLoRA
 from .merging import MergeLoRA, ResizeLoRA, SaveLoRA
-from .sampling import LCMKSampler, LCMPreset, LCMSampler, LCMScheduler
+from .sampling import LCMKSampler, LCMSampler
+from .scheduling import LCMPreset, LCMScheduler
 
 NODES = [
     for_pages(node)

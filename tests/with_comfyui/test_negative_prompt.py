@@ -19,7 +19,8 @@ from nodes import KSampler
 
 from lcm_kit.host.sampling.negative import NegativePrompt, Rows
 from lcm_kit.nodes.guidance import LCMNegativePrompt
-from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler, LCMScheduler
+from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler
+from lcm_kit.nodes.scheduling import LCMScheduler
 from lcm_kit.tests.with_comfyui import tiny
 
 SEED = 5

@@ -11,7 +11,8 @@ from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras import nodes_latent, nodes_model_advanced
 from nodes import LatentFromBatch, SetLatentNoiseMask
 
-from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler, LCMScheduler
+from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler
+from lcm_kit.nodes.scheduling import LCMScheduler
 from lcm_kit.samplers.noise import StepNoise
 from lcm_kit.tests.with_comfyui import tiny
 

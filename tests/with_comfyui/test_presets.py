@@ -7,7 +7,8 @@ import torch
 from comfy.model_base import ModelType
 from comfy_extras import nodes_custom_sampler as custom
 
-from lcm_kit.nodes.sampling import LCMKSampler, LCMPreset, LCMSampler, LCMScheduler
+from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler
+from lcm_kit.nodes.scheduling import LCMPreset, LCMScheduler
 from lcm_kit.samplers.presets import PRESETS
 from lcm_kit.tests.with_comfyui import tiny
 
