@@ -12,7 +12,8 @@ class Preset:
 
     steps: model calls.   cfg: guidance, 1 is none.   gamma: [0, 1], or a tuple of them, see renoise.gamma_per_step.
     original_steps: the training grid that steps are picked from, see schedule.training_grid.
-    timesteps: instead of that, the very timesteps of a model distilled for one number of steps; () otherwise.
+    timesteps: instead of that, the very timesteps of a model distilled for one number of steps; () otherwise. They are
+    thousandths, whatever the length of a model's table, see schedule.table_entries.
     source: where the settings come from.
     """
 
@@ -38,13 +39,11 @@ class Preset:
             )
         return replace(self, steps=steps)
 
-    def schedule(self, *, strength: float = 1.0, train_timesteps: int = 1000) -> list[int]:
-        """Timesteps of a run, strictly descending; strength as in lcm_timesteps or custom_timesteps."""
+    def schedule(self, *, strength: float = 1.0) -> list[int]:
+        """Timesteps of a run, each 0..999, strictly descending; strength as in lcm_timesteps or custom_timesteps."""
         if self.timesteps:
-            return custom_timesteps(self.timesteps, strength=strength, train_timesteps=train_timesteps)
-        return lcm_timesteps(
-            self.steps, original_steps=self.original_steps, strength=strength, train_timesteps=train_timesteps
-        )
+            return custom_timesteps(self.timesteps, strength=strength)
+        return lcm_timesteps(self.steps, original_steps=self.original_steps, strength=strength)
 
 
 def trailing_timesteps(steps: int, train_timesteps: int = 1000) -> tuple[int, ...]:

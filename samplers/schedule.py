@@ -12,6 +12,9 @@ from torch import Tensor
 MOST_STEPS = 1000
 """Of a run, as every node has it: a longer list was not meant."""
 
+TIMESTEPS = 1000
+"""What timesteps count: thousandths of the way from the picture to noise, however many levels a model's table has."""
+
 
 def training_grid(original_steps: int = 50, *, train_timesteps: int = 1000) -> list[int]:
     """Timesteps an LCM was distilled on, ascending: 19, 39, ..., 999 for the usual 50 of 1000.
@@ -129,10 +132,27 @@ def off_grid(timesteps: Sequence[int], *, original_steps: int = 50, train_timest
     return {t: min(grid, key=lambda point: abs(point - t)) for t in timesteps if t in missing}
 
 
+def table_entries(timesteps: Sequence[int], length: int) -> list[int]:
+    """Where timesteps lie in a table of so many levels: themselves in one of 1000, every tenth entry in one of 10,000.
+
+    Timestep t is the time (t + 1) / 1000, and entry i of n is (i + 1) / n (ComfyUI's flow models: sigma(1) is the last
+    entry), so i = round((t + 1) * n / 1000) - 1.   timesteps: strictly descending, each 0..999.
+    Raises ValueError for timesteps that break this rule, or that a table of under 1000 levels cannot tell apart.
+    """
+    entries = [round((t + 1) * length / TIMESTEPS) - 1 for t in custom_timesteps(timesteps)]
+    if entries[-1] < 0 or any(entry <= lower for entry, lower in pairwise(entries)):
+        raise ValueError(
+            f"timesteps {', '.join(map(str, timesteps))} are too close together, or too near 0, for this model's "
+            f"table of {length} noise levels. Use fewer steps, or a higher denoise."
+        )
+    return entries
+
+
 def sigmas_at(timesteps: Sequence[int], table: Tensor) -> Tensor:
     """Noise levels of a run: float32 (steps + 1,), the table's own entries and a last 0, on the table's device.
 
-    timesteps: (steps,) strictly descending, each 0..len(table) - 1.   table: (train_timesteps,) ascending sigmas.
+    timesteps: (steps,) strictly descending entries, each 0..len(table) - 1 (see table_entries).
+    table: (train_timesteps,) ascending sigmas.
     Exact: no interpolation, so the latent has the very noise level that the model is told.
     Raises ValueError for timesteps or a table that break these rules.
     """

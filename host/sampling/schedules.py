@@ -25,10 +25,10 @@ def preset_named(name: str, steps: int) -> tuple[Preset, str]:
 def lcm_sigmas(model, *, steps, denoise, original_steps, timesteps="", preset=None) -> torch.Tensor:
     """(steps + 1,) noise levels of the LCM schedule in the model's own table, the last one 0.
 
-    timesteps: text, replaces steps and original_steps unless it is empty.   preset: a Preset, likewise, or None.
+    timesteps: text, 0 to 999, replaces steps and original_steps unless it is empty.   preset: a Preset, likewise, or None.
     """
     model_sampling = model.get_model_object("model_sampling")
-    train_timesteps = len(trained_sigma_table(model_sampling))
+    trained_sigma_table(model_sampling)  # refuses a model without timesteps before anything else is said
     if denoise <= 0:
         raise ValueError(
             f"denoise is {denoise:g}, so there is nothing to sample. Set it above 0 (1 starts from pure noise), "
@@ -42,14 +42,14 @@ def lcm_sigmas(model, *, steps, denoise, original_steps, timesteps="", preset=No
         )
     if preset is None:
         preset = Preset("", len(own) or steps, 1.0, 1.0, original_steps, tuple(own))
-    schedule = preset.schedule(strength=denoise, train_timesteps=train_timesteps)
+    schedule = preset.schedule(strength=denoise)
     if own:
-        _warn_off_grid(schedule, original_steps, train_timesteps)
+        _warn_off_grid(schedule, original_steps)
     return sigmas_of(model_sampling, schedule)
 
 
-def _warn_off_grid(schedule: list[int], original_steps: int, train_timesteps: int) -> None:
-    if missing := off_grid(schedule, original_steps=original_steps, train_timesteps=train_timesteps):
+def _warn_off_grid(schedule: list[int], original_steps: int) -> None:
+    if missing := off_grid(schedule, original_steps=original_steps):
         pairs = ", ".join(f"{t} (nearest {nearest})" for t, nearest in missing.items())
         logger.warning(
             "timesteps: %s: not among those an LCM of %d original steps was trained on. Used as given; for a model "

@@ -4,7 +4,7 @@ import comfy.model_sampling as host
 import torch
 
 from ...samplers.renoise import NoiseScaling, variance_exploding
-from ...samplers.schedule import sigmas_at
+from ...samplers.schedule import sigmas_at, table_entries
 
 
 def is_distilled(model_sampling) -> bool:
@@ -33,21 +33,22 @@ def trained_sigma_table(model_sampling) -> torch.Tensor:
 
 
 def sigmas_of(model_sampling, timesteps: list[int]) -> torch.Tensor:
-    """(steps + 1,) the model's noise levels at these timesteps, and a closing 0.
+    """(steps + 1,) the model's noise levels at these timesteps (0..999, whatever its table's length), and a closing 0.
 
     Raises ValueError for timesteps that a shortened table lacks: the model would be told a neighbouring one.
     """
     table = trained_sigma_table(model_sampling)
+    entries = table_entries(timesteps, len(table))
     if is_distilled(model_sampling):
         skip = model_sampling.skip_steps
-        missing = [t for t in timesteps if t % skip != skip - 1]
+        missing = [t for t, entry in zip(timesteps, entries, strict=True) if entry % skip != skip - 1]
         if missing:
             raise ValueError(
                 f"ModelSamplingDiscrete 'lcm' left this model every {skip}th timestep only ({skip - 1}, "
                 f"{2 * skip - 1}, ...), and {', '.join(map(str, missing[:4]))} is not among them. Remove that node, "
                 f"LCM Kit does not need it, or set original_steps to {len(model_sampling.sigmas)}."
             )
-    return sigmas_at(timesteps, table)
+    return sigmas_at(entries, table)
 
 
 def boundary_timesteps(model_sampling, sigmas: torch.Tensor) -> torch.Tensor | None:
