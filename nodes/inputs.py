@@ -11,11 +11,11 @@ MAX_SEED = 0xFFFFFFFFFFFFFFFF
 STEPS_TOOLTIP = "Model calls. 4 is the usual choice with an LCM-LoRA, 2 to 8 work; more than 8 rarely looks better."
 ORIGINAL_STEPS_TOOLTIP = (
     "How many timesteps the LCM was distilled on: 50 for the published LCM-LoRAs, 100 for some video models. "
-    "Steps are picked evenly from these."
+    "Steps are picked evenly from these. Means nothing for flow models (Flux, Wan, Qwen-Image, SD3 and their kin)."
 )
 DENOISE_TOOLTIP = (
-    "1 starts from pure noise. Lower keeps more of the input picture: 0.5 starts half-way down the schedule. "
-    "All steps are always run, on the part of the schedule that is left."
+    "1 starts from pure noise. Lower keeps more of the input picture: 0.5 starts half-way down the schedule; 0 returns "
+    "it as it is. All steps are run on the part of the schedule that is left, as far as it has so many."
 )
 
 

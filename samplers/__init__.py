@@ -1,7 +1,9 @@
 """LCM inference in plain torch: which noise levels to visit, and the loop that visits them.
 
 schedule     timesteps of an N-step run and their sigmas
-presets      steps, cfg, gamma and timesteps of published few-step models, by name
+times        times between picture and noise, for models that know every one (flow, continuous levels)
+preset       what a few-step model asks of its sampler, and the levels this makes
+presets      the settings of published few-step models, by name
 consistency  boundary scalings c_skip, c_out of a consistency model
 renoise      how a step returns to a noise level: the share of old and of fresh noise (gamma)
 linear_step  one step, consistency function and re-noising together, as three weights

@@ -1,49 +1,8 @@
-"""Settings that published few-step models were trained for: steps, cfg, gamma and timesteps, by name."""
+"""Settings that published few-step models were trained for, by name: data, one row each (see preset.Preset)."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 
-from .schedule import custom_timesteps, lcm_timesteps
-
-
-@dataclass(frozen=True)
-class Preset:
-    """How to sample one kind of few-step model.
-
-    steps: model calls.   cfg: guidance, 1 is none.   gamma: [0, 1], or a tuple of them, see renoise.gamma_per_step.
-    original_steps: the training grid that steps are picked from, see schedule.training_grid.
-    timesteps: instead of that, the very timesteps of a model distilled for one number of steps; () otherwise. They are
-    thousandths, whatever the length of a model's table, see schedule.table_entries.
-    source: where the settings come from.
-    """
-
-    name: str
-    steps: int
-    cfg: float
-    gamma: float | tuple[float, ...]
-    original_steps: int = 50
-    timesteps: tuple[int, ...] = ()
-    source: str = ""
-
-    def with_steps(self, steps: int) -> "Preset":
-        """This preset at another number of steps; 0 keeps its own.
-
-        Raises ValueError if the model was distilled for one number of steps only.
-        """
-        if steps in (0, self.steps):
-            return self
-        if self.timesteps:
-            raise ValueError(
-                f"steps is {steps}, but {self.name} was made for exactly {self.steps} "
-                f"({', '.join(map(str, self.timesteps))}). Set steps to 0 for its own, or load the file for {steps} steps."
-            )
-        return replace(self, steps=steps)
-
-    def schedule(self, *, strength: float = 1.0) -> list[int]:
-        """Timesteps of a run, each 0..999, strictly descending; strength as in lcm_timesteps or custom_timesteps."""
-        if self.timesteps:
-            return custom_timesteps(self.timesteps, strength=strength)
-        return lcm_timesteps(self.steps, original_steps=self.original_steps, strength=strength)
+from .preset import Preset
 
 
 def trailing_timesteps(steps: int, train_timesteps: int = 1000) -> tuple[int, ...]:
@@ -108,7 +67,7 @@ PRESETS: dict[str, Preset] = {
             1,
             1.0,
             1.0,
-            original_steps=4,
+            timesteps=trailing_timesteps(4),
             source="Sauer et al. 2023, Adversarial Diffusion Distillation, arXiv 2311.17042, and the SDXL-Turbo card",
         ),
     ]

@@ -50,15 +50,13 @@ def lcm_timesteps(
     grid = training_grid(original_steps, train_timesteps=train_timesteps)
     if steps < 1:
         raise ValueError(f"steps is {steps}; an LCM run needs at least 1 step.")
-    _check_strength(strength)
+    check_strength(strength)
     if steps > original_steps:
         raise ValueError(
             f"steps is {steps} but the LCM was distilled on original_steps = {original_steps} timesteps. "
             f"Use at most {original_steps} steps, or raise original_steps."
         )
-    # 50 * 0.58 is 28.999999999999996: a float error must not cost a grid point. 1e-4 of a point covers strengths
-    # that were float32 once, on the longest grid, and is far below any difference a person would type.
-    kept = math.floor(original_steps * strength + 1e-4)
+    kept = kept_points(original_steps, strength)
     if steps > kept:
         shorten = f"use at most {kept} steps" if kept else "no number of steps fits"
         raise ValueError(
@@ -69,6 +67,13 @@ def lcm_timesteps(
     # point in rare cases (11 * (30 / 22) is just below 15). Equal to the reference is worth more here.
     stride = kept / steps
     return [grid[kept - 1 - math.floor(i * stride)] for i in range(steps)]
+
+
+def kept_points(points: int, strength: float) -> int:
+    """How many of so many points a strength keeps, rounded down."""
+    # 50 * 0.58 is 28.999999999999996: a float error must not cost a grid point. 1e-4 of a point covers strengths
+    # that were float32 once, on the longest grid, and is far below any difference a person would type.
+    return math.floor(points * strength + 1e-4)
 
 
 def parse_timesteps(text: str) -> list[int]:
@@ -112,8 +117,8 @@ def custom_timesteps(values: Sequence[int], *, strength: float = 1.0, train_time
     rising = [f"{t} then {t_next}" for t, t_next in pairwise(timesteps) if t <= t_next]
     if rising:
         raise ValueError(f"timesteps must fall from each step to the next, but have {', '.join(rising)}.")
-    _check_strength(strength)
-    kept = math.floor(len(timesteps) * strength + 1e-4)
+    check_strength(strength)
+    kept = kept_points(len(timesteps), strength)
     if kept == 0:
         raise ValueError(
             f"denoise strength {strength:g} leaves none of the {len(timesteps)} timesteps. Raise it to at least "
@@ -178,7 +183,8 @@ def timesteps_at(sigmas: Tensor, table: Tensor) -> Tensor:
     return (log_sigmas[:, None] - log_table).abs().argmin(dim=1)
 
 
-def _check_strength(strength: float) -> None:
+def check_strength(strength: float) -> None:
+    """Raises ValueError unless it is above 0 and at most 1."""
     if not 0.0 < strength <= 1.0:  # also catches NaN
         raise ValueError(
             f"denoise strength is {strength}; it must be above 0 and at most 1 (1 ignores the input image, "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ...lora_merge.metadata.about import remarks
 from ...lora_merge.metadata.adapter_config import peft_remarks
 from ...lora_merge.recognise.identity import Identity
-from ...samplers.presets import Preset
+from ...samplers.preset import Preset
 from .bases import base_of, uncovered
 from .case import Case
 from .fit import fit, weight_of

@@ -9,7 +9,8 @@ from ...lora_merge.files.keys import unread_text
 from ...lora_merge.metadata.about import describe_metadata
 from ...lora_merge.recognise import catalogue
 from ...lora_merge.recognise.identity import Identity
-from ...samplers.presets import PRESETS, Preset
+from ...samplers.preset import Preset
+from ...samplers.presets import PRESETS
 from .case import Case
 from .identity import identity_of, preset_of
 from .weights import named, to_lora

@@ -99,6 +99,8 @@ def edit(model, source, target, latent, *, seed, steps, cfg, denoise, original_s
             "make a picture from nothing."
         )
     sigmas = lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps)
+    if len(sigmas) == 0:  # denoise 0
+        return latent
     guider = TwoPromptsGuider(model)
     guider.set_conds(source, target)
     guider.set_cfg(cfg)

@@ -13,7 +13,7 @@ import torch
 
 from ...samplers.multistep import sample_lcm
 from ...samplers.noise import StepNoise
-from ...samplers.presets import Preset
+from ...samplers.preset import Preset
 from ...samplers.renoise import parse_gammas
 from .guidance import FirstStepsGuider
 from .latents import fitted, given_out
@@ -95,17 +95,13 @@ def sample(
     preset: a Preset, which replaces steps, cfg, gamma and original_steps, or None.
     """
     sigmas = lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps, preset=preset)
+    if len(sigmas) == 0:  # denoise 0
+        return latent
     gamma = chosen_gamma(gamma, gammas, preset)
-    cfg = cfg if preset is None else preset.cfg
+    cfg = _possible_cfg(cfg if preset is None else preset.cfg, negative, cfg_steps)
     guider = FirstStepsGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg, _last_guided_sigma(sigmas, cfg_steps))
-    if negative is None and not math.isclose(cfg, 1.0) and cfg_steps != 0:
-        raise ValueError(
-            f"cfg is {cfg:g}, which compares the prompt with a negative prompt, but none is connected. Connect one, "
-            "or set cfg to 1: an LCM-LoRA has its guidance built in."
-        )
-
     return run(
         guider,
         latent,
@@ -158,6 +154,23 @@ def initial_noise(samples: torch.Tensor, seed: int, batch_indices: list[int]) ->
         packed, shapes = comfy.utils.pack_latents(samples.unbind())
         noise = comfy.sample.prepare_noise(packed, seed, batch_indices)
         return type(samples)(comfy.utils.unpack_latents(noise, shapes))
+
+
+def _possible_cfg(cfg: float, negative, cfg_steps: int) -> float:
+    """cfg, or 1 where there is no negative prompt to guide away from.
+
+    No stand-in is made up: the empty prompt needs the text encoder, which a sampler has not, and zeros in its place are
+    another prompt (of the usual models only SDXL's was trained with them).
+    """
+    if negative is not None or math.isclose(cfg, 1.0) or cfg_steps == 0:
+        return cfg
+    logger.warning(
+        "cfg is %g, but no negative prompt is connected to guide away from: cfg 1 is used, without guidance. Connect "
+        "CLIP Text Encode, its text empty, for cfg %g.",
+        cfg,
+        cfg,
+    )
+    return 1.0
 
 
 def _last_guided_sigma(sigmas: torch.Tensor, cfg_steps: int) -> float:

@@ -5,6 +5,7 @@ import torch
 
 from ...samplers.renoise import NoiseScaling, variance_exploding
 from ...samplers.schedule import sigmas_at, table_entries
+from ...samplers.times import karras_table
 
 
 def is_distilled(model_sampling) -> bool:
@@ -22,12 +23,34 @@ def sigma_table(model_sampling) -> torch.Tensor:
     return model_sampling.sigmas.detach().float().cpu()
 
 
+def is_flow(model_sampling) -> bool:
+    """True for rectified flow (Flux, Wan, Qwen-Image, SD3 and their kin): x = (1 - sigma) x0 + sigma noise."""
+    # Core's own tables end at 1 to float32's rounding, on either side of it. Those of CONST models that end higher
+    # (image to image) hold no flow's levels.
+    return isinstance(model_sampling, host.CONST) and float(model_sampling.sigma_max) < 1.001
+
+
+def is_continuous(model_sampling) -> bool:
+    """True where training had no numbered timesteps but any noise level: EDM, continuous v, Cosmos."""
+    return isinstance(model_sampling, host.ModelSamplingContinuousEDM)
+
+
+def time_table(model_sampling) -> torch.Tensor | None:
+    """(levels,) ascending levels of evenly spaced times, for a model that knows every time; None for any other.
+
+    A flow model's are its own, shift and all. A model of continuous levels has but a lowest and a highest one; between
+    them lie Karras' levels, which consistency models were trained on.
+    """
+    if is_continuous(model_sampling):
+        return karras_table(float(model_sampling.sigma_min), float(model_sampling.sigma_max))
+    return sigma_table(model_sampling) if is_flow(model_sampling) else None
+
+
 def trained_sigma_table(model_sampling) -> torch.Tensor:
     """sigma_table, or a ValueError where training had no timesteps to pick from."""
-    if isinstance(model_sampling, host.ModelSamplingContinuousEDM):
+    if is_continuous(model_sampling):
         raise ValueError(
-            "This model was trained on continuous noise levels, not on numbered timesteps, so there is no LCM "
-            "schedule for it. Use one of ComfyUI's schedulers together with LCM Multistep Sampler."
+            "This model was trained on continuous noise levels, not on numbered timesteps, which this needs."
         )
     return sigma_table(model_sampling)
 

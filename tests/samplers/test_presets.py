@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from lcm_kit.samplers.presets import PRESETS, Preset, trailing_timesteps
+from lcm_kit.samplers.preset import Preset
+from lcm_kit.samplers.presets import PRESETS, trailing_timesteps
 from lcm_kit.samplers.renoise import gamma_per_step
 from lcm_kit.samplers.schedule import lcm_timesteps
 from lcm_kit.tests.samplers.toy import diffusers

@@ -52,6 +52,13 @@ MODELS = {
     "flow": (lambda: tiny.small_model(ModelType.FLOW), IMAGE),
     "flow, 10000 levels": (lambda: tiny.small_model(ModelType.FLUX), IMAGE),
     "flow of videos": (tiny.tiny_video_model, VIDEO),
+    "EDM": (lambda: tiny.small_model(ModelType.EDM), IMAGE),
+    "v, continuous": (lambda: tiny.small_model(ModelType.V_PREDICTION_CONTINUOUS), IMAGE),
+    "v, EDM up to 700": (
+        lambda: tiny.small_model(ModelType.V_PREDICTION_EDM, sampling_settings={"sigma_max": 700.0}),
+        IMAGE,
+    ),
+    "flow, Cosmos": (lambda: tiny.small_model(ModelType.FLOW_COSMOS, sampling_settings={"sigma_max": 80.0}), IMAGE),
 }
 EVERY_MODEL = pytest.mark.parametrize("kind", MODELS)
 
