@@ -17,7 +17,8 @@ class LCMScheduler(Node):
             display_name="LCM Scheduler",
             category=CATEGORY,
             description="The noise levels an LCM was trained on, read from the model's own table: 4 steps are the "
-            "timesteps 999, 759, 499 and 259. The model is not changed.",
+            "timesteps 999, 759, 499 and 259; of a flow model evenly spaced times through its shift. The model is not "
+            "changed.",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The model that will be sampled; only its table of noise levels is read."
@@ -29,8 +30,8 @@ class LCMScheduler(Node):
                     "timesteps",
                     default="",
                     placeholder="999, 759, 499, 259",
-                    tooltip="Your own timesteps, highest first, separated by commas; they replace steps and "
-                    "original_steps. Empty uses the LCM schedule. With denoise below 1 the last of them are run.",
+                    tooltip="Your own timesteps, 0 to 999 on every model, highest first, separated by commas; they replace "
+                    "steps and original_steps. Empty uses the LCM schedule. With denoise below 1 the last of them are run.",
                     advanced=True,
                 ),
                 preset_input("steps and original_steps"),
@@ -60,8 +61,9 @@ class LCMPreset(Node):
             node_id="LCMKitPreset",
             display_name="LCM Preset",
             category=CATEGORY,
-            description="Steps, cfg, gamma and timesteps that a published few-step model was made for: LCM, TCD, DMD2, "
-            "Hyper-SD, Lightning, PCM, TDD, Turbo. For LCM KSampler, LCM Scheduler and LCM Multistep Sampler.",
+            description="Steps, cfg, gamma and noise levels that a published few-step model was made for: LCM, DMD2, "
+            "Hyper-SD, Lightning and others of Stable Diffusion; lightx2v, Qwen-Image-Lightning, Z-Image-Turbo, Flux, LTX-2 "
+            "and others of flow models. For LCM KSampler, LCM Scheduler and LCM Multistep Sampler.",
             inputs=[
                 io.Combo.Input(
                     "name",
@@ -84,7 +86,10 @@ class LCMPreset(Node):
                 io.Float.Output(display_name="cfg", tooltip="For samplers that take no preset."),
                 io.String.Output(display_name="report", tooltip="The settings and where they come from."),
             ],
-            search_aliases=["tcd", "dmd2", "hyper-sd", "lightning", "pcm", "tdd", "turbo", "settings"],
+            search_aliases=[
+                *("tcd", "dmd2", "hyper-sd", "lightning", "pcm", "tdd", "turbo", "settings"),
+                *("lightx2v", "wan", "qwen", "z-image", "flux", "ltx", "schnell", "klein", "rcm", "hidream"),
+            ],
         )
 
     @classmethod

@@ -4,11 +4,11 @@ import logging
 
 import torch
 
-from ...samplers.preset import Preset
+from ...samplers.preset import Preset, needs_in_words, settings_in_words
 from ...samplers.presets import PRESETS
 from ...samplers.schedule import custom_timesteps, off_grid, parse_timesteps
 from ...samplers.times import shift_of
-from .tables import is_flow, sigmas_of, time_table
+from .tables import is_cosmos, is_flow, sigmas_of, time_table
 
 logger = logging.getLogger(__name__)
 
@@ -19,11 +19,14 @@ SHIFT_TOLERANCE = 0.01
 def preset_named(name: str, steps: int) -> tuple[Preset, str]:
     """(preset, what it says in words). steps: 0 for the preset's own."""
     preset = PRESETS[name].with_steps(steps)
-    gamma = ", ".join(f"{value:g}" for value in (preset.gamma if isinstance(preset.gamma, tuple) else [preset.gamma]))
-    grid = f"{preset.original_steps} original steps"
-    return preset, (
-        f"{preset.name}: {preset.steps} steps, cfg {preset.cfg:g}, gamma {gamma}, "
-        f"{'timesteps ' + ', '.join(map(str, preset.timesteps)) if preset.timesteps else grid}.\nFrom {preset.source}."
+    needs = "; ".join(needs_in_words(preset))
+    return preset, "\n".join(
+        [
+            f"{preset.name}: {settings_in_words(preset)}.",
+            *([f"It also asks for: {needs}."] if needs else []),
+            f"Made for {preset.models}; there sampled with {preset.sampler}.",
+            f"From {preset.source}, {preset.date}.",
+        ]
     )
 
 
@@ -62,17 +65,28 @@ def lcm_sigmas(model, *, steps, denoise, original_steps, timesteps="", preset=No
 
 def _of_preset(model_sampling, preset: Preset, denoise: float) -> torch.Tensor:
     table = time_table(model_sampling)
-    if preset.flow and (table is None or not is_flow(model_sampling)):
-        raise ValueError(
-            f"The preset {preset.name} is for flow models{f' ({preset.models})' if preset.models else ''}, and this "
-            f"model is none: its noise levels reach {float(model_sampling.sigma_max):.4g}, not 1. Choose the preset of "
-            "this model's own few-step file."
-        )
+    if preset.flow and not is_flow(model_sampling):
+        return _flow_preset_elsewhere(model_sampling, preset, denoise)
     if table is None:
         return sigmas_of(model_sampling, preset.schedule(strength=denoise))
     if preset.shift is not None:
         _warn_of_shift(model_sampling, preset, shift_of(table))
     return preset.levels(table, strength=denoise)
+
+
+def _flow_preset_elsewhere(model_sampling, preset: Preset, denoise: float) -> torch.Tensor:
+    """Of Cosmos, whose sigma is a flow's sigma / (1 - sigma): listed levels, if it knows the first. Else a ValueError."""
+    table = time_table(model_sampling)
+    if is_cosmos(model_sampling) and preset.sigmas:
+        flow_table = table / (1.0 + table)
+        if preset.sigmas[0] <= float(flow_table[-1]) + 1e-4:
+            levels = preset.levels(flow_table, strength=denoise)
+            return levels / (1.0 - levels)
+    raise ValueError(
+        f"The preset {preset.name} is for flow models ({preset.models or 'noise levels up to 1'}), and this model is none: "
+        f"its noise levels reach {float(model_sampling.sigma_max):.4g}. Choose the preset of this model's own few-step "
+        "file."
+    )
 
 
 def _warn_of_shift(model_sampling, preset: Preset, found: float) -> None:

@@ -35,6 +35,11 @@ def is_continuous(model_sampling) -> bool:
     return isinstance(model_sampling, host.ModelSamplingContinuousEDM)
 
 
+def is_cosmos(model_sampling) -> bool:
+    """True for NVIDIA's Cosmos: a flow whose levels are told as noise over picture, sigma / (1 - sigma) of the usual."""
+    return isinstance(model_sampling, host.ModelSamplingCosmosRFlow)
+
+
 def time_table(model_sampling) -> torch.Tensor | None:
     """(levels,) ascending levels of evenly spaced times, for a model that knows every time; None for any other.
 

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import comfy.model_base
 import comfy.samplers
-import comfy.supported_models_base
 import pytest
 import torch
 from comfy.k_diffusion.sampling import get_sigmas_karras
@@ -15,30 +14,9 @@ from comfy.model_base import ModelType
 from lcm_kit.nodes.scheduling import LCMPreset, LCMScheduler
 from lcm_kit.samplers.presets import PRESETS
 from lcm_kit.tests.samplers.toy import diffusers
+from lcm_kit.tests.with_comfyui.sampled import Sampled, shifted
 
 STEPPED = [name for name, preset in PRESETS.items() if preset.timesteps]
-
-
-class Sampled:
-    """A MODEL of which nothing but model_sampling is asked: the door wants clone, get_model_object and add_patches."""
-
-    def __init__(self, model_type, settings):
-        config = comfy.supported_models_base.BASE({})
-        config.sampling_settings = settings
-        self.model_sampling = comfy.model_base.model_sampling(config, model_type)
-
-    def clone(self):
-        raise NotImplementedError
-
-    add_patches = clone
-
-    def get_model_object(self, name):
-        assert name == "model_sampling"
-        return self.model_sampling
-
-
-def shifted(shift, times):
-    return [shift * t / (1 + (shift - 1) * t) for t in times]
 
 
 def published(timesteps):
