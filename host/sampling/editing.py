@@ -14,7 +14,8 @@ import torch
 from ...samplers.editing import edit_ddcm
 from ...samplers.noise import StepNoise
 from .guidance import FirstStepsGuider
-from .sampling import lcm_sigmas, run
+from .runs import run
+from .sampling import lcm_sigmas
 from .tables import forward_process
 
 # Which prompt a prediction is for; rides in the model_options, which ComfyUI hands through to the guider.

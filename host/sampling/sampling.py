@@ -2,13 +2,10 @@
 
 import logging
 import math
-from collections.abc import Callable
 
 import comfy.model_management
-import comfy.sample
 import comfy.samplers
 import comfy.utils
-import latent_preview
 import torch
 
 from ...samplers.multistep import sample_lcm
@@ -17,7 +14,7 @@ from ...samplers.presets import PRESETS, Preset
 from ...samplers.renoise import parse_gammas
 from ...samplers.schedule import off_grid, parse_timesteps
 from .guidance import FirstStepsGuider
-from .latents import fitted, given_out
+from .runs import run
 from .tables import boundary_timesteps, forward_process, sigma_table, sigmas_of, trained_sigma_table
 
 logger = logging.getLogger(__name__)
@@ -164,64 +161,7 @@ def sample(
     )
 
 
-def run(
-    guider,
-    latent: dict,
-    sigmas: torch.Tensor,
-    sampler_for: Callable[[list[int]], comfy.samplers.Sampler],
-    *,
-    seed: int,
-    calls: int,
-) -> dict:
-    """A LATENT sampled as ComfyUI's own nodes do it, with previews and a progress bar of so many calls.
-
-    sampler_for: batch indices of the images -> the sampler.
-    """
-    model = guider.model_patcher
-    latent = fitted(model, latent)
-    indices = batch_indices_of(latent)
-    samples = guider.sample(
-        initial_noise(latent["samples"], seed, indices),
-        latent["samples"],
-        sampler_for(indices),
-        sigmas,
-        denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, calls),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-    )
-    return given_out(latent, samples)
-
-
-def initial_noise(samples: torch.Tensor, seed: int, batch_indices: list[int]) -> torch.Tensor:
-    """Core's initial noise, drawn image by image: what is drawn at once differs where an image's size is no
-    multiple of 16. torch's own generator is left as it was, which core's function reseeds.
-
-    The parts of a nested latent are drawn as one, as they are sampled. Core draws one part for all images, then the
-    next: how many images there are would change the second.
-    """
-    with torch.random.fork_rng(devices=[]):
-        if not samples.is_nested:
-            return comfy.sample.prepare_noise(samples, seed, batch_indices)
-        packed, shapes = comfy.utils.pack_latents(samples.unbind())
-        noise = comfy.sample.prepare_noise(packed, seed, batch_indices)
-        return type(samples)(comfy.utils.unpack_latents(noise, shapes))
-
-
 def _last_guided_sigma(sigmas: torch.Tensor, cfg_steps: int) -> float:
     if cfg_steps == 0:
         return math.inf
     return 0.0 if cfg_steps < 0 or cfg_steps >= len(sigmas) else float(sigmas[cfg_steps - 1])
-
-
-def batch_indices_of(latent: dict) -> list[int]:
-    count = latent["samples"].shape[0]
-    indices = latent.get("batch_index")
-    if indices is None:
-        return list(range(count))
-    if len(indices) != count:
-        logger.warning(
-            "The latent has %d images but %d batch indices; its noise is numbered from 0 instead.", count, len(indices)
-        )
-        return list(range(count))
-    return [int(index) for index in indices]

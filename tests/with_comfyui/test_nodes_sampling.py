@@ -228,7 +228,7 @@ def test_an_image_of_a_batch_is_the_image_made_alone(height, width):
 
 def test_the_noise_of_an_image_is_the_same_to_the_bit_alone_and_in_a_batch():
     """Also where an image's size is no multiple of 16, for which torch draws a batch differently at once."""
-    from lcm_kit.host.sampling.sampling import initial_noise
+    from lcm_kit.host.sampling.runs import initial_noise
 
     together = initial_noise(torch.zeros(3, 4, 5, 5), SEED, [0, 1, 2])
     for index in range(3):
@@ -236,7 +236,7 @@ def test_the_noise_of_an_image_is_the_same_to_the_bit_alone_and_in_a_batch():
 
 
 def test_initial_noise_is_cores_own():
-    from lcm_kit.host.sampling.sampling import initial_noise
+    from lcm_kit.host.sampling.runs import initial_noise
 
     samples = torch.zeros(3, 4, 8, 8)
     assert torch.equal(initial_noise(samples, SEED, [0, 1, 2]), comfy.sample.prepare_noise(samples, SEED))

@@ -21,7 +21,7 @@ from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras import nodes_model_advanced
 from nodes import SetLatentNoiseMask
 
-from lcm_kit.host.sampling.sampling import initial_noise
+from lcm_kit.host.sampling.runs import initial_noise
 from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler, LCMScheduler
 from lcm_kit.samplers.noise import StepNoise
 from lcm_kit.tests.with_comfyui import tiny
