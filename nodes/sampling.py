@@ -141,21 +141,29 @@ class LCMSampler(Node):
             inputs=[
                 io.Float.Input("gamma", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=GAMMA_TOOLTIP),
                 inputs.seed(
-                    "Seed of the noise added between steps; -1 takes the seed of the noise input. Images of a "
-                    "batch count from 0 here, because ComfyUI does not hand a latent's batch index to samplers; "
+                    "Seed of the noise added between steps; -1 takes the seed of the noise input. A run in parts is the "
+                    "undivided run if this is the same in all of them; where DisableNoise follows, which has no seed, set "
+                    "it. Images of a batch count from 0 here, because ComfyUI does not hand a latent's batch index to samplers; "
                     "LCM KSampler keeps it.",
                     lowest=-1,
                 ),
                 gammas_input(),
                 preset_input("gamma"),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip="For a run in parts (SplitSigmas): the whole schedule, as it was before the split, so that "
+                    "gammas counts its steps in every part. Not needed where one gamma holds for all steps.",
+                ),
             ],
             outputs=[io.Sampler.Output(display_name="SAMPLER")],
             search_aliases=["lcm", "latent consistency", "tcd", "stochastic"],
         )
 
     @classmethod
-    def execute(cls, gamma, seed, gammas="", preset=None) -> io.NodeOutput:
-        return io.NodeOutput(sampling.lcm_sampler(gamma=sampling.chosen_gamma(gamma, gammas, preset), seed=seed))
+    def execute(cls, gamma, seed, gammas="", preset=None, sigmas=None) -> io.NodeOutput:
+        gamma = sampling.chosen_gamma(gamma, gammas, preset)
+        return io.NodeOutput(sampling.lcm_sampler(gamma=gamma, seed=seed, schedule=sigmas))
 
 
 class LCMScheduler(Node):

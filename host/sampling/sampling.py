@@ -3,19 +3,14 @@
 import logging
 import math
 
-import comfy.model_management
-import comfy.samplers
-import comfy.utils
 import torch
 
-from ...samplers.multistep import sample_lcm
-from ...samplers.noise import StepNoise
 from ...samplers.presets import PRESETS, Preset
-from ...samplers.renoise import parse_gammas
 from ...samplers.schedule import off_grid, parse_timesteps
 from .guidance import FirstStepsGuider
 from .runs import run
-from .tables import boundary_timesteps, forward_process, sigma_table, sigmas_of, trained_sigma_table
+from .sampler import chosen_gamma, lcm_sampler
+from .tables import sigmas_of, trained_sigma_table
 
 logger = logging.getLogger(__name__)
 
@@ -68,57 +63,6 @@ def _warn_off_grid(schedule: list[int], original_steps: int, train_timesteps: in
         )
 
 
-def lcm_sampler(*, gamma, seed, batch_indices=None) -> comfy.samplers.KSAMPLER:
-    """A SAMPLER.
-
-    gamma: a number, or one for each step.   seed: of the step noise, -1 for the noise input's.
-    batch_indices: (b,), None counts from 0.
-    """
-    return comfy.samplers.KSAMPLER(
-        _sample_function, {"gamma": gamma, "noise_seed": seed, "batch_indices": batch_indices}
-    )
-
-
-def chosen_gamma(gamma: float, gammas: str, preset: Preset | None):
-    """What holds of the three: the text of gammas if it is not blank, else the preset's, else the number."""
-    return parse_gammas(gammas) or (gamma if preset is None else preset.gamma)
-
-
-def _sample_function(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, *, gamma, noise_seed, batch_indices
-):
-    """k-diffusion's protocol as ComfyUI calls it; model is its KSamplerX0Inpaint around a guider."""
-    extra_args = extra_args or {}
-    model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
-    if noise_seed < 0:
-        noise_seed = extra_args.get("seed") or 0
-
-    # Boundary scalings blend a little of the noisy latent in, 7e-6 at most. What a mask keeps must stay as it is.
-    masked = extra_args.get("denoise_mask") is not None
-    timesteps = None if masked else boundary_timesteps(model_sampling, sigmas)
-
-    def after_step(info):
-        # The server's progress hook raises too, but only where a progress bar is attached.
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if callback is not None:
-            callback(info)
-
-    return sample_lcm(
-        model,
-        x,
-        sigmas,
-        extra_args=extra_args,
-        callback=after_step,
-        disable=disable,
-        noise=StepNoise(noise_seed, batch_indices),
-        gamma=gamma,
-        timesteps=timesteps,
-        table=sigma_table(model_sampling),
-        noise_scaling=forward_process(model_sampling),
-        trange=comfy.utils.model_trange,
-    )
-
-
 def sample(
     model,
     positive,
@@ -155,7 +99,7 @@ def sample(
         guider,
         latent,
         sigmas,
-        lambda indices: lcm_sampler(gamma=gamma, seed=seed, batch_indices=indices),
+        lambda indices: lcm_sampler(gamma=gamma, seed=seed, batch_indices=indices, schedule=sigmas),
         seed=seed,
         calls=len(sigmas) - 1,
     )

@@ -1,10 +1,14 @@
 """Runs of the sampling nodes with their defaults, for tests: whole in LCM KSampler, in parts, and by core."""
 
+import comfy.samplers
 import torch
+from comfy.k_diffusion import sampling as core
 from comfy_extras import nodes_custom_sampler as custom
 
+from lcm_kit.host.sampling.tables import sigma_table
 from lcm_kit.nodes.editing import LCMEdit
 from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler, LCMScheduler
+from lcm_kit.samplers.noise import StepNoise, level_numbers
 from lcm_kit.tests.with_comfyui import tiny
 
 SEED = 5
@@ -64,6 +68,20 @@ def edited(model, latent, **changed):
         "keep": 0.0,
     }
     return LCMEdit.execute(model=model, latent_image=latent, **inputs | changed).result[0]["samples"]
+
+
+def cores_sampler(seed=SEED):
+    """Core's "lcm" with our noise between the steps."""
+
+    def sample(model, x, sigmas, **arguments):
+        table, noise = sigma_table(model.inner_model.model_patcher.get_model_object("model_sampling")), StepNoise(seed)
+
+        def noise_sampler(sigma, sigma_next):
+            return noise(*level_numbers(sigma_next[None], table), x)
+
+        return core.sample_lcm(model, x, sigmas, noise_sampler=noise_sampler, **arguments)
+
+    return comfy.samplers.KSAMPLER(sample)
 
 
 def relative(a, b):

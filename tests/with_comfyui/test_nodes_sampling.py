@@ -12,7 +12,7 @@ from comfy_extras import nodes_latent, nodes_model_advanced
 from nodes import LatentFromBatch, SetLatentNoiseMask
 
 from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler, LCMScheduler
-from lcm_kit.samplers.noise import StepNoise
+from lcm_kit.samplers.noise import StepNoise, level_numbers
 from lcm_kit.tests.with_comfyui import tiny
 
 STEP_COUNTS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 25, 50]
@@ -135,13 +135,14 @@ def diffusers_lcm(model, prediction_type, steps, noise, strength=1.0, image=None
     scheduler = scheduling_lcm.LCMScheduler(prediction_type=prediction_type, **config)
     scheduler.set_timesteps(steps, strength=strength)
     context = tiny.cond(1)[0][0].expand(noise.shape[0], -1, -1)
-    step_noise = StepNoise(SEED)
+    step_noise, table = StepNoise(SEED), model.get_model_object("model_sampling").sigmas
+    levels = [*level_numbers(table[scheduler.timesteps[1:]], table), 0]
     x = noise
     if image is not None:
         x = scheduler.add_noise(model.model.process_latent_in(image), noise, scheduler.timesteps[:1])
     with pytest.MonkeyPatch.context() as patch:
         for step, t in enumerate(scheduler.timesteps):
-            drawn = step_noise(step, noise)
+            drawn = step_noise(levels[step], noise)
             patch.setattr(scheduling_lcm, "randn_tensor", lambda *args, drawn=drawn, **kwargs: drawn)
             times = torch.full((noise.shape[0],), float(t))
             x, denoised = scheduler.step(

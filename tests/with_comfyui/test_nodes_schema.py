@@ -53,7 +53,7 @@ CONTRACT = {
     "LCMKitSampler": (
         "LCM Multistep Sampler",
         [("gamma", "FLOAT", 1.0), ("seed", "INT", -1)],
-        [("gammas", "STRING", ""), ("preset", "LCM_PRESET", None)],
+        [("gammas", "STRING", ""), ("preset", "LCM_PRESET", None), ("sigmas", "SIGMAS", None)],
         ["SAMPLER"],
     ),
     "LCMKitPreset": (
