@@ -105,9 +105,8 @@ def edit(model, source, target, latent, *, seed, steps, cfg, denoise, original_s
     guider.set_conds(source, target)
     guider.set_cfg(cfg)
     return run(
-        guider,
+        [(guider, sigmas)],
         latent,
-        sigmas,
         lambda indices: EditSampler(seed, indices, keep),
         seed=seed,
         calls=2 * (len(sigmas) - 1),

@@ -1,6 +1,7 @@
 """The LCM sampler as a SAMPLER of ComfyUI: what it is asked for, and what it finds out about the run that it is in."""
 
 import logging
+from dataclasses import dataclass
 
 import comfy.model_management
 import comfy.samplers
@@ -16,18 +17,36 @@ from .tables import boundary_timesteps, forward_process, sigma_table
 logger = logging.getLogger(__name__)
 
 
-def lcm_sampler(*, gamma, seed, batch_indices=None, schedule=None) -> comfy.samplers.KSAMPLER:
+def lcm_sampler(*, gamma, seed, batch_indices=None, schedule=None, relay=None) -> comfy.samplers.KSAMPLER:
     """A SAMPLER.
 
     gamma: a number, or one for each step.   seed: of the step noise, -1 for the noise input's.
     batch_indices: (b,), None counts from 0.
     schedule: (steps + 1,) all levels of a run that may be made in parts; step numbers count in it. None: every call is
-    a run of its own.
+    a run of its own.   relay: between the stages of one run, or None.
     """
     return comfy.samplers.KSAMPLER(
         _sample_function,
-        {"gamma": gamma, "noise_seed": seed, "batch_indices": batch_indices, "schedule": schedule},
+        {
+            "gamma": gamma,
+            "noise_seed": seed,
+            "batch_indices": batch_indices,
+            "schedule": schedule,
+            "relay": relay,
+        },
     )
+
+
+@dataclass
+class Relay:
+    """What a stage of a run leaves for the next, whose model is another.
+
+    x: the noisy latent as models see it, so that it is handed on to the bit; None before the first stage.
+    table: of the first stage's model. Levels are numbered by one table in the whole run, or a number could come twice.
+    """
+
+    x: torch.Tensor | None = None
+    table: torch.Tensor | None = None
 
 
 def chosen_gamma(gamma: float, gammas: str, preset: Preset | None):
@@ -36,7 +55,7 @@ def chosen_gamma(gamma: float, gammas: str, preset: Preset | None):
 
 
 def _sample_function(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, *, gamma, noise_seed, batch_indices, schedule
+    model, x, sigmas, extra_args=None, callback=None, disable=None, *, gamma, noise_seed, batch_indices, schedule, relay
 ):
     """k-diffusion's protocol as ComfyUI calls it; model is its KSamplerX0Inpaint around a guider."""
     extra_args = extra_args or {}
@@ -53,7 +72,11 @@ def _sample_function(
         if callback is not None:
             callback(info)
 
-    return sample_lcm(
+    table = sigma_table(model_sampling)
+    if relay is not None and relay.x is not None:
+        x, table = relay.x.to(x), relay.table
+
+    result = sample_lcm(
         model,
         x,
         sigmas,
@@ -63,10 +86,13 @@ def _sample_function(
         noise=StepNoise(part.seed(noise_seed, extra_args.get("seed"), gamma), batch_indices),
         gamma=part.gamma(gamma),
         timesteps=timesteps,
-        table=sigma_table(model_sampling),
+        table=table,
         noise_scaling=forward_process(model_sampling),
         trange=comfy.utils.model_trange,
     )
+    if relay is not None:
+        relay.x, relay.table = result, table
+    return result
 
 
 class Part:

@@ -7,9 +7,11 @@ import torch
 
 from ...samplers.presets import PRESETS, Preset
 from ...samplers.schedule import off_grid, parse_timesteps
+from .experts import staged
 from .guidance import FirstStepsGuider
-from .runs import run
-from .sampler import chosen_gamma, lcm_sampler
+from .latents import fitted, given_out
+from .runs import WHOLE, run
+from .sampler import Relay, chosen_gamma, lcm_sampler
 from .tables import sigmas_of, trained_sigma_table
 
 logger = logging.getLogger(__name__)
@@ -78,30 +80,48 @@ def sample(
     original_steps,
     gammas="",
     preset=None,
+    section=WHOLE,
+    experts=None,
 ) -> dict:
     """A LATENT, sampled. Image k of a batch is the image made alone with batch index k.
 
     preset: a Preset, which replaces steps, cfg, gamma and original_steps, or None.
+    section: the steps of the schedule that are run.
+    experts: (MODEL, boundary) of the model for the levels below the boundary, or None; see experts.high_steps.
+    Where no step is left to run, the latent as it is.
     """
-    sigmas = lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps, preset=preset)
+    schedule = lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps, preset=preset)
     gamma = chosen_gamma(gamma, gammas, preset)
     cfg = cfg if preset is None else preset.cfg
-    guider = FirstStepsGuider(model)
-    guider.set_conds(positive, negative)
-    guider.set_cfg(cfg, _last_guided_sigma(sigmas, cfg_steps))
     if negative is None and not math.isclose(cfg, 1.0) and cfg_steps != 0:
         raise ValueError(
             f"cfg is {cfg:g}, which compares the prompt with a negative prompt, but none is connected. Connect one, "
             "or set cfg to 1: an LCM-LoRA has its guidance built in."
         )
 
+    def guider(patcher):
+        made = FirstStepsGuider(patcher)
+        made.set_conds(positive, negative)
+        made.set_cfg(cfg, _last_guided_sigma(schedule, cfg_steps))
+        return made
+
+    sigmas = section.of(schedule)
+    if len(sigmas) < 2:
+        logger.warning(
+            "LCM KSampler: no step from %d on and before %d in a run of %d; the latent is given on as it came.",
+            section.start, section.end, len(schedule) - 1,
+        )  # fmt: skip
+        fit = fitted(model, latent)
+        return given_out(fit, fit["samples"])
+    stages = [(guider(patcher), levels) for patcher, levels in staged(model, experts, sigmas)]
+    relay = Relay() if len(stages) > 1 else None
     return run(
-        guider,
+        stages,
         latent,
-        sigmas,
-        lambda indices: lcm_sampler(gamma=gamma, seed=seed, batch_indices=indices, schedule=sigmas),
+        lambda indices: lcm_sampler(gamma=gamma, seed=seed, batch_indices=indices, schedule=schedule, relay=relay),
         seed=seed,
         calls=len(sigmas) - 1,
+        add_noise=section.add_noise,
     )
 
 
