@@ -212,8 +212,7 @@ class LCMSampler(Node):
                 inputs.seed(
                     "Seed of the noise added between steps; -1 takes the seed of the noise input. A run in parts is the "
                     "undivided run if this is the same in all of them; where DisableNoise follows, which has no seed, set "
-                    "it. Images of a batch count from 0 here, because ComfyUI does not hand a latent's batch index to samplers; "
-                    "LCM KSampler keeps it.",
+                    "it. An image of a batch keeps its noise alone, as in LCM KSampler.",
                     lowest=-1,
                 ),
                 gammas_input(),

@@ -12,6 +12,7 @@ from ...samplers.multistep import sample_lcm
 from ...samplers.noise import StepNoise
 from ...samplers.presets import Preset
 from ...samplers.renoise import gammas_of_part, parse_gammas
+from .batch import indices_by_noise
 from .tables import boundary_timesteps, forward_process, sigma_table
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ def lcm_sampler(*, gamma, seed, batch_indices=None, schedule=None, relay=None) -
     """A SAMPLER.
 
     gamma: a number, or one for each step.   seed: of the step noise, -1 for the noise input's.
-    batch_indices: (b,), None counts from 0.
+    batch_indices: (b,), None takes those that the initial noise is of, see batch.indices_by_noise.
     schedule: (steps + 1,) all levels of a run that may be made in parts; step numbers count in it. None: every call is
     a run of its own.   relay: between the stages of one run, or None.
     """
@@ -61,6 +62,9 @@ def _sample_function(
     extra_args = extra_args or {}
     model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
     part = Part(model, sigmas, schedule)
+    if batch_indices is None:
+        noise, latent = getattr(model, "noise", None), getattr(model, "latent_image", x)
+        batch_indices = indices_by_noise(noise, latent, extra_args.get("seed"))
 
     # Boundary scalings blend a little of the noisy latent in, 7e-6 at most. What a mask keeps must stay as it is.
     masked = extra_args.get("denoise_mask") is not None
