@@ -4,6 +4,9 @@ from comfy_api.latest import io
 
 from ..host.door.node import Node
 from ..host.sampling import sampling
+from ..host.sampling.experts import WAN_BOUNDARY
+from ..host.sampling.runs import Section
+from ..samplers.schedule import MOST_STEPS
 from . import inputs
 
 CATEGORY = "LCM Kit/sampling"
@@ -33,6 +36,46 @@ def preset_input(replaces: str):
         optional=True,
         tooltip=f"From LCM Preset or LCM-LoRA Loader: settings that the model was made for. Replaces {replaces}.",
     )
+
+
+def section_inputs() -> list:
+    """What core's KSamplerAdvanced calls by the same names."""
+    return [
+        io.Int.Input(
+            "start_at_step",
+            default=0,
+            min=0,
+            max=MOST_STEPS,
+            optional=True,
+            advanced=True,
+            tooltip="The first step that is run, counted from 0. The steps before it are those of another LCM KSampler, "
+            "with the same steps and seed, that ended there and left its noise.",
+        ),
+        io.Int.Input(
+            "end_at_step",
+            default=MOST_STEPS,
+            min=0,
+            max=MOST_STEPS,
+            optional=True,
+            advanced=True,
+            tooltip="Steps before this one are run; a number above all steps runs to the end.",
+        ),
+        io.Boolean.Input(
+            "add_noise",
+            default=True,
+            optional=True,
+            advanced=True,
+            tooltip="Off for a latent that comes with the noise of the step it starts from, left by the sampler before.",
+        ),
+        io.Boolean.Input(
+            "return_with_leftover_noise",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="On where another sampler goes on at end_at_step: the latent keeps the noise of that level. Off ends "
+            "in a picture.",
+        ),
+    ]
 
 
 class LCMKSampler(Node):
@@ -88,6 +131,24 @@ class LCMKSampler(Node):
                 inputs.original_steps(advanced=True),
                 gammas_input(),
                 preset_input("steps, cfg, gamma and original_steps"),
+                *section_inputs(),
+                io.Model.Input(
+                    "model_low",
+                    optional=True,
+                    tooltip="A second model for the noise levels below the boundary: the low-noise expert of Wan 2.2, or a "
+                    "refiner. It goes on where the first stops, in one run; only one of the two has to be in memory.",
+                ),
+                io.Float.Input(
+                    "boundary",
+                    default=WAN_BOUNDARY,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where model_low takes over: steps that start below this share of the highest time are its own. "
+                    "Wan 2.2 has 0.875 for text to video and 0.9 for image to video.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The finished latent, for VAE Decode.")],
             search_aliases=["lcm", "latent consistency", "few step sampler", "turbo"],
@@ -109,6 +170,12 @@ class LCMKSampler(Node):
         negative=None,
         gammas="",
         preset=None,
+        start_at_step=0,
+        end_at_step=MOST_STEPS,
+        add_noise=True,
+        return_with_leftover_noise=False,
+        model_low=None,
+        boundary=WAN_BOUNDARY,
     ) -> io.NodeOutput:
         return io.NodeOutput(
             sampling.sample(
@@ -125,6 +192,8 @@ class LCMKSampler(Node):
                 original_steps=original_steps,
                 gammas=gammas,
                 preset=preset,
+                section=Section(start_at_step, end_at_step, add_noise, return_with_leftover_noise),
+                experts=None if model_low is None else (model_low, boundary),
             )
         )
 
@@ -140,18 +209,25 @@ class LCMSampler(Node):
             inputs=[
                 io.Float.Input("gamma", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=GAMMA_TOOLTIP),
                 inputs.seed(
-                    "Seed of the noise added between steps; -1 takes the seed of the noise input. Images of a "
-                    "batch count from 0 here, because ComfyUI does not hand a latent's batch index to samplers; "
-                    "LCM KSampler keeps it.",
+                    "Seed of the noise added between steps; -1 takes the seed of the noise input. A run in parts is the "
+                    "undivided run if this is the same in all of them; where DisableNoise follows, which has no seed, set "
+                    "it. An image of a batch keeps its noise alone, as in LCM KSampler.",
                     lowest=-1,
                 ),
                 gammas_input(),
                 preset_input("gamma"),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip="For a run in parts (SplitSigmas): the whole schedule, as it was before the split, so that "
+                    "gammas counts its steps in every part. Not needed where one gamma holds for all steps.",
+                ),
             ],
             outputs=[io.Sampler.Output(display_name="SAMPLER")],
             search_aliases=["lcm", "latent consistency", "tcd", "stochastic"],
         )
 
     @classmethod
-    def execute(cls, gamma, seed, gammas="", preset=None) -> io.NodeOutput:
-        return io.NodeOutput(sampling.lcm_sampler(gamma=sampling.chosen_gamma(gamma, gammas, preset), seed=seed))
+    def execute(cls, gamma, seed, gammas="", preset=None, sigmas=None) -> io.NodeOutput:
+        gamma = sampling.chosen_gamma(gamma, gammas, preset)
+        return io.NodeOutput(sampling.lcm_sampler(gamma=gamma, seed=seed, schedule=sigmas))

@@ -12,7 +12,7 @@ multistep    the sampling loop, k-diffusion's calling protocol
 guidance     the embedding that tells a full LCM its guidance
 attention_guidance  a negative prompt in attention, without a second model call (NAG)
 limits       x0 after guidance, kept within the range that it has without
-noise        fresh noise that depends on seed, batch index and step only
+noise        fresh noise that depends on seed, batch index and noise level only
 
 Words used throughout. timestep: index of a training noise level, 0..999, integer. sigma: noise level, standard
 deviation of the noise in a latent x = x0 + sigma * eps. table: the ascending sigmas of all training timesteps.

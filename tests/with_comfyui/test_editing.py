@@ -15,7 +15,7 @@ from nodes import ConditioningSetArea, LatentFromBatch, SetLatentNoiseMask
 
 from lcm_kit.nodes.editing import LCMEdit
 from lcm_kit.nodes.sampling import LCMKSampler
-from lcm_kit.samplers.noise import StepNoise
+from lcm_kit.samplers.noise import StepNoise, level_numbers
 from lcm_kit.samplers.schedule import lcm_timesteps
 from lcm_kit.tests.with_comfyui import tiny
 
@@ -78,8 +78,9 @@ def test_is_the_picture_and_the_difference_of_two_predictions(model_type, steps,
         return model.model.apply_model(x, sigma.expand(2), c_crossattn=cond[0][0].expand(2, -1, -1))
 
     edited = picture
-    for step, timestep in enumerate(timesteps):
-        sigma, noise = sampling.sigmas[timestep], StepNoise(SEED)(step, picture)
+    for timestep in timesteps:
+        sigma = sampling.sigmas[timestep]
+        noise = StepNoise(SEED)(*level_numbers(sigma[None], sampling.sigmas), picture)
         x = sampling.noise_scaling(sigma, noise, edited)
         plain = predicted(x, sigma, CAT)
         target = plain + cfg * (predicted(x, sigma, DOG) - plain)
@@ -97,7 +98,7 @@ def test_a_lora_hook_on_the_target_acts_on_the_target_alone():
     patched.patch_model()
     sigma = model.get_model_object("model_sampling").sigmas[999]
     picture = model.model.process_latent_in(latent["samples"])
-    x = picture + sigma * StepNoise(SEED)(0, picture)
+    x = picture + sigma * StepNoise(SEED)(1_000_000, picture)
     plain, changed = (
         entry.model.apply_model(x, sigma.expand(1), c_crossattn=prompt[0][0])
         for entry, prompt in ((model, CAT), (patched, DOG))

@@ -13,7 +13,7 @@ from nodes import LatentFromBatch, SetLatentNoiseMask
 
 from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler
 from lcm_kit.nodes.scheduling import LCMScheduler
-from lcm_kit.samplers.noise import StepNoise
+from lcm_kit.samplers.noise import StepNoise, level_numbers
 from lcm_kit.tests.with_comfyui import tiny
 
 STEP_COUNTS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 25, 50]
@@ -121,13 +121,14 @@ def diffusers_lcm(model, prediction_type, steps, noise, strength=1.0, image=None
     scheduler = scheduling_lcm.LCMScheduler(prediction_type=prediction_type, **config)
     scheduler.set_timesteps(steps, strength=strength)
     context = tiny.cond(1)[0][0].expand(noise.shape[0], -1, -1)
-    step_noise = StepNoise(SEED)
+    step_noise, table = StepNoise(SEED), model.get_model_object("model_sampling").sigmas
+    levels = [*level_numbers(table[scheduler.timesteps[1:]], table), 0]
     x = noise
     if image is not None:
         x = scheduler.add_noise(model.model.process_latent_in(image), noise, scheduler.timesteps[:1])
     with pytest.MonkeyPatch.context() as patch:
         for step, t in enumerate(scheduler.timesteps):
-            drawn = step_noise(step, noise)
+            drawn = step_noise(levels[step], noise)
             patch.setattr(scheduling_lcm, "randn_tensor", lambda *args, drawn=drawn, **kwargs: drawn)
             times = torch.full((noise.shape[0],), float(t))
             x, denoised = scheduler.step(
@@ -214,7 +215,7 @@ def test_an_image_of_a_batch_is_the_image_made_alone(height, width):
 
 def test_the_noise_of_an_image_is_the_same_to_the_bit_alone_and_in_a_batch():
     """Also where an image's size is no multiple of 16, for which torch draws a batch differently at once."""
-    from lcm_kit.host.sampling.sampling import initial_noise
+    from lcm_kit.host.sampling.runs import initial_noise
 
     together = initial_noise(torch.zeros(3, 4, 5, 5), SEED, [0, 1, 2])
     for index in range(3):
@@ -222,7 +223,7 @@ def test_the_noise_of_an_image_is_the_same_to_the_bit_alone_and_in_a_batch():
 
 
 def test_initial_noise_is_cores_own():
-    from lcm_kit.host.sampling.sampling import initial_noise
+    from lcm_kit.host.sampling.runs import initial_noise
 
     samples = torch.zeros(3, 4, 8, 8)
     assert torch.equal(initial_noise(samples, SEED, [0, 1, 2]), comfy.sample.prepare_noise(samples, SEED))

@@ -30,7 +30,17 @@ CONTRACT = {
             ("cfg_steps", "INT", -1),
             ("original_steps", "INT", 50),
         ],
-        [("negative", "CONDITIONING", None), ("gammas", "STRING", ""), ("preset", "LCM_PRESET", None)],
+        [
+            ("negative", "CONDITIONING", None),
+            ("gammas", "STRING", ""),
+            ("preset", "LCM_PRESET", None),
+            ("start_at_step", "INT", 0),
+            ("end_at_step", "INT", 1000),
+            ("add_noise", "BOOLEAN", True),
+            ("return_with_leftover_noise", "BOOLEAN", False),
+            ("model_low", "MODEL", None),
+            ("boundary", "FLOAT", 0.875),
+        ],
         ["LATENT"],
     ),
     "LCMKitEdit": (
@@ -53,7 +63,7 @@ CONTRACT = {
     "LCMKitSampler": (
         "LCM Multistep Sampler",
         [("gamma", "FLOAT", 1.0), ("seed", "INT", -1)],
-        [("gammas", "STRING", ""), ("preset", "LCM_PRESET", None)],
+        [("gammas", "STRING", ""), ("preset", "LCM_PRESET", None), ("sigmas", "SIGMAS", None)],
         ["SAMPLER"],
     ),
     "LCMKitPreset": (

@@ -13,7 +13,7 @@ from comfy_extras import nodes_flux, nodes_model_advanced
 
 from lcm_kit.nodes.scheduling import LCMPreset, LCMScheduler
 from lcm_kit.samplers.presets import PRESETS
-from lcm_kit.tests.with_comfyui.sampled import Sampled, shifted
+from lcm_kit.tests.with_comfyui.levels import Sampled, shifted
 
 FLOW_PRESETS = [name for name, preset in PRESETS.items() if preset.flow]
 

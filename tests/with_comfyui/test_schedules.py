@@ -14,7 +14,7 @@ from comfy.model_base import ModelType
 from lcm_kit.nodes.scheduling import LCMPreset, LCMScheduler
 from lcm_kit.samplers.presets import PRESETS
 from lcm_kit.tests.samplers.toy import diffusers
-from lcm_kit.tests.with_comfyui.sampled import Sampled, shifted
+from lcm_kit.tests.with_comfyui.levels import Sampled, shifted
 
 STEPPED = [name for name, preset in PRESETS.items() if preset.timesteps]
 
