@@ -74,6 +74,12 @@ CONTRACT = {
         [("preset", "LCM_PRESET", None)],
         ["SIGMAS"],
     ),
+    "LCMKitAnyKSampler": (
+        "LCM for any KSampler",
+        [("model", "MODEL", None), ("gamma", "FLOAT", 1.0), ("original_steps", "INT", 50)],
+        [("gammas", "STRING", ""), ("preset", "LCM_PRESET", None)],
+        ["MODEL"],
+    ),
     "LCMKitLoader": (
         "LCM-LoRA Loader",
         [
