@@ -16,6 +16,7 @@ from ...samplers.noise import StepNoise
 from ...samplers.presets import PRESETS, Preset
 from ...samplers.renoise import parse_gammas
 from ...samplers.schedule import off_grid, parse_timesteps
+from .foreign_noise import foreign_noise
 from .guidance import FirstStepsGuider
 from .latents import fitted, given_out
 from .tables import boundary_timesteps, forward_process, sigma_table, sigmas_of, trained_sigma_table
@@ -88,9 +89,14 @@ def chosen_gamma(gamma: float, gammas: str, preset: Preset | None):
 
 
 def _sample_function(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, *, gamma, noise_seed, batch_indices
+    model, x, sigmas, extra_args=None, callback=None, disable=None, *, gamma, noise_seed, batch_indices, **others
 ):
-    """k-diffusion's protocol as ComfyUI calls it; model is its KSamplerX0Inpaint around a guider."""
+    """k-diffusion's protocol as ComfyUI calls it; model is its KSamplerX0Inpaint around a guider.
+
+    others: what wrappers around a SAMPLER hand to every sampler alike, as RES4LYF's do.
+    """
+    if others:
+        logger.info("The LCM sampler has no use for the option %s.", ", ".join(sorted(others)))
     extra_args = extra_args or {}
     model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
     if noise_seed < 0:
@@ -113,7 +119,7 @@ def _sample_function(
         extra_args=extra_args,
         callback=after_step,
         disable=disable,
-        noise=StepNoise(noise_seed, batch_indices),
+        noise=foreign_noise(x, sigmas, extra_args.get("seed")) or StepNoise(noise_seed, batch_indices),
         gamma=gamma,
         timesteps=timesteps,
         table=sigma_table(model_sampling),
