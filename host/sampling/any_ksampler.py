@@ -92,7 +92,7 @@ class ExactLCM:
             return self._schedule(model, steps, times[0])
         first = 1 / self.original_steps
         starts = (max(round(times[0] / first), 1) * first, max(times[0], first))
-        runs = [self._schedule(model, self._fitting(steps, start), start) for start in starts]
+        runs = [self._schedule(model, self._fitting(model, steps, start), start) for start in starts]
         run = min(runs, key=lambda run: abs(_time(float(run[0]), table) - times[0]))
         if len(run) <= steps:
             logger.warning(
@@ -109,7 +109,7 @@ class ExactLCM:
         they are, and those between are the run's of which this is a part.
         """
         total = round((len(times) - 1) / max(times[0] - times[-1], 1 / len(table)))
-        whole = self._schedule(model, self._fitting(total, 1.0), 1.0, exactly=False)
+        whole = self._schedule(model, self._fitting(model, total, 1.0), 1.0, exactly=False)
         known = [_time(sigma, table) for sigma in whole.tolist()[:-1]]
         levels = [whole[min(range(len(known)), key=lambda i: abs(known[i] - time))] for time in times]
         if noisy:
@@ -117,8 +117,10 @@ class ExactLCM:
         levels = torch.stack([*levels[:-1], asked[-1].to(whole)])
         return levels if is_run(levels) else asked
 
-    def _fitting(self, steps, time):
-        """Not more steps than the model has trained timesteps from here on."""
+    def _fitting(self, model, steps, time):
+        """Not more steps than the model has trained timesteps from here on; a flow model knows every time."""
+        if isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST):
+            return steps
         return max(min(steps, math.floor(self.original_steps * time + 1e-4)), 1)
 
     def _schedule(self, model, steps, denoise, exactly=True):
