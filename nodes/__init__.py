@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..host.page import for_pages
+from .any_ksampler import LCMAnyKSampler
 from .comparing import CompareLoRA
 from .distilling import Distill
 from .editing import LCMEdit
@@ -21,6 +22,7 @@ NODES = [
         LCMSampler,
         LCMScheduler,
         LCMPreset,
+        LCMAnyKSampler,
         LCMLoader,
         LoadLoRA,
         MergeLoRA,

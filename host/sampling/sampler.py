@@ -13,6 +13,7 @@ from ...samplers.noise import StepNoise
 from ...samplers.presets import Preset
 from ...samplers.renoise import gammas_of_part, parse_gammas
 from .batch import indices_by_noise
+from .foreign_noise import foreign_noise
 from .tables import boundary_timesteps, forward_process, sigma_table
 
 logger = logging.getLogger(__name__)
@@ -56,9 +57,26 @@ def chosen_gamma(gamma: float, gammas: str, preset: Preset | None):
 
 
 def _sample_function(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, *, gamma, noise_seed, batch_indices, schedule, relay
+    model,
+    x,
+    sigmas,
+    extra_args=None,
+    callback=None,
+    disable=None,
+    *,
+    gamma,
+    noise_seed,
+    batch_indices,
+    schedule,
+    relay,
+    **others,
 ):
-    """k-diffusion's protocol as ComfyUI calls it; model is its KSamplerX0Inpaint around a guider."""
+    """k-diffusion's protocol as ComfyUI calls it; model is its KSamplerX0Inpaint around a guider.
+
+    others: what wrappers around a SAMPLER hand to every sampler alike, as RES4LYF's do.
+    """
+    if others:
+        logger.info("The LCM sampler has no use for the option %s.", ", ".join(sorted(others)))
     extra_args = extra_args or {}
     model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
     part = Part(model, sigmas, schedule)
@@ -87,7 +105,8 @@ def _sample_function(
         extra_args=extra_args,
         callback=after_step,
         disable=disable,
-        noise=StepNoise(part.seed(noise_seed, extra_args.get("seed"), gamma), batch_indices),
+        noise=foreign_noise(x, sigmas, extra_args.get("seed"))
+        or StepNoise(part.seed(noise_seed, extra_args.get("seed"), gamma), batch_indices),
         gamma=part.gamma(gamma),
         timesteps=timesteps,
         table=table,

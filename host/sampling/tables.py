@@ -1,11 +1,15 @@
 """A MODEL's own table of noise levels, as plain numbers."""
 
+import logging
+
 import comfy.model_sampling as host
 import torch
 
 from ...samplers.renoise import NoiseScaling, variance_exploding
 from ...samplers.schedule import sigmas_at, table_entries
 from ...samplers.times import karras_table
+
+logger = logging.getLogger(__name__)
 
 
 def is_distilled(model_sampling) -> bool:
@@ -63,20 +67,32 @@ def trained_sigma_table(model_sampling) -> torch.Tensor:
 def sigmas_of(model_sampling, timesteps: list[int]) -> torch.Tensor:
     """(steps + 1,) the model's noise levels at these timesteps (0..999, whatever its table's length), and a closing 0.
 
-    Raises ValueError for timesteps that a shortened table lacks: the model would be told a neighbouring one.
+    Of a shortened table those that it has are taken, and a line in the log says so.
     """
     table = trained_sigma_table(model_sampling)
     entries = table_entries(timesteps, len(table))
     if is_distilled(model_sampling):
-        skip = model_sampling.skip_steps
-        missing = [t for t, entry in zip(timesteps, entries, strict=True) if entry % skip != skip - 1]
-        if missing:
-            raise ValueError(
-                f"ModelSamplingDiscrete 'lcm' left this model every {skip}th timestep only ({skip - 1}, "
-                f"{2 * skip - 1}, ...), and {', '.join(map(str, missing[:4]))} is not among them. Remove that node, "
-                f"LCM Kit does not need it, or set original_steps to {len(model_sampling.sigmas)}."
-            )
+        entries = _those_left(entries, model_sampling.skip_steps)
     return sigmas_at(entries, table)
+
+
+def _those_left(timesteps: list[int], skip: int) -> list[int]:
+    """Timesteps of a table that holds every skip-th one, skip - 1 and so on: for one that it lacks the next above.
+
+    The model would be told that one or the one below in any case; a latent of that very level is what it expects.
+    """
+    left = [t // skip * skip + skip - 1 for t in timesteps]
+    if moved := [f"{t} to {there}" for t, there in zip(timesteps, left, strict=True) if t != there]:
+        logger.warning(
+            "This model has every %dth timestep only (%d, %d, ...), so the run goes from %s. ModelSamplingDiscrete 'lcm' does "
+            "that, and so do the lcm schedules of AnimateDiff-Evolved's beta_schedule. LCM Kit needs neither: without it "
+            "the timesteps are exact.",
+            skip,
+            skip - 1,
+            2 * skip - 1,
+            ", ".join(moved),
+        )
+    return list(dict.fromkeys(left))
 
 
 def boundary_timesteps(model_sampling, sigmas: torch.Tensor) -> torch.Tensor | None:

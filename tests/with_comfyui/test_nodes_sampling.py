@@ -77,10 +77,19 @@ def test_schedule_is_unchanged_by_cores_lcm_patch(steps):
     assert torch.equal(told, model.get_model_object("model_sampling").timestep(expected[:-1]))
 
 
-def test_schedule_refuses_timesteps_that_cores_lcm_patch_removed():
-    (patched,) = nodes_model_advanced.ModelSamplingDiscrete().patch(tiny.small_model(), "lcm", False)
-    with pytest.raises(ValueError, match=r"every 20th timestep only.*749.*Remove that node"):
-        scheduled(patched, original_steps=100)
+def test_timesteps_that_cores_lcm_patch_removed_become_the_next_above_and_that_is_said(caplog):
+    model = tiny.small_model()
+    (patched,) = nodes_model_advanced.ModelSamplingDiscrete().patch(model, "lcm", False)
+    torch.testing.assert_close(scheduled(patched, original_steps=100), scheduled(model), rtol=2e-6, atol=0)
+    assert "every 20th timestep only (19, 39, ...)" in caplog.text
+    assert "749 to 759, 249 to 259" in caplog.text
+    assert "beta_schedule" in caplog.text
+    caplog.clear()
+    typed = LCMScheduler.execute(patched, 4, 1.0, 50, "999, 757, 745, 3").result[0]
+    table = model.get_model_object("model_sampling").sigmas
+    torch.testing.assert_close(typed[:-1], table[[999, 759, 19]], rtol=2e-6, atol=0)
+    scheduled(patched, original_steps=50)
+    assert caplog.text.count("every 20th") == 1
 
 
 def test_schedule_of_a_zero_terminal_snr_model_starts_at_its_last_entry():
