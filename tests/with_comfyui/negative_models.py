@@ -18,10 +18,10 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def image_seen(seed=9, tokens=7):
-    """What CLIPVisionEncode gives, as far as Wan reads it."""
+def image_seen(tokens, width, name="penultimate_hidden_states"):
+    """What CLIPVisionEncode gives, as far as a model reads it."""
     found = Output()
-    found["penultimate_hidden_states"] = randn(1, tokens, 1280, seed=seed)
+    found[name] = randn(1, tokens, width, seed=9)
     return found
 
 
@@ -37,6 +37,7 @@ class Model(families.Family):
     joint: bool = True
     refiners: int = 0  # calls of attention among the text alone, the first ones
     before: int = 0  # tokens before the text, on its side
+    after: int = 0  # and behind it
     multiple: int = 1  # texts are filled up to
     parts: int = 1  # how often the text stands in the sequence
     picture_first: bool = False
@@ -105,7 +106,7 @@ _FLUX_1, _QWEN = _known("Flux"), _known("Qwen-Image")
 MODELS = {
     "Wan T2V": Model("WAN21_T2V", _WAN | {"model_type": "t2v", "in_dim": 16}, _VIDEO, **_ACROSS),
     "Wan I2V": Model(
-        "WAN21_I2V", _WAN | {"model_type": "i2v", "in_dim": 36}, _VIDEO, {"clip_vision_output": image_seen()},
+        "WAN21_I2V", _WAN | {"model_type": "i2v", "in_dim": 36}, _VIDEO, {"clip_vision_output": image_seen(7, 1280)},
         **_ACROSS,
     ),
     "Wan 2.2": Model("WAN22_T2V", _WAN | {"model_type": "t2v", "in_dim": 48, "out_dim": 48}, (1, 48, 2, 8, 8), **_ACROSS),
@@ -157,6 +158,13 @@ MODELS = {
     "HunyuanVideo 1.5": Model("HunyuanVideo15", _HUNYUAN.config | {
         "vision_in_dim": 8, "use_cond_type_embedding": True, "byt5": True, "vec_in_dim": None, "guidance_embed": False,
         "in_channels": 65, "out_channels": 32,
-    }, (1, 32, 1, 8, 8), {"conditioning_byt5small": randn(1, 3, 1472), "pooled_output": None}, refiners=2, before=3),
+    }, (1, 32, 1, 8, 8), {
+        "conditioning_byt5small": randn(1, 3, 1472), "pooled_output": None,
+        "clip_vision_output": image_seen(4, 8, "last_hidden_state"),
+    }, refiners=2, before=7),
+    "HunyuanImage 2.1": Model("HunyuanImage21", _HUNYUAN.config | {
+        "patch_size": [1, 1], "axes_dim": [8, 8], "byt5": True, "vec_in_dim": None, "guidance_embed": False,
+        "in_channels": 64, "out_channels": 64,
+    }, (1, 64, 4, 4), {"conditioning_byt5small": randn(1, 3, 1472), "pooled_output": None}, refiners=2, after=3),
 }  # fmt: skip
 MODELS = {name: model for name, model in MODELS.items() if hasattr(comfy.supported_models, model.name)}

@@ -119,7 +119,7 @@ class ByHand:
             k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
         self.calls += 1
         model, keys = self.counted, k.shape[2]
-        text = -(-self.length // model.multiple) * model.multiple * model.parts + model.before
+        text = -(-self.length // model.multiple) * model.multiple * model.parts + model.before + model.after
         refines = self.calls <= model.refiners
         meets = keys == (text + model.picture if model.joint else text) and not refines
         meets = meets and (model.joint or q.shape[2] != keys)
@@ -430,6 +430,11 @@ def test_a_text_of_another_clip_is_refused(models, name):
         ValueError, match=r"negative has the shape \(1, 5, 24\), and this model reads texts of width 16"
     ):
         sampled(name, guided(models(name), [[randn(1, 5, 24), {}]]))
+
+
+def test_a_text_without_a_part_that_the_model_reads_is_refused(models):
+    with pytest.raises(ValueError, match=r"negative lacks encoder_hidden_states_llama3, which this model reads"):
+        sampled("HiDream", guided(models("HiDream"), MODELS["Flux"].text(2)))
 
 
 def test_reference_latents_with_texts_of_their_own_are_refused(models):

@@ -76,7 +76,7 @@ FAMILIES = {
         "Z-Image or Lumina 2", pairs=True, keeps_length=True, refiners=lambda dit: len(dit.context_refiner)
     ),
     "hunyuan_video.model.HunyuanVideo": Family(
-        "HunyuanVideo",
+        "HunyuanVideo or HunyuanImage",
         pairs=True,
         texts=(CONTEXT, MASK),
         refiners=lambda dit: len(dit.txt_in.individual_token_refiner.blocks),

@@ -11,7 +11,7 @@ import torch
 
 from ....samplers.attention_guidance import normalized_attention_guidance
 from .rows import of_chunks
-from .texts import CONTEXT, MASK, check_text, masks_of
+from .texts import CONTEXT, MASK, check_parts, masks_of
 from .tokens import Override, check_met, with_override
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class PairRoad:
                 "has a text of its own. Remove one of the two, or use cfg above 1."
             )
         negative = self.text.of(model, inputs["x"], self.family.texts)
-        check_text(negative.get(CONTEXT), inputs[CONTEXT].shape[-1])
+        check_parts(negative, inputs, self.family.parts)
         positive, other = inputs[CONTEXT], rows.spread(negative[CONTEXT].to(inputs[CONTEXT]))
         if self.family.keeps_length and other.shape[1] > positive.shape[1]:
             if first():

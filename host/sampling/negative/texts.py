@@ -37,6 +37,17 @@ def check_text(context, width: int | None = None) -> None:
         )
 
 
+def check_parts(negative: dict, inputs: dict, parts: tuple[str, ...]) -> None:
+    """Raises ValueError where a negative text, in the model's terms, is not made as the positive one of `inputs` is."""
+    check_text(negative.get(CONTEXT), inputs[CONTEXT].shape[-1])
+    missing = sorted({name for name in parts if name in inputs} - negative.keys())
+    if missing:
+        raise ValueError(
+            f"negative lacks {', '.join(missing)}, which this model reads beside the text. Encode it with the CLIP that "
+            "belongs to the model."
+        )
+
+
 class NegativeText:
     """A negative text for transformers: most have a way of their own from a CONDITIONING to what they read."""
 

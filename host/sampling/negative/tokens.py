@@ -11,7 +11,7 @@ import functools
 import torch
 
 from ....samplers.attention_guidance import normalized_attention_guidance
-from .texts import CONTEXT, MASK, check_text, masks_of, neutral
+from .texts import CONTEXT, MASK, check_parts, masks_of, neutral
 
 OVERRIDE = "optimized_attention_override"
 _ARGUMENTS = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")  # of core's attention, after heads
@@ -28,7 +28,7 @@ class TokenRoad:
     def run(self, call, model, rows, inputs, first):
         """The call of a BaseModel with these inputs, guided in these rows. first(): whether it is of the first step."""
         negative = self.text.of(model, inputs["x"], self.family.texts)
-        check_text(negative.get(CONTEXT), inputs[CONTEXT].shape[-1])
+        check_parts(negative, inputs, self.family.parts)
         lengths = {n: (inputs[n].shape[-2], negative[n].shape[-2]) for n in negative if n != MASK and n in inputs}
         kind = Across if self.family.across else Beside
         image = inputs.get("clip_fea")  # Wan attends to an image as well
@@ -177,21 +177,28 @@ class Beside(Override):
         picture = [0] * (total - len(texts))
         kinds = torch.tensor([*picture, *texts] if self.picture_first else [*texts, *picture])
         self.total = total
-        self.plain, self.instead = ((kinds != other).nonzero()[:, 0].to(device) for other in (2, 1))
-        # Of each of the two: which of its tokens are the picture's, and which are text.
-        self.seen = [[(kinds[kinds != n] == 0).nonzero()[:, 0].to(device) for n in (2, 1)]]
-        self.seen.append([(kinds[kinds != n] != 0).nonzero()[:, 0].to(device) for n in (2, 1)])
+
+        def places(found):
+            return found.nonzero()[:, 0].to(device)
+
+        self.plain, self.instead = places(kinds != 2), places(kinds != 1)  # the sequence with either text
+        plain, instead = kinds[kinds != 2], kinds[kinds != 1]
+        self.picture, self.other_picture, self.other_text = (
+            places(plain == 0),
+            places(instead == 0),
+            places(instead == 2),
+        )
 
     def _together(self, positive, negative):
         """(rows, tokens, channels) in the model's order: the guided picture, and each text as it sees the picture."""
-        (picture, other_picture), (_, other_text) = self.seen
-        seen = self.rows.of(positive.index_select(1, picture))
-        guided = normalized_attention_guidance(seen, negative.index_select(1, other_picture), **self.guidance)
-        positive = positive.index_copy(1, picture, self.rows.put(positive.index_select(1, picture), guided))
+        rows, seen = self.rows, positive.index_select(1, self.picture)
+        guided = normalized_attention_guidance(
+            rows.of(seen), negative.index_select(1, self.other_picture), **self.guidance
+        )
         out = positive.new_zeros((len(positive), self.total, positive.shape[-1]))
-        out[:, self.plain] = positive
-        text = self.instead[other_text]
-        out[:, text] = self.rows.put(out[:, text], negative.index_select(1, other_text))
+        out[:, self.plain] = positive.index_copy(1, self.picture, rows.put(seen, guided))
+        text = self.instead[self.other_text]
+        out[:, text] = rows.put(out[:, text], negative.index_select(1, self.other_text))
         return out
 
     def _masked(self, mask, chosen):
