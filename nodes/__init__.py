@@ -7,6 +7,7 @@ from .comparing import CompareLoRA
 from .distilling import Distill
 from .editing import LCMEdit
 from .extracting import ExtractLoRA
+from .grid import LCMGrid
 from .guidance import LCMGuidanceEmbedding, LCMNegativePrompt, LimitDenoised
 from .loading import ApplyLoRA, LCMLoader, LoadLoRA
 from .merging import MergeLoRA, ResizeLoRA, SaveLoRA
@@ -20,6 +21,7 @@ NODES = [
         LCMSampler,
         LCMScheduler,
         LCMPreset,
+        LCMGrid,
         LCMLoader,
         LoadLoRA,
         MergeLoRA,

@@ -74,6 +74,33 @@ CONTRACT = {
         [("preset", "LCM_PRESET", None)],
         ["SIGMAS"],
     ),
+    "LCMKitGrid": (
+        "LCM Grid (strength x steps)",
+        [
+            ("model", "MODEL", None),
+            ("latent_image", "LATENT", None),
+            ("vae", "VAE", None),
+            ("row_axis", "COMBO", "strength of lora"),
+            ("rows", "STRING", "0, 0.4, 0.8, 1.2"),
+            ("column_axis", "COMBO", "steps"),
+            ("columns", "STRING", "1, 2, 4, 8"),
+            ("seed", "INT", 0),
+            ("steps", "INT", 4),
+            ("cfg", "FLOAT", 1.0),
+        ],
+        [
+            ("positive", "CONDITIONING", None),
+            ("negative", "CONDITIONING", None),
+            ("lora", "LORA_MODEL", None),
+            ("clip", "CLIP", None),
+            ("preset", "LCM_PRESET", None),
+            ("prompt", "STRING", ""),
+            ("denoise", "FLOAT", 1.0),
+            ("gamma", "FLOAT", 1.0),
+            ("cell", "INT", 512),
+        ],
+        ["IMAGE", "IMAGE", "STRING", "STRING"],
+    ),
     "LCMKitLoader": (
         "LCM-LoRA Loader",
         [
