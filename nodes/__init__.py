@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..host.page import for_pages
+from .by_step import LoRAByStep
 from .comparing import CompareLoRA
 from .distilling import Distill
 from .editing import LCMEdit
@@ -27,6 +28,7 @@ NODES = [
         MergeLoRA,
         ResizeLoRA,
         ApplyLoRA,
+        LoRAByStep,
         SaveLoRA,
         CompareLoRA,
         ExtractLoRA,

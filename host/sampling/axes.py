@@ -1,19 +1,17 @@
 """What LCM Grid varies: an axis is a setting and its values, read from a text such as "0:1.2:0.4" or "LCM, DMD2"."""
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ...samplers.presets import PRESETS
+from ..door.lists import numbers
 
 MOST_VALUES, MOST_CELLS = 64, 1024  # of an axis; of a grid
 MANY = 64  # cells: from here on it is said that this takes long
-_NUMBER = r"[+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})"
-_WHOLE = r"[+-]?[0-9]{1,20}"
-_RANGE = re.compile(rf"({_NUMBER}):({_NUMBER}):({_NUMBER})")
 
 
 @dataclass(frozen=True)
@@ -27,12 +25,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class _Setting:
-    """read: (text, setting) -> values.   label: value -> words.   low, high: of numbers."""
+    """read: (text, setting) -> values.   label: value -> words."""
 
     read: Callable[[str, str], tuple[Any, ...]]
     label: Callable[[Any], str]
-    low: float = -math.inf
-    high: float = math.inf
 
 
 def parse_axis(setting: str, text: str) -> Axis:
@@ -48,11 +44,6 @@ def parse_axis(setting: str, text: str) -> Axis:
     values = known.read(text, setting)
     if len(values) > MOST_VALUES:
         raise ValueError(f"{setting}: {len(values):,} values, but an axis has at most {MOST_VALUES}. Give fewer.")
-    for value in values:
-        if isinstance(value, int | float) and not known.low <= value <= known.high:
-            raise ValueError(
-                f"{setting}: {value:g} is not from {known.low:g} to {known.high:g}. Leave it out or change it."
-            )
     return Axis(setting, values, tuple(map(known.label, values)))
 
 
@@ -82,47 +73,6 @@ def cells(rows: Axis, columns: Axis) -> list[tuple[int, int, dict[str, Any]]]:
     return sorted(found, key=lambda cell: (strengths.index(cell[2].get(STRENGTH)), cell[2].get("steps", 0), *cell[:2]))
 
 
-def _numbers(text: str, setting: str) -> tuple[float, ...]:
-    values: list[float] = []
-    for entry in text.replace(",", " ").split():
-        # Stricter than float(), which also reads "1_0", "nan" and digits of other scripts.
-        if found := _RANGE.fullmatch(entry):
-            values += _range(*map(float, found.groups()), entry=entry, setting=setting)
-        elif re.fullmatch(_NUMBER, entry):
-            values.append(float(entry))
-        else:
-            raise ValueError(
-                f"{setting}: {entry[:40]!r} is no number. Write numbers between commas, such as 0, 0.4, 0.8, or a range, "
-                "0:1.2:0.4."
-            )
-    return tuple(values)
-
-
-def _whole(text: str, setting: str) -> tuple[int, ...]:
-    values: list[int] = []
-    for entry in text.replace(",", " ").split():
-        if re.fullmatch(_WHOLE, entry):  # a float has no room for a seed
-            values.append(int(entry))
-            continue
-        for value in _numbers(entry, setting):
-            if value != int(value):
-                raise ValueError(f"{setting}: {value:g} is no whole number. Write numbers such as 1, 2, 4, 8.")
-            values.append(int(value))
-    return tuple(values)
-
-
-def _range(first: float, last: float, step: float, *, entry: str, setting: str) -> list[float]:
-    if step == 0 or (last - first) / step < 0:
-        raise ValueError(f"{setting}: {entry} never gets from {first:g} to {last:g}. Write first:last:step, 0:1.2:0.4.")
-    count = math.floor((last - first) / step + 1e-9) + 1
-    if count > MOST_VALUES:
-        raise ValueError(
-            f"{setting}: {entry} is {count:,} values, but an axis has at most {MOST_VALUES}. Widen the step."
-        )
-    # Rounded, or 0:1.2:0.4 ends in 1.2000000000000002.
-    return [round(first + number * step, 10) for number in range(count)]
-
-
 def _presets(text: str, setting: str) -> tuple[str, ...]:
     names = _words(text, setting)
     for name in names:
@@ -136,6 +86,10 @@ def _words(text: str, setting: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in re.split(r"[,\n]", text) if word.strip())
 
 
+def _numbers(low: float, high: float, whole: bool = False) -> Callable[[str, str], tuple[float, ...]]:
+    return partial(numbers, low=low, high=high, most=MOST_VALUES, whole=whole)
+
+
 def _steps(value: int) -> str:
     return "1 step" if value == 1 else f"{value} steps"
 
@@ -146,12 +100,12 @@ def _named(name: str) -> Callable[[Any], str]:
 
 NOTHING, STRENGTH, WORDS = "nothing", "strength of lora", "prompt words"
 _SETTINGS = {
-    STRENGTH: _Setting(_numbers, _named("x"), -100.0, 100.0),
-    "steps": _Setting(_whole, _steps, 1, 1000),
-    "cfg": _Setting(_numbers, _named("cfg"), 0.0, 100.0),
-    "gamma": _Setting(_numbers, _named("gamma"), 0.0, 1.0),
-    "denoise": _Setting(_numbers, _named("denoise"), 0.0, 1.0),
-    "seed": _Setting(_whole, lambda seed: f"seed {seed}", 0, 2**64 - 1),
+    STRENGTH: _Setting(_numbers(-100, 100), _named("x")),
+    "steps": _Setting(_numbers(1, 1000, whole=True), _steps),
+    "cfg": _Setting(_numbers(0, 100), _named("cfg")),
+    "gamma": _Setting(_numbers(0, 1), _named("gamma")),
+    "denoise": _Setting(_numbers(0, 1), _named("denoise")),
+    "seed": _Setting(_numbers(0, 2**64 - 1, whole=True), lambda seed: f"seed {seed}"),
     "preset": _Setting(_presets, str),
     WORDS: _Setting(_words, str),
 }

@@ -148,6 +148,17 @@ CONTRACT = {
         [("clip", "CLIP", None), ("wrong_base", "COMBO", "refuse")],
         ["MODEL", "CLIP", "STRING"],
     ),
+    "LCMKitLoRAByStep": (
+        "LoRA by Step",
+        [
+            ("model", "MODEL", None),
+            ("lora", "LORA_MODEL", None),
+            ("positive", "CONDITIONING", None),
+            ("strengths", "STRING", "1, 1, 0, 0"),
+        ],
+        [("negative", "CONDITIONING", None)],
+        ["CONDITIONING", "CONDITIONING", "HOOKS", "STRING"],
+    ),
     "LCMKitSaveLoRA": (
         "Save LoRA",
         [
