@@ -4,10 +4,12 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..host.page import for_pages
 from .any_ksampler import LCMAnyKSampler
+from .by_step import LoRAByStep
 from .comparing import CompareLoRA
 from .distilling import Distill
 from .editing import LCMEdit
 from .extracting import ExtractLoRA
+from .grid import LCMGrid
 from .guidance import LCMGuidanceEmbedding, LCMNegativePrompt, LimitDenoised
 from .loading import ApplyLoRA, LCMLoader, LoadLoRA
 from .merging import MergeLoRA, ResizeLoRA, SaveLoRA
@@ -23,11 +25,13 @@ NODES = [
         LCMScheduler,
         LCMPreset,
         LCMAnyKSampler,
+        LCMGrid,
         LCMLoader,
         LoadLoRA,
         MergeLoRA,
         ResizeLoRA,
         ApplyLoRA,
+        LoRAByStep,
         SaveLoRA,
         CompareLoRA,
         ExtractLoRA,

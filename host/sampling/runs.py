@@ -51,17 +51,19 @@ def run(
     seed: int,
     calls: int,
     add_noise: bool = True,
+    watch: Callable | None = None,
 ) -> dict:
     """A LATENT sampled as ComfyUI's own nodes do it, with previews and a progress bar of so many calls.
 
     stages: (guider, sigmas) one after another; all but the first start from the level that the one before ends at, and
     the sampler carries the latent over itself (sampler.Relay).
     sampler_for: batch indices of the images -> the sampler of all stages.
+    watch: is called with (call, x0, x, calls) after each step, in place of what shows previews and progress.
     """
     first = stages[0][0].model_patcher
     latent = fitted(first, latent)
     indices = batch_indices_of(latent)
-    shown = latent_preview.prepare_callback(first, calls)
+    shown = watch or latent_preview.prepare_callback(first, calls)
     with generators_kept(first.load_device):
         noise = _noise(latent["samples"], seed, indices, add_noise, stages[0][1])
         sampler, done = sampler_for(indices), 0

@@ -32,13 +32,14 @@ def sample(
     preset=None,
     section=WHOLE,
     experts=None,
+    watch=None,
 ) -> dict:
     """A LATENT, sampled. Image k of a batch is the image made alone with batch index k.
 
     preset: a Preset, which replaces steps, cfg, gamma and original_steps, or None.
     section: the steps of the schedule that are run.
     experts: (MODEL, boundary) of the model for the levels below the boundary, or None; see experts.high_steps.
-    Where no step is left to run, the latent as it is.
+    watch: see runs.run.   Where no step is left to run, the latent as it is.
     """
     schedule = lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps, preset=preset)
     if len(schedule) == 0:  # denoise 0
@@ -69,6 +70,7 @@ def sample(
         seed=seed,
         calls=len(sigmas) - 1,
         add_noise=section.add_noise,
+        watch=watch,
     )
 
 

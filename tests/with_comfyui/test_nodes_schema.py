@@ -91,6 +91,33 @@ CONTRACT = {
         [("gammas", "STRING", ""), ("preset", "LCM_PRESET", None)],
         ["MODEL"],
     ),
+    "LCMKitGrid": (
+        "LCM Grid (strength x steps)",
+        [
+            ("model", "MODEL", None),
+            ("latent_image", "LATENT", None),
+            ("vae", "VAE", None),
+            ("row_axis", "COMBO", "strength of lora"),
+            ("rows", "STRING", "0, 0.4, 0.8, 1.2"),
+            ("column_axis", "COMBO", "steps"),
+            ("columns", "STRING", "1, 2, 4, 8"),
+            ("seed", "INT", 0),
+            ("steps", "INT", 4),
+            ("cfg", "FLOAT", 1.0),
+        ],
+        [
+            ("positive", "CONDITIONING", None),
+            ("negative", "CONDITIONING", None),
+            ("lora", "LORA_MODEL", None),
+            ("clip", "CLIP", None),
+            ("preset", "LCM_PRESET", None),
+            ("prompt", "STRING", ""),
+            ("denoise", "FLOAT", 1.0),
+            ("gamma", "FLOAT", 1.0),
+            ("cell", "INT", 512),
+        ],
+        ["IMAGE", "IMAGE", "STRING", "STRING"],
+    ),
     "LCMKitLoader": (
         "LCM-LoRA Loader",
         [
@@ -137,6 +164,17 @@ CONTRACT = {
         ],
         [("clip", "CLIP", None), ("wrong_base", "COMBO", "refuse")],
         ["MODEL", "CLIP", "STRING"],
+    ),
+    "LCMKitLoRAByStep": (
+        "LoRA by Step",
+        [
+            ("model", "MODEL", None),
+            ("lora", "LORA_MODEL", None),
+            ("positive", "CONDITIONING", None),
+            ("strengths", "STRING", "1, 1, 0, 0"),
+        ],
+        [("negative", "CONDITIONING", None)],
+        ["CONDITIONING", "CONDITIONING", "HOOKS", "STRING"],
     ),
     "LCMKitSaveLoRA": (
         "Save LoRA",
