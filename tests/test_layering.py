@@ -57,6 +57,7 @@ MAX_LINES, MAX_FILES = 350, 12
 LONG_FILES: dict[str, str] = {}
 LARGE_WINGS = {
     "files": "keys, metadata, safe reading and whole writing know one another and nothing above them",
+    "naming": "a family of models is a file of tables, and knows none of the others",
     "merging": "a merge's stages are a file each, and its account, recipe and report read what these leave",
 }
 
