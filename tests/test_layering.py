@@ -56,7 +56,9 @@ WINGS = {
 MAX_LINES, MAX_FILES, MAX_FUNCTION = 350, 12, 40
 # What is larger, and why it is not divided.
 LONG_FILES: dict[str, str] = {}
-LARGE_WINGS: dict[str, str] = {}
+LARGE_WINGS = {
+    "naming": "a family of models is a file of tables, and knows none of the others",
+}
 _OPTIONS = "its signature names every option with type and default, and each is handed on by name"
 LONG_FUNCTIONS = {
     **dict.fromkeys(
@@ -66,6 +68,9 @@ LONG_FUNCTIONS = {
         ),
         _OPTIONS,
     ),
+    "nodes/sampling.py execute": _OPTIONS,
+    "host/sampling/sampling.py sample": _OPTIONS,
+    "host/sampling/sampler.py _sample_function": "one call of the loop, whose arguments are found out here one after another",
     "lora_merge/comparing/report.py as_json": "one literal, which shows the file as it is",
     "samplers/multistep.py sample_lcm": "the loop of the algorithm, top to bottom as in the paper",
     "samplers/editing.py edit_ddcm": "the loop of the algorithm, top to bottom as in the paper",

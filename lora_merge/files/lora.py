@@ -16,6 +16,7 @@ from torch import Tensor
 from ..algebra.precision import COARSE, cast, cast_part, rounding
 from ..metadata.adapter_config import noted
 from ..naming import names
+from ..naming.aliases import sites
 from ..naming.unet import infer_layout
 from ..updates.layer import Layer, LoraLayer
 from ..updates.weight_dependent import Carried
@@ -123,6 +124,10 @@ class Lora:
         name = names.canonical(spelled, infer_layout(names.unet_bodies([*self.spellings.values(), spelled])))
         if name in self.spellings:
             return name
+        # One weight in another naming of its family.
+        meant = [known for known in self.spellings if not sites(known).isdisjoint(sites(name))]
+        if len(meant) == 1:
+            return meant[0]
         raise KeyError(f"{self.source} has no module {module!r}; it has {len(self.spellings)} others")
 
     def delta(self, module: str) -> Tensor:
