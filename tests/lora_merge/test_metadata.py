@@ -270,6 +270,25 @@ def test_large_metadata_of_both_inputs_goes_into_one_file_that_is_read(tmp_path)
     assert metadata(tmp_path / "x.safetensors")["ss_tag_frequency"] == again.metadata["ss_tag_frequency"]
 
 
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+@pytest.mark.parametrize("letters", [1, 60, 150])
+def test_max_mb_holds_in_either_format(tmp_path, format, letters):
+    """diffusers' adapter config names a module three times: as a target, and with a rank and an alpha of its own."""
+    state = {}
+    for number in range(200):
+        up, down = factors(16, 8, 16, seed=number)
+        weights = torch.logspace(0, -(number % 7), 8)
+        state |= kohya(f"transformer.{'x' * letters}.{number}.to_q", up * weights, down)
+    lora = Lora.from_state_dict(state)
+    save(lora, tmp_path / "whole.safetensors", format=format)
+    megabytes = (tmp_path / "whole.safetensors").stat().st_size / 1e6
+    small = resize(lora, max_mb=megabytes, out_dtype=torch.float16)
+    assert len({layer.rank for layer in small.modules.values()}) > 3
+    save(small, tmp_path / "x.safetensors", format=format)
+    # The bound is one from above, of either format.
+    assert 0.6 * megabytes < (tmp_path / "x.safetensors").stat().st_size / 1e6 <= megabytes
+
+
 def test_metadata_counts_in_the_size_of_a_file(tmp_path):
     big = {"ss_tag_frequency": json.dumps({"1_x": {f"tag {n}": 1 for n in range(1000)}})}
     lora = Lora.from_state_dict(kohya(MODULE, *factors(64, 32, 64, seed=3)), metadata=big)
