@@ -16,16 +16,11 @@ from lcm_kit.lora_merge.metadata import tags
 from lcm_kit.lora_merge.metadata.about import describe_metadata, trigger_words
 from lcm_kit.lora_merge.recognise.identity import identify
 from lcm_kit.tests.lora_merge import kinds
-from lcm_kit.tests.lora_merge.make import factors, kohya
+from lcm_kit.tests.lora_merge.make import factors, kohya, metadata
 
 MODULE = "lora_unet_mid_block_attentions_0_proj_in"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
-
-
-def metadata(path):
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
 
 
 def kohyas_hashes(path):
