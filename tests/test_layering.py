@@ -58,6 +58,7 @@ HOST_WINGS = {
     "door": set(),
     "lora": {"door"},
     "sampling": {"door", "lora"},
+    "grid": {"door", "lora", "sampling"},
     "training": {"door", "lora", "sampling"},
 }
 
@@ -65,7 +66,10 @@ MAX_LINES, MAX_FILES, MAX_FUNCTION = 350, 12, 40
 # What is larger, and why it is not divided.
 LONG_FILES: dict[str, str] = {}
 LARGE_WINGS = {
-    "naming": "a family of models is a file of tables, and knows none of the others",
+    "lora_merge/naming": "a family of models is a file of tables, and knows none of the others",
+    "samplers": "one formula or table of the sampling maths a file",
+    "host/sampling": "what one run in ComfyUI asks of the maths, a question a file",
+    "nodes": "declarations only, a file for the nodes of one subject",
     "host/lora": "what a LORA_MODEL meets in ComfyUI, a file a subject, and the three tools that take several",
 }
 _OPTIONS = "its signature names every option with type and default, and each is handed on by name"
