@@ -110,8 +110,8 @@ def merge(graph: Graph, files: Files, style: float, lcm: float) -> Link:
     first = graph.add("LCMKitLoadLoRA", lora_name=files.style)
     second = graph.add("LCMKitLoadLoRA", lora_name=files.lcm)
     slots = {"lora_1": [first, 0], "strength_1": style, "lora_2": [second, 0], "strength_2": lcm}
-    unused = {f"strength_{slot}": 1.0 for slot in range(3, 7)}
-    merged = graph.add("LCMKitMergeLoRA", **slots, **unused, method="linear", rank=0, density=1.0, seed=0)
+    unused = {f"strength_{slot}": 1.0 for slot in range(3, 5)}
+    merged = graph.add("LCMKitMergeLoRA", **slots, **unused, method="linear", size="exact")
     return [merged, 0]
 
 

@@ -11,7 +11,7 @@ SLOT_TOOLTIPS = {
     1: "The first LoRA: its strength is swept in the picture.",
     2: "The second LoRA, for example an LCM-LoRA.",
 }
-STRENGTH_TOOLTIP = "Strength it is meant to have: 1 as trained, below 0 subtracts it."
+STRENGTH_TOOLTIP = "Strength that {0} is meant to have: 1 as trained, below 0 subtracts it. No effect without {0}."
 
 
 class CompareLoRA(Node):

@@ -25,13 +25,16 @@ def strength(name: str, tooltip: str) -> io.Float.Input:
 
 
 def lora_slots(tooltips: Mapping[int, str], strength_tooltip: str) -> list:
-    """lora_1, strength_1, lora_2, ...; the first two have to be connected.   tooltips: of these, by their numbers."""
+    """lora_1, strength_1, lora_2, ...; a LoRA may be missing, and its strength keeps its place.
+
+    tooltips: of the LoRAs, by their numbers.   strength_tooltip: {} stands for the LoRA's name.
+    """
     inputs: list = []
     for number in NUMBERS:
-        tooltip = tooltips.get(number, "Another LoRA, if there is one.")
+        lora, tooltip = f"{LORA}{number}", tooltips.get(number, "Another LoRA, if there is one.")
         inputs += [
-            io.LoraModel.Input(f"{LORA}{number}", optional=number > 2, tooltip=tooltip),
-            strength(f"{STRENGTH}{number}", strength_tooltip),
+            io.LoraModel.Input(lora, optional=True, tooltip=f"{tooltip} One that is switched off is left out."),
+            strength(f"{STRENGTH}{number}", strength_tooltip.format(lora)),
         ]
     return inputs
 

@@ -5,59 +5,96 @@ from comfy_api.latest import io, ui
 from ..host.door.node import Node
 from ..host.lora import files, merging
 from ..lora_merge import METHODS
-from ..lora_merge.methods.table import all_parameters
 from . import inputs
 
 CATEGORY = "LCM Kit/LoRA"
 SLOT_TOOLTIPS = {1: "The first LoRA, for example a style.", 2: "The second LoRA, for example an LCM-LoRA."}
-STRENGTH_TOOLTIP = "Factor on this LoRA: 1 as trained, 0 leaves it out, below 0 subtracts it."
-
-
-def share(name, tooltip):
-    return io.Float.Input(
-        name,
-        default=0.0,
-        min=0.0,
-        max=1.0,
-        step=0.005,
-        optional=True,
-        tooltip=tooltip,
-        advanced=True,
-    )
-
-
-def parameters(besides):
-    """An input for each parameter of a method, besides those that have one of their own."""
-    for name, methods in all_parameters().items():
-        if name not in besides:
-            method, parameter = next(iter(methods.items()))
-            yield io.Float.Input(
-                name,
-                default=parameter.default,
-                min=parameter.low,
-                max=parameter.high,
-                step=parameter.step,
-                optional=True,
-                tooltip=f"Of {method}: {parameter.meaning}.",
-                advanced=True,
-            )
+STRENGTH_TOOLTIP = (
+    "Factor on {0}: 1 as trained, 0 leaves it out, below 0 subtracts it. Never normalised. No effect without {0}; the "
+    "report names each strength with its file."
+)
 
 
 def about(name, tooltip):
     return io.String.Input(name, default="", optional=True, tooltip=tooltip, advanced=True)
 
 
-def size():
-    return io.Float.Input(
-        "max_mb",
-        default=0.0,
-        min=0.0,
-        max=1_000_000.0,
-        step=1.0,
-        optional=True,
-        tooltip="Largest size of the file in MB, as fp16 unless the node has a dtype. Ranks go where they are worth most. "
-        "0 is off.",
-        advanced=True,
+def max_mb(default, low, tooltip, **more):
+    return io.Float.Input("max_mb", default=default, min=low, max=1_000_000.0, step=1.0, tooltip=tooltip, **more)
+
+
+def method_choice():
+    """Each row of the table of methods, with its own parameters and no others."""
+    return io.DynamicCombo.Input(
+        "method",
+        options=[io.DynamicCombo.Option(name, list(_of(method))) for name, method in METHODS.items()],
+        tooltip="linear adds the LoRAs up, weighted and exact: what the LCM-LoRA paper does. The others prune, vote on signs "
+        "or turn directions before they add, for LoRAs that disturb one another. See the help.",
+    )
+
+
+def _of(method):
+    for name, parameter in method.parameters.items():
+        meaning = parameter.meaning
+        yield io.Float.Input(
+            name,
+            default=parameter.default,
+            min=parameter.low,
+            max=parameter.high,
+            step=parameter.step,
+            tooltip=f"{meaning[0].upper()}{meaning[1:]}.",
+        )
+    if method.draws:
+        yield inputs.seed("Of what is dropped at random.")
+    if method.entrywise:
+        yield io.Boolean.Input(
+            "dense",
+            default=False,
+            tooltip="Prune the whole weights as in the paper, which is gentler where it draws at random. Minutes instead of "
+            "seconds, and without a rank the file is as large as the model's weights.",
+            advanced=True,
+        )
+
+
+def size_choice():
+    option = io.DynamicCombo.Option
+    share = {"min": 0.005, "max": 1.0, "step": 0.005}
+    rank_tooltip = "Largest rank of any module. The report says how large the error is."
+    return io.DynamicCombo.Input(
+        "size",
+        options=[
+            option("exact", []),
+            option("rank", [io.Int.Input("rank", default=64, min=1, max=4096, tooltip=rank_tooltip)]),
+            option(
+                "keep",
+                [
+                    io.Float.Input(
+                        "keep",
+                        default=0.98,
+                        tooltip="Share of the sum's energy to keep, with as few numbers as possible: ranks differ from module "
+                        "to module.",
+                        **share,
+                    )
+                ],
+            ),
+            option(
+                "retain",
+                [
+                    io.Float.Input(
+                        "retain",
+                        default=0.9,
+                        tooltip="Share of its own energy that every LoRA keeps, also the weakest.",
+                        **share,
+                    )
+                ],
+            ),
+            option(
+                "file size",
+                [max_mb(100.0, 0.001, "Largest size of the file in MB, as fp16. Ranks go where they are worth most.")],
+            ),
+        ],
+        tooltip="exact: ranks add up, nothing is lost. The others make a smaller LoRA: by its largest rank, by the share kept of "
+        "the sum, by the share kept of every LoRA, or by the size of the file.",
     )
 
 
@@ -68,50 +105,12 @@ class MergeLoRA(Node):
             node_id="LCMKitMergeLoRA",
             display_name="Merge LoRAs",
             category=CATEGORY,
-            description="One LoRA that does what two to six do together: the sum of strength times LoRA. Ranks, alphas "
-            "and key spellings may differ. Style 0.8 and LCM-LoRA 1.0 give that style in 4 steps.",
+            description="One LoRA that does what two to four do together: the sum of strength times LoRA. Ranks, alphas "
+            "and key spellings may differ, and one that is switched off is left out. Style 0.8 and LCM-LoRA 1.0 give that style in 4 steps.",
             inputs=[
                 *inputs.lora_slots(SLOT_TOOLTIPS, STRENGTH_TOOLTIP),
-                io.Combo.Input(
-                    "method",
-                    options=list(METHODS),
-                    default="linear",
-                    tooltip="linear adds the LoRAs up, weighted and exact: what the LCM-LoRA paper does. The others prune, "
-                    "vote on signs or turn directions before they add, for LoRAs that disturb one another. See the help.",
-                ),
-                io.Int.Input(
-                    "rank",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    tooltip="0 is exact: the ranks add up. Above 0 the sum is compressed to at most this rank, which "
-                    "makes a smaller file and a small error; the report says how large.",
-                ),
-                io.Float.Input(
-                    "density",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of each LoRA that a pruning method keeps; at 1 dare, della, magnitude and breadcrumbs "
-                    "are the plain sum. Usual: ties 0.2, magnitude 0.5, breadcrumbs, dare and della 0.9. linear, slerp "
-                    "and tsv prune nothing and want 1.",
-                ),
-                inputs.seed(
-                    "Seed of methods that draw at random, dare and della. The others draw nothing.",
-                    advanced=True,
-                ),
-                share(
-                    "keep",
-                    tooltip="Share of the sum's energy to keep, with as few numbers as possible: ranks differ from module "
-                    "to module. 0 is off. Use one of rank, keep, retain and max_mb.",
-                ),
-                share(
-                    "retain",
-                    tooltip="Share of its own energy that every LoRA keeps, also the weakest: 0.9 is a good start. 0 is "
-                    "off. Use one of rank, keep, retain and max_mb.",
-                ),
-                size(),
+                method_choice(),
+                size_choice(),
                 io.Boolean.Input(
                     "balanced",
                     default=False,
@@ -149,16 +148,6 @@ class MergeLoRA(Node):
                     "conv=1, te=0, *attn2*=0.3. For all LoRAs, or on a line of its own for one: lora_2: down=0",
                     advanced=True,
                 ),
-                io.Boolean.Input(
-                    "dense",
-                    default=False,
-                    optional=True,
-                    tooltip="Let pruning methods look at the whole weights as in their papers, which is gentler where they "
-                    "draw at random. Minutes instead of seconds, and without a rank the file is as large as the model's "
-                    "weights.",
-                    advanced=True,
-                ),
-                *parameters(besides=["density"]),
             ],
             outputs=[
                 io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The merged LoRA. Apply it at strength 1."),
@@ -169,35 +158,16 @@ class MergeLoRA(Node):
 
     @classmethod
     def execute(
-        cls,
-        method,
-        rank,
-        density,
-        seed,
-        keep=0.0,
-        retain=0.0,
-        max_mb=0.0,
-        balanced=False,
-        protect="auto",
-        mu=0.0,
-        block_strengths="",
-        dense=False,
-        **slots,
+        cls, method, size, balanced=False, protect="auto", mu=0.0, block_strengths="", **slots
     ) -> io.NodeOutput:
         merged, text = merging.merge(
             slots,
             method=method,
-            rank=rank,
-            density=density,
-            seed=seed,
-            keep=keep,
-            retain=retain,
-            max_mb=max_mb,
+            size=size,
             balanced=balanced,
             protect=protect,
             mu=mu,
             block_strengths=block_strengths,
-            dense=dense,
         )
         return io.NodeOutput(merged, text, ui=ui.PreviewText(text))
 
@@ -230,7 +200,13 @@ class ResizeLoRA(Node):
                     "module. 0.98 is a good start, 0 is off.",
                 ),
                 inputs.dtype("fp16 is what most LoRAs use; fp32 is twice as large; bf16 is coarser."),
-                size(),
+                max_mb(
+                    0.0,
+                    0.0,
+                    "Largest size of the file in MB, as fp16 unless the node has a dtype. Ranks go where they are worth most. "
+                    "0 is off.",
+                    advanced=True,
+                ),
             ],
             outputs=[
                 io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The smaller LoRA, for the same strengths."),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import rules
+from .choices import chosen, is_dynamic_choice, keys, option_of
 from .links import KINDS
 
 ANYTHING = "*"
@@ -52,8 +53,8 @@ def _misplaced(schema, inputs: Mapping[str, Any], given: Mapping[str, Any]) -> I
     for name in given.keys() - inputs.keys():
         yield f"There is no input {rules.shown(name)}. The inputs are {', '.join(inputs)}."
     for name, entry in inputs.items():
-        if name not in given and not entry.optional and _is_dynamic_choice(entry):
-            yield f"{name} is missing or unknown. Choose one of {', '.join(_keys(entry))}."
+        if name not in given and is_dynamic_choice(entry):
+            yield f"{name} is missing or unknown. Choose one of {', '.join(keys(entry))}."
         elif schema.is_input_list and name in given and not given[name] and not _may_be_absent(entry):
             yield f"{name} is an empty list, but it has to hold a value. Connect something that is not empty."
 
@@ -61,10 +62,10 @@ def _misplaced(schema, inputs: Mapping[str, Any], given: Mapping[str, Any]) -> I
 def faults_of(entry, value: Any, name: str = "") -> Iterator[Fault]:
     """What is wrong with the value of one input of a schema. name: under which it is told, if not its own."""
     name = name or entry.id
-    if value is None and entry.optional:
-        return
-    if _is_dynamic_choice(entry):
+    if is_dynamic_choice(entry):
         yield from _faults_of_choice(entry, value, name)
+    elif value is None and entry.optional:
+        return
     elif hasattr(entry, "template"):  # an input that grows: one value for each of its links
         for key, one in value.items() if isinstance(value, Mapping) else [(name, value)]:
             if one is not None:
@@ -75,12 +76,11 @@ def faults_of(entry, value: Any, name: str = "") -> Iterator[Fault]:
 
 def _faults_of_choice(entry, value: Any, name: str) -> Iterator[Fault]:
     """Of a choice whose options have inputs of their own: the choice, and then those. Their values come as one dict."""
-    chosen = value.get(entry.id) if isinstance(value, Mapping) else value
-    if rule := rules.choice(chosen, _keys(entry)):
-        yield Fault(name, chosen, rule, "Choose one of these.")
+    choice = chosen(entry, value)
+    if rule := rules.choice(choice, keys(entry)):
+        yield Fault(name, choice, rule, "Choose one of these.")
         return
-    option = next(option for option in entry.options if option.key == chosen)
-    for own in option.inputs if isinstance(value, Mapping) else ():
+    for own in option_of(entry, value).inputs if isinstance(value, Mapping) else ():
         if own.id in value:
             yield from faults_of(own, value[own.id], f"{name}.{own.id}")
 
@@ -131,11 +131,3 @@ def _way(entry) -> str:
 def _may_be_absent(entry) -> bool:
     """A list that holds nothing is none at all for a link; for a widget somebody lost its values on the way."""
     return entry.optional and getattr(entry, "default", None) is None
-
-
-def _is_dynamic_choice(entry) -> bool:
-    return any(hasattr(option, "inputs") for option in getattr(entry, "options", None) or ())
-
-
-def _keys(entry) -> list[str]:
-    return [option.key for option in entry.options]

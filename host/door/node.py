@@ -9,6 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from .check import check
+from .choices import in_full, is_dynamic_choice, with_all_inside
 from .paths import without_folders
 
 LONGEST = 4000  # of an error, in characters
@@ -21,7 +22,8 @@ class Node(io.ComfyNode):
     inputs of its own, and up to 0.3.75 no choice at all.
     A node may define validate_inputs for some of its inputs, as ComfyUI knows it: what it has to say of a value is said
     here too.
-    An input with a default may be left out, as API clients do; a page always sends it.
+    An input with a default may be left out, as API clients do; a page always sends it. A choice with inputs of its own
+    may not: ComfyUI leaves it out where it is misspelt, which would pass for the default.
     """
 
     def __init_subclass__(cls, **keywords):
@@ -39,8 +41,9 @@ def _forgiving(define_schema: Callable) -> Callable:
     @functools.wraps(define_schema)
     def define(cls):
         schema = define_schema(cls)
-        for entry in schema.inputs:
-            entry.optional = entry.optional or getattr(entry, "default", None) is not None
+        for entry in with_all_inside(schema.inputs):
+            # Pages put optional widgets after the others, so a choice with inputs of its own keeps its place as one.
+            entry.optional = entry.optional or getattr(entry, "default", None) is not None or is_dynamic_choice(entry)
         return schema
 
     define.forgiving = True
@@ -56,7 +59,7 @@ def _checked(execute: Callable) -> Callable:
             given, own = dict(zip(named, values, strict=False)) | inputs, _own_rules(cls)
             check(schema, given, own.keys())
             try:
-                return execute(cls, **given | _left_out(schema, given))
+                return execute(cls, **given | _left_out(schema, given) | _in_full(schema, given))
             except FileNotFoundError:
                 # The node's own rule for the name knows which input it is, and which files are near.
                 told = [answer for name in own.keys() & given.keys() if (answer := own[name](given[name])) is not True]
@@ -75,6 +78,15 @@ def _left_out(schema, given: Mapping[str, Any]) -> dict[str, Any]:
         entry.id: [entry.default] if schema.is_input_list else entry.default
         for entry in schema.inputs
         if getattr(entry, "default", None) is not None and (entry.id not in given or given[entry.id] == absent)
+    }
+
+
+def _in_full(schema, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The choices with inputs of their own, with the defaults of what is left out of these."""
+    return {
+        entry.id: in_full(entry, given[entry.id])
+        for entry in schema.inputs
+        if entry.id in given and is_dynamic_choice(entry)
     }
 
 

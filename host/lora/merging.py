@@ -1,5 +1,6 @@
 """LORA_MODELs through lora_merge/ and back."""
 
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
@@ -8,42 +9,97 @@ import folder_paths
 
 from ...lora_merge import describe_merge, merge_with_account, resize_with_account
 from ...lora_merge.files.dtypes import DTYPES
-from ...lora_merge.methods.table import find_method
 from ...lora_merge.one_module.protect import which_protected
 from ...lora_merge.recognise.identity import sha256_of
 from ...lora_merge.settings.strengths import for_inputs
 from ..progress import watched
 from .files import lora_names
 from .identity import KnownWeights
-from .slots import LORA, NUMBERS, connected
-from .weights import LoraWeights, from_lora, to_lora
+from .slots import LORA, NUMBERS, Slot, connected
+from .weights import LoraWeights, from_lora, named, to_lora
 
 PROTECT = ("auto", "none", *(f"{LORA}{number}" for number in NUMBERS))
 AIMS = ("keep", "retain", "max_mb")
+_OF_A_LORA = re.compile(rf"\s*(?:{LORA})?(\d{{1,6}})\s*:")
 
 
-def merge(slots: Mapping[str, object], *, method: str, block_strengths: str, protect: str, **choices):
-    """(merged, report). slots: lora_1, strength_1, lora_2, ... as the node has them; an empty lora slot is left out.
-    With them come parameters of methods; widgets have a value always, so those of other methods are left out.
+def merge(
+    slots: Mapping[str, object],
+    *,
+    method: Mapping[str, object],
+    size: Mapping[str, object],
+    block_strengths: str,
+    protect: str,
+    balanced: bool,
+    mu: float,
+):
+    """(merged, report). slots: lora_1, strength_1, lora_2, ... as the node has them; what is for an empty lora slot is left
+    out, and the report says so. One LoRA alone becomes its strength times itself by every method.
 
-    choices: the node's other widgets; 0 leaves keep, retain and max_mb out.
+    method: under "method" its name, and its own parameters, with seed and dense where it has them.
+    size: under "size" its name, and its amount under the name that merge_with_account has for it.
+    Raises ValueError if all slots are empty.
     """
     used = connected(slots)
+    parameters = dict(method)
+    name = parameters.pop("method")
+    notes = []
+    if len(used) == 1:
+        notes.append(_alone(used[0], name))
+        name, parameters = "linear", {}
+    elsewhere = {key: parameters.pop(key) for key in ("seed", "dense") if key in parameters}
+    protect, mu, block_strengths = _for_connected(used, protect, mu, block_strengths, notes)
+    merged, report = merge_slots(
+        used,
+        method=name,
+        parameters=parameters,
+        block_strengths=block_strengths,
+        protect=protect,
+        balanced=balanced,
+        mu=mu,
+        **elsewhere,
+        **{key: amount for key, amount in size.items() if key != "size"},
+    )
+    return merged, "\n".join([report, *notes])
+
+
+def merge_slots(used: list[Slot], *, block_strengths: str = "", protect: str = "auto", **choices):
+    """(merged, report) of LoRAs in numbered slots. choices: of merge_with_account; 0 leaves keep, retain and max_mb out."""
     labels = [str(slot.number) for slot in used]
     inputs = [(slot.lora, slot.strength) for slot in used]
     merged, account = _watched(
         [slot.weights for slot in used],
         lambda **more: merge_with_account(
             inputs,
-            method=method,
             protect=which_protected(protect, labels),
             block_strengths=for_inputs(block_strengths, labels),
-            parameters={name: slots[name] for name in find_method(method).parameters if name in slots},
             **_given(choices),
             **more,
         ),
     )
     return from_lora(merged), describe_merge(account, merged)
+
+
+def _alone(slot: Slot, method: str) -> str:
+    passed = f"One LoRA is connected: the result is {named(slot.weights, slot.name).name} * {slot.strength:g}"
+    return f"Note: {passed}." if method == "linear" else f"Note: {passed}, and method {method} has nothing to merge."
+
+
+def _for_connected(used: list[Slot], protect: str, mu: float, text: str, notes: list[str]) -> tuple[str, float, str]:
+    """protect, mu and block strengths without what is for a slot that is empty; notes gets a line for each."""
+    empty = {str(number) for number in NUMBERS} - {str(slot.number) for slot in used}
+    if protect.removeprefix(LORA) in empty:
+        if mu:
+            notes.append(f"Note: {protect} is not connected, so that no LoRA is protected and mu does nothing.")
+        protect, mu = "none", 0.0
+    kept = []
+    for line in text.splitlines():
+        match = _OF_A_LORA.match(line)
+        if match and match[1] in empty:
+            notes.append(f"Note: block strengths {line.strip()!r} are for a LoRA that is not connected.")
+        else:
+            kept.append(line)
+    return protect, mu, "\n".join(kept)
 
 
 def resize(lora, *, dtype: str, **choices) -> tuple[LoraWeights, str]:

@@ -7,7 +7,7 @@ from ...lora_merge import Lora
 from .weights import to_lora
 
 LORA, STRENGTH = "lora_", "strength_"
-NUMBERS = range(1, 7)  # of the slots of a node that takes several LoRAs
+NUMBERS = range(1, 5)  # of the slots of a node that takes several LoRAs; a chain of exact merges takes more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,17 @@ class Slot:
 
 
 def connected(inputs: Mapping[str, object]) -> list[Slot]:
-    """The slots that hold a LoRA, in the order of their numbers; an empty one is left out."""
-    numbers = sorted(int(name.removeprefix(LORA)) for name in inputs if name.startswith(LORA))
-    return [
+    """The slots that hold a LoRA, in the order of their numbers; an empty one, such as that of a LoRA that is switched
+    off, is left out. Raises ValueError if all are empty.
+    """
+    found = [
         Slot(number=number, weights=weights, strength=inputs[f"{STRENGTH}{number}"])
-        for number in numbers
-        if (weights := inputs[f"{LORA}{number}"]) is not None
+        for number in NUMBERS
+        if (weights := inputs.get(f"{LORA}{number}")) is not None
     ]
+    if not found:
+        raise ValueError(
+            f"No LoRA is connected, or all are switched off. Connect one to {LORA}{NUMBERS[0]}, from Load LoRA (weights) for "
+            "example."
+        )
+    return found

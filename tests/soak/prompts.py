@@ -110,14 +110,10 @@ def prompt(number: int) -> graphs.Graph:
         FILES, graphs.Shot(draw.choice(["cat face", "owl", "red heart"]), number, draw.randint(1, 4))
     )
     merge = named(graph, "LCMKitMergeLoRA")
-    merge |= {
-        "method": draw.choice(METHODS),
-        "rank": draw.choice([0, 0, 4]),
-        "density": draw.choice([0.5, 0.9]),
-        "seed": number,
-    }
-    if merge["method"] in ("linear", "tsv"):
-        merge["density"] = 1.0
+    merge |= {"method": draw.choice(METHODS), "size": draw.choice(["exact", "exact", "rank"])}
+    rank, density = 4, draw.choice([0.5, 0.9])
+    # What an option has not is dropped by ComfyUI.
+    merge |= {"size.rank": rank, "method.density": density, "method.seed": number}
     merge |= {"strength_1": draw.choice([0.5, 0.8]), "block_strengths": draw.choice(["", "down=0.5"])}
     named(graph, "SaveImage")["filename_prefix"] = f"soak_{number}"
     if number % 4 == 0 and not is_invalid(number):  # ComfyUI runs what is left of a workflow with one wrong output

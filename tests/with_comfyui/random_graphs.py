@@ -27,6 +27,7 @@ MAKERS = {
     "SIGMAS": [("LCMKitScheduler", 0)],
 }  # fmt: skip
 NONE = ("CheckpointLoaderSimple", "VAE")
+CHOICE = "COMFY_DYNAMICCOMBO_V3"
 # Values of ComfyUI's own nodes, and of ours where a random text would mean nothing.
 GIVEN = {
     "ckpt_name": ["tiny_emoji.safetensors"], "vae_name": ["tiny_emoji_vae.safetensors"], "text": ["cat face", "", "owl"],
@@ -101,13 +102,30 @@ class Maker:
         for group in ("required", "optional"):
             for name, (type_, *more) in self.info[kind]["input"].get(group, {}).items():
                 # Where no CLIP goes in, none comes out, and CLIP Text Encode has words of its own for that.
-                if group == "optional" and name not in ALWAYS and (self.alone or self.random.random() < 0.5):
+                if (
+                    group == "optional"
+                    and name not in ALWAYS
+                    and type_ != CHOICE
+                    and (self.alone or self.random.random() < 0.5)
+                ):
                     continue
                 options = dict(more[0]) if more else {}
                 if isinstance(type_, list):  # a choice, as nodes of the older kind have it
                     type_, options["options"] = "COMBO", type_
+                if type_ == CHOICE:
+                    values |= self.choice(kind, name, options, depth)
+                    continue
                 values[name] = (ready or {}).get(type_) or self.value(kind, name, type_, options, depth)
         return self.add(kind, {name: value for name, value in values.items() if value is not None})
+
+    def choice(self, kind: str, name: str, options: Mapping[str, Any], depth: int) -> dict[str, Any]:
+        """A choice with inputs of its own, and these under dotted names."""
+        option = options["options"][0] if self.alone else self.random.choice(options["options"])
+        found = {name: option["key"]}
+        for group in option["inputs"].values():
+            for own, (type_, *more) in group.items():
+                found[f"{name}.{own}"] = self.value(kind, own, type_, more[0] if more else {}, depth)
+        return found
 
     def add(self, kind: str, values: dict[str, Any]) -> str:
         name = str(len(self.graph.nodes) + 1)
@@ -170,9 +188,11 @@ class Maker:
             name: entry[0] for group in described.values() if isinstance(group, dict) for name, entry in group.items()
         }
         name = self.random.choice(sorted(inputs))
-        type_ = "COMBO" if isinstance(types[name], list) else types[name]
+        type_ = "COMBO" if isinstance(types.get(name), list) or types.get(name) == CHOICE else types.get(name)
+        if type_ is None:  # an input of an option
+            return
         values = ILLEGAL.get(type_, ILLEGAL["LINK"])
-        if name in described.get("optional", {}):  # null is nothing connected there
+        if name in described.get("optional", {}) and types[name] != CHOICE:  # null is nothing connected there
             values = [value for value in values if value is not None]
         if values:
             inputs[name] = self.random.choice(values)

@@ -21,7 +21,7 @@ def loras():
 
 def compared(loras, **changed):
     slots = {f"lora_{n}": lora for n, lora in enumerate(loras, start=1)}
-    slots |= {f"strength_{n}": 1.0 for n in range(1, 7)}
+    slots |= {f"strength_{n}": 1.0 for n in range(1, 5)}
     return CompareLoRA.execute(**{"rank": 0, **slots, **changed})
 
 
@@ -48,11 +48,11 @@ def test_spellings_of_one_module_meet(loras):
 
 def test_slots_may_be_empty_and_strengths_belong_to_their_slot(loras):
     style, lcm = loras
-    slots = {"lora_1": style, "lora_2": lcm, "lora_3": None, "lora_5": style}
-    slots |= {f"strength_{n}": 0.1 * n for n in range(1, 7)}
+    slots = {"lora_1": style, "lora_2": lcm, "lora_3": None, "lora_4": style}
+    slots |= {f"strength_{n}": 0.1 * n for n in range(1, 5)}
     text = compare_slots(slots, 0)[1]
     assert "style (1) * 0.1: norm" in text
-    assert "style (2) * 0.5: norm" in text
+    assert "style (2) * 0.4: norm" in text
 
 
 def test_the_report_is_that_of_the_core(loras):
@@ -74,9 +74,23 @@ def test_it_runs_in_the_server_and_shows_the_picture(client):
         "2": {"class_type": "LCMKitLoadLoRA", "inputs": {"lora_name": "tiny_emoji_lcm_lora.safetensors"}},
         "3": {
             "class_type": "LCMKitCompareLoRA",
-            "inputs": {"lora_1": ["1", 0], "lora_2": ["2", 0], "rank": 8} | {f"strength_{n}": 1.0 for n in range(1, 7)},
+            "inputs": {"lora_1": ["1", 0], "lora_2": ["2", 0], "rank": 8} | {f"strength_{n}": 1.0 for n in range(1, 5)},
         },
     }
     outputs = client.run(graph)["3"]
     assert len(outputs["images"]) == 1
     assert "tiny_emoji_ink_lora and tiny_emoji_lcm_lora" in outputs["text"][0]
+
+
+@pytest.mark.parametrize("off", [0, 1])
+def test_a_lora_that_is_switched_off_is_left_out(loras, off):
+    rest = [lora for n, lora in enumerate(loras) if n != off]
+    left = compared([None if n == off else lora for n, lora in enumerate(loras)])
+    assert left.result[1] == compared(rest).result[1]
+
+
+def test_without_a_lora_it_says_what_to_connect():
+    with pytest.raises(
+        ValueError, match=r"^Compare LoRAs: No LoRA is connected, or all are switched off\. Connect one"
+    ):
+        compared([])

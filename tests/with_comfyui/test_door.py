@@ -11,6 +11,7 @@ import torch
 from comfy_api.latest import io
 
 from lcm_kit.host.door.check import check
+from lcm_kit.host.door.choices import is_dynamic_choice, keys
 from lcm_kit.host.door.links import KINDS
 from lcm_kit.host.door.node import Node, in_the_name_of
 from lcm_kit.host.door.paths import without_folders
@@ -41,6 +42,7 @@ NUMBERS = [
     object(),
 ]
 FILES = ("lora_name", "unet_name")
+CHOICE = "COMFY_DYNAMICCOMBO_V3"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,6 +88,7 @@ def legal(links, lora_file):
         for entry in schema.inputs:
             kind = str(entry.get_io_type())
             default = entry.options[0] if kind == "COMBO" and entry.options else getattr(entry, "default", None)
+            default = keys(entry)[0] if kind == CHOICE else default
             found[entry.id] = links[kind] if kind in links else default
         return found | ({"lora_name": lora_file} if "lora_name" in found else {})
 
@@ -110,6 +113,15 @@ def illegal(entry, links):
         return ["true", "", 2, math.nan, [], {}, object(), *empty]
     if kind == "STRING":
         return [5, math.nan, True, [], {}, b"x", "a\0b", "a\ud800", LONG, object(), *empty]
+    if kind == CHOICE:
+        wrong = ["nonsense", "", LONG, 0, math.nan, [], {}, object(), None]
+        inside = [
+            {entry.id: option.key, own.id: value}
+            for option in entry.options
+            for own in option.inputs
+            for value in illegal(own, links)
+        ]
+        return [*wrong, *({entry.id: value} for value in wrong), *inside]
     if kind == "COMBO":
         return ["nonsense", "", "\ud800", "a\0b", LONG, 0, math.nan, [], {}, object(), *empty]
     strangers = [value for other, value in links.items() if other != kind]
@@ -140,17 +152,28 @@ def test_legal_values_and_those_at_the_ends_pass(node_id, legal):
     wrap = (lambda value: [value]) if schema.is_input_list else (lambda value: value)
     given = legal(schema)
     for entry in schema.inputs:
-        ends = [getattr(entry, "min", None), getattr(entry, "max", None), *(getattr(entry, "options", None) or ())]
+        ends = [getattr(entry, "min", None), getattr(entry, "max", None)]
+        ends += legal_choices(entry) if is_dynamic_choice(entry) else getattr(entry, "options", None) or ()
         ends += [""] if str(entry.get_io_type()) == "STRING" else []
-        ends += [None] if entry.optional else []
-        for end in [one for one in ends if one is not None or entry.optional]:
+        ends += [None] if entry.optional and not is_dynamic_choice(entry) else []
+        for end in [one for one in ends if one is not None or (entry.optional and not is_dynamic_choice(entry))]:
             check(schema, {key: wrap(value) for key, value in (given | {entry.id: end}).items()}, {})
+
+
+def legal_choices(entry):
+    """Every option by its name alone, and with each of its inputs at both ends, by default and left out."""
+    for option in entry.options:
+        yield option.key
+        for own in option.inputs:
+            for end in (getattr(own, "min", None), getattr(own, "max", None), own.default, None):
+                yield {entry.id: option.key, own.id: own.default if end is None else end}
+                yield {entry.id: option.key, own.id: None}
 
 
 @pytest.mark.parametrize("node_id", NODES)
 def test_every_link_of_a_node_is_of_a_kind_that_is_known(node_id):
     kinds = {str(entry.get_io_type()) for entry in NODES[node_id].GET_SCHEMA().inputs}
-    assert kinds <= KINDS.keys() | {"FLOAT", "INT", "STRING", "BOOLEAN", "COMBO"}
+    assert kinds <= KINDS.keys() | {"FLOAT", "INT", "STRING", "BOOLEAN", "COMBO", CHOICE}
     assert issubclass(NODES[node_id], Node)
 
 
@@ -192,12 +215,10 @@ def test_an_unknown_file_is_told_before_the_run_and_in_it(node_id, legal):
         node.fingerprint_inputs(**{name: value})
 
 
-# ---- choices with inputs of their own, which no node has yet
+# ---- choices with inputs of their own
 
 
 def choosing():
-    if not hasattr(io, "DynamicCombo"):
-        pytest.skip("this ComfyUI has no DynamicCombo")
     share = io.Float.Input("share", default=0.5, min=0.0, max=1.0)
     options = [io.DynamicCombo.Option("exact", []), io.DynamicCombo.Option("cut", [share])]
     size = io.DynamicCombo.Input("size", options=options)
@@ -269,8 +290,7 @@ def test_errors_keep_their_kind_and_get_the_nodes_name():
 
 
 def test_methods_and_dtypes_out_of_their_lists_are_named(links):
-    merge = {"lora_1": links["LORA_MODEL"], "lora_2": links["LORA_MODEL"], "rank": 0, "density": 1.0, "seed": 0}
-    merge |= {f"strength_{n}": 1.0 for n in range(1, 7)}
+    merge = {"lora_1": links["LORA_MODEL"], "lora_2": links["LORA_MODEL"], "size": "exact"}
     with pytest.raises(ValueError, match=f"method is 'nonsense', .* one of {', '.join(METHODS)}"):
         NODES["LCMKitMergeLoRA"].execute(**merge, method="nonsense")
     with pytest.raises(ValueError, match=r"dtype is 'fp8', .* one of fp16, bf16, fp32"):

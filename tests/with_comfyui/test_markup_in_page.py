@@ -123,7 +123,7 @@ def reporting():
     resized = graph.add("LCMKitResizeLoRA", lora=lora, rank=8, keep=0.0, dtype="fp16")
     graph.add("PreviewAny", source=[resized, 1])
     loras = {"lora_1": lora, "lora_2": graph[merged[0]]["inputs"]["lora_2"]}
-    graph.add("LCMKitCompareLoRA", rank=0, **loras, **{f"strength_{n}": 1.0 for n in range(1, 7)})
+    graph.add("LCMKitCompareLoRA", rank=0, **loras, **{f"strength_{n}": 1.0 for n in range(1, 5)})
     return graph
 
 

@@ -27,7 +27,7 @@ def loras(server):
 
 
 def merge_workflow(first="test_style.safetensors", second="test_lcm.safetensors", **save):
-    strengths = {f"strength_{n}": 1.0 for n in range(1, 7)} | {"strength_1": 0.8}
+    strengths = {f"strength_{n}": 1.0 for n in range(1, 5)} | {"strength_1": 0.8}
     save = {
         "filename_prefix": "test_merged",
         "dtype": "fp32",
@@ -39,8 +39,7 @@ def merge_workflow(first="test_style.safetensors", second="test_lcm.safetensors"
         "2": {"class_type": "LCMKitLoadLoRA", "inputs": {"lora_name": second}},
         "3": {
             "class_type": "LCMKitMergeLoRA",
-            "inputs": {"lora_1": ["1", 0], "lora_2": ["2", 0], "method": "linear", "rank": 0, "density": 1.0, "seed": 0}
-            | strengths,
+            "inputs": {"lora_1": ["1", 0], "lora_2": ["2", 0], "method": "linear", "size": "exact"} | strengths,
         },
         "4": {"class_type": "LCMKitSaveLoRA", "inputs": {"lora": ["3", 0]} | save},
     }
@@ -86,3 +85,31 @@ def test_a_bad_input_is_told_at_its_node_and_the_server_lives_on(client, loras, 
 def test_help_pages_are_served(server):
     page = server.request("/extensions/lcm-kit/docs/LCMKitKSampler.md").decode()
     assert page.startswith("# LCM KSampler")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"method": "ties"}, "method ties (density 0.2)"),
+        ({"method": "ties", "method.density": 0.4}, "method ties (density 0.4)"),
+        ({"method": "della", "method.spread": 0.1, "method.seed": 7}, "method della (density 0.9, spread 0.1, seed 7)"),
+        ({"size": "rank", "size.rank": 2}, ", rank 2, "),
+        ({"method": "slerp", "method.density": 0.4}, "method slerp:"),  # of another method: left out by ComfyUI
+        ({"lora_1": None}, "One LoRA is connected: the result is test_lcm.safetensors * 1."),
+    ],
+)
+def test_choices_and_their_numbers_reach_the_merge_over_the_api(client, loras, given, says):
+    workflow = merge_workflow()
+    inputs = workflow["3"]["inputs"] | given
+    workflow["3"]["inputs"] = {name: value for name, value in inputs.items() if value is not None}
+    assert says in client.run(workflow)["3"]["text"][0]
+
+
+@pytest.mark.parametrize("name", ["method", "size"])
+@pytest.mark.parametrize("value", ["nonsense", None])
+def test_a_choice_that_is_misspelt_or_missing_is_asked_for(client, loras, name, value):
+    workflow = merge_workflow()
+    workflow["3"]["inputs"].pop(name)
+    workflow["3"]["inputs"] |= {} if value is None else {name: value}
+    with pytest.raises(ExecutionFailed, match=f"Merge LoRAs: {name} is missing or unknown"):
+        client.run(workflow)

@@ -57,11 +57,12 @@ def loaded(name):
     return LoadLoRA.execute(name).result[0]
 
 
-def merged(*pairs, rank=0, density=1.0):
-    slots = {f"strength_{n}": 1.0 for n in range(1, 7)}
+def merged(*pairs, rank=0):
+    slots = {f"strength_{n}": 1.0 for n in range(1, 5)}
     for n, (lora, strength) in enumerate(pairs, start=1):
         slots |= {f"lora_{n}": lora, f"strength_{n}": strength}
-    return MergeLoRA.execute(method="linear", rank=rank, density=density, seed=0, **slots).result
+    size = {"size": "rank", "rank": rank} if rank else "exact"
+    return MergeLoRA.execute(method="linear", size=size, **slots).result
 
 
 def applied(model, lora, clip=None, strength_model=1.0, strength_clip=1.0):
@@ -745,11 +746,6 @@ def test_inputs_are_not_changed(model):
     one, _ = merged((lora, 2.0), (lora, -1.0))
     applied(model, one)
     assert all(torch.equal(lora[key], before[key]) for key in before)
-
-
-def test_a_density_that_linear_cannot_keep_is_refused(model):
-    with pytest.raises(ValueError, match=r"density is 0\.5, but method linear keeps every LoRA whole"):
-        merged((tiny.lora(model), 1.0), (tiny.lora(model, seed=1), 1.0), density=0.5)
 
 
 def test_loras_for_different_bases_do_not_merge(model, wide):

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from lcm_kit.host.lora.weights import to_lora
+from lcm_kit.host.lora.weights import LoraWeights, to_lora
 from lcm_kit.lora_merge import METHODS, load, merge, resize
 from lcm_kit.lora_merge.merging.reproduce import reproduce
 from lcm_kit.lora_merge.methods.table import Method, Parameter
@@ -63,11 +63,18 @@ def loras_folder(comfy_home, tmp_path, monkeypatch):
     files._cache.clear()
 
 
-def merged(*pairs, method="linear", rank=0, density=1.0, seed=0, **more):
-    slots = {f"strength_{n}": 1.0 for n in range(1, 7)}
+def merged(*pairs, method="linear", size="exact", **more):
+    """method and size by name; what belongs to one of them goes into it, as ComfyUI hands it to the node."""
+    slots = {f"strength_{n}": 1.0 for n in range(1, 5)}
     for n, (lora, strength) in enumerate(pairs, start=1):
         slots |= {f"lora_{n}": lora, f"strength_{n}": strength}
-    return MergeLoRA.execute(method=method, rank=rank, density=density, seed=seed, **slots, **more).result
+    choices = {}
+    for entry in MergeLoRA.define_schema().inputs:
+        if entry.id in ("method", "size"):
+            key = {"method": method, "size": size}[entry.id]
+            names = [one.id for one in next(option for option in entry.options if option.key == key).inputs]
+            choices[entry.id] = {entry.id: key} | {name: more.pop(name) for name in names if name in more}
+    return MergeLoRA.execute(**choices, **slots, **more).result
 
 
 def same(first, second):
@@ -76,10 +83,11 @@ def same(first, second):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_is_that_of_lora_merge(pair, method):
-    density = 0.6 if "density" in METHODS[method].parameters else 1.0
-    ours, text = merged((pair[0], 0.8), (pair[1], 1.0), method=method, density=density, seed=5)
+    row = METHODS[method]
+    given = {"density": 0.6} if "density" in row.parameters else {}
+    ours, text = merged((pair[0], 0.8), (pair[1], 1.0), method=method, **given, **({"seed": 5} if row.draws else {}))
     inputs = [(to_lora(pair[0]), 0.8), (to_lora(pair[1]), 1.0)]
-    wanted = merge(inputs, method=method, density=density, seed=5)
+    wanted = merge(inputs, method=method, **given, seed=5)
     assert same(ours, wanted.to_state_dict())
     assert f"Merged 2 LoRAs, method {method}" in text
 
@@ -91,21 +99,38 @@ def test_a_new_row_in_the_table_of_methods_is_a_choice_and_its_parameter_an_inpu
         source="nowhere",
         parameters={"sharpness": Parameter(default=1.5, low=1.0, high=4.0, meaning="factor on the sum")},
     )
-    before = [(entry.id, entry.as_dict()) for entry in MergeLoRA.define_schema().inputs if entry.id != "method"]
+    before = method_options()
     monkeypatch.setitem(METHODS, "made_up", row)
-    *others, last = (entry for entry in MergeLoRA.define_schema().inputs if entry.id != "method")
-    assert [(entry.id, entry.as_dict()) for entry in others] == before
-    assert (last.id, last.default, last.min, last.max, last.optional) == ("sharpness", 1.5, 1.0, 4.0, True)
-    assert last.tooltip == "Of made_up: factor on the sum."
+    (last,) = method_options().pop("made_up")
+    assert {key: option for key, option in method_options().items() if key != "made_up"}.keys() == before.keys()
+    assert (last.id, last.default, last.min, last.max) == ("sharpness", 1.5, 1.0, 4.0)
+    assert last.tooltip == "Factor on the sum."
     inputs = [(to_lora(one), 1.0) for one in pair]
     for given, factor in ({}, 1.5), ({"sharpness": 3.0}, 3.0):
         ours, text = merged((pair[0], 1.0), (pair[1], 1.0), method="made_up", **given)
         assert same(ours, merge(inputs, method="made_up", parameters={"sharpness": factor}).to_state_dict())
         assert f"method made_up (sharpness {factor:g})" in text
-    with pytest.raises(ValueError, match=r"Merge LoRAs: .*sharpness"):
+    with pytest.raises(ValueError, match=r"Merge LoRAs: method\.sharpness is 5"):
         merged((pair[0], 1.0), (pair[1], 1.0), method="made_up", sharpness=5.0)
-    # A widget always has a value, and other methods do without it.
-    assert same(merged((pair[0], 1.0), sharpness=3.0)[0], merged((pair[0], 1.0))[0])
+
+
+def method_options():
+    (choice,) = (entry for entry in MergeLoRA.define_schema().inputs if entry.id == "method")
+    return {option.key: option.inputs for option in choice.options}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_shows_its_own_numbers_and_starts_with_those_of_the_table(pair, method):
+    row = METHODS[method]
+    own = {entry.id: entry for entry in method_options()[method]}
+    assert {name: own[name].default for name in row.parameters} == {n: p.default for n, p in row.parameters.items()}
+    assert own.keys() - row.parameters.keys() == {
+        *(["seed"] if row.draws else []),
+        *(["dense"] if row.entrywise else []),
+    }
+    # An API client may leave all of them out.
+    ours, _ = merged((pair[0], 0.8), (pair[1], 1.0), method=method)
+    assert same(ours, merge([(to_lora(pair[0]), 0.8), (to_lora(pair[1]), 1.0)], method=method).to_state_dict())
 
 
 def test_a_file_of_the_merge_equals_the_patch_in_the_graph_and_two_of_cores_loaders(model, clip, loras_folder):
@@ -137,10 +162,10 @@ def test_a_file_of_the_merge_equals_the_patch_in_the_graph_and_two_of_cores_load
 @pytest.mark.parametrize(
     ("widgets", "keywords"),
     [
-        ({"rank": 2}, {"rank": 2}),
-        ({"keep": 0.9, "balanced": True}, {"keep": 0.9, "balanced": True}),
-        ({"retain": 0.9}, {"retain": 0.9}),
-        ({"max_mb": 0.2}, {"max_mb": 0.2}),
+        ({"size": "rank", "rank": 2}, {"rank": 2}),
+        ({"size": "keep", "keep": 0.9, "balanced": True}, {"keep": 0.9, "balanced": True}),
+        ({"size": "retain", "retain": 0.9}, {"retain": 0.9}),
+        ({"size": "file size", "max_mb": 0.2}, {"max_mb": 0.2}),
         ({"mu": 1.0, "protect": "lora_2"}, {"mu": 1.0, "protect": 1}),
         ({"mu": 1.0, "protect": "lora_1"}, {"mu": 1.0, "protect": 0}),
         (
@@ -149,8 +174,6 @@ def test_a_file_of_the_merge_equals_the_patch_in_the_graph_and_two_of_cores_load
         ),
         ({"method": "della", "density": 0.5, "spread": 0.1}, {"method": "della", "density": 0.5, "spread": 0.1}),
         ({"method": "ties", "density": 0.3, "dense": True}, {"method": "ties", "density": 0.3, "dense": True}),
-        # Widgets of other methods have values too.
-        ({"method": "ties", "density": 0.3, "spread": 0.7}, {"method": "ties", "density": 0.3}),
     ],
 )
 def test_each_widget_reaches_the_merge(pair, widgets, keywords):
@@ -160,13 +183,70 @@ def test_each_widget_reaches_the_merge(pair, widgets, keywords):
 
 
 def test_protect_counts_slots_and_not_connected_loras(pair):
-    slots = {f"strength_{n}": 1.0 for n in range(1, 7)} | {"lora_1": pair[0], "lora_5": pair[1]}
-    ours = MergeLoRA.execute("linear", 0, 1.0, 0, protect="lora_5", mu=1.0, **slots).result[0]
-    assert same(ours, merge([(to_lora(pair[0]), 1.0), (to_lora(pair[1]), 1.0)], protect=1, mu=1.0).to_state_dict())
-    with pytest.raises(ValueError, match="protect is lora_2, but the LoRAs are numbered 1, 5"):
-        MergeLoRA.execute("linear", 0, 1.0, 0, protect="lora_2", mu=1.0, **slots)
-    with pytest.raises(ValueError, match=r"'lora_2: down=0' is for LoRA 2; there are 1, 5"):
-        MergeLoRA.execute("linear", 0, 1.0, 0, block_strengths="lora_2: down=0", **slots)
+    one, none, other = (pair[0], 1.0), (None, 1.0), (pair[1], 1.0)
+    both = [(to_lora(pair[0]), 1.0), (to_lora(pair[1]), 1.0)]
+    ours, _ = merged(one, none, none, other, protect="lora_4", mu=1.0)
+    assert same(ours, merge(both, protect=1, mu=1.0).to_state_dict())
+    with pytest.raises(ValueError, match=r"'lora_9: down=0' is for LoRA 9; there are 1, 4"):
+        merged(one, none, none, other, block_strengths="lora_9: down=0")
+
+
+STRENGTHS = (0.8, 1.0, -0.5, 2.0)
+ON = [[n for n in range(4) if bits >> n & 1] for bits in range(1, 16)]
+
+
+@pytest.mark.parametrize("on", ON, ids=str)
+def test_what_is_switched_off_leaves_a_merge_of_the_rest(model, on):
+    """Whichever of four it is, also where protect and block strengths are for it; the rest keep their strengths."""
+    loras = [
+        LoraWeights(tiny.lora(model, rank=n + 1, endings=tiny.STYLE, seed=n), name=f"{n}.safetensors") for n in range(4)
+    ]
+    pairs = [(loras[n] if n in on else None, STRENGTHS[n]) for n in range(4)]
+    ours, text = merged(*pairs, protect="lora_3", mu=0.5, block_strengths="lora_2: down=0.5\nup=0.7")
+    wanted = merge(
+        [(to_lora(loras[n]), STRENGTHS[n]) for n in on],
+        protect=on.index(2) if 2 in on else None,
+        mu=0.5 if 2 in on else 0.0,
+        block_strengths=["down=0.5, up=0.7" if n == 1 else "up=0.7" for n in on],
+    )
+    assert same(ours, wanted.to_state_dict())
+    assert all((f"{n}.safetensors * {STRENGTHS[n]:g}: " in text) == (n in on) for n in range(4))
+    assert ("block strengths 'lora_2: down=0.5' are for a LoRA that is not connected" in text) == (1 not in on)
+    assert ("lora_3 is not connected, so that no LoRA is protected" in text) == (2 not in on)
+    assert ("One LoRA is connected: the result is" in text) == (len(on) == 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_lora_left_is_its_strength_times_itself_by_every_method(pair, method):
+    ours, text = merged((None, 1.0), (pair[1], 0.7), method=method)
+    found, given = LoraWeights(ours, name="x"), LoraWeights(pair[1], name="y")
+    found, given = to_lora(found), to_lora(given)
+    assert found.modules.keys() == given.modules.keys()
+    for module in given.modules:
+        torch.testing.assert_close(found.delta(module), 0.7 * given.delta(module))
+    assert "Note: One LoRA is connected: the result is lora_2 * 0.7" in text
+    assert (f"method {method} has nothing to merge" in text) == (method != "linear")
+
+
+def test_one_lora_left_is_cut_as_it_is_asked(pair):
+    ours, _ = merged((pair[1], 0.7), method="ties", size="rank", rank=2)
+    assert same(ours, merge([(to_lora(pair[1]), 0.7)], rank=2).to_state_dict())
+
+
+def test_no_lora_left_is_one_clear_message():
+    with pytest.raises(
+        ValueError, match=r"^Merge LoRAs: No LoRA is connected, or all are switched off\. Connect one to lora_1"
+    ):
+        merged((None, 1.0), (None, 0.5))
+
+
+@pytest.mark.parametrize("input", ["method", "size"])
+def test_a_choice_that_the_host_left_out_is_asked_for(pair, input):
+    """ComfyUI calls the node without a choice that is misspelt or missing."""
+    given = {"method": {"method": "linear"}, "size": {"size": "exact"}, "lora_1": pair[0]}
+    del given[input]
+    with pytest.raises(ValueError, match=rf"^Merge LoRAs: {input} is missing or unknown\. Choose one of "):
+        MergeLoRA.execute(**given)
 
 
 def test_the_bar_moves_and_an_interrupt_ends_the_merge(pair, monkeypatch):
@@ -186,7 +266,7 @@ def test_a_merge_of_files_names_their_hashes_and_is_made_again_from_its_file(pai
         safetensors.torch.save_file(tensors, loras_folder / f"{name}.safetensors")
     names = ("style.safetensors", os.path.join("more", "lcm.safetensors"))
     inputs = [LoadLoRA.execute(name).result[0] for name in names]
-    one, _ = merged((inputs[0], 0.8), (inputs[1], 1.0), keep=0.95)
+    one, _ = merged((inputs[0], 0.8), (inputs[1], 1.0), size="keep", keep=0.95)
     notes = json.loads(one.metadata["lcm_kit.merge"])
     hashes = [hashlib.sha256((loras_folder / name).read_bytes()).hexdigest() for name in names]
     assert [entry["sha256"] for entry in notes["inputs"]] == hashes

@@ -7,6 +7,7 @@ import re
 import pytest
 from comfy_api.latest import io
 
+from lcm_kit.host.door.choices import is_dynamic_choice, keys, with_all_inside
 from lcm_kit.host.door.node import Node
 from lcm_kit.host.page import plain
 from lcm_kit.nodes import LCMKitExtension
@@ -14,8 +15,10 @@ from lcm_kit.tests.helpers import ROOT
 
 # node id -> (display name, required inputs in widget order, optional inputs, output types);
 # an input is (id, type, default), default None where it has none
-STRENGTHS = [part for n in range(1, 7) for part in ([("lora_1", "LORA_MODEL", None)] if n == 1 else []) +
-             ([("lora_2", "LORA_MODEL", None)] if n == 2 else []) + [(f"strength_{n}", "FLOAT", 1.0)]]  # fmt: skip
+STRENGTHS = [(f"strength_{n}", "FLOAT", 1.0) for n in range(1, 5)]
+LORAS = [(f"lora_{n}", "LORA_MODEL", None) for n in range(1, 5)]
+CHOICE = "COMFY_DYNAMICCOMBO_V3"
+SEED, DENSE = ("seed", "INT", 0), ("dense", "BOOLEAN", False)
 CONTRACT = {
     "LCMKitKSampler": (
         "LCM KSampler",
@@ -132,19 +135,13 @@ CONTRACT = {
     "LCMKitLoadLoRA": ("Load LoRA (weights)", [("lora_name", "COMBO", None)], [], ["LORA_MODEL", "STRING"]),
     "LCMKitMergeLoRA": (
         "Merge LoRAs",
-        [*STRENGTHS, ("method", "COMBO", "linear"), ("rank", "INT", 0), ("density", "FLOAT", 1.0), ("seed", "INT", 0)],
+        [*STRENGTHS, ("method", CHOICE, None), ("size", CHOICE, None)],
         [
-            *((f"lora_{n}", "LORA_MODEL", None) for n in range(3, 7)),
-            ("keep", "FLOAT", 0.0),
-            ("retain", "FLOAT", 0.0),
-            ("max_mb", "FLOAT", 0.0),
+            *LORAS,
             ("balanced", "BOOLEAN", False),
             ("protect", "COMBO", "auto"),
             ("mu", "FLOAT", 0.0),
             ("block_strengths", "STRING", ""),
-            ("dense", "BOOLEAN", False),
-            ("spread", "FLOAT", 0.3),
-            ("outliers", "FLOAT", 0.01),
         ],
         ["LORA_MODEL", "STRING"],
     ),
@@ -191,7 +188,7 @@ CONTRACT = {
     "LCMKitCompareLoRA": (
         "Compare LoRAs",
         [*STRENGTHS, ("rank", "INT", 0)],
-        [(f"lora_{n}", "LORA_MODEL", None) for n in range(3, 7)],
+        LORAS,
         ["IMAGE", "STRING"],
     ),
     "LCMKitExtractLoRA": (
@@ -259,6 +256,31 @@ CONTRACT = {
     ),
 }
 
+# node id -> input -> option -> its own inputs
+CHOICES = {
+    "LCMKitMergeLoRA": {
+        "method": {
+            "linear": [],
+            "ties": [("density", "FLOAT", 0.2), DENSE],
+            "dare": [("density", "FLOAT", 0.9), SEED, DENSE],
+            "dare_ties": [("density", "FLOAT", 0.9), SEED, DENSE],
+            "della": [("density", "FLOAT", 0.9), ("spread", "FLOAT", 0.3), SEED, DENSE],
+            "della_ties": [("density", "FLOAT", 0.9), ("spread", "FLOAT", 0.3), SEED, DENSE],
+            "magnitude": [("density", "FLOAT", 0.5), DENSE],
+            "breadcrumbs": [("density", "FLOAT", 0.9), ("outliers", "FLOAT", 0.01), DENSE],
+            "slerp": [],
+            "tsv": [],
+        },
+        "size": {
+            "exact": [],
+            "rank": [("rank", "INT", 64)],
+            "keep": [("keep", "FLOAT", 0.98)],
+            "retain": [("retain", "FLOAT", 0.9)],
+            "file size": [("max_mb", "FLOAT", 100.0)],
+        },
+    },
+}
+
 NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(LCMKitExtension().get_node_list())}
 
 
@@ -278,11 +300,24 @@ def test_inputs_and_outputs_are_those_of_the_contract(node_id):
     assert (info["display_name"], info["output"]) == (name, outputs)
     needed, free = described(info["input"]["required"]), described(info["input"].get("optional", {}))
     assert sorted(needed + free, key=str) == sorted(required + optional, key=str)
-    assert needed == [entry for entry in required if entry[2] is None]
-    widgets = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+    assert needed == [entry for entry in required if entry[2] is None and entry[1] != CHOICE]
+    widgets = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", CHOICE)
     assert [entry for entry in needed + free if entry[1] in widgets] == [
         entry for entry in required + optional if entry[1] in widgets
     ]
+
+
+def test_each_option_of_a_choice_has_the_inputs_of_the_contract():
+    found = {}
+    for node_id, node in NODES.items():
+        groups = node.GET_NODE_INFO_V1()["input"]
+        for name, (kind, options) in (groups["required"] | groups.get("optional", {})).items():
+            if kind == CHOICE:
+                found.setdefault(node_id, {})[name] = {
+                    option["key"]: described(option["inputs"]["required"] | option["inputs"].get("optional", {}))
+                    for option in options["options"]
+                }
+    assert found == CHOICES
 
 
 @pytest.mark.parametrize("node_id", CONTRACT)
@@ -300,9 +335,14 @@ def test_an_api_client_may_leave_out_whatever_has_a_default(node_id):
         def execute(cls, **inputs):
             seen.append(inputs)
 
-    Same.execute()
-    Same.execute(**dict.fromkeys(defaults, [None] if schema.is_input_list else None))
+    # A choice with inputs of its own has to be made, for ComfyUI leaves a misspelt one out.
+    chosen = {entry.id: option for entry in schema.inputs if is_dynamic_choice(entry) for option in keys(entry)}
+    Same.execute(**chosen)
+    Same.execute(**chosen, **dict.fromkeys(defaults, [None] if schema.is_input_list else None))
     expected = {name: [value] if schema.is_input_list else value for name, value in defaults.items()}
+    for entry in filter(is_dynamic_choice, schema.inputs):
+        (inside,) = (option.inputs for option in entry.options if option.key == chosen[entry.id])
+        expected[entry.id] = {entry.id: chosen[entry.id]} | {own.id: own.default for own in inside}
     assert seen == [expected, expected]
     inspect.signature(node.execute).bind(**expected | {entry.id: None for entry in schema.inputs if not entry.optional})
 
@@ -319,10 +359,11 @@ def test_every_node_explains_itself(node_id):
     schema = NODES[node_id].GET_SCHEMA()
     assert schema.description
     assert schema.category.startswith("LCM Kit/")
-    untold = [entry.id for entry in schema.inputs if not entry.tooltip]
+    inputs = list(with_all_inside(schema.inputs))
+    untold = [entry.id for entry in inputs if not entry.tooltip]
     assert untold == []
     page = (ROOT / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
-    missing = [entry.id for entry in schema.inputs if f"`{entry.id}`" not in page and entry.id[-1] not in "23456"]
+    missing = [entry.id for entry in inputs if f"`{entry.id}`" not in page and entry.id[-1] not in "234"]
     assert missing == []
 
 

@@ -19,7 +19,7 @@ def graph_of_reports():
     )
     graph.add("PreviewAny", source=[applied, 2])
     loras = {f"lora_{n}": graph[merged[0]]["inputs"][f"lora_{n}"] for n in (1, 2)}
-    graph.add("LCMKitCompareLoRA", rank=0, **loras, **{f"strength_{n}": 1.0 for n in range(1, 7)})
+    graph.add("LCMKitCompareLoRA", rank=0, **loras, **{f"strength_{n}": 1.0 for n in range(1, 5)})
     return graph
 
 

@@ -20,8 +20,7 @@ CONTRACT = {
     "LCMKitKSampler": "model positive negative latent_image seed steps cfg denoise gamma cfg_steps original_steps",
     "LCMKitLoader": "model clip lora_name strength wrong_base lora_stack",
     "LCMKitLoadLoRA": "lora_name",
-    "LCMKitMergeLoRA": "lora_1 lora_2 lora_3 lora_4 lora_5 lora_6 strength_1 strength_2 strength_3 strength_4 strength_5 "
-    "strength_6 method rank density seed",
+    "LCMKitMergeLoRA": "lora_1 lora_2 lora_3 lora_4 strength_1 strength_2 strength_3 strength_4 method size",
     "LCMKitApplyLoRA": "model clip lora strength_model strength_clip wrong_base",
     "LCMKitSaveLoRA": "lora filename_prefix dtype format output_name_mode title author trigger_words",
 }

@@ -16,6 +16,7 @@ WORKFLOWS = [ROOT / "demo" / "workflow.json", *EXAMPLES]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 NOTES = {"MarkdownNote", "Note"}  # known to the page only
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+CHOICE = "COMFY_DYNAMICCOMBO_V3"  # its options have inputs of their own
 
 every_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 every_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -40,6 +41,26 @@ def inputs_of(info):
     return [(name, "COMBO" if isinstance(kind, list) else kind, options) for name, kind, options, *_ in specs]
 
 
+def chosen(info, values):
+    """[(name, type, options, value)] of the node's inputs, with those of the options that its widgets' values choose."""
+    values = iter(values)
+    return [one for spec in inputs_of(info) for one in opened(*spec, values)]
+
+
+def opened(name, kind, options, values):
+    if kind == CHOICE:
+        keys = [option["key"] for option in options["options"]]
+        key = next(values)
+        yield name, "COMBO", {"options": keys}, key
+        for own, *spec in inputs_of({"input": options["options"][keys.index(key)]["inputs"]}):
+            yield from opened(f"{name}.{own}", *spec, values)
+        return
+    yield name, kind, options, next(values) if kind in WIDGETS else None
+    if options.get("control_after_generate"):
+        choices = {"options": ["fixed", "increment", "decrement", "randomize"]}
+        yield f"{name}, after a run", "COMBO", choices, next(values)
+
+
 @every_workflow
 def test_nodes_have_the_sockets_and_widgets_of_the_server(path, known):
     for node in read(path)[1]:
@@ -48,7 +69,7 @@ def test_nodes_have_the_sockets_and_widgets_of_the_server(path, known):
         kinds = {name: kind for name, kind, _ in specs}
         for socket in node["inputs"]:
             assert kinds[socket["name"]] == socket["type"], node["type"]
-        sockets = [name for name, kind, _ in specs if kind not in WIDGETS]
+        sockets = [name for name, kind, _ in specs if kind not in {*WIDGETS, CHOICE}]
         assert [socket["name"] for socket in node["inputs"] if "widget" not in socket] == sockets, node["type"]
         outputs = known[node["type"]]
         named = [(slot["name"], slot["type"]) for slot in node["outputs"]]
@@ -61,17 +82,14 @@ def test_nodes_have_the_sockets_and_widgets_of_the_server(path, known):
 def test_widget_values_are_in_range(path, known):
     for node in read(path)[1]:
         values = iter(node["widgets_values"])
-        for name, kind, options in inputs_of(known[node["type"]]):
-            if kind not in WIDGETS:
-                continue
-            value = next(values)
+        for name, kind, options, value in chosen(known[node["type"]], values):
             if kind in ("INT", "FLOAT"):
                 assert isinstance(value, int | float), (node["type"], name)
                 assert options["min"] <= value <= options["max"], (node["type"], name)
-            else:
+            elif kind in WIDGETS:
                 assert isinstance(value, bool if kind == "BOOLEAN" else str), (node["type"], name)
-            if options.get("control_after_generate"):
-                assert next(values) in ("fixed", "increment", "decrement", "randomize"), (node["type"], name)
+            if name.endswith(", after a run"):
+                assert value in options["options"], (node["type"], name)
         assert list(values) == [], f"{node['type']} has more values than widgets"
 
 
