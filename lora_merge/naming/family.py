@@ -100,6 +100,7 @@ class Family:
     parts: (canonical own name, shape) -> what diffusers has for the weight; () where nothing is known.
     slice_name: canonical name of a slice -> a spelling that every ComfyUI reads; None if there is none.
     reads: spelling -> whether every ComfyUI, as far as it has the model, reads it.
+    suits: (canonical own name, shape) -> whether a weight of the family may have that shape.
     templates: () -> ((stack, module), own name, fused weights) of every name known, with {} for the block's number.
     """
 
@@ -123,6 +124,7 @@ class Family:
     slice_name: Callable[[str], str | None] = _none
     reads: Callable[[str], bool] = lambda spelling: True
     templates: Callable[[], Iterable[tuple[tuple[str, str], str, tuple[str, ...]]]] = lambda: ()
+    suits: Callable[[str, tuple[int, ...]], bool] = lambda own, shape: True
     sure: bool = False
 
     @property
