@@ -3,8 +3,8 @@
 from comfy_api.latest import io, ui
 
 from ..host.door.node import Node
-from ..host.sampling import grid
-from ..host.sampling.axes import SETTINGS
+from ..host.grid import grid
+from ..host.grid.axes import SETTINGS
 from . import inputs
 from .sampling import CATEGORY, Presets
 

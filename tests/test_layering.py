@@ -53,11 +53,24 @@ WINGS = {
     "cli": {*_MERGING, "extracting", "comparing"},
 }
 
+# The same in host, whose own files (page, progress) know none of them.
+HOST_WINGS = {
+    "door": set(),
+    "lora": {"door"},
+    "sampling": {"door", "lora"},
+    "grid": {"door", "lora", "sampling"},
+    "training": {"door", "lora", "sampling"},
+}
+
 MAX_LINES, MAX_FILES, MAX_FUNCTION = 350, 12, 40
 # What is larger, and why it is not divided.
 LONG_FILES: dict[str, str] = {}
 LARGE_WINGS = {
-    "naming": "a family of models is a file of tables, and knows none of the others",
+    "lora_merge/naming": "a family of models is a file of tables, and knows none of the others",
+    "samplers": "one formula or table of the sampling maths a file",
+    "host/sampling": "what one run in ComfyUI asks of the maths, a question a file",
+    "nodes": "declarations only, a file for the nodes of one subject",
+    "host/lora": "what a LORA_MODEL meets in ComfyUI, a file a subject, and the three tools that take several",
 }
 _OPTIONS = "its signature names every option with type and default, and each is handed on by name"
 LONG_FUNCTIONS = {
@@ -194,11 +207,13 @@ def test_rule_knows_the_command_line_of_distillation(file, line, allowed, tmp_pa
 
 def test_every_wing_has_a_rule_and_modules_to_check():
     assert {wing_of(file) for file in shipped_modules()} - {""} == set(WINGS)
+    assert {folder.parent.name for folder in (ROOT / "host").glob("*/__init__.py")} == set(HOST_WINGS)
 
 
-def test_no_wing_is_above_itself():
+@pytest.mark.parametrize("wings", [WINGS, HOST_WINGS], ids=["lora_merge", "host"])
+def test_no_wing_is_above_itself(wings):
     """The rules alone allow no circle: some order of the wings has every arrow pointing back."""
-    rest = dict(WINGS)
+    rest = dict(wings)
     while rest:
         lowest = [wing for wing, below in rest.items() if not below & rest.keys()]
         assert lowest, f"a circle among {sorted(rest)}"
@@ -210,6 +225,15 @@ def test_no_wing_is_above_itself():
 def test_imports_point_down_in_lora_merge(wing):
     files = [file for file in shipped_modules() if wing_of(file) == wing]
     assert [offence for file in files for offence in offences_of_wings(file)] == []
+
+
+@pytest.mark.parametrize("wing", ["", *HOST_WINGS])
+def test_imports_point_down_in_host(wing):
+    files = sorted((ROOT / "host" / wing).rglob("*.py") if wing else (ROOT / "host").glob("*.py"))
+    assert files
+    allowed = [".host.page", ".host.progress", *(f".host.{one}" for one in (wing, *HOST_WINGS.get(wing, ())) if one)]
+    found = [(file.name, name) for file in files for _, name in imports_of(file) if is_within(name, ".host")]
+    assert [one for one in found if not any(is_within(one[1], known) for known in allowed)] == []
 
 
 @pytest.mark.parametrize(
@@ -252,8 +276,8 @@ def test_no_file_is_long_and_no_wing_is_crowded():
         file.relative_to(ROOT).as_posix() for file in files if len(file.read_text("utf-8").splitlines()) > MAX_LINES
     }
     assert long == LONG_FILES.keys()
-    counts = Counter(wing_of(file) for file in files if wing_of(file) and file.name != "__init__.py")
-    assert {wing for wing, count in counts.items() if count > MAX_FILES} == LARGE_WINGS.keys()
+    counts = Counter(file.relative_to(ROOT).parent.as_posix() for file in files if file.name != "__init__.py")
+    assert {folder for folder, count in counts.items() if count > MAX_FILES} == LARGE_WINGS.keys()
 
 
 def function_lines(file: Path) -> Iterator[tuple[str, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,10 +25,11 @@ Device = Callable[[Tensor], str | torch.device] | str | torch.device
 NAMELESS = " (no LoRA name)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Extraction:
     """What became of every weight. modules: with a LoRA.   vectors: biases and norms, kept whole.
-    equal: weights that do not differ.   other: names of differing parameters that no LoRA format has a place for.
+    equal: weights that do not differ.   other: names of differing parameters that are not extracted: of no module's
+        weight or bias, or no floating point.   unwanted: names of differing biases and norms, left out on request.
     ranks: smallest and largest, None without modules.   error: relative, of all weights with a LoRA together, 0..1,
         measured on the float32 factors.   energy: squared norm of the difference in those weights.
     """
@@ -40,6 +41,7 @@ class Extraction:
     ranks: tuple[int, int] | None
     error: float
     energy: float
+    unwanted: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """A few lines for people."""
@@ -57,11 +59,18 @@ class Extraction:
             lines.append(f"{self.vectors} biases and norms differ and are kept whole.")
         if self.equal:
             lines.append(f"{self.equal} weights do not differ and are left out.")
+        if self.unwanted:
+            lines.append(f"Left out, as asked: {_counted(self.unwanted, 'biases and norms')}.")
         if self.other:
             lines.append(
-                f"Left out, no LoRA has a place for them: {len(self.other)} parameters ({self.other[0]}, ...)."
+                "Left out, since only weights and biases under the names of LoRA files are extracted: "
+                f"{_counted(self.other, 'parameters')}."
             )
         return "\n".join(lines)
+
+
+def _counted(names: Sequence[str], what: str) -> str:
+    return f"{len(names)} {what} ({names[0]}{', ...' if len(names) > 1 else ''})"
 
 
 @named
@@ -79,8 +88,9 @@ def extract(
 
     weights: (name, tuned, base) one after the other; only one pair is held at a time. name: the module as a LoRA file
         spells it (lora_unet_..., diffusion_model.x.y, lora_te_...), with ".weight" or ".bias" at its end. Matrices and
-        convolutions become low-rank updates, vectors whole differences; other names are listed in the account. 8-bit
-        floats and signed integers count as the numbers that they are.
+        convolutions become low-rank updates, vectors whole differences. Other parameters are listed in the account: a
+        file could hold their differences, but most loaders would not find them. 8-bit floats and signed integers count
+        as the numbers that they are.
     rank: the largest of any module, 1 or more.   keep: (0, 1], stop at the smallest rank that holds this share of a
         module's energy (squared norm).
     device: where to compute, or what tells it for each difference; one without float64 passes work to the CPU.
@@ -113,6 +123,7 @@ class _Found:
     diffs: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     equal: int = 0
     other: list[str] = field(default_factory=list)
+    unwanted: list[str] = field(default_factory=list)
     energy: float = 0.0
     lost: float = 0.0
 
@@ -125,19 +136,14 @@ class _Found:
         tuned, base = _plain(tuned), _plain(base)
         if tuned is base or torch.equal(tuned, base):
             self.equal += 1
-        elif not self._has_place(name, tuned):
+        elif not _is_of_module(name, tuned):
             self.other.append(name)
+        elif tuned.ndim == 1 and not self.vectors:
+            self.unwanted.append(name)
         elif tuned.ndim == 1:
             self._add_vector(name, tuned, base)
         else:
             self._add_matrix(name, tuned, base)
-
-    def _has_place(self, name: str, weight: Tensor) -> bool:
-        """Whether the LoRA that is wanted holds a difference of this weight."""
-        _, dot, part = name.rpartition(".")
-        if part not in ("weight", "bias") or not dot or not weight.is_floating_point():
-            return False
-        return weight.ndim > 1 or (weight.ndim == 1 and self.vectors)
 
     def _add_vector(self, name: str, tuned: Tensor, base: Tensor) -> None:
         diff = (tuned.double() - base.double()).to("cpu", self.dtype)
@@ -166,7 +172,14 @@ class _Found:
             ranks=(min(ranks), max(ranks)) if ranks else None,
             error=math.sqrt(self.lost / self.energy) if self.energy > 0 else 0.0,
             energy=self.energy,
+            unwanted=tuple(self.unwanted),
         )
+
+
+def _is_of_module(name: str, weight: Tensor) -> bool:
+    """Whether it is the weight or bias of a module, in floating point."""
+    _, dot, part = name.rpartition(".")
+    return part in ("weight", "bias") and bool(dot) and weight.ndim > 0 and weight.is_floating_point()
 
 
 def _plain(weight: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -282,5 +282,4 @@ def _moved(layer: Layer, device: torch.device) -> Layer:
     """The layer with its tensors on a device."""
     if all(part.device.type == device.type for part in layer.parts().values()):
         return layer
-    tensors = {f.name: value for f in fields(layer) if isinstance(value := getattr(layer, f.name), Tensor)}  # type: ignore[arg-type]
-    return replace(layer, **{name: tensor.to(device) for name, tensor in tensors.items()})  # type: ignore[type-var]
+    return layer.with_parts({name: part.to(device) for name, part in layer.parts().items()})

@@ -35,8 +35,7 @@ def times(layer: Layer, strength: float) -> Layer | None:
         alpha = layer.written_alpha * strength
         return replace(layer, alpha=alpha) if not alpha or abs(exponent(alpha)) <= ALPHA else None  # type: ignore[type-var]
     name, part = min(layer.parts().items(), key=lambda item: item[1].numel())
-    scaled = part.detach().to(torch.float32) * strength
-    return replace(layer, **{name.removeprefix("lokr_"): scaled})  # type: ignore[type-var]
+    return layer.with_parts({name: part.detach().to(torch.float32) * strength})
 
 
 def unshared(loras: Sequence[Lora], strengths: Strengths, module: str) -> Layer | None:

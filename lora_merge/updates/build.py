@@ -34,6 +34,8 @@ _KIND_OF = {part: kind for kind, (needed, allowed) in _KINDS.items() for part in
 ADDITIVE = ("LoRA", "LoHa", "LoKr")
 # Parts that make an additive kind depend on the weight.
 _MODIFIERS = {"dora_scale": carried.DORA, "magnitude": carried.DORA, "reshape_weight": carried.RESIZED}
+# Of any kind, without alpha.
+PARTS = frozenset({*_KIND_OF, *_MODIFIERS, *DIFF_PARTS})
 
 
 def kinds_of(parts: Collection[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lcm_kit.host.sampling.axes import Axis, cells, check_axes, parse_axis
+from lcm_kit.host.grid.axes import Axis, cells, check_axes, parse_axis
 
 
 @pytest.mark.parametrize(

@@ -16,16 +16,11 @@ from lcm_kit.lora_merge.metadata import tags
 from lcm_kit.lora_merge.metadata.about import describe_metadata, trigger_words
 from lcm_kit.lora_merge.recognise.identity import identify
 from lcm_kit.tests.lora_merge import kinds
-from lcm_kit.tests.lora_merge.make import factors, kohya
+from lcm_kit.tests.lora_merge.make import factors, kohya, metadata
 
 MODULE = "lora_unet_mid_block_attentions_0_proj_in"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
-
-
-def metadata(path):
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
 
 
 def kohyas_hashes(path):
@@ -268,6 +263,25 @@ def test_large_metadata_of_both_inputs_goes_into_one_file_that_is_read(tmp_path)
     again = load(tmp_path / "x.safetensors")
     assert len(json.loads(again.metadata["ss_tag_frequency"])["1_x"]) == 40_000
     assert metadata(tmp_path / "x.safetensors")["ss_tag_frequency"] == again.metadata["ss_tag_frequency"]
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+@pytest.mark.parametrize("letters", [1, 60, 150])
+def test_max_mb_holds_in_either_format(tmp_path, format, letters):
+    """diffusers' adapter config names a module three times: as a target, and with a rank and an alpha of its own."""
+    state = {}
+    for number in range(200):
+        up, down = factors(16, 8, 16, seed=number)
+        weights = torch.logspace(0, -(number % 7), 8)
+        state |= kohya(f"transformer.{'x' * letters}.{number}.to_q", up * weights, down)
+    lora = Lora.from_state_dict(state)
+    save(lora, tmp_path / "whole.safetensors", format=format)
+    megabytes = (tmp_path / "whole.safetensors").stat().st_size / 1e6
+    small = resize(lora, max_mb=megabytes, out_dtype=torch.float16)
+    assert len({layer.rank for layer in small.modules.values()}) > 3
+    save(small, tmp_path / "x.safetensors", format=format)
+    # The bound is one from above, of either format.
+    assert 0.6 * megabytes < (tmp_path / "x.safetensors").stat().st_size / 1e6 <= megabytes
 
 
 def test_metadata_counts_in_the_size_of_a_file(tmp_path):

@@ -9,14 +9,10 @@ from hypothesis import strategies as st
 
 from lcm_kit.samplers.renoise import gamma_per_step, gammas_of_part, noise_kept, parse_gammas, variance_exploding
 from lcm_kit.samplers.schedule import sigmas_at
-from lcm_kit.tests.samplers.toy import sigma_table
+from lcm_kit.tests.samplers.toy import rectified_flow, sigma_table
 
 TABLE = sigma_table()
 SIGMAS = sigmas_at([999, 759, 499, 259], TABLE)
-
-
-def rectified_flow(sigma, noise, latent):
-    return sigma * noise + (1.0 - sigma) * latent
 
 
 def test_the_two_ends_are_exact_and_need_no_table():

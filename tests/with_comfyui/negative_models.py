@@ -117,6 +117,11 @@ MODELS = {
         "WAN21_Camera", _WAN | {"model_type": "camera", "in_dim": 32}, _VIDEO,
         {"camera_conditions": randn(1, 24, 2, 64, 64)}, **_ACROSS,
     ),
+    "Wan Animate": Model(
+        "WAN22_Animate", _WAN | {"model_type": "animate", "in_dim": 36}, _VIDEO,
+        {"clip_vision_output": image_seen(7, 1280), "pose_video_latent": randn(1, 16, 1, 8, 8)}, **_ACROSS,
+    ),
+    "Wan SCAIL": Model("WAN21_SCAIL", _WAN | {"model_type": "scail", "in_dim": 20}, _VIDEO, **_ACROSS),
     "LTXV": _known("LTXV", masked=True, **_ACROSS),
     "LTX-2": Model("LTXAV", {
         "image_model": "ltxav", "in_channels": 128, "audio_in_channels": 128, "cross_attention_dim": 32,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from lcm_kit.host.grid import grid as grids
+from lcm_kit.host.grid.sheet import Sheet, cell_size
 from lcm_kit.host.lora import patches
-from lcm_kit.host.sampling import grid as grids
-from lcm_kit.host.sampling.sheet import Sheet, cell_size
 from lcm_kit.nodes.grid import LCMGrid
 from lcm_kit.nodes.sampling import LCMKSampler
 from lcm_kit.samplers.presets import PRESETS

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import comfy.patcher_extension
 import pytest
 import torch
+from comfy_extras.nodes_easycache import EasyCacheNode
 from nodes import KSampler
 
 from lcm_kit.host.sampling.negative import families
+from lcm_kit.host.sampling.negative.rows import Rows
 from lcm_kit.nodes.guidance import LCMNegativePrompt
 from lcm_kit.nodes.sampling import LCMKSampler
 from lcm_kit.tests.with_comfyui import dits
@@ -441,3 +443,60 @@ def test_reference_latents_with_texts_of_their_own_are_refused(models):
     positive = MODELS["Z-Image"].text(1, reference_latents=[randn(1, 16, 8, 8)])
     with pytest.raises(ValueError, match="does not work with reference latents on this model"):
         sampled("Z-Image", guided(models("Z-Image"), MODELS["Z-Image"].text(2)), positive)
+
+
+# ---- what it keeps
+
+
+def test_a_text_that_goes_through_the_model_s_own_weights_follows_their_patches(models):
+    """Anima's adapter: the text is kept from run to run, but not from one LoRA to another."""
+    negative = MODELS["Anima"].text(2)
+    first = guided(models("Anima"), negative)
+    before = sampled("Anima", first)
+    patches = {"diffusion_model.llm_adapter.out_proj.weight": ("diff", (randn(16, 16),))}
+    model, second = models("Anima").clone(), first.clone()
+    for one in (model, second):
+        one.add_patches(patches)
+    expected = sampled("Anima", by_hand("Anima", model, negative))
+    assert off_by(expected, before) > 1e-2
+    assert off_by(sampled("Anima", second), expected) < 2e-5
+    assert torch.equal(sampled("Anima", first), before)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_half_precision_takes_the_text_along(name):
+    model, text = MODELS[name].model(), MODELS[name].text(1)
+    for key, weight in model.model.diffusion_model.named_parameters():
+        if "patch_embedding" not in key:  # Wan's stays in float32
+            weight.data = weight.data.to(torch.bfloat16)
+    model.model.diffusion_model.dtype = torch.bfloat16
+    plain = sampled(name, model, text)
+    same, other = (sampled(name, guided(model, negative), text) for negative in (text, MODELS[name].text(2, 8)))
+    assert torch.isfinite(other).all()
+    assert off_by(same, plain) < 0.1  # bfloat16 has 8 bits
+    assert off_by(other, plain) > off_by(same, plain)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_cache_of_steps_may_leave_steps_out(models, name):
+    """Core's EasyCache evaluates the first step, and later ones as it sees fit; it sorts rows by their conditioning."""
+    patched = EasyCacheNode.execute(guided(models(name), MODELS[name].text(2)), 0.2, 0.15, 0.95, False).result[0]
+    always = EasyCacheNode.execute(guided(models(name), MODELS[name].text(2)), 0.0, 0.15, 0.95, False).result[0]
+    plain = guided(models(name), MODELS[name].text(2))
+    assert torch.equal(sampled(name, always, steps=4, batch=2), sampled(name, plain, steps=4, batch=2))
+    assert torch.isfinite(sampled(name, patched, steps=4, batch=2)).all()
+
+
+def test_what_a_model_is_given_is_doubled_for_the_guided_rows():
+    rows = Rows([0], 2, 4)  # chunks: the positive prompt, and another
+    x, lists = (
+        torch.arange(4.0)[:, None],
+        {"input": [None, torch.arange(8.0).reshape(4, 2)], "scale": torch.tensor(2.0)},
+    )
+    assert rows.doubled(x).flatten().tolist() == [0, 1, 2, 3, 0, 1]
+    doubled = rows.doubled(lists)
+    assert doubled["input"][0] is None
+    assert doubled["input"][1].shape == (6, 2)
+    assert doubled["scale"] is lists["scale"]
+    options = rows.doubled_options({"cond_or_uncond": [0, 1], "uuids": ["a", "b"], "other": 3})
+    assert options == {"cond_or_uncond": [0, 1, 0], "uuids": ["a", "b", "a"], "other": 3}

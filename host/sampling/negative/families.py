@@ -61,6 +61,8 @@ FAMILIES = {
     "wan.model.WanModel": _WAN,
     "wan.model.VaceWanModel": replace(_WAN, name="Wan VACE"),
     "wan.model.CameraWanModel": replace(_WAN, name="Wan Camera"),
+    "wan.model_animate.AnimateWanModel": replace(_WAN, name="Wan Animate"),
+    "wan.model.SCAILWanModel": replace(_WAN, name="SCAIL"),
     "lightricks.model.LTXVModel": _LTX,
     "lightricks.av_model.LTXAVModel": replace(_LTX, name="LTX-2"),
     "cosmos.predict2.MiniTrainDIT": _COSMOS,

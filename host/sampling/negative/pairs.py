@@ -23,37 +23,40 @@ class PairRoad:
 
     def run(self, call, model, rows, inputs, first):
         """The call of a BaseModel with these inputs, guided in these rows. first(): whether it is of the first step."""
-        dit = model.diffusion_model
-        if inputs.get("ref_latents") and self.family.keeps_length:
+        family, dit = self.family, model.diffusion_model
+        if family.keeps_length and inputs.get("ref_latents"):
             raise ValueError(
                 "LCM Negative Prompt does not work with reference latents on this model (Z-Image Omni): each of them "
                 "has a text of its own. Remove one of the two, or use cfg above 1."
             )
-        negative = self.text.of(model, inputs["x"], self.family.texts)
-        check_parts(negative, inputs, self.family.parts)
-        positive, other = inputs[CONTEXT], rows.spread(negative[CONTEXT].to(inputs[CONTEXT]))
-        if self.family.keeps_length and other.shape[1] > positive.shape[1]:
-            if first():
-                logger.warning(
-                    "The negative prompt is longer than the prompt (%d tokens against %d) and %s has no room for more: "
-                    "its end is left out. Make it shorter, or the prompt longer.",
-                    other.shape[1],
-                    positive.shape[1],
-                    self.family.name,
-                )
-            other = other[:, : positive.shape[1]]
-        keeps = self._keeps(inputs, negative, positive.shape[1], other.shape[1])
+        negative = self.text.of(model, inputs["x"], family.texts)
+        check_parts(negative, inputs, family.parts)
+        texts = inputs[CONTEXT], rows.spread(negative[CONTEXT].to(inputs[CONTEXT]))
+        if family.keeps_length:
+            texts = self._cut(*texts, first)
+        keeps = self._keeps(inputs, negative, *(text.shape[1] for text in texts))
         doubled = {name: rows.doubled(value) for name, value in inputs.items() if name != "transformer_options"}
-        length = max(positive.shape[1], other.shape[1])
-        doubled[CONTEXT] = torch.cat([_filled(positive, length), _filled(other, length)])
-        if MASK in self.family.texts and MASK in doubled:
+        doubled[CONTEXT] = torch.cat([_filled(text, len(keeps[0])) for text in texts])
+        if MASK in family.texts and MASK in doubled:
             doubled[MASK] = None  # what it hides is left out of attention instead
-        before, after = self.family.around(dit, inputs)
-        attention = Pairs(rows, keeps, self.family.refiners(dit), before, after, self.guidance)
+        attention = Pairs(rows, keeps, family.refiners(dit), *family.around(dit, inputs), self.guidance)
         options = with_override(rows.doubled_options(inputs["transformer_options"]), attention)
         result = call(doubled | {"transformer_options": options})
         check_met(first, attention.met, model)
         return result[: rows.all]
+
+    def _cut(self, positive, negative, first):
+        """The two texts, the negative one not longer than the positive one."""
+        room = positive.shape[1]
+        if negative.shape[1] > room and first():
+            logger.warning(
+                "The negative prompt is longer than the prompt (%d tokens against %d) and %s has no room for more: its "
+                "end is left out. Make it shorter, or the prompt longer.",
+                negative.shape[1],
+                room,
+                self.family.name,
+            )
+        return positive, negative[:, :room]
 
     def _keeps(self, inputs, negative, length, other):
         """For either text which of its tokens count, (tokens,) bool of the longer one's length."""

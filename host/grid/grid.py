@@ -15,8 +15,8 @@ import torch
 from ...samplers.preset import Preset
 from ...samplers.presets import PRESETS
 from ..lora import patches
+from ..sampling.sampling import sample
 from .axes import MANY, NOTHING, STRENGTH, WORDS, Axis, cells, check_axes, parse_axis
-from .sampling import sample
 from .sheet import Sheet, as_picture, cell_size
 
 SHOWN = 1024  # longest side of the sheet while it fills up
