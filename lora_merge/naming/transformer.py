@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 from .family import Family, Part, Rows, underscored
 from .tables import Fused, Stack, alike
@@ -269,6 +270,8 @@ def transformer(
     theirs_behind_kohya: bool = False,
     ratios: Mapping[str, float] | None = None,
     sure: bool = False,
+    saved: Literal["comfy", "diffusers"] = "comfy",
+    saved_fused: Literal["comfy", "kohya"] = "comfy",
 ) -> Family:
     """A family out of its tables.
 
@@ -279,7 +282,7 @@ def transformer(
         and before one of diffusers', the one to write first.
     theirs_behind_kohya: whether trainers write diffusers' names behind `lora_unet_` or `diffusion_model.`.
     ratios: template of an own name -> rows for each column, where that tells the family from one with like names.
-    sure: see Family.
+    sure, saved, saved_fused: see Family.
     """
     turned = turned or {}
     outside = {**dict.fromkeys(turned, ""), **outside}
@@ -299,4 +302,6 @@ def transformer(
         templates=tables.templates,
         suits=lambda own, shape: tables.suits(own, shape, ratios or {}),
         sure=sure,
+        saved=saved,
+        saved_fused=saved_fused,
     )
