@@ -107,6 +107,8 @@ def test_every_preset_samples_and_its_nodes_agree(model, flow_model, name):
 def test_a_preset_says_its_timesteps():
     assert "timesteps 999, 749, 499, 249" in LCMPreset.execute("DMD2", 0).result[3]
     assert "8 steps, cfg 1, gamma 0.3, 50 original steps" in LCMPreset.execute("TCD", 8).result[3]
+    assert "Below denoise 1 fewer steps are run" in LCMPreset.execute("Lightning 4 steps", 0).result[3]
+    assert "Below denoise 1" not in LCMPreset.execute("DMD2", 0).result[3]
     wan = LCMPreset.execute("Wan 2.2 lightx2v", 0).result[3]
     assert "4 steps, cfg 1, gamma 0, evenly spaced through the model's own shift." in wan
     assert "It also asks for: shift 5; LoRA at strength 1; the first 2 steps by the high-noise model." in wan
