@@ -54,6 +54,11 @@ def test_a_preset_has_as_many_levels_as_it_makes_calls(name, strength):
     assert levels[-1] == 0
 
 
+def test_a_timestep_of_pure_noise_is_told_where_it_is_not_the_last():
+    assert PRESETS["DMD2 1 step"].noise_timestep == 399
+    assert [PRESETS[name].noise_timestep for name in ("DMD2", "LCM", "Turbo", "Flux.2 Turbo")] == [None] * 4
+
+
 def test_settings_in_words():
     assert settings_in_words(PRESETS["DMD2"]) == "4 steps, cfg 1, gamma 1, timesteps 999, 749, 499, 249"
     assert settings_in_words(PRESETS["Turbo"]) == "1 steps, cfg 1, gamma 1, of the timesteps 999, 749, 499, 249"

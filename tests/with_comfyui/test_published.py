@@ -15,6 +15,7 @@ import torch
 from comfy.model_base import ModelType
 from comfy_extras import nodes_flux, nodes_model_advanced
 
+from lcm_kit.host.sampling.experts import WAN_BOUNDARY, steps_above
 from lcm_kit.nodes.scheduling import LCMPreset, LCMScheduler
 from lcm_kit.samplers.presets import PRESETS
 from lcm_kit.tests.with_comfyui.levels import Sampled, shifted
@@ -256,6 +257,13 @@ def test_the_presets_of_stable_diffusion_on_flow_models_start_from_noise(name, f
     expected = torch.tensor([*shifted(shift, times), 0.0])
     torch.testing.assert_close(levels(model_of(family), name), expected, rtol=0, atol=1e-4)
     assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("name", [name for name in FLOW_PRESETS if PRESETS[name].first_expert])
+def test_the_experts_of_a_preset_divide_its_steps_where_the_boundary_does(name):
+    model = model_of(LISTS[name][0])
+    sigmas = levels(model, name)
+    assert steps_above(model.model_sampling, sigmas, WAN_BOUNDARY) == PRESETS[name].first_expert
 
 
 # ---- where they do not fit
