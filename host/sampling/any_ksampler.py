@@ -15,6 +15,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...samplers.preset import Preset
 from ...samplers.schedule import timesteps_at
+from .pure_noise import from_pure_noise
 from .sampler import chosen_gamma, lcm_sampler
 from .schedules import lcm_sigmas
 from .tables import sigma_table
@@ -62,7 +63,7 @@ class ExactLCM:
             # The guider's MODEL: what other nodes put on it after this one counts.
             model = executor.class_obj.model_patcher
             sigmas = self.levels(model, sigmas, noisy=not bool(noise.count_nonzero())).to(sigmas)
-            sampler = lcm_sampler(gamma=self.gamma, seed=-1)
+            sampler = from_pure_noise(lcm_sampler(gamma=self.gamma, seed=-1), self.preset)
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **more)
 
     def levels(self, model, asked: torch.Tensor, *, noisy: bool) -> torch.Tensor:
