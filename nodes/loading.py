@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..host.door.node import Node
-from ..host.lora import files, patches, stack
+from ..host.lora import auto, files, patches, stack
 from ..host.lora.reports import contents
 from . import inputs
 
@@ -23,7 +23,12 @@ class LCMLoader(Node):
             inputs=[
                 io.Model.Input("model", tooltip="The base model or a fine-tune of it, before or after style LoRAs."),
                 io.Clip.Input("clip", optional=True, tooltip="Passed through; LCM-LoRAs do not change it."),
-                io.Combo.Input("lora_name", options=files.lora_names(), tooltip="A file in the loras folder."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=[auto.AUTO, *files.lora_names()],
+                    tooltip="A file in the loras folder. auto finds the one for the connected model, whatever it is called, "
+                    "and says where to get it if it is not there.",
+                ),
                 inputs.strength(
                     "strength",
                     "1 is what it was trained for. Lower gives softer pictures that need more steps, "
@@ -53,11 +58,11 @@ class LCMLoader(Node):
 
     @classmethod
     def validate_inputs(cls, lora_name=None):
-        return files.known(lora_name)
+        return auto.known(lora_name)
 
     @classmethod
     def fingerprint_inputs(cls, lora_name="", **others):
-        return files.fingerprint(lora_name)
+        return auto.fingerprint(lora_name)
 
     @classmethod
     def execute(cls, model, lora_name, strength, wrong_base, clip=None, lora_stack=None) -> io.NodeOutput:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..door import rules
-from . import files, patches
+from . import auto, files, patches
 from .weights import LoraWeights
 
 FORM = "a LORA_STACK is a list of (file name in the loras folder, model strength, text encoder strength)"
@@ -61,11 +61,13 @@ def _read(name: str) -> LoraWeights:
 def load_and_apply(
     model, clip, lora_name: str, strength: float, stack, *, allow_misfit: bool
 ) -> tuple[LoraWeights, patches.Applied]:
-    """(the LoRA in a file, MODEL and CLIP with it), after those of a stack; the report tells of them too.
+    """(the LoRA in a file, or in that which `auto` finds, MODEL and CLIP with it), after those of a stack; the report tells of
+    them too.
 
     Nearly all of the LoRA has to fit, unless allow_misfit. Raises what `apply` raises.
     """
+    lora_name, chosen = auto.choose(lora_name, model)
     lora = files.read_lora(lora_name)
     model, clip, stacked = apply(model, clip, stack)
     done = patches.apply(model, clip, lora, strength, strength, demand_all=True, allow_misfit=allow_misfit)
-    return lora, replace(done, report="\n".join([done.report, *stacked]))
+    return lora, replace(done, report="\n".join([done.report, *chosen, *stacked]))

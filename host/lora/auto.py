@@ -1,0 +1,147 @@
+"""Which file of the loras folder makes few steps possible on a model, whatever it is called."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import comfy.model_management
+import folder_paths
+
+from ...lora_merge import Lora
+from ...lora_merge.files.load_save import outline
+from ...lora_merge.metadata.about import merged_inputs
+from ...lora_merge.recognise.catalogue import Published, instead
+from ...lora_merge.recognise.identity import SURE, Identity, identify
+from ...lora_merge.recognise.wrong_base import is_other_base
+from . import files
+from .bases import base_of
+from .identity import KnownWeights
+from .patches import case_of
+from .weights import from_lora
+
+AUTO = "auto"
+# Of looking at files that were not seen before: what is left then is looked at by the next run.
+SECONDS = 60.0
+MANY = 4096
+_SHOWN = 5
+_PREFERRED = "LCM"  # the node's name
+_seen: dict[tuple, "Candidate | None"] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A file that makes few-step models, by its header alone.
+
+    name: in the loras folder.   lora: without its values.   sure: whether something says that it is one; a LoRA that only
+    covers what they cover may be a style that was trained on all layers.
+    """
+
+    name: str
+    lora: Lora
+    identity: Identity
+
+    @property
+    def sure(self) -> bool:
+        return self.identity.preset is not None
+
+    @property
+    def order(self) -> tuple:
+        """The surest first, LCM before other presets, then by name, so that one folder gives one answer."""
+        return list(SURE).index(self.identity.how), self.identity.preset != _PREFERRED, self.name
+
+
+def known(lora_name: object) -> bool | str:
+    """files.known, for a choice that may be `auto`."""
+    return True if lora_name == AUTO else files.known(lora_name)
+
+
+def fingerprint(lora_name: object) -> tuple:
+    """files.fingerprint; for `auto` that of all files, any of which may be the one."""
+    if lora_name != AUTO:
+        return files.fingerprint(lora_name)
+    return (AUTO, *(files.fingerprint(name) for name in files.lora_names()))
+
+
+def choose(lora_name: str, model) -> tuple[str, list[str]]:
+    """(name of the file, lines for the report): of `auto` the one for this model; any other name is as it was chosen.
+
+    Raises ValueError where there is none, saying which file to get and where.
+    """
+    return find(model) if lora_name == AUTO else (lora_name, [])
+
+
+def find(model) -> tuple[str, list[str]]:
+    """(name, lines for the report) of the acceleration LoRA for a model. Raises ValueError as `choose` does."""
+    base, names = base_of(model), files.lora_names()
+    looked = list(_look(names))
+    candidates = sorted((one for one in looked if one is not None), key=lambda one: one.order)
+    near = [one for one in candidates if not is_other_base(one.identity.bases, base.base) and _fits(one, model)]
+    fitting = [one for one in near if one.sure]
+    left = len(names) - len(looked)
+    if not fitting:
+        raise ValueError(_none(base.words, instead(base.base, _PREFERRED) if base.base else None, near, left))
+    best, *others = fitting
+    lines = [f"auto: {best.name} is the one for this model among {len(names)} files, {best.identity.sure}."]
+    if others:
+        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        shown = ", ".join(f"{one.name} ({one.identity.kind})" for one in others[:_SHOWN])
+        lines.append(f"Others that fit, to be chosen by name: {shown}{more}.")
+    return best.name, lines
+
+
+def _look(names: list[str]) -> Iterator[Candidate | None]:
+    """What each file is; remembered while it stays as it is. Ends before its time where there are too many new ones."""
+    end = time.monotonic() + SECONDS
+    for name in names:
+        path = folder_paths.get_full_path("loras", name)
+        if path is None:
+            yield None
+            continue
+        try:
+            key = files.fingerprint(name)
+        except OSError:
+            yield None  # gone meanwhile
+            continue
+        if key not in _seen:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            if time.monotonic() > end:
+                return
+            while len(_seen) >= MANY:
+                _seen.pop(next(iter(_seen)))
+            _seen[key] = _candidate(name, path)
+        yield _seen[key]
+
+
+def _candidate(name: str, path: str) -> Candidate | None:
+    """None for a file that does not make few-step models, or cannot be read: whoever chooses that one is told why."""
+    try:
+        lora = outline(path)
+        identity = identify(lora, path)
+        several = len([strength for _, strength in merged_inputs(lora.metadata) if strength]) > 1
+    except (ValueError, OSError):
+        return None
+    if several or not (identity.preset or identity.structure.accelerates):
+        return None
+    return Candidate(name=name, lora=lora, identity=identity)
+
+
+def _fits(candidate: Candidate, model) -> bool:
+    weights = from_lora(candidate.lora)
+    known = KnownWeights(dict(weights), name=candidate.name, metadata=weights.metadata, identity=candidate.identity)
+    return not case_of(known, candidate.identity, model, None).wrong(demand_all=True)
+
+
+def _none(model: str, published: Published | None, near: list[Candidate], left: int) -> str:
+    text = f"auto finds no acceleration LoRA for this model ({model}) in the loras folder. "
+    if left:
+        text += f"{left} files are not looked at yet, for there are many: run again to go on. "
+    if near:
+        shown = ", ".join(one.name for one in near[:_SHOWN])
+        text += f"Of what fits ({shown}) nothing says that it is one: choose it by name if you know. "
+    if published is None:
+        return f"{text}LCM Kit knows of none for such models: choose a file by name."
+    size = f", {published.bytes / 1e6:.0f} MB" if published.bytes else ""
+    return (
+        f"{text}Get {published.name}: {published.link}, the file {published.file}{size}. Put it into models/loras, under "
+        "any name, and press R."
+    )
