@@ -16,6 +16,7 @@ from . import (
     guidance,
     loading,
     merging,
+    mix,
     sampling,
     scheduling,
 )
@@ -27,6 +28,7 @@ FILES = (
     grid,
     editing,
     loading,
+    mix,
     by_step,
     merging,
     comparing,

@@ -1,7 +1,7 @@
 """LORA_MODELs through lora_merge/ and back."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 
@@ -23,24 +23,31 @@ AIMS = ("keep", "retain", "max_mb")
 _OF_A_LORA = re.compile(rf"\s*(?:{LORA})?(\d{{1,6}})\s*:")
 
 
-def merge(
-    slots: Mapping[str, object],
+def merge(slots: Mapping[str, object], **choices):
+    """`merge_used` of what is connected. slots: lora_1, strength_1, lora_2, ... as the node has them.
+
+    Raises ValueError if all are empty.
+    """
+    return merge_used(connected(slots), NUMBERS, **choices)
+
+
+def merge_used(
+    used: Sequence[Slot],
+    numbers: Collection[int],
     *,
     method: Mapping[str, object],
     size: Mapping[str, object],
     block_strengths: str,
-    protect: str,
-    balanced: bool,
-    mu: float,
+    protect: str = "auto",
+    balanced: bool = False,
+    mu: float = 0.0,
 ):
-    """(merged, report). slots: lora_1, strength_1, lora_2, ... as the node has them; what is for an empty lora slot is left
-    out, and the report says so. One LoRA alone becomes its strength times itself by every method.
+    """(merged, report). One LoRA alone becomes its strength times itself by every method.
 
+    numbers: of all slots; what is said of one that is not used is left out, and the report says so.
     method: under "method" its name, and its own parameters, with seed and dense where it has them.
     size: under "size" its name, and its amount under the name that merge_with_account has for it.
-    Raises ValueError if all slots are empty.
     """
-    used = connected(slots)
     parameters = dict(method)
     name = parameters.pop("method")
     notes = []
@@ -48,8 +55,9 @@ def merge(
         notes.append(_alone(used[0], name))
         name, parameters = "linear", {}
     elsewhere = {key: parameters.pop(key) for key in ("seed", "dense") if key in parameters}
-    protect, mu, block_strengths = _for_connected(used, protect, mu, block_strengths, notes)
-    merged, report = merge_slots(
+    empty = {str(number) for number in numbers} - {str(slot.number) for slot in used}
+    protect, mu, block_strengths = _for_used(empty, protect, mu, block_strengths, notes)
+    merged, report = _merge(
         used,
         method=name,
         parameters=parameters,
@@ -63,8 +71,8 @@ def merge(
     return merged, "\n".join([report, *notes])
 
 
-def merge_slots(used: list[Slot], *, block_strengths: str = "", protect: str = "auto", **choices):
-    """(merged, report) of LoRAs in numbered slots. choices: of merge_with_account; 0 leaves keep, retain and max_mb out."""
+def _merge(used: Sequence[Slot], *, block_strengths: str, protect: str, **choices):
+    """(merged, report). choices: of merge_with_account."""
     labels = [str(slot.number) for slot in used]
     inputs = [(slot.lora, slot.strength) for slot in used]
     merged, account = _watched(
@@ -73,7 +81,7 @@ def merge_slots(used: list[Slot], *, block_strengths: str = "", protect: str = "
             inputs,
             protect=which_protected(protect, labels),
             block_strengths=for_inputs(block_strengths, labels),
-            **_given(choices),
+            **choices,
             **more,
         ),
     )
@@ -85,9 +93,8 @@ def _alone(slot: Slot, method: str) -> str:
     return f"Note: {passed}." if method == "linear" else f"Note: {passed}, and method {method} has nothing to merge."
 
 
-def _for_connected(used: list[Slot], protect: str, mu: float, text: str, notes: list[str]) -> tuple[str, float, str]:
+def _for_used(empty: Collection[str], protect: str, mu: float, text: str, notes: list[str]) -> tuple[str, float, str]:
     """protect, mu and block strengths without what is for a slot that is empty; notes gets a line for each."""
-    empty = {str(number) for number in NUMBERS} - {str(slot.number) for slot in used}
     if protect.removeprefix(LORA) in empty:
         if mu:
             notes.append(f"Note: {protect} is not connected, so that no LoRA is protected and mu does nothing.")

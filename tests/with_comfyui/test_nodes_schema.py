@@ -133,6 +133,27 @@ CONTRACT = {
         ["MODEL", "CLIP", "LORA_MODEL", "INT", "FLOAT", "STRING", "LCM_PRESET"],
     ),
     "LCMKitLoadLoRA": ("Load LoRA (weights)", [("lora_name", "COMBO", None)], [], ["LORA_MODEL", "STRING"]),
+    "LCMKitLoRAMix": (
+        "LoRA Mix",
+        [
+            ("model", "MODEL", None),
+            ("lcm_lora", "COMBO", "auto"),
+            ("lcm_strength", "FLOAT", 1.0),
+            *(
+                (f"{name}_{n}", kind, default)
+                for n in range(1, 5)
+                for name, kind, default in (
+                    ("on", "BOOLEAN", True),
+                    ("lora", "COMBO", "none"),
+                    ("strength", "FLOAT", 1.0),
+                )
+            ),
+            ("block_strengths", "STRING", ""),
+            ("wrong_base", "COMBO", "refuse"),
+        ],
+        [("clip", "CLIP", None)],
+        ["MODEL", "CLIP", "LORA_MODEL", "LCM_PRESET", "LORA_STACK", "STRING"],
+    ),
     "LCMKitMergeLoRA": (
         "Merge LoRAs",
         [*STRENGTHS, ("method", CHOICE, None), ("size", CHOICE, None)],
