@@ -109,6 +109,26 @@ def test_saved_merge_in_cores_lora_loader_gives_the_same_picture(client, server,
     assert np.abs(found - expected).max() <= pixels
 
 
+def test_lora_mix_makes_the_picture_of_the_four_nodes(client):
+    """With `auto` for the LCM-LoRA, and with its preset for the sampler's settings. It adds the LCM-LoRA first and they the
+    style, so that float32 rounds otherwise: a level of 255 at most."""
+    graph = style_in_few_steps(TINY, SHOT)
+    expected = picture(client, graph)
+    (apply,), (sampler,) = nodes_of(graph, "LCMKitApplyLoRA"), nodes_of(graph, "LCMKitKSampler")
+    model, clip = graph[apply]["inputs"]["model"], graph[apply]["inputs"]["clip"]
+    rows = {"lora_1": TINY.style, "strength_1": 0.8, "lora_4": TINY.style, "on_4": False}
+    graph[apply] = {"class_type": "LCMKitLoRAMix", "inputs": {"model": model, "clip": clip, **rows}}
+    graph[sampler]["inputs"] |= {"preset": [apply, 3], "steps": 50, "cfg": 7.0}
+    for node in [*nodes_of(graph, "LCMKitLoadLoRA"), *nodes_of(graph, "LCMKitMergeLoRA")]:
+        del graph[node]
+    graph["report"] = {"class_type": "PreviewAny", "inputs": {"source": [apply, 5]}}
+    assert np.abs(picture(client, graph) - expected).max() <= 1
+    report = client.run(graph)["report"]["text"][0]
+    assert f"  lcm_lora: {TINY.lcm} * 1: LCM LoRA, ok\n  lora_1: {TINY.style} * 0.8: " in report
+    assert f"  lora_4: {TINY.style}: off\n" in report
+    assert f"auto: {TINY.lcm} is the one for this model among " in report
+
+
 def truncated(server, path):
     path.write_bytes((server.home / "models" / "loras" / TINY.lcm).read_bytes()[:-1000])
 
