@@ -14,6 +14,7 @@ INPUTS = [
     ("LCMKitAnyKSampler", "gammas"),
     ("LCMKitScheduler", "timesteps"),
     ("LCMKitMergeLoRA", "block_strengths"),
+    ("LCMKitLoRAMix", "block_strengths"),
     ("LCMKitSaveLoRA", "filename_prefix"),
     ("LCMKitSaveLoRA", "title"),
     ("LCMKitSaveLoRA", "author"),
