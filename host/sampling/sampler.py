@@ -11,12 +11,13 @@ import comfy.utils
 import torch
 
 from ...samplers.multistep import sample_lcm
-from ...samplers.noise import StepNoise, level_numbers
+from ...samplers.noise import StepNoise
 from ...samplers.presets import Preset
 from ...samplers.renoise import gammas_of_part, noise_kept, parse_gammas, places_in
 from ...samplers.shaped_noise import ShapedNoise, feathered_factors, ramp
 from .batch import indices_by_noise
-from .tables import boundary_timesteps, forward_process, sigma_table
+from .plans import plan_for
+from .tables import forward_process, sigma_table
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +50,13 @@ class Relay:
 
     x: the noisy latent as models see it, so that it is handed on to the bit; None before the first stage.
     table: of the first stage's model. Levels are numbered by one table in the whole run, or a number could come twice.
-    kept: share of the initial noise in the noise of x.
+    kept: share of the initial noise in the noise of x.   staged: False in a run of one stage, which leaves nothing.
     """
 
     x: torch.Tensor | None = None
     table: torch.Tensor | None = None
     kept: float = 1.0
+    staged: bool = True
 
 
 def lcm_sampler(*, gamma, seed, batch_indices=None, schedule=None, relay=None, **noise) -> comfy.samplers.KSAMPLER:
@@ -70,9 +72,11 @@ def chosen_gamma(gamma: float, gammas: str, preset: Preset | None):
 
 def _sample_function(model, x, sigmas, extra_args=None, callback=None, disable=None, *, settings, relay):
     """k-diffusion's protocol as ComfyUI calls it; model is its KSamplerX0Inpaint around a guider."""
-    relay = relay or Relay()
+    relay = relay or Relay(staged=False)
     if relay.x is not None:
         x = relay.x.to(x)
+    if relay.staged and relay.table is None:
+        relay.table = sigma_table(model.inner_model.model_patcher.get_model_object("model_sampling"))
     part = Part(model, x, sigmas, extra_args or {}, settings, relay)
 
     def after_step(info):
@@ -82,6 +86,7 @@ def _sample_function(model, x, sigmas, extra_args=None, callback=None, disable=N
             callback(info)
 
     gamma = part.gamma()
+    plan = plan_for(part.model_sampling, sigmas, gamma, table=relay.table, masked=part.mask is not None)
     relay.x = sample_lcm(
         model,
         x,
@@ -89,12 +94,8 @@ def _sample_function(model, x, sigmas, extra_args=None, callback=None, disable=N
         extra_args=part.extra_args,
         callback=after_step,
         disable=disable,
-        noise=part.noise(gamma),
-        gamma=gamma,
-        # Boundary scalings blend a little of the noisy latent in, 7e-6 at most. What a mask keeps must stay as it is.
-        timesteps=None if part.mask is not None else boundary_timesteps(part.model_sampling, sigmas),
-        table=relay.table,
-        noise_scaling=part.noise_scaling,
+        noise=part.noise(gamma, plan.numbers),
+        plan=plan,
         trange=comfy.utils.model_trange,
     )
     return relay.x
@@ -110,9 +111,6 @@ class Part:
         self.model, self.x, self.sigmas, self.extra_args = model, x, sigmas, extra_args
         self.settings, self.relay = settings, relay
         self.model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
-        self.noise_scaling = forward_process(self.model_sampling)
-        if relay.table is None:
-            relay.table = sigma_table(self.model_sampling)
         self.mask = extra_args.get("denoise_mask")
 
     def goes_on(self) -> bool:
@@ -129,13 +127,12 @@ class Part:
             )
         return gammas_of_part(gamma, self.sigmas, schedule)
 
-    def noise(self, gamma):
-        """The source of the step noise, with what the settings and a feathered mask make of it."""
+    def noise(self, gamma, numbers: Sequence[int]):
+        """The source of the step noise, with what the settings and a feathered mask make of it.   numbers: of the levels."""
         source = StepNoise(self._seed(gamma), self._batch_indices())
         factors = [*filter(None, (self._ramp(), self._feathers(gamma)))]
         if not factors and not self.settings.noise_clip_std:
             return source
-        numbers = level_numbers(self.sigmas[1:], self.relay.table)
         by_level = {number: math.prod(of_step) for number, *of_step in zip(numbers, *factors, strict=True)}
         return ShapedNoise(source, clip_std=self.settings.noise_clip_std, factors=by_level)
 
@@ -179,7 +176,9 @@ class Part:
             return None
         if not bool(((self.mask > 0) & (self.mask < 1)).any()) or self.goes_on():
             return None
-        shares = noise_kept(self.sigmas.cpu(), gamma, table=self.relay.table, noise_scaling=self.noise_scaling)
+        forward = forward_process(self.model_sampling)
+        table = sigma_table(self.model_sampling) if self.relay.table is None else self.relay.table
+        shares = noise_kept(self.sigmas.cpu(), gamma, table=table, noise_scaling=forward)
         factors = feathered_factors(self.mask, shares, self.relay.kept)
         self.relay.kept *= math.prod(shares)
         return factors

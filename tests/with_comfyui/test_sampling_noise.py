@@ -12,6 +12,7 @@ from comfy_extras import nodes_differential_diffusion
 from nodes import SetLatentNoiseMask
 
 from lcm_kit.samplers.noise import StepNoise
+from lcm_kit.samplers.shaped_noise import ShapedNoise
 from lcm_kit.tests.with_comfyui import tiny
 from lcm_kit.tests.with_comfyui.sampled import (
     cores_sampler,
@@ -98,18 +99,21 @@ def test_a_mask_of_zeros_and_ones_alone_is_cores_maths(model_type):
 
 def test_noise_at_zero_and_one_is_the_same_to_the_bit_as_without_feathers(monkeypatch):
     """The pixel under 1 gets the plain step noise, whatever lies beside it."""
-    drawn, call = [], torch.add
+    drawn = {ShapedNoise: [], StepNoise: []}
 
-    def watched(x0, fresh, *, alpha, out):
-        drawn.append(fresh.clone())
-        return call(x0, fresh, alpha=alpha, out=out)
+    def watch(kind, call):
+        def watched(source, level, like):
+            noise = call(source, level, like)
+            drawn[kind].append(noise.clone())
+            return noise
 
-    monkeypatch.setattr("lcm_kit.samplers.multistep.torch.add", watched)
+        monkeypatch.setattr(kind, "__call__", watched)
+
+    for kind in drawn:
+        watch(kind, kind.__call__)
     ksampler(made(ModelType.EPS), feathered())
-    feathers, drawn[:] = drawn[:], []
-    ksampler(made(ModelType.EPS), {"samples": feathered()["samples"]})
-    assert len(feathers) == len(drawn) == 3
-    for shaped, plain in zip(feathers, drawn, strict=True):
+    assert len(drawn[ShapedNoise]) == len(drawn[StepNoise]) == 3
+    for shaped, plain in zip(drawn[ShapedNoise], drawn[StepNoise], strict=True):
         for stripe in (0, len(VALUES) - 1):
             columns = slice(stripe * SIDE, (stripe + 1) * SIDE)
             assert torch.equal(shaped[..., columns], plain[..., columns])
