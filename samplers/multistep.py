@@ -67,10 +67,10 @@ def sample_lcm(
     # A factor so near 1 that it is 1 in float32. In float64 only 1 itself is.
     is_one = HALF_RESOLUTION if wide == torch.float32 else 1e-300
     # Split once: an index into a tensor in every step costs more than the step's own arithmetic on small latents.
-    levels, per_image = sigmas.unbind(), sigmas[:, None]
+    levels, for_all = sigmas.unbind(), sigmas[:, None]
     if x.shape[0] != 1:
-        per_image = per_image.expand(-1, x.shape[0]).contiguous()
-    per_image = per_image.unbind()
+        for_all = for_all.expand(-1, x.shape[0]).contiguous()
+    per_image = for_all.unbind()
     hands_over = getattr(noise, "hands_over", False)
     for i in trange(len(weights), disable=disable):
         denoised = model(x, per_image[i], **extra_args)
