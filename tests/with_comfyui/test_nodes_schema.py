@@ -64,7 +64,14 @@ CONTRACT = {
     "LCMKitSampler": (
         "LCM Multistep Sampler",
         [("gamma", "FLOAT", 1.0), ("seed", "INT", -1)],
-        [("gammas", "STRING", ""), ("preset", "LCM_PRESET", None), ("sigmas", "SIGMAS", None)],
+        [
+            ("gammas", "STRING", ""),
+            ("preset", "LCM_PRESET", None),
+            ("sigmas", "SIGMAS", None),
+            ("s_noise", "FLOAT", 1.0),
+            ("s_noise_end", "FLOAT", 1.0),
+            ("noise_clip_std", "FLOAT", 0.0),
+        ],
         ["SAMPLER"],
     ),
     "LCMKitPreset": (
