@@ -60,7 +60,8 @@ def family_of(loras: Iterable[Collection[str]]) -> Family | None:
     families know all of the names and some name means another weight in one than in another.
     """
     loras = [[*names] for names in loras]
-    if not loras:
+    # A few names are a UNet's and a transformer's.
+    if not loras or any(all(map(_is_of_unet, names)) for names in loras):
         return None
     of_each = [[family for family in TRANSFORMERS if family.recognises(names)] for names in loras]
     common = [family for family in of_each[0] if all(family in known for known in of_each)]
@@ -71,6 +72,10 @@ def family_of(loras: Iterable[Collection[str]]) -> Family | None:
         if common[0].sure and not all(_agree(common[0], other, names) for other in known):
             return None
     return common[0]
+
+
+def _is_of_unet(canonical: str) -> bool:
+    return unet.FAMILY.recognises([canonical.removesuffix("_bias")])
 
 
 def _agree(one: Family, other: Family, names: Iterable[str]) -> bool:
@@ -84,6 +89,8 @@ def family_by_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
 
     None if none is known, or several that call a weight differently there.
     """
+    if all(map(_is_of_unet, shapes)):
+        return None
     known = [family for family in TRANSFORMERS if family.recognises(shapes)]
     known = [family for family in known if all(family.suits(_own(family, n), shape) for n, shape in shapes.items())]
     if not known or not all(_agree(known[0], other, shapes) for other in known[1:]):
