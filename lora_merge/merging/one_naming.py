@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..files.lora import Lora
-from ..naming.aliases import text_encoder
-from ..naming.families import family_of, written
+from ..naming.aliases import body, text_encoder
+from ..naming.families import family_of, one_for_all, written
 from ..naming.family import Family, Part, Rows
 from ..updates.layer import Layer, LoraLayer, is_safe
 
@@ -47,11 +47,12 @@ def in_own_naming(loras: Sequence[Lora]) -> list[Lora] | None:
 
     Slices become part of the fused weight where another LoRA changes that or ComfyUI has no name for them, and stay
     slices elsewhere. All modules of the model are spelled in one naming: dotted if any of the own names had dots.
-    None unless each LoRA is recognised as of one and the same family.
+    Where names do not tell the family, those that differ in their prefixes alone get one that is read in each of the
+    families. None if no family has all of the names.
     """
     family = family_of_loras(loras)
     if family is None:
-        return None
+        return _behind_one_prefix(loras)
     new = [_new_names(lora, family) for lora in loras]
     if any(len(set(one.names.values())) < len(one.names) for one in new):
         return None
@@ -59,6 +60,26 @@ def in_own_naming(loras: Sequence[Lora]) -> list[Lora] | None:
     shapes = {module: layer.shape for lora in own for module, layer in lora.modules.items()}
     dots = _has_dots(loras, family)
     return [_spelled(_fused(lora, family, shapes), family, dots) for lora in own]
+
+
+def _behind_one_prefix(loras: Sequence[Lora]) -> list[Lora] | None:
+    first: dict[str, str] = {}
+    spellings: dict[str, list[str]] = {}
+    news = []
+    for lora in loras:
+        new = {module: first.setdefault(body(module), module) for module in of_model(lora)}
+        if len(set(new.values())) < len(new):
+            return None
+        for module, name in new.items():
+            spellings.setdefault(name, []).append(lora.spellings[module])
+        news.append(new)
+    # What one spelling alone names stays as it came.
+    every = [module for new in news for module in new]
+    shared = one_for_all(every, {name: given for name, given in spellings.items() if len(set(given)) > 1})
+    if shared is None:
+        return None
+    made = [renamed(lora, Renaming(new, frozenset())) for lora, new in zip(loras, news, strict=True)]
+    return [replace(one, spellings={m: shared.get(m, s) for m, s in one.spellings.items()}) for one in made]
 
 
 def of_model(lora: Lora) -> list[str]:

@@ -84,6 +84,24 @@ def _agree(one: Family, other: Family, names: Iterable[str]) -> bool:
     return all(one.own(name) == other.own(name) and one.fused(name) == other.fused(name) for name in names)
 
 
+def one_for_all(names: Collection[str], spellings: Mapping[str, Collection[str]]) -> dict[str, str] | None:
+    """A spelling for each weight of LoRAs whose family is not told.
+
+    names: all canonical ones of the LoRAs.   spellings: canonical name -> how the LoRAs spell it.
+    The spelling is one of the given ones that ComfyUI reads in every family that has all the names, as far as it reads any
+    of them there. None where there is no such spelling, or no such family.
+    """
+    known = [family for family in TRANSFORMERS if family.recognises(names)]
+    found = {}
+    for name, given in spellings.items():
+        read = [{s for s in given if family.reads(s) or family.reads_lately(s)} for family in known]
+        every = set(given).intersection(*filter(None, read))
+        if not known or not every:
+            return None
+        found[name] = min(every, key=[*given].index)
+    return found
+
+
 def family_by_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
     """The family of one LoRA, {canonical name: shape}, told from its shapes, too: what diffusers calls its weights.
 

@@ -101,6 +101,7 @@ class Family:
     slice_name: canonical name of a slice -> a spelling that every ComfyUI reads; None if there is none.
     reads: spelling -> whether every ComfyUI, as far as it has the model, reads it.
     suits: (canonical own name, shape) -> whether a weight of the family may have that shape.
+    reads_lately: spelling -> whether newer versions of ComfyUI read it, besides those that every one reads.
     templates: () -> ((stack, module), own name, fused weights) of every name known, with {} for the block's number.
     """
 
@@ -123,6 +124,7 @@ class Family:
     parts: Callable[[str, tuple[int, ...]], tuple[Part, ...]] = lambda own, shape: ()
     slice_name: Callable[[str], str | None] = _none
     reads: Callable[[str], bool] = lambda spelling: True
+    reads_lately: Callable[[str], bool] = lambda spelling: False
     templates: Callable[[], Iterable[tuple[tuple[str, str], str, tuple[str, ...]]]] = lambda: ()
     suits: Callable[[str, tuple[int, ...]], bool] = lambda own, shape: True
     sure: bool = False

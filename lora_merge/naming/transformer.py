@@ -265,6 +265,7 @@ def transformer(
     turned: Mapping[str, str] | None = None,
     parameters: Collection[str] = (),
     own_read_as: Collection[str] = (),
+    own_read_lately: Collection[str] = (),
     theirs_read_as: Collection[str] = (),
     theirs_behind_kohya: bool = False,
     ratios: Mapping[str, float] | None = None,
@@ -277,6 +278,7 @@ def transformer(
     parameters: own names in `outside` that are no module's weight.
     own_read_as, theirs_read_as: what every ComfyUI reads before an own name, besides `diffusion_model.` and `lora_unet_`,
         and before one of diffusers', the one to write first.
+    own_read_lately: what newer versions alone read before an own name with dots.
     theirs_behind_kohya: whether trainers write diffusers' names behind `lora_unet_` or `diffusion_model.`.
     ratios: template of an own name -> rows for each column, where that tells the family from one with like names.
     sure: see Family.
@@ -296,6 +298,12 @@ def transformer(
         parts=tables.parts,
         slice_name=tables.slice_name,
         reads=tables.reads,
+        reads_lately=lambda spelling: (
+            spelling.startswith(tuple(own_read_lately))
+            and tables.reads(
+                f"{_DOTTED}{next(spelling.removeprefix(p) for p in own_read_lately if spelling.startswith(p))}"
+            )
+        ),
         templates=tables.templates,
         suits=lambda own, shape: tables.suits(own, shape, ratios or {}),
         sure=sure,
