@@ -8,18 +8,18 @@ import folder_paths
 
 from ...lora_merge import describe_merge, merge_with_account, resize_with_account
 from ...lora_merge.files.dtypes import DTYPES
-from ...lora_merge.merging.protect import which_protected
-from ...lora_merge.merging.strengths import for_inputs
 from ...lora_merge.methods.table import find_method
+from ...lora_merge.one_module.protect import which_protected
 from ...lora_merge.recognise.identity import sha256_of
+from ...lora_merge.settings.strengths import for_inputs
 from ..progress import watched
 from .files import lora_names
 from .identity import KnownWeights
-from .slots import connected
+from .slots import LORA, NUMBERS, connected
 from .targets import meeting_in
 from .weights import LoraWeights, from_lora, to_lora
 
-PROTECT = ("auto", "none", *(f"lora_{number}" for number in range(1, 7)))
+PROTECT = ("auto", "none", *(f"{LORA}{number}" for number in NUMBERS))
 AIMS = ("keep", "retain", "max_mb")
 
 
@@ -73,7 +73,7 @@ def _watched(weights: list, work: Callable):
 
 
 def _sha256(weights) -> str | None:
-    """Of the file that the weights came from as they are, None for what was made in the graph."""
+    """sha256 of the weights' file, None if they were made or changed in the graph."""
     if not isinstance(weights, KnownWeights) or not weights.untouched:
         return None
     paths = [name for name in lora_names() if PurePath(name).name == weights.name]

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ...lora_merge import describe
-from ...lora_merge.files.about import describe_metadata
 from ...lora_merge.files.keys import unread_text
+from ...lora_merge.metadata.about import describe_metadata
 from ...lora_merge.recognise import catalogue
 from ...lora_merge.recognise.identity import Identity
-from ...samplers.presets import PRESETS, Preset
+from ...samplers.preset import settings_in_words
+from ...samplers.presets import PRESETS
 from .case import Case
 from .identity import identity_of, preset_of
 from .weights import named, to_lora
@@ -125,16 +126,8 @@ def _what(identity: Identity, model: str | None = None) -> list[str]:
         lines.append(f"Made for: {' or '.join(identity.bases) or 'not known'}{beside}.")
     if identity.preset or identity.structure.accelerates:
         whose = identity.preset if identity.preset in PRESETS else f"{preset_of(identity).name}, as a guess"
-        lines.append(f"Settings ({whose}): {_settings(preset_of(identity))}.")
+        lines.append(f"Settings ({whose}): LCM KSampler, {settings_in_words(preset_of(identity))}.")
     return lines
-
-
-def _settings(preset: Preset) -> str:
-    gammas = preset.gamma if isinstance(preset.gamma, tuple) else (preset.gamma,)
-    gamma = ", ".join(f"{value:g}" for value in gammas)
-    when = ", ".join(map(str, preset.timesteps))
-    grid = f"timesteps {when}" if when else f"{preset.original_steps} original steps"
-    return f"LCM KSampler, {preset.steps} steps, cfg {preset.cfg:g}, gamma {gamma}, {grid}"
 
 
 def _counts(identity: Identity) -> list[str]:

@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from ..algebra.threads import on_one_core
+from ..disk import json_text
+from ..disk.header import check_header
+from ..disk.overwriting import Overwrite, guard
+from ..disk.tensor_file import read, write
+from ..disk.whole import check_place, write_whole
 from ..keywords import named
-from . import json_text
-from . import metadata as about_file
+from ..metadata import fields
+from ..metadata.adapter_config import CONFIG_KEY, misfit, of_config
 from .dtypes import DTYPES
-from .header import check_header
-from .lora import FORMATS, Format, Lora
-from .overwriting import Overwrite, guard
+from .formats import SAVE_FORMATS, SaveFormat, named_for
+from .lora import Lora
+from .new_metadata import for_file
 from .readable import check_readable
-from .remarks import CONFIG_KEY, misfit, of_config
-from .tensor_file import read, write
-from .whole import check_place, write_whole
 
 # As PEFT itself names them; the scale is nowhere in such a file.
 _PEFT = re.compile(r"base_model\.model\.(.+)\.lora_A(?:\.[^.]+)?\.weight")
@@ -53,14 +55,15 @@ def save(
     lora: Lora,
     path: str | os.PathLike[str],
     *,
-    dtype: torch.dtype = torch.float16,
-    format: Format = "kohya",
+    dtype: torch.dtype | None = torch.float16,
+    format: SaveFormat = "auto",
     overwrite: Overwrite = False,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the LoRA to a .safetensors file with metadata that kohya's tools, diffusers and `load` read.
 
-    dtype: float16, bfloat16 or float32; format: "kohya" (what ComfyUI reads) or "diffusers", see Lora.to_state_dict.
+    dtype: float16, bfloat16 or float32; None keeps each tensor's.   format: whose names it gets, see formats.named_for:
+    "auto" is read by ComfyUI and, as far as there is such a format, by diffusers.
     metadata: before the LoRA's own; an empty value takes a key away. Hashes, dimensions and the date are the new file's.
     overwrite: True replaces a file that `save` wrote, "any" replaces any file.
     The file appears complete or not at all, with the usual permissions of a new file. What is written is what `load` reads:
@@ -70,19 +73,20 @@ def save(
     as it was then.
     """
     path = Path(path)
-    if dtype not in DTYPES.values():
+    if dtype not in (None, *DTYPES.values()):
         raise ValueError(f"dtype is {dtype}, but it has to be one of {', '.join(map(str, DTYPES.values()))}")
-    if format not in FORMATS:
-        raise ValueError(f"format is {format!r}, but it has to be one of {', '.join(FORMATS)}")
+    if format not in SAVE_FORMATS:
+        raise ValueError(f"format is {format!r}, but it has to be one of {', '.join(SAVE_FORMATS)}")
     check_output(path, overwrite)
-    wanted = about_file.given(metadata)
-    lora = replace(lora, metadata=about_file.changed(lora.metadata, wanted))
+    wanted = fields.given(metadata)
+    lora = replace(lora, metadata=fields.changed(lora.metadata, wanted))
+    lora, written_in = named_for(lora, format)
     # Nobody else sees these tensors, so what needs no conversion needs no copy.
-    tensors = on_one_core(lambda: lora.to_state_dict(dtype, format=format, copy=False))
-    notes = about_file.for_file(lora, path.stem, format)
+    tensors = on_one_core(lambda: lora.to_state_dict(dtype, format=written_in, copy=False))
+    notes = for_file(lora, path.stem, written_in)
     check_readable(lora, tensors, notes, _peft_config(path, tensors))
     try:
-        about_file.check(notes)
+        fields.check(notes)
         write_whole(path, lambda file: write(file, tensors, notes, hashed=True), guard(overwrite, _is_ours))
     except ValueError as error:
         raise ValueError(f"{lora.source}: {error}") from None
@@ -97,7 +101,7 @@ def check_output(path: Path, overwrite: Overwrite) -> None:
 
 def _is_ours(path: Path) -> bool:
     try:
-        return about_file.is_ours(check_header(path).metadata)
+        return fields.is_ours(check_header(path).metadata)
     except ValueError:
         return False
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..files.lora import Lora
+from ..files.one_naming import Place, Renaming, Shape, can_turn, fits, of_model, put_together, renamed
 from ..files.twice import undecided
 from ..naming import names
 from ..naming.family import Rows
 from ..naming.unet import Layout
 from ..updates.layer import Layer, LoraLayer, is_safe
-from .one_naming import Place, Renaming, Shape, can_turn, fits, of_model, put_together, renamed
 
 
 @dataclass(frozen=True)

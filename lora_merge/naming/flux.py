@@ -93,6 +93,8 @@ RATIOS = {
 
 FAMILY = transformer(
     "Flux",
+    saved="diffusers",
+    saved_fused="kohya",
     stacks=(DOUBLE, SINGLE),
     outside={**_OUTSIDE, "pos_embed_input": "controlnet_x_embedder", **TIME},
     turned=TURNED,

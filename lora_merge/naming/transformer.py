@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 from .family import Family, Part, Rows, underscored
 from .tables import Fused, Stack, alike
@@ -244,6 +245,13 @@ class Tables:
                     return True
         return False
 
+    def reads_behind(self, spelling: str, prefixes: Collection[str]) -> bool:
+        """Whether it is an own name behind one of these prefixes."""
+        return any(
+            spelling.startswith(prefix) and self.reads(f"{_DOTTED}{spelling.removeprefix(prefix)}")
+            for prefix in prefixes
+        )
+
     def suits(self, own: str, shape: tuple[int, ...], ratios: Mapping[str, float]) -> bool:
         found = self._parse(own)
         ratio = ratios.get(found[0].own) if found else None
@@ -270,6 +278,8 @@ def transformer(
     theirs_behind_kohya: bool = False,
     ratios: Mapping[str, float] | None = None,
     sure: bool = False,
+    saved: Literal["comfy", "diffusers"] = "comfy",
+    saved_fused: Literal["comfy", "kohya"] = "comfy",
 ) -> Family:
     """A family out of its tables.
 
@@ -281,7 +291,7 @@ def transformer(
     own_read_lately: what newer versions alone read before an own name with dots.
     theirs_behind_kohya: whether trainers write diffusers' names behind `lora_unet_` or `diffusion_model.`.
     ratios: template of an own name -> rows for each column, where that tells the family from one with like names.
-    sure: see Family.
+    sure, saved, saved_fused: see Family.
     """
     turned = turned or {}
     outside = {**dict.fromkeys(turned, ""), **outside}
@@ -298,13 +308,10 @@ def transformer(
         parts=tables.parts,
         slice_name=tables.slice_name,
         reads=tables.reads,
-        reads_lately=lambda spelling: (
-            spelling.startswith(tuple(own_read_lately))
-            and tables.reads(
-                f"{_DOTTED}{next(spelling.removeprefix(p) for p in own_read_lately if spelling.startswith(p))}"
-            )
-        ),
+        reads_lately=lambda spelling: tables.reads_behind(spelling, own_read_lately),
         templates=tables.templates,
         suits=lambda own, shape: tables.suits(own, shape, ratios or {}),
         sure=sure,
+        saved=saved,
+        saved_fused=saved_fused,
     )

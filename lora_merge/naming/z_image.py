@@ -20,6 +20,7 @@ _OUTSIDE = "cap_embedder.0 cap_embedder.1 t_embedder.mlp.0 t_embedder.mlp.2"
 
 Z_IMAGE = transformer(
     "Z-Image",
+    saved="diffusers",
     stacks=[
         Stack(
             own=name,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lcm_kit.lora_merge import Lora, merge, merge_with_account
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
-from lcm_kit.lora_merge.merging.one_naming import split, stacked, turned
+from lcm_kit.lora_merge.files.one_naming import split, stacked, turned
 from lcm_kit.lora_merge.naming import flux, names, z_image
 from lcm_kit.lora_merge.naming.families import FAMILIES, family_by_shapes, family_of
 from lcm_kit.lora_merge.naming.family import Rows
