@@ -37,6 +37,16 @@ def lora_slots(tooltips: Mapping[int, str], strength_tooltip: str) -> list:
     return inputs
 
 
+def model_of_loras() -> io.Model.Input:
+    """The model that several LoRAs are for, where their names alone do not tell which are of one weight."""
+    return io.Model.Input(
+        "model",
+        optional=True,
+        tooltip="The model that the LoRAs are for. Needed only where they name its weights differently and the report says that "
+        "nothing tells which names are of one weight.",
+    )
+
+
 def wrong_base(optional: bool = False) -> io.Combo.Input:
     return io.Combo.Input(
         "wrong_base",

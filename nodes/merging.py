@@ -159,6 +159,7 @@ class MergeLoRA(Node):
                     advanced=True,
                 ),
                 *parameters(besides=["density"]),
+                inputs.model_of_loras(),
             ],
             outputs=[
                 io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The merged LoRA. Apply it at strength 1."),
@@ -182,6 +183,7 @@ class MergeLoRA(Node):
         mu=0.0,
         block_strengths="",
         dense=False,
+        model=None,
         **slots,
     ) -> io.NodeOutput:
         merged, text = merging.merge(
@@ -198,6 +200,7 @@ class MergeLoRA(Node):
             mu=mu,
             block_strengths=block_strengths,
             dense=dense,
+            model=model,
         )
         return io.NodeOutput(merged, text, ui=ui.PreviewText(text))
 

@@ -16,21 +16,24 @@ from ..progress import watched
 from .files import lora_names
 from .identity import KnownWeights
 from .slots import LORA, NUMBERS, connected
+from .targets import meeting_in
 from .weights import LoraWeights, from_lora, to_lora
 
 PROTECT = ("auto", "none", *(f"{LORA}{number}" for number in NUMBERS))
 AIMS = ("keep", "retain", "max_mb")
 
 
-def merge(slots: Mapping[str, object], *, method: str, block_strengths: str, protect: str, **choices):
+def merge(slots: Mapping[str, object], *, method: str, block_strengths: str, protect: str, model=None, **choices):
     """(merged, report). slots: lora_1, strength_1, lora_2, ... as the node has them; an empty lora slot is left out.
     With them come parameters of methods; widgets have a value always, so those of other methods are left out.
 
+    model: tells which names are of one weight, where nothing else does.
     choices: the node's other widgets; 0 leaves keep, retain and max_mb out.
     """
     used = connected(slots)
     labels = [str(slot.number) for slot in used]
-    inputs = [(slot.lora, slot.strength) for slot in used]
+    loras = meeting_in([slot.lora for slot in used], model)
+    inputs = [(lora, slot.strength) for lora, slot in zip(loras, used, strict=True)]
     merged, account = _watched(
         [slot.weights for slot in used],
         lambda **more: merge_with_account(

@@ -74,7 +74,8 @@ def _check_one_naming(loras: Sequence[Lora]) -> None:
         return
     raise ValueError(
         f"{_sources(loras)} spell their modules differently: {pairs_text(pairs, sources)} {names_them}. Use files of one "
-        "spelling (convert one of them), or apply the LoRAs one after the other, each in a loader of its own."
+        "spelling (convert one of them), connect the model that they are for to the node, or apply the LoRAs one after the "
+        "other, each in a loader of its own."
     )
 
 

@@ -103,6 +103,7 @@ class Family:
     saved_fused: the same for fused weights, which in diffusers' slices would be larger: "comfy" or "kohya".
     reads: spelling -> whether every ComfyUI, as far as it has the model, reads it.
     suits: (canonical own name, shape) -> whether a weight of the family may have that shape.
+    reads_lately: spelling -> whether newer versions of ComfyUI read it, besides those that every one reads.
     templates: () -> ((stack, module), own name, fused weights) of every name known, with {} for the block's number.
     """
 
@@ -125,6 +126,7 @@ class Family:
     parts: Callable[[str, tuple[int, ...]], tuple[Part, ...]] = lambda own, shape: ()
     slice_name: Callable[[str], str | None] = _none
     reads: Callable[[str], bool] = lambda spelling: True
+    reads_lately: Callable[[str], bool] = lambda spelling: False
     templates: Callable[[], Iterable[tuple[tuple[str, str], str, tuple[str, ...]]]] = lambda: ()
     suits: Callable[[str, tuple[int, ...]], bool] = lambda own, shape: True
     saved: Literal["comfy", "diffusers"] = "comfy"

@@ -86,6 +86,25 @@ def test_two_names_of_one_weight_meet_where_the_family_is_known(pair, swap):
         Lora.from_state_dict(kohya(pair[0], *factors(6, 2, 5)) | kohya(pair[1], *factors(6, 2, 5)))
 
 
+# Of modules that several families call so, and how many of the two spellings ComfyUI reads in each of them.
+IN_ALL = [
+    ("transformer.transformer_blocks.7.attn.to_add_out", "transformer_blocks.7.attn.to_add_out", 1),
+    ("lycoris_transformer_blocks_7_attn_to_add_out", "transformer_blocks.7.attn.to_add_out", 1),
+    ("transformer.transformer_blocks.7.attn.to_add_out", "lycoris_transformer_blocks_7_attn_to_add_out", 2),
+]
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(("first", "second", "read"), IN_ALL)
+def test_names_that_differ_by_prefix_meet_where_one_is_read_in_every_family(first, second, read, swap):
+    pair = (second, first) if swap else (first, second)
+    loras = [one(name, seed=seed) for seed, name in enumerate(pair)]
+    merged = merge([(lora, strength) for lora, strength in zip(loras, (1.0, 0.8), strict=True)])
+    assert list(merged.spellings.values()) == [first if read == 1 else pair[0]]
+    total = loras[0].delta(pair[0]) + 0.8 * loras[1].delta(pair[1])
+    assert relative(merged.delta(first), total) < 1e-6
+
+
 OTHERS = [
     ("lora_unet_double_blocks_7_img_attn_proj", "transformer.transformer_blocks.7.attn.to_add_out"),
     ("lora_unet_double_blocks_7_img_attn_proj", "transformer.transformer_blocks.8.attn.to_out.0"),
@@ -134,6 +153,12 @@ def test_a_bias_is_a_weight_of_its_own(first, second):
         assert f"{name}.bias" in refused(lora, other)
     else:
         assert len(merge([(lora, 1.0), (other, 1.0)]).diffs) == 2
+
+
+def test_prefixes_of_which_one_family_reads_one_and_one_the_other_are_refused():
+    """SD3's slice is read behind `transformer.`, ACE-Step's own name without."""
+    pair = "transformer_blocks.7.attn.to_q", "transformer.transformer_blocks.7.attn.to_q"
+    assert "two spellings of one weight" in refused(*(one(name) for name in pair))
 
 
 def test_namings_of_which_nothing_is_known_are_refused_unless_they_are_one():

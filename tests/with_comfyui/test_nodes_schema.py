@@ -152,6 +152,7 @@ CONTRACT = {
             ("dense", "BOOLEAN", False),
             ("spread", "FLOAT", 0.3),
             ("outliers", "FLOAT", 0.01),
+            ("model", "MODEL", None),
         ],
         ["LORA_MODEL", "STRING"],
     ),
@@ -198,7 +199,7 @@ CONTRACT = {
     "LCMKitCompareLoRA": (
         "Compare LoRAs",
         [*STRENGTHS, ("rank", "INT", 0)],
-        [(f"lora_{n}", "LORA_MODEL", None) for n in range(3, 7)],
+        [*((f"lora_{n}", "LORA_MODEL", None) for n in range(3, 7)), ("model", "MODEL", None)],
         ["IMAGE", "STRING"],
     ),
     "LCMKitExtractLoRA": (
