@@ -28,6 +28,7 @@ from ..lora_merge.files.load_save import check_output
 from ..lora_merge.files.pictures import check_picture, write_picture
 from . import comfyui as launch_comfyui
 from . import data as launch_data
+from .pixels import pixels
 from .processes import check_same, first_of_a_machine, has_accelerator, processes
 
 # Pictures handed to the VAE; ComfyUI makes that as few as fit. Not --batch: latents differ with it in their last digits.
@@ -212,7 +213,7 @@ def _latents(
         parts: list[Tensor] = []
         for first in tqdm(range(0, len(texts.pictures), AT_ONCE), desc="Encoding pictures"):
             chunk = texts.pictures[first : first + AT_ONCE]
-            images = torch.stack([launch_data.pixels(picture, options.width, options.height) for picture in chunk])
+            images = torch.stack([pixels(picture, options.width, options.height) for picture in chunk])
             parts.append(vae.encode(images).float().cpu())
         latents = {"latents": torch.cat(parts)}
         checkpoint.write(cache, latents, facts)

@@ -15,6 +15,7 @@ from lcm_kit.distillation.engine import Alone
 from lcm_kit.distillation.settings import Settings, Setup
 from lcm_kit.launch import data as launch_data
 from lcm_kit.launch.options import parsed
+from lcm_kit.launch.pixels import pixels
 from lcm_kit.launch.processes import processes
 from lcm_kit.launch.run import _settings, _texts
 from lcm_kit.tests.helpers import ROOT
@@ -109,7 +110,7 @@ def test_pictures_of_a_folder_come_by_name_with_their_captions(pictures):
     found = launch_data.find_pictures([pictures])
     assert [picture.name for picture in found] == ["a.png", "b.png"]
     assert launch_data.captions_of(found, None) == ["a lime square", "a red square"]
-    image = launch_data.pixels(found[1], 8, 16)
+    image = pixels(found[1], 8, 16)
     assert image.shape == (16, 8, 3)
     torch.testing.assert_close(image, RED.expand(16, 8, 3))
 
@@ -125,12 +126,12 @@ def test_samples_of_a_tar_go_together_by_what_is_before_the_first_dot(tmp_path):
         ("0.tar/a/1.png", "blue"),
         ("0.tar/a/2.png", "red"),
     ]
-    torch.testing.assert_close(launch_data.pixels(found[1], 2, 2), RED.expand(2, 2, 3))
+    torch.testing.assert_close(pixels(found[1], 2, 2), RED.expand(2, 2, 3))
 
 
 def test_transparent_parts_are_white(tmp_path):
     (tmp_path / "a.png").write_bytes(png((255, 0, 0, 0), mode="RGBA"))
-    assert launch_data.pixels(launch_data.find_pictures([tmp_path])[0], 2, 2).min() == 1
+    assert pixels(launch_data.find_pictures([tmp_path])[0], 2, 2).min() == 1
 
 
 def test_each_caption_is_held_once(pictures):
@@ -182,7 +183,7 @@ def test_nothing_to_learn_from_is_told(tmp_path, capsys):
 def test_what_is_no_picture_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"a\.png cannot be read as a picture"):
-        launch_data.pixels(launch_data.find_pictures([tmp_path])[0], 8, 8)
+        pixels(launch_data.find_pictures([tmp_path])[0], 8, 8)
 
 
 @pytest.mark.parametrize("several", [True, False])
@@ -206,5 +207,5 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     picture.save(tmp_path / "a.png", exif=exif)
-    image = launch_data.pixels(launch_data.find_pictures([tmp_path])[0], 1, 2)
+    image = pixels(launch_data.find_pictures([tmp_path])[0], 1, 2)
     torch.testing.assert_close(image[:, 0], torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
