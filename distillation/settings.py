@@ -111,6 +111,20 @@ class Settings:
         falling = (self.steps - step) / (self.decay * self.steps) if self.decay else 1.0
         return self.learning_rate * min(1.0, rising, falling)
 
+    def hints(self) -> list[str]:
+        """Sentences on what is allowed and hardly meant."""
+        found = []
+        highest = max(self.rate_at(step) for step in {min(self.warmup, self.steps) - 1, 0, self._falls_from()})
+        if highest < self.learning_rate / 2:
+            found.append(
+                f"learning_rate {self.learning_rate:g} was never reached, only {highest:.2g}: warmup is {self.warmup} of "
+                f"{self.steps} steps{f' and decay {self.decay:g}' if self.decay else ''}."
+            )
+        return found
+
+    def _falls_from(self) -> int:
+        return min(self.steps - 1, int(self.steps * (1 - self.decay)))
+
     def kept(self) -> dict[str, Any]:
         """What a resumed run must have as before; a longer run is the same run unless its rate falls at the end."""
         facts = asdict(self)
@@ -128,6 +142,12 @@ class Settings:
         from ..samplers.schedule import training_grid  # late: it needs torch
 
         if self.original_steps:
+            if train_timesteps // self.original_steps > self.skip:
+                raise ValueError(
+                    f"original_steps is {self.original_steps} and skip is {self.skip}: a solver step ends between two trained "
+                    f"timesteps, where the target is untrained. Use original_steps of at least "
+                    f"{-(-train_timesteps // self.skip)}, 0, or a larger skip."
+                )
             return training_grid(self.original_steps, train_timesteps=train_timesteps)
         return skipping_grid(self.skip, train_timesteps)
 

@@ -89,6 +89,7 @@ class Training:
             f"{str(self.work.dtype).split('.')[-1]}.",
             f"Loss {sum(losses[:tenth]) / tenth:.4g} in the first tenth, {sum(losses[-tenth:]) / tenth:.4g} in the last; "
             f"{seconds:.0f} seconds.",
+            *settings.hints(),
         ]
 
 
@@ -125,7 +126,7 @@ def training(
             denoise = Denoiser(patcher)
             trainer = Trainer(
                 denoise, adapters, batches, work.table.to(device), settings, flow=is_flow(work.model), identity=identity,
-                engine=engine,
+                engine=engine, spread=_spread(items),
             )  # fmt: skip
             yield Training(work, patcher, batches, trainer, denoise)
 
@@ -166,6 +167,11 @@ def items_of(patcher, latents, conds: list, unconds: list, prompts: Sequence[tup
         encoded_conds, encoded_unconds = known[latent.shape]
         items.append(Item(latent, encoded_conds[cond], encoded_unconds[uncond]))
     return items
+
+
+def _spread(items: Sequence[Item]) -> float:
+    """Root mean square of all latents."""
+    return float(torch.stack([item.latent.float().square().mean() for item in items]).mean().sqrt())
 
 
 # Numbers of a weight that tell it from another: its first ones, and as many spread over it.

@@ -15,6 +15,7 @@ from torch import nn
 from lcm_kit.distillation import checkpoint
 from lcm_kit.distillation.adapter import Average
 from lcm_kit.distillation.draws import draw
+from lcm_kit.distillation.health import Diverged, Health
 from lcm_kit.distillation.objective import distillation_loss
 from lcm_kit.distillation.settings import Settings, skipping_grid
 from lcm_kit.distillation.trainer import Trainer, adapters_on
@@ -455,3 +456,106 @@ def test_the_toy_is_what_it_says():
     noisy = z0 + 0.7 * torch.randn(200_000, 1, generator=generator)
     slope = (z0 * noisy).mean() / noisy.square().mean()  # of the best linear guess
     assert slope == pytest.approx(perfect_denoiser(torch.ones(1, 1), torch.tensor([0.7])).item(), abs=0.005)
+
+
+# ---- divergence
+
+
+def test_what_diverges_is_noticed_long_before_it_is_no_number():
+    """At a rate of 10 the losses go to the thousands, where the data has a spread of 0.5."""
+    with pytest.raises(Diverged, match=r"the loss of step \d+ is .* over 1000 times the data's spread. Lower learning"):
+        trained(dataclasses.replace(SHORT, steps=200, learning_rate=10.0), spread=SPREAD)
+
+
+@pytest.mark.parametrize("huber_c", [0.001, None])
+def test_ten_steps_far_off_are_a_divergence_and_nine_are_none(huber_c):
+    health = Health(dataclasses.replace(SHORT, huber_c=huber_c), 0.5)
+    far = 11 * 0.5 if huber_c else (11 * 0.5) ** 2
+    near = 9 * 0.5 if huber_c else (9 * 0.5) ** 2
+    health.check(100, [near] * 100)
+    health.check(9, [far] * 9)
+    health.check(19, [far] * 9 + [near] + [far] * 9)
+    with pytest.raises(Diverged, match=r"10 steps, up to step 12, .* over 10 times the data's spread"):
+        health.check(12, [near] * 2 + [far] * 10)
+    assert health.sound(near)
+    assert not health.sound(far)
+
+
+def hopeless_after(step, network, calls):
+    """A source whose data blows up from `step` on, unless the learning rate is low."""
+
+    def source(number, items):
+        batch = data(number, items)
+        calls.append(number)
+        return dataclasses.replace(batch, z0=batch.z0 * (torch.inf if number >= step else 1))
+
+    return source
+
+
+@pytest.mark.parametrize("save_every", [1, 4, 100])
+def test_a_divergence_leaves_the_last_sound_checkpoint_and_a_lower_rate_goes_on(tmp_path, save_every, caplog):
+    """The advice works under the same name, and the sound steps are not made again."""
+    path, fatal, calls = tmp_path / "run.safetensors", 6, []
+    network = Gains()
+    with adapters_on(network, 2, seed=SHORT.seed) as adapters:
+        trainer = Trainer(denoiser(network), adapters, hopeless_after(fatal, network, calls), TABLE, SHORT)
+        with pytest.raises(Diverged, match=r"loss of step 7 is nan\. Lower learning_rate \(now 0\.02\)\.") as told:
+            trainer.run(save_to=path, save_every=save_every)
+    kept = (fatal - 1) // save_every * save_every
+    if save_every > fatal:
+        assert not path.exists()
+    else:
+        assert f"goes on from step {kept}" in str(told.value)
+        tensors, facts = checkpoint.read(path)
+        assert facts["done"] == kept == len(tensors["losses"])
+        assert facts["diverged"] == fatal + 1
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+    network, calls = Gains(), []
+    with adapters_on(network, 2, seed=SHORT.seed) as adapters:
+        lower = dataclasses.replace(SHORT, learning_rate=0.001, warmup=2)
+        trainer = Trainer(denoiser(network), adapters, hopeless_after(99, network, calls), TABLE, lower)
+        trainer.run(save_to=path)
+    assert calls == list(range(0 if save_every > fatal else kept, SHORT.steps))
+    assert ("goes on from step" in caplog.text) == (save_every < fatal)
+    assert "diverged" not in checkpoint.read(path)[1]
+
+
+def test_after_a_divergence_the_data_and_the_guidance_stay_what_they_were(tmp_path):
+    path, network = tmp_path / "run.safetensors", Gains()
+    with adapters_on(network, 2, seed=SHORT.seed) as adapters:
+        trainer = Trainer(denoiser(network), adapters, hopeless_after(6, network, []), TABLE, SHORT)
+        with pytest.raises(Diverged):
+            trainer.run(save_to=path, save_every=2)
+        for change in ({"skip": 100}, {"guidance_max": 4.0}, {"learning_rate": 1e-3, "seed": 5}):
+            other = trainer_of(adapters, network, dataclasses.replace(SHORT, **change))
+            with pytest.raises(ValueError, match="is the checkpoint of another training"):
+                other.load(path)
+
+
+def test_a_kept_state_that_leads_astray_at_once_is_told_to_be_past_help(tmp_path):
+    path, network = tmp_path / "run.safetensors", Gains()
+    with adapters_on(network, 2, seed=SHORT.seed) as adapters:
+        trainer_of(adapters, network, dataclasses.replace(SHORT, steps=3)).run(save_to=path)
+        trainer = Trainer(denoiser(network), adapters, hopeless_after(3, network, []), TABLE, SHORT)
+        with pytest.raises(
+            Diverged, match=r"run\.safetensors keeps is past help: remove that file, or use another name"
+        ):
+            trainer.run(save_to=path)
+
+
+def test_a_learning_rate_that_is_never_reached_is_told():
+    assert Settings(steps=100, warmup=20).hints() == []
+    assert Settings(steps=20, warmup=20).hints() == []
+    assert Settings(steps=100, warmup=20, decay=0.5).hints() == []
+    (said,) = Settings(steps=100, warmup=500).hints()
+    assert said == "learning_rate 0.0001 was never reached, only 2e-05: warmup is 500 of 100 steps."
+    assert Settings(steps=100, decay=1.0).hints() == []
+    assert "and decay 1." in Settings(steps=100, warmup=80, decay=1.0).hints()[0]
+
+
+def test_solver_steps_that_end_between_trained_timesteps_are_refused():
+    with pytest.raises(ValueError, match="original_steps is 50 and skip is 1: a solver step ends between two trained"):
+        Settings(original_steps=50, skip=1).grid(1000)
+    for points, skip in ((8, 125), (50, 20), (33, 30), (50, 200), (3, 333)):
+        Settings(original_steps=points, skip=skip).grid(1000)
