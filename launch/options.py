@@ -75,8 +75,8 @@ def _files(add: argparse._ArgumentGroup) -> None:
         "--save-dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="of the output; default: fp16"
     )
     add.add_argument("--picture", type=Path, metavar="FILE.png", help="write the loss and samples in 4 steps there")
-    add.add_argument("--resume", type=Path, metavar="FOLDER", help="keeps latents and checkpoints, from which the same "
-                     "command goes on; default: OUTPUT without its ending, and .run")  # fmt: skip
+    add.add_argument("--resume", type=Path, metavar="FOLDER", help="keeps latents, captions and checkpoints, from which "
+                     "the same command goes on; default: OUTPUT without its ending, and .run")  # fmt: skip
     add.add_argument("--save-every", type=_positive, default=100, metavar="STEPS", help="default: 100")
     add.add_argument("--comfyui", type=Path, metavar="FOLDER", help="your ComfyUI; default: COMFYUI_PATH, or the ComfyUI "
                      "in whose custom_nodes this is")  # fmt: skip
@@ -87,6 +87,8 @@ def _files(add: argparse._ArgumentGroup) -> None:
 def _data(add: argparse._ArgumentGroup) -> None:
     add.add_argument("--prompts", type=Path, metavar="FILE", help="captions, one on each line")
     add.add_argument("--pictures", type=Path, nargs="+", default=[], metavar="PATH", help="folders and .tar files")
+    add.add_argument("--leave-out-broken", action="store_true", help="go on without pictures that cannot be read, after "
+                     "naming them")  # fmt: skip
     add.add_argument(
         "--negative", default="", metavar="TEXT", help="what guidance moves away from; default: an empty prompt"
     )

@@ -19,6 +19,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..distillation import checkpoint
 from ..distillation.engine import Engine
+from ..distillation.kept import Kept
 from ..distillation.settings import Settings
 from ..distillation.trainer import Trainer
 from ..lora_merge import Lora, save
@@ -28,11 +29,11 @@ from ..lora_merge.files.load_save import check_output
 from ..lora_merge.files.pictures import check_picture, write_picture
 from . import comfyui as launch_comfyui
 from . import data as launch_data
-from .pixels import pixels
+from .latents import View, broken_pictures, keys_of, latents_of, told
 from .processes import check_same, first_of_a_machine, has_accelerator, processes
+from .texts import entries_of, zeros
 
-# Pictures handed to the VAE; ComfyUI makes that as few as fit. Not --batch: latents differ with it in their last digits.
-AT_ONCE = 8
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,17 @@ class Texts:
     captions: list[str]
     which: list[int]
     pictures: list[launch_data.Picture]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What Work takes.   left_out: a sentence on the pictures that are not among them, or ""."""
+
+    latents: list[Tensor]
+    conds: list[Any]
+    unconds: list[Any]
+    prompts: list[tuple[int, int]]
+    left_out: str
 
 
 def run(options: argparse.Namespace) -> str:
@@ -96,6 +108,10 @@ def _texts(options: argparse.Namespace) -> Texts:
     else:
         assert captions is not None
         wanted = [captions[number % len(captions)] for number in range(options.samples)]
+    return _texts_of(wanted, pictures)
+
+
+def _texts_of(wanted: Sequence[str], pictures: list[launch_data.Picture]) -> Texts:
     different = list(dict.fromkeys(wanted))
     places = {caption: place for place, caption in enumerate(different)}
     return Texts(different, [places[caption] for caption in wanted], pictures)
@@ -122,15 +138,13 @@ def _distil(options: argparse.Namespace, settings: Settings, texts: Texts, folde
         table, dtype = sigma_table(model), compute_type(model, options.dtype)
         rough = rough_previewer(model.get_model_object("latent_format"))
         settings = dataclasses.replace(settings, scale_loss=dtype == torch.float16)
-        conds = [_encoded(clip, caption) for caption in texts.captions]
-        uncond = _zeros(conds[0]) if options.zero_negative else _encoded(clip, options.negative)
-        del clip
         with first_of_a_machine(engine):
-            data = _latents(options, settings, texts, model, vae, conds, uncond, folder / "data.safetensors")
+            data = _data(options, settings, texts, model, clip, vae, Kept(folder / "kept"))
+        del clip
         if not options.picture:
             del vae
     work = Work(
-        model, data, conds, [uncond], [(place, 0) for place in texts.which], table=table, settings=settings, dtype=dtype,
+        model, data.latents, data.conds, data.unconds, data.prompts, table=table, settings=settings, dtype=dtype,
         rank=options.rank, alpha=options.alpha, recompute=options.gradient_checkpointing,
     )  # fmt: skip
     together = {"images per step": settings.batch * settings.accumulate * engine.num_processes}
@@ -152,6 +166,7 @@ def _distil(options: argparse.Namespace, settings: Settings, texts: Texts, folde
     lora = Lora.from_state_dict(tensors, metadata=run.metadata(**together), source=options.output.name)
     save(lora, options.output, dtype=DTYPES[options.save_dtype], overwrite=options.overwrite)
     lines = run.report(tensors, bool(texts.pictures), time.monotonic() - started)
+    lines += [data.left_out] if data.left_out else []
     if engine.num_processes > 1:
         lines.append(f"On {engine.num_processes} processes, {together['images per step']} images to a step together.")
     return "\n".join([*lines, f"Written: {options.output}. {folder} can be removed.", ""])
@@ -168,59 +183,66 @@ def _train(trainer: Trainer, kept: Path, save_every: int) -> None:
         trainer.run(save_to=kept, save_every=save_every, callback=after_step)
 
 
-def _encoded(clip: Any, text: str) -> Any:
-    """The one entry of the CONDITIONING that CLIPTextEncode makes."""
-    return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
-
-
-def _zeros(entry: Any) -> Any:
-    """What ConditioningZeroOut makes of an entry."""
-    tensor, options = entry
-    pooled = options.get("pooled_output")
-    return [torch.zeros_like(tensor), options | ({} if pooled is None else {"pooled_output": torch.zeros_like(pooled)})]
-
-
-def _latents(
-    options: argparse.Namespace, settings: Settings, texts: Texts, model: Any, vae: Any, conds: Sequence[Any],
-    uncond: Any, cache: Path,
-) -> list[Tensor]:  # fmt: skip
-    """One (1, ...) latent for each place of texts.which, of the pictures or by the model; kept in `cache`."""
+def _data(
+    options: argparse.Namespace, settings: Settings, texts: Texts, model: Any, clip: Any, vae: Any, kept: Kept
+) -> Data:
+    """Everything to learn from. What is encoded or made is kept as soon as it is there."""
     from ..host.training.data import pictures as as_pictures
+    from ..host.training.identity import identity_of
     from ..host.training.run import empty_latent
     from ..host.training.teacher_pictures import teachers_pictures
 
-    if not texts.pictures:
+    views: list[View] = []
+    keys: list[str] = []
+    left_out = ""
+    if texts.pictures:
+        if vae is None:
+            raise ValueError(f"{options.checkpoint} has no VAE to encode pictures with; give one by --vae.")
+        views, keys, texts, left_out = _readable(options, texts, identity_of(vae.patcher), kept)
+    encoder = f"{identity_of(clip.patcher)} {clip.layer_idx}"
+
+    def encoded(captions: Sequence[str]) -> list[Any]:
+        return entries_of(
+            captions, lambda text: clip.encode_from_tokens_scheduled(clip.tokenize(text))[0], encoder, kept
+        )
+
+    conds = encoded(texts.captions)
+    uncond = zeros(conds[0]) if options.zero_negative else encoded([options.negative])[0]
+    if texts.pictures:
+        found = as_pictures(model, [{"samples": one} for one in latents_of(views, keys, vae.encode, kept)])
+        if not found:
+            raise ValueError(
+                "the VAE makes nothing of these pictures (all latents are 0); is it the one of this model?"
+            )
+    else:
         prompts = [(conds[place], uncond) for place in texts.which]
         empty = empty_latent(model, [], options.width, options.height)
         with _one_bar("Making pictures", len(prompts)):
-            found: list[Tensor] = teachers_pictures(model, prompts, empty, settings, cache)
-        return found
-    facts = {
-        "pictures": launch_data.listing(texts.pictures),
-        "size": [options.width, options.height],
-        "vae": options.vae,
-    }
-    if cache.exists():
-        latents, then = checkpoint.read(cache)
-        if wrong := checkpoint.differences(then, facts):
-            raise ValueError(
-                f"{cache} holds the latents of another training ({'; '.join(wrong)}). Set these as they were, or use "
-                "another --resume folder."
-            )
-    else:
-        if vae is None:
-            raise ValueError(f"{options.checkpoint} has no VAE to encode pictures with; give one by --vae.")
-        parts: list[Tensor] = []
-        for first in tqdm(range(0, len(texts.pictures), AT_ONCE), desc="Encoding pictures"):
-            chunk = texts.pictures[first : first + AT_ONCE]
-            images = torch.stack([pixels(picture, options.width, options.height) for picture in chunk])
-            parts.append(vae.encode(images).float().cpu())
-        latents = {"latents": torch.cat(parts)}
-        checkpoint.write(cache, latents, facts)
-    found = as_pictures(model, [{"samples": latents["latents"]}])
-    if not found:
-        raise ValueError("the VAE makes nothing of these pictures (all latents are 0); is it the one of this model?")
-    return found
+            found = teachers_pictures(model, prompts, empty, settings, kept)
+    return Data(found, conds, [uncond], [(place, 0) for place in texts.which], left_out)
+
+
+def _readable(
+    options: argparse.Namespace, texts: Texts, vae: str, kept: Kept
+) -> tuple[list[View], list[str], Texts, str]:
+    """(views, their keys, texts, a sentence on what is left out) of the pictures that can be read.
+
+    Raises ValueError that names the others, if they are not to be left out.
+    """
+    views = [View(picture, options.width, options.height) for picture in texts.pictures]
+    keys = keys_of(views, vae)
+    broken = broken_pictures(views, keys, kept)
+    if not broken:
+        return views, keys, texts, ""
+    said = told(broken, len(texts.pictures))
+    if not options.leave_out_broken or len(broken) == len(texts.pictures):
+        raise ValueError(f"{said} Mend or remove them, or leave them out by --leave-out-broken.")
+    logger.warning("%s They are left out.", said)
+    whole = [place for place, picture in enumerate(texts.pictures) if picture not in broken]
+    texts = _texts_of(
+        [texts.captions[texts.which[place]] for place in whole], [texts.pictures[place] for place in whole]
+    )
+    return [views[place] for place in whole], [keys[place] for place in whole], texts, f"{said} They were left out."
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import folder_paths
 import torch
 from tqdm.auto import tqdm
 
+from ...distillation.kept import Kept
 from ...distillation.settings import Compute, Settings, Weighting
 from ...distillation.trainer import Trainer
 from ...lora_merge.files.file_names import name_trouble
@@ -27,7 +28,7 @@ DTYPES = get_args(Compute)
 WEIGHTINGS = get_args(Weighting)
 SAVE_EVERY = 100
 STRIPS = 10  # sample strips in a run
-LATENTS = ".latents"  # behind the name of a run: its pictures
+PICTURES = "pictures"  # folder of those that models have made, beside the checkpoints
 
 
 def only_ones(inputs: Mapping[str, Sequence]) -> dict:
@@ -66,10 +67,11 @@ def distil(
     rough = rough_previewer(model.get_model_object("latent_format"))
     given = pictures(model, latents)
     which = paired(conds, len(given)) if given else [number % len(conds) for number in range(samples)]
+    kept = None if checkpoint_file is None else Kept(checkpoint_file.with_name(PICTURES))
     prompts = [*zip(which, partners(conds, unconds, which), strict=True)]
     data = given or teachers_pictures(
         model, [(conds[cond], unconds[uncond]) for cond, uncond in prompts],
-        empty_latent(model, latents, width, height), settings, _beside(checkpoint_file, LATENTS),
+        empty_latent(model, latents, width, height), settings, kept,
     )  # fmt: skip
     work = Work(
         model, data, conds, unconds, prompts, table=table, settings=settings, dtype=type_, rank=rank, alpha=alpha,
@@ -117,16 +119,10 @@ def _checkpoint_file(name: str) -> Path | None:
     if not name.strip():
         return None
     said = f"resume is {shown(name)}"
-    trouble = name_trouble(name) or name_trouble(f"{name}{LATENTS}.safetensors")
+    trouble = name_trouble(name) or name_trouble(f"{name}.safetensors")
     if trouble or name.startswith("."):
         raise ValueError(
             f"{said}, and it {trouble or 'begins with a dot, which hides files'}; write a plain name such as my-lcm, "
             "without folders, or leave it empty."
         )
-    if name.lower().endswith(LATENTS):
-        raise ValueError(f"{said}, where the pictures of {shown(name[: -len(LATENTS)])} are kept. Write another name.")
     return Path(folder_paths.get_output_directory()) / "LCMKit" / "distilling" / f"{name}.safetensors"
-
-
-def _beside(file: Path | None, ending: str) -> Path | None:
-    return None if file is None else file.with_name(f"{file.stem}{ending}{file.suffix}")

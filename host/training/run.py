@@ -8,7 +8,6 @@ from typing import Any
 
 import comfy.utils
 import torch
-from comfy.quant_ops import QuantizedTensor
 
 from ...distillation.engine import Alone, Engine
 from ...distillation.settings import Settings
@@ -19,6 +18,7 @@ from ..lora.bases import base_of
 from ..sampling.latents import fitted
 from ..sampling.tables import is_distilled, trained_sigma_table
 from .data import Batches, Item, encoded, fingerprint
+from .identity import some
 from .loan import Denoiser, casting_again, lent
 from .strip import Strip
 from .teacher_pictures import is_flow
@@ -174,19 +174,9 @@ def _spread(items: Sequence[Item]) -> float:
     return float(torch.stack([item.latent.float().square().mean() for item in items]).mean().sqrt())
 
 
-# Numbers of a weight that tell it from another: its first ones, and as many spread over it.
-FIRST, SPREAD = 8, 64
-
-
 def _fingerprint_of_weights(network: torch.nn.Module) -> str:
     """Of all weights as they are used, with patches: a LoRA may change any of them, and any part of one."""
-    return fingerprint([[name, tuple(weight.shape), _some(weight)] for name, weight in network.named_parameters()])
-
-
-def _some(weight: torch.Tensor) -> torch.Tensor:
-    numbers = (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).detach().flatten()
-    spread = numbers[:: max(1, len(numbers) // SPREAD)]
-    return torch.cat([numbers[:FIRST].float(), spread.float()])
+    return fingerprint([[name, tuple(weight.shape), some(weight)] for name, weight in network.named_parameters()])
 
 
 def _published_names(model) -> dict[str, str]:

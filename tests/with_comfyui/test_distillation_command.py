@@ -1,6 +1,7 @@
 """`python -m lcm_kit.distillation` on the embedded model: a stop and going on, two processes, captions alone."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,7 +149,9 @@ def test_captions_alone_and_the_picture_of_the_course(in_process, tmp_path, caps
     with Image.open(tmp_path / "course.png") as picture:
         assert picture.width == 768
         assert picture.height > 256
-    assert load_file(tmp_path / "lcm.run" / "data.safetensors")["latents"].shape[::2] == (2, 8)
+    shards = [load_file(file) for file in (tmp_path / "lcm.run" / "kept").iterdir()]
+    latents = [tensor for shard in shards for name, tensor in shard.items() if name.endswith("/latent")]
+    assert [tensor.shape[::2] for tensor in latents] == [(1, 8), (1, 8)]
 
     assert in_process(*arguments) == 2  # the output is there
     assert "lcm.safetensors" in capsys.readouterr().err
@@ -156,6 +159,25 @@ def test_captions_alone_and_the_picture_of_the_course(in_process, tmp_path, caps
     assert "is the checkpoint of another training (" in capsys.readouterr().err
     assert in_process(*arguments, "--overwrite", "--lora", MODELS / "vae" / "tiny_emoji_vae.safetensors") == 2
     assert "changes nothing in" in capsys.readouterr().err
+
+
+def test_broken_pictures_are_named_at_once_and_may_be_left_out(in_process, whole, pictures, tmp_path, capsys):
+    """What is learnt then is what the rest alone teaches."""
+    folder = tmp_path / "some broken"
+    shutil.copytree(pictures, folder)
+    for name in ("00", "9"):  # before the first and behind the last
+        (folder / f"{name}.png").write_bytes((pictures / "0.png").read_bytes()[:40])
+        (folder / f"{name}.txt").write_text("a caption of nothing")
+    arguments = ["--pictures", folder, *VAE, "--steps", 3, "--batch", 2, "-o", tmp_path / "lcm.safetensors"]
+    assert in_process(*arguments) == 2
+    said = capsys.readouterr().err
+    assert "error: 2 of 6 pictures cannot be read: 00.png (" in said
+    assert "leave them out by --leave-out-broken" in said
+    assert not (tmp_path / "lcm.run").exists()  # nothing was encoded
+    assert in_process(*arguments, "--leave-out-broken") == 0
+    assert "2 of 6 pictures cannot be read: 00.png (" in capsys.readouterr().out
+    actual, expected = load_file(tmp_path / "lcm.safetensors"), load_file(whole)
+    assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
 
 
 @pytest.mark.parametrize(
