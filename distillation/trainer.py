@@ -16,6 +16,7 @@ from .draws import START, WHOLE_RUN, draw, generator
 from .engine import Alone, Engine
 from .health import IN_A_ROW, Diverged, Health
 from .objective import Batch, ConditionalDenoiser, distillation_loss
+from .optimizers import optimizer_of, restore, state_of
 from .recompute import recomputing
 from .settings import Settings
 
@@ -28,7 +29,7 @@ Callback = Callable[[int, float], None]
 """(steps done, loss of the last one). What it raises ends the run."""
 
 # What may be set anew to go on after a divergence from the last sound state.
-REMEDIES = {"learning_rate", "warmup", "decay", "steps", "weight_decay", "betas", "clip", "scale_loss"}
+REMEDIES = {"learning_rate", "warmup", "decay", "steps", "weight_decay", "betas", "clip", "scale_loss", "decay_shape"}
 
 
 class _Loss(nn.Module):
@@ -71,9 +72,7 @@ class Trainer:
         self.identity = dict(identity or {})
         self.engine: Engine = engine or Alone()
         self.factors = adapters.factors()
-        self.optimizer = torch.optim.AdamW(
-            self.factors.values(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
-        )
+        self.optimizer = optimizer_of(self.factors.values(), settings)
         self.scaler = GradScaler(table.device.type, enabled=settings.scale_loss)
         self.average = Average([*self.factors.values()], settings.average) if settings.average else None
         self.done = 0
@@ -81,6 +80,8 @@ class Trainer:
         self.health = Health(settings, spread)
         self._updating = False
         self._kept = 0
+        self._resumed: Path | None = None
+        self._astray = False
         self._due: Path | None = None  # where a checkpoint goes as soon as the next loss shows that the state is sound
         self._loss = self.engine.prepare(_Loss(adapters, self._compute))
 
@@ -101,7 +102,9 @@ class Trainer:
                 engine.backward(self.scaler.scale(loss))
             total += loss.detach()
         value = float(engine.reduce(total, "mean"))
+        self._astray = True
         self.health.check(self.done + 1, [*self.losses[1 - IN_A_ROW :], value])
+        self._astray = False
         if self._due is not None and self.health.sound(value):
             self._keep(self._due)
         self.scaler.unscale_(self.optimizer)
@@ -143,15 +146,15 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Write everything that a resumed run needs."""
         tensors: dict[str, Tensor] = {f"lora/{name}": factor for name, factor in self.factors.items()}
-        for name, factor in self.factors.items():
-            for part, value in self.optimizer.state.get(factor, {}).items():
-                tensors[f"{part}/{name}"] = value
+        remembered, numbers = state_of(self.optimizer, self.factors)
+        tensors |= remembered
         if self.average:
             tensors |= {f"average/{name}": value for name, value in zip(self.factors, self.average.values, strict=True)}
         if self.losses:
             tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         scaler = self.scaler.state_dict()
         facts = {"settings": self.settings.kept(), "identity": self.identity, "done": self.done, "scaler": scaler}
+        facts |= {"state": numbers} if numbers else {}
         checkpoint.write(path, tensors, facts)
 
     def load(self, path: Path) -> None:
@@ -179,20 +182,29 @@ class Trainer:
                 "The training diverged at step %d; it goes on from step %d, the last sound one that was kept, with %s.",
                 facts["diverged"], facts["done"], "; ".join(changed),
             )  # fmt: skip
-        state: dict[int, dict[str, Tensor]] = {}
-        for number, (name, factor) in enumerate(self.factors.items()):
+        for name, factor in self.factors.items():
             factor.data.copy_(tensors[f"lora/{name}"])
-            state[number] = {
-                p: tensors[f"{p}/{name}"] for p in ("step", "exp_avg", "exp_avg_sq") if f"{p}/{name}" in tensors
-            }
-        whole = self.optimizer.state_dict()
-        self.optimizer.load_state_dict(whole | {"state": {n: parts for n, parts in state.items() if parts}})
+        parts = {key: value for key, value in tensors.items() if not key.startswith(("lora/", "average/"))}
+        restore(self.optimizer, self.factors, parts | facts.get("state", {}))
         if self.average:
             for name, value in zip(self.factors, self.average.values, strict=True):
                 value.copy_(tensors[f"average/{name}"])
         self.scaler.load_state_dict(facts["scaler"])
         self.done = facts["done"]
         self.losses = tensors["losses"].tolist() if "losses" in tensors else []
+
+    @property
+    def sound(self) -> bool:
+        """Whether the LoRA is fit to be used and to go on from, as far as its losses tell."""
+        return not self._updating and not self._astray and all(map(self.health.sound, self.losses[-1:]))
+
+    def resume(self, path: Path | None) -> None:
+        """Go on from that checkpoint, if it is there, as `run` does. Raises as `run` does."""
+        if path is not None:
+            checkpoint.check_writable(path)
+            if path.exists():
+                self.load(path)
+        self._resumed = path
 
     def run(self, *, save_to: Path | None = None, save_every: int = 100, callback: Callback | None = None) -> None:
         """All steps that are left. With `save_to`, goes on from that checkpoint if it is there and keeps it up to date.
@@ -204,10 +216,9 @@ class Trainer:
         Raises ValueError or FileExistsError, before anything is trained, if `save_to` is of another run or no checkpoint.
         """
         keeps = save_to is not None and self.engine.process_index == 0
-        if save_to is not None:
-            checkpoint.check_writable(save_to)
-            if save_to.exists():
-                self.load(save_to)
+        if save_to != self._resumed:
+            self.resume(save_to)
+        self._resumed = None  # a second call looks again
         started = self._kept = self.done
         try:
             while self.done < self.settings.steps:

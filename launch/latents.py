@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,7 +11,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..distillation.kept import Kept, key_of
 from .data import Picture
-from .pixels import check, content_of, pixels
+from .pixels import check, content_of
+from .views import View
 
 # Pictures handed to the VAE; ComfyUI makes that as few as fit. Not --batch: latents differ with it in their last digits.
 AT_ONCE = 8
@@ -22,25 +22,13 @@ Encode = Callable[[Tensor], Tensor]
 """(n, height, width, 3) in [0, 1] -> (n, ...) latents, as the graph has them."""
 
 
-@dataclasses.dataclass(frozen=True)
-class View:
-    """What the VAE gets of a picture, width x height pixels."""
-
-    picture: Picture
-    width: int
-    height: int
-
-    def pixels(self) -> Tensor:
-        return pixels(self.picture, self.width, self.height)
-
-
 def keys_of(views: Sequence[View], vae: str) -> list[str]:
     """Under which name each view's latent is kept: made of the picture's bytes, not of its name. vae: its identity."""
     contents: dict[Picture, str] = {}
     for view in views:
         if view.picture not in contents:
             contents[view.picture] = _digest(view.picture)
-    return [key_of("latent", vae, contents[view.picture], view.width, view.height) for view in views]
+    return [key_of("latent", vae, contents[v.picture], v.width, v.height, v.across, v.down, v.mirrored) for v in views]
 
 
 def _digest(picture: Picture) -> str:

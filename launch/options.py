@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from ..distillation.settings import Settings, Setup
+from .loggers import LOGGERS
+
+# argparse presets none of these: their texts say what holds.
+SWITCHES = [one.name for one in dataclasses.fields(Setup) if isinstance(one.default, bool)]
 
 _DESCRIPTION = """Make an LCM-LoRA from a checkpoint: latent consistency distillation (arXiv 2311.05556), in your own ComfyUI.
 
@@ -35,7 +39,11 @@ _EPILOG = """examples:
     the run (--resume) has to be one that both see.
 In a clone, `python -m distillation` in its folder does the same. More than one process needs the package accelerate.
 
-A run that was stopped goes on with the same command; with more --steps, so does a finished one.
+A run that was stopped goes on with the same command; with more --steps, so does a finished one. In the folder of the run are
+  lora.safetensors   the LoRA so far, for use at any time
+  losses.csv         loss, learning rate and seconds of each step, and a validation loss every --save-every steps
+  samples            what the LoRA makes, as often
+  kept               captions, latents and the model's own pictures, none of which is made twice
 Exit status: 0 done, 2 bad input, 130 stopped."""
 
 
@@ -50,10 +58,11 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     training = parser.add_argument_group("training")
     _settings(training, Settings)
     _settings(training, Setup, "rank", "alpha")
+    _course(parser.add_argument_group("watching it"))
     memory = parser.add_argument_group("memory and speed")
-    _settings(memory, Setup, "dtype", "gradient_checkpointing")
+    _settings(memory, Setup, "dtype", "gradient_checkpointing", "tf32")
     memory.add_argument("--cpu", action="store_true", help="use no GPU")
-    parser.set_defaults(gradient_checkpointing=Setup.gradient_checkpointing)
+    parser.set_defaults(**{name: getattr(Setup, name) for name in SWITCHES})
     options = parser.parse_args(arguments)
     if options.prompts is None and not options.pictures:
         parser.error("nothing to learn from: give --prompts FILE, or --pictures FOLDER or SHARD.tar")
@@ -64,6 +73,9 @@ def _files(add: argparse._ArgumentGroup) -> None:
     add.add_argument("--checkpoint", required=True, metavar="FILE", help="the model that is distilled")
     add.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="a LoRA that is distilled "
                      "along with it, such as a style; may be repeated")  # fmt: skip
+    add.add_argument(
+        "--start-from", metavar="FILE", help="an LCM-LoRA to begin with, of --rank or less; default: a new one"
+    )
     add.add_argument("--vae", metavar="FILE", help="encodes the pictures; default: the checkpoint's own")
     add.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="the LCM-LoRA, .safetensors")
     add.add_argument(
@@ -77,11 +89,20 @@ def _files(add: argparse._ArgumentGroup) -> None:
     add.add_argument("--picture", type=Path, metavar="FILE.png", help="write the loss and samples in 4 steps there")
     add.add_argument("--resume", type=Path, metavar="FOLDER", help="keeps latents, captions and checkpoints, from which "
                      "the same command goes on; default: OUTPUT without its ending, and .run")  # fmt: skip
-    add.add_argument("--save-every", type=_positive, default=100, metavar="STEPS", help="default: 100")
     add.add_argument("--comfyui", type=Path, metavar="FOLDER", help="your ComfyUI; default: COMFYUI_PATH, or the ComfyUI "
                      "in whose custom_nodes this is")  # fmt: skip
     add.add_argument("--custom-nodes", action="append", default=[], type=Path, metavar="FOLDER", help="a node pack to "
                      "load first, if the model needs one; may be repeated")  # fmt: skip
+
+
+def _course(add: argparse._ArgumentGroup) -> None:
+    _settings(add, Setup, "save_every")
+    add.add_argument("--validation", type=Path, metavar="FILE", help="prompts of the samples, one on each line; default: those "
+                     "of the first pictures")  # fmt: skip
+    add.add_argument("--keep-loras", action="store_true", help="keep the LoRA file of every --save-every steps, not the "
+                     "latest only")  # fmt: skip
+    add.add_argument("--log-with", nargs="+", default=[], choices=LOGGERS, metavar="NAME", help=f"{' and '.join(LOGGERS)}, if "
+                     "installed, beside losses.csv")  # fmt: skip
 
 
 def _data(add: argparse._ArgumentGroup) -> None:
@@ -93,7 +114,7 @@ def _data(add: argparse._ArgumentGroup) -> None:
         "--negative", default="", metavar="TEXT", help="what guidance moves away from; default: an empty prompt"
     )
     add.add_argument("--zero-negative", action="store_true", help="zeros in its place, as LCM-LoRA for SDXL was made")
-    _settings(add, Setup, "samples", "width", "height")
+    _settings(add, Setup, "samples", "width", "height", "buckets", "random_crop", "flip", "repeats", "size_labels")
 
 
 def _settings(add: argparse._ArgumentGroup, owner: type, *names: str) -> None:

@@ -65,16 +65,16 @@ def check(picture: Picture) -> str | None:
     return None
 
 
-def pixels(picture: Picture, width: int, height: int) -> Tensor:
-    """(height, width, 3) in [0, 1]: the middle of the picture, scaled. Transparent parts are white.
+def pixels(picture: Picture, width: int, height: int, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
+    """(height, width, 3) in [0, 1]: the largest part of the picture of that shape, scaled. Transparent parts are white.
 
-    Raises ValueError for what is no picture.
+    centre: where the part lies, 0 left or above to 1 right or below.   Raises ValueError for what is no picture.
     """
     try:
         image = decoded(content_of(picture))
     except BROKEN as error:
         raise ValueError(f"{picture.file}: {picture.name} cannot be read as a picture ({error}).") from error
-    image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=centre)
     if image.mode == "F":  # whose scaling may go beyond both ends
         return torch.from_numpy(np.asarray(image).clip(0, 1)[..., None].repeat(3, -1))
     return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)

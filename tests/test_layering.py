@@ -22,6 +22,7 @@ ALLOWED = {
     "distillation": {
         *TENSORS,
         "PIL",
+        "bitsandbytes",  # an optimiser of it, where it is installed
         ".samplers",
         *(f".lora_merge.files.{one}" for one in ("whole", "tensor_file", "header")),
     },

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw
 
 WIDTH, HEIGHT, MARGIN, LABEL = 768, 256, 24, 18
-INK, PALE, PAPER = (40, 40, 40), (190, 205, 235), (255, 255, 255)
+INK, PALE, PAPER, RED = (40, 40, 40), (190, 205, 235), (255, 255, 255), (200, 60, 40)
 
 
 def smooth(values: Sequence[float], share: float = 0.02) -> list[float]:
@@ -20,15 +20,20 @@ def smooth(values: Sequence[float], share: float = 0.02) -> list[float]:
     return result
 
 
-def loss_curve(losses: Sequence[float]) -> Image.Image:
-    """Loss over steps, logarithmic: each step pale, their running mean dark. Without losses, an empty frame."""
+def loss_curve(losses: Sequence[float], validation: Sequence[tuple[int, float]] = ()) -> Image.Image:
+    """Loss over steps, logarithmic: each step pale, their running mean dark, (step, validation loss) red.
+
+    Without losses, an empty frame.
+    """
     image = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     draw = ImageDraw.Draw(image)
     draw.rectangle((MARGIN, MARGIN, WIDTH - MARGIN, HEIGHT - MARGIN), outline=INK)
     logs = [math.log10(max(loss, 1e-12)) for loss in losses]
     if not logs:
         return image
-    low, high = min(logs), max(logs)
+    fixed = [(step, math.log10(max(loss, 1e-12))) for step, loss in validation]
+    every = logs + [log for _, log in fixed]
+    low, high = min(every), max(every)
     height, width = HEIGHT - 2 * MARGIN, WIDTH - 2 * MARGIN
 
     def place(step: int, log: float) -> tuple[float, float]:
@@ -39,6 +44,12 @@ def loss_curve(losses: Sequence[float]) -> Image.Image:
     for values, colour in ((logs, PALE), ([math.log10(v) for v in smooth([10**log for log in logs])], INK)):
         points = [place(step, log) for step, log in enumerate(values)]
         draw.line(points if len(points) > 1 else points * 2, fill=colour, width=2)
+    if fixed:
+        points = [place(max(step - 1, 0), log) for step, log in fixed]
+        draw.line(points if len(points) > 1 else points * 2, fill=RED, width=3)
+        draw.text(
+            (WIDTH // 2, 6), f"validation loss {validation[-1][1]:.3g}, at first {validation[0][1]:.3g}", fill=RED
+        )
     draw.text((MARGIN, 6), f"loss {losses[-1]:.3g} after {len(losses)} steps", fill=INK)
     draw.text((MARGIN, HEIGHT - MARGIN + 4), f"lowest {min(losses):.3g}, highest {max(losses):.3g}", fill=INK)
     return image

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_kit.host.training.picture import HEIGHT, INK, LABEL, MARGIN, WIDTH, loss_curve, row, smooth, stacked
+from lcm_kit.host.training.picture import HEIGHT, INK, LABEL, MARGIN, RED, WIDTH, loss_curve, row, smooth, stacked
 
 
 def dark_rows(image, column):
@@ -23,6 +23,13 @@ def test_a_falling_loss_falls_from_left_to_right_on_a_logarithmic_scale():
 @pytest.mark.parametrize("losses", [[], [0.5], [0.0, 0.0], [0.3] * 5])
 def test_the_shortest_and_flattest_runs_are_drawn_too(losses):
     assert loss_curve(losses).size == (WIDTH, HEIGHT)
+
+
+def test_validation_losses_lie_where_their_steps_are():
+    image = np.asarray(loss_curve([1.0] * 101, [(1, 10.0), (51, 1.0), (101, 0.1)]))
+    red = (image[MARGIN + 1 : HEIGHT - MARGIN] == RED).all(-1)
+    heights = [np.flatnonzero(red[:, x]).mean() for x in (MARGIN + 4, WIDTH // 2, WIDTH - MARGIN - 4)]
+    assert heights == pytest.approx([0, (HEIGHT - 2 * MARGIN) / 2, HEIGHT - 2 * MARGIN], abs=6)
 
 
 def test_the_running_mean_of_a_constant_is_that_constant():

@@ -2,10 +2,12 @@
 
 import dataclasses
 import errno
+import importlib.util
 import math
 import os
 import stat
 from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from lcm_kit.distillation.adapter import Average
 from lcm_kit.distillation.draws import draw
 from lcm_kit.distillation.health import Diverged, Health
 from lcm_kit.distillation.objective import distillation_loss
+from lcm_kit.distillation.optimizers import optimizer_of
 from lcm_kit.distillation.settings import Settings, skipping_grid
 from lcm_kit.distillation.trainer import Trainer, adapters_on
 from lcm_kit.lora_merge.files import whole
@@ -38,6 +41,9 @@ from lcm_kit.tests.distillation.toy import (
 SHORT = Settings(
     steps=12, batch=4, learning_rate=0.02, warmup=0, guidance_min=1.0, guidance_max=3.0, skip=STRIDE, seed=3
 )
+
+
+needs_bitsandbytes = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="needs bitsandbytes")
 
 
 def trainer_of(adapters, network, settings=SHORT, **options):
@@ -155,7 +161,14 @@ def test_the_average_forgets_its_start_and_follows():
 
 @pytest.mark.parametrize("stop", [1, 5, 11])
 @pytest.mark.parametrize(
-    "change", [{}, {"average": 0.9, "average_target": True, "decay": 0.5, "accumulate": 2}, {"scale_loss": True}]
+    "change",
+    [
+        {},
+        {"average": 0.9, "average_target": True, "decay": 0.5, "accumulate": 2},
+        {"scale_loss": True},
+        *({"optimizer": name, "weight_decay": 0.01} for name in ("radam", "nadam", "adafactor", "sgd")),
+        pytest.param({"optimizer": "adamw8bit"}, marks=needs_bitsandbytes),
+    ],
 )
 def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(tmp_path, stop, change):
     settings = dataclasses.replace(SHORT, warmup=3, **change)
@@ -383,6 +396,71 @@ def test_the_learning_rate_rises_and_falls():
     )
 
 
+@pytest.mark.parametrize(
+    ("shape", "fall"),
+    [
+        ("linear", lambda x: x),
+        ("cosine", lambda x: (1 - math.cos(math.pi * x)) / 2),
+        ("sqrt", lambda x: 1 - (1 - x) ** 0.5),
+    ],
+)
+def test_every_fall_begins_at_the_rate_and_ends_near_nothing(shape, fall):
+    settings = Settings(steps=100, learning_rate=1.0, warmup=10, decay=0.5, decay_shape=shape)
+    rates = [settings.rate_at(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[9:51] == [1.0] * 42
+    assert rates[50:] == pytest.approx([fall((100 - step) / 50) for step in range(50, 100)])
+    assert all(one >= other for one, other in pairwise(rates[9:]))
+    assert dataclasses.replace(settings, decay=0.0).rate_at(99) == 1.0
+
+
+OWN = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam, "nadam": torch.optim.NAdam, "adafactor": torch.optim.Adafactor,
+       "sgd": torch.optim.SGD}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_an_optimizer_is_torchs_own_and_pulls_weights_towards_nothing_apart_from_the_gradient(name):
+    """Without a gradient a step leaves 1 - rate * decay of a weight: Loshchilov and Hutter 2019, algorithm 2."""
+    settings = dataclasses.replace(SHORT, optimizer=name, learning_rate=0.1, weight_decay=0.5)
+    factor = nn.Parameter(torch.tensor([[2.0, 4.0]]))
+    optimizer = optimizer_of([factor], settings)
+    assert type(optimizer) is OWN[name]
+    factor.grad = torch.zeros_like(factor)
+    optimizer.step()
+    # SGD's decay is a gradient: with Nesterov's momentum its first step is 1.9 as long.
+    torch.testing.assert_close(factor.detach(), torch.tensor([[2.0, 4.0]]) * (1 - 0.05 * (1.9 if name == "sgd" else 1)))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_optimizer_learns(name):
+    """A fifth of the way from the teacher to the solution of the ODE, or more, in 60 steps."""
+    settings = dataclasses.replace(
+        SHORT, steps=60, batch=16, decay=1.0, optimizer=name, huber_c=0.1, guidance_max=1.0,
+        learning_rate={"sgd": 0.3, "adafactor": 0.1}.get(name, 0.03),
+    )  # fmt: skip
+    network, sigma = Gains(), TABLE[GRID[-1]].expand(64)
+    x = sigma[:, None] * torch.randn(64, SIZE, generator=torch.Generator().manual_seed(9))
+
+    def error():
+        with torch.no_grad():
+            return float((network(x, sigma) - perfect_jump(x, sigma)).square().mean().sqrt())
+
+    with adapters_on(network, SIZE, seed=settings.seed) as adapters:
+        before = error()
+        trainer_of(adapters, network, settings).run()
+        assert error() < 0.8 * before
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_an_optimizer_that_is_not_installed_is_told_with_its_package():
+    network = Gains()
+    with adapters_on(network, 2) as adapters:
+        with pytest.raises(
+            ValueError, match="optimizer adamw8bit needs the package bitsandbytes: pip install bitsandbytes"
+        ):
+            trainer_of(adapters, network, dataclasses.replace(SHORT, optimizer="adamw8bit"))
+
+
 def test_a_loss_that_is_no_number_ends_the_run():
     network = Gains()
     with adapters_on(network, 2) as adapters:
@@ -417,6 +495,8 @@ def test_a_loss_that_is_no_number_ends_the_run():
         ({"average": math.nan}, "average is nan"),
         ({"original_steps": -1}, "original_steps is -1"),
         ({"average": 1.0}, "average is 1.0"),
+        ({"optimizer": "lion"}, "optimizer is 'lion'; it has to be one of adamw, radam"),
+        ({"decay_shape": "step"}, "decay_shape is 'step'; it has to be one of linear, cosine, sqrt"),
         ({"weighting": "eps"}, "weighting is 'eps'; it has to be one of x0, v"),
     ],
 )

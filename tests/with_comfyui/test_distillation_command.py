@@ -1,5 +1,6 @@
 """`python -m lcm_kit.distillation` on the embedded model: a stop and going on, two processes, captions alone."""
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from lcm_kit.demo.prompts import FIGURE
 from lcm_kit.distillation import checkpoint
 from lcm_kit.distillation.__main__ import main
+from lcm_kit.distillation.log import read_table
 from lcm_kit.lora_merge import load
 from lcm_kit.tests.helpers import ROOT
 
@@ -178,6 +180,45 @@ def test_broken_pictures_are_named_at_once_and_may_be_left_out(in_process, whole
     assert "2 of 6 pictures cannot be read: 00.png (" in capsys.readouterr().out
     actual, expected = load_file(tmp_path / "lcm.safetensors"), load_file(whole)
     assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
+
+
+def test_shapes_crops_flips_and_repeats_and_what_is_seen_on_the_way(in_process, tmp_path, capsys):
+    folder, run = tmp_path / "pictures", tmp_path / "lcm.run"
+    folder.mkdir()
+    for number, size in enumerate([(64, 64), (200, 64), (190, 60), (40, 40)]):
+        Image.linear_gradient("L").resize(size).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(FIGURE[number % 2])
+    (tmp_path / "shown.txt").write_text("a\nb\nc\n")
+    assert in_process(
+        "--pictures", folder, *VAE, "--steps", 4, "--batch", 2, "--buckets", "--flip", 0.5, "--random-crop", "--repeats", 3,
+        "--caption-dropout", 0.2, "--validation", tmp_path / "shown.txt", "--save-every", 2, "--keep-loras",
+        "-o", tmp_path / "lcm.safetensors", "--picture", tmp_path / "course.png",
+    ) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    assert "4 steps of 2 images from 12 pictures" in said
+    assert "1 of 4 pictures are smaller than what is learnt of them (3.png) and were scaled up" in said
+    assert "Validation loss, always of the same pictures and noise:" in said
+    shards = [load_file(file) for file in (run / "kept").iterdir()]
+    shapes = [tensor.shape[2:] for shard in shards for name, tensor in shard.items() if name.endswith("/latent")]
+    assert sorted(map(tuple, shapes)) == [(4, 13)] * 6 + [(8, 8)] * 6
+    assert sorted(file.name for file in (run / "loras").iterdir()) == ["000002.safetensors", "000004.safetensors"]
+    assert sorted(file.name for file in (run / "samples").iterdir()) == ["000002.png", "000004.png"]
+    last, so_far, output = (
+        load(file)
+        for file in (run / "loras" / "000004.safetensors", run / "lora.safetensors", tmp_path / "lcm.safetensors")
+    )
+    for name, layer in output.modules.items():
+        assert torch.equal(layer.delta(), last.modules[name].delta())
+        assert torch.equal(layer.delta(), so_far.modules[name].delta())
+    assert [row["step"] for row in read_table(run / "losses.csv")] == [0, 1, 2, 3, 4]
+
+
+def test_loggers_that_are_not_installed_are_told_before_anything_is_loaded(in_process, pictures, tmp_path, capsys):
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    output = tmp_path / "lcm.safetensors"
+    assert in_process("--pictures", pictures, "-o", output, "--log-with", "wandb") == 2
+    assert "error: --log-with wandb needs the package wandb: pip install wandb" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

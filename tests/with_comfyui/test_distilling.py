@@ -24,16 +24,19 @@ from comfy.model_base import ModelType
 from lcm_kit.distillation.adapter import LoraAdapters
 from lcm_kit.distillation.draws import draw
 from lcm_kit.distillation.kept import Kept
+from lcm_kit.distillation.log import read_table
 from lcm_kit.distillation.objective import distillation_loss
 from lcm_kit.distillation.settings import Settings, Setup
 from lcm_kit.host.training import distilling, strip, teacher_pictures
+from lcm_kit.host.training.advice import advice_for
 from lcm_kit.host.training.data import Batches, Item, encoded, moved
 from lcm_kit.host.training.identity import identity_of
 from lcm_kit.host.training.loan import Denoiser, lent
+from lcm_kit.host.training.picture import HEIGHT, LABEL, WIDTH
 from lcm_kit.host.training.prompts import chunks
 from lcm_kit.host.training.run import _fingerprint_of_weights
 from lcm_kit.host.training.strip import Strip
-from lcm_kit.lora_merge import Lora
+from lcm_kit.lora_merge import Lora, load
 from lcm_kit.nodes.distilling import Distill
 from lcm_kit.tests.distillation.live_memory import LiveMemory
 from lcm_kit.tests.with_comfyui import tiny
@@ -302,7 +305,8 @@ def test_the_nodes_defaults_are_those_of_settings_and_command():
             name: value for name, value in defaults.items() if name in node
         }, owner
     # What the node does not ask for.
-    absent = {"warmup", "decay", "weight_decay", "betas", "clip", "huber_c", "average_target"}
+    absent = {"warmup", "decay", "weight_decay", "betas", "clip", "huber_c", "average_target", "decay_shape"}
+    absent |= {"buckets", "random_crop", "flip", "repeats", "size_labels"}  # it is given latents
     assert {*known[Settings], *known[Setup]} - node.keys() == absent
 
 
@@ -405,16 +409,51 @@ def test_a_run_stopped_in_the_node_goes_on_to_the_same_lora(model, comfy_home, m
         comfy.utils.set_progress_bar_global_hook(hook)
     assert (3, 4) not in seen
     folder = comfy_home / "output" / "LCMKit" / "distilling"
-    assert sorted(file.name for file in folder.iterdir()) == ["pictures", "stopped.safetensors"]
+    assert sorted(file.name for file in folder.iterdir()) == ["pictures", "stopped.csv", "stopped.safetensors"]
+    so_far = comfy_home / "models" / "loras" / "LCMKit" / "stopped.safetensors"
+    assert '"steps": 2' in load(so_far).metadata["lcm_kit.distillation"]
     monkeypatch.setattr(teacher_pictures, "_make", None)  # the pictures come from their files
     actual, _, report = distilled(model, positive=positive, latent=[], resume="stopped")
     assert_same_lora(actual, expected)
-    assert "Checkpoint: LCMKit/distilling/stopped.safetensors" in report
+    assert "Checkpoint: LCMKit/distilling/stopped.safetensors in the output folder (" in report
+    assert "LoRA so far: LCMKit/stopped.safetensors in the loras folder" in report
+    assert "Pictures: 2 that models made, in LCMKit/distilling/pictures (" in report
+    assert '"steps": 4' in load(so_far).metadata["lcm_kit.distillation"]
     with pytest.raises(ValueError, match=r"stopped.safetensors is the checkpoint of another training \(learning_rate"):
         distilled(model, positive=positive, latent=[], resume="stopped", learning_rate=0.5)
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"stopped.safetensors is the checkpoint of another training \(data"):
         distilled(model, positive=[tiny.cond(8)], latent=[], resume="stopped")
+
+
+def test_the_name_of_a_run_is_made_of_model_and_inputs(model, comfy_home):
+    def names(**changed):
+        report = distilled(model, steps=1, resume="auto", **changed)[2]
+        return re.search(r"LCMKit/distilling/(auto-\S+)\.safetensors", report)[1]
+
+    first = names()
+    assert re.fullmatch(r"auto-TinyConfig-[0-9a-f]{8}", first)
+    assert names(positive=[[[tiny.cond(1)[0][0].clone(), {}]]]) == first  # equal, and not the same
+    assert names(latent=[tiny.latent(4, seed=2)]) != first
+    assert names(learning_rate=1e-4) != first
+    assert json.loads(load(comfy_home / "models" / "loras" / "LCMKit" / f"{first}.safetensors").metadata[
+        "lcm_kit.distillation"
+    ])["steps"] == 1  # fmt: skip
+
+
+def test_samples_and_validation_losses_come_every_so_many_steps(model, comfy_home):
+    plain = distilled(model)[0]
+    lora, picture, report = distilled(
+        model, save_every=2, resume="watched", validation=tiny.cond(5) + tiny.cond(6) + tiny.cond(7)
+    )
+    assert_same_lora(lora, plain)
+    assert re.search(r"Validation loss, .*: \S+ at step 0, \S+ at the end; lowest \S+ at step [024]\.", report)
+    rows = read_table(comfy_home / "output" / "LCMKit" / "distilling" / "watched.csv")
+    assert [(row["step"], "validation_loss" in row) for row in rows] == [
+        (0, True), (1, False), (2, True), (3, False), (4, True)
+    ]  # fmt: skip
+    assert all(row["learning_rate"] == pytest.approx(3e-3 * row["step"] / 20) for row in rows[1:])
+    assert picture.shape[1] == 256  # this format has no colours: the curve alone
 
 
 @pytest.mark.parametrize(
@@ -536,7 +575,7 @@ def test_every_picture_keeps_its_own_prompt_and_size(model):
     prompts = [tiny.cond(n)[0] for n in (11, 12, 13)]
     latents = [tiny.latent(seed=1), tiny.latent(height=16, seed=2), tiny.latent(seed=3)]
     rows = {float(one["samples"].flatten()[0]) * 0.5: prompt[0] for one, prompt in zip(latents, prompts, strict=True)}
-    distilled(watched, positive=[prompts], latent=latents, steps=8)
+    distilled(watched, positive=[prompts], latent=latents, steps=16)
     sizes = {tuple(call["input"].shape[2:]) for call in calls}
     assert sizes == {(8, 8), (16, 8)}
     prompts_at = {
@@ -559,6 +598,26 @@ def test_teacher_rows_are_cond_then_uncond_and_patches_are_told(model):
     assert torch.equal(context[2:], tiny.cond(2)[0][0].expand(2, -1, -1))
     assert torch.equal(teacher["input"][:2], teacher["input"][2:])
     assert torch.equal(student["input"], teacher["input"][:2])
+
+
+def test_dropped_captions_are_learnt_with_the_negative_prompt(model):
+    latents = torch.zeros(1, 4, 8, 8)
+    with torch.inference_mode(False), lent(model, torch.float32) as patcher:
+        cond, uncond = (encoded(patcher, tiny.cond(n), latents, "positive")[0] for n in (1, 2))
+        items = [Item(latents, cond, uncond)] * 4
+        plain, half = (Batches(items, seed=3, per_step=4, device=CPU, dropout=rate) for rate in (0.0, 0.5))
+        drops = [[half.drops(step, number) for number in range(4)] for step in range(100)]
+        rows = half(7, range(4)).cond.values["c_crossattn"]
+        for row, dropped in zip(rows, drops[7], strict=True):
+            assert torch.equal(row[None], (uncond if dropped else cond)["c_crossattn"].cond)
+        assert torch.equal(plain(7, range(4)).cond.values["c_crossattn"][0], cond["c_crossattn"].cond[0])
+        # 400 draws: an error of 0.025.
+        assert sum(map(sum, drops)) / 400 == pytest.approx(0.5, abs=0.1)
+        assert half.chosen(7, range(4)) == plain.chosen(7, range(4))
+        # Core repeats the shorter one up to four times.
+        long = encoded(patcher, [[torch.cat([tiny.cond(1)[0][0]] * 5, 1), {}]], latents, "positive")[0]
+        with pytest.raises(ValueError, match=r"caption_dropout is 0\.5, but a positive prompt is of another length"):
+            Batches([Item(latents, long, uncond)], seed=3, per_step=1, device=CPU, dropout=0.5)
 
 
 def test_sdxl_gets_its_pooled_text_and_its_sizes():
@@ -588,6 +647,20 @@ def test_sdxl_gets_its_pooled_text_and_its_sizes():
     assert not y[2:, :1280].any()
 
 
+def test_a_text_with_many_labels_is_in_memory_once(model):
+    text = tiny.cond(1)[0][0]
+    with torch.inference_mode(False), lent(model, torch.float32) as patcher:
+        known = {}
+        entries = [[[text, {"width": width}]] for width in (100, 200)] + [tiny.cond(2)]
+        one, same, other = (
+            encoded(patcher, entry, torch.zeros(1, 4, 8, 8), "positive", known)[0]["c_crossattn"].cond
+            for entry in entries
+        )
+    assert one is same
+    assert one is not other
+    assert one.data_ptr() != text.data_ptr()
+
+
 def test_tensors_of_conditionings_are_copies():
     value = torch.ones(1, 2)
     assert moved(comfy.conds.CONDRegular(value), "cpu").cond.data_ptr() != value.data_ptr()
@@ -613,6 +686,26 @@ def test_the_lcm_patch_of_core_is_refused(model):
     (patched,) = ModelSamplingDiscrete().patch(model, "lcm", False)
     with pytest.raises(ValueError, match="Remove that node for distilling"):
         distilled(patched)
+
+
+def test_few_pictures_and_another_familys_guidance_are_told(model):
+    few = Settings(steps=100, batch=4)
+    assert advice_for(model, few, 64, False) == []
+    assert advice_for(model, few, 300, True) == advice_for(model, few, 41, True) == []
+    assert advice_for(model, few, 40, True)[0].startswith(
+        "Few pictures: the model made 40, and each is learnt about 10 times"
+    )
+    flow = calm_model(ModelType.FLOW, sampling_settings={"shift": 3.0})
+    (said,) = advice_for(flow, Settings(), 64, False)
+    assert said.startswith(
+        "Guidance 8.5 is Stable Diffusion 1.5's, and this model is another (TinyConfig). Set guidance_min"
+    )
+    assert advice_for(flow, Settings(guidance_min=5.0, guidance_max=5.0), 64, False) == []
+    type(flow.model.model_config).__name__, before = "WAN21_T2V", type(flow.model.model_config).__name__
+    try:
+        assert "(WAN21_T2V); templates have 3.5 to 6 for WAN." in advice_for(flow, Settings(), 64, False)[0]
+    finally:
+        type(flow.model.model_config).__name__ = before
 
 
 # ---- resuming: another model
@@ -650,6 +743,23 @@ def test_the_strip_is_ready_before_pictures_are_made(model, monkeypatch):
     monkeypatch.setattr(teacher_pictures, "_make", None)
     with pytest.raises(Boom):
         distilled(model, latent=[])
+
+
+def test_the_picture_has_the_samples_from_before_on_the_way_and_the_end(monkeypatch, comfy_home):
+    """Under the curve a row of what is learnt from, and rows of samples; the same in a run that was stopped between."""
+    monkeypatch.setattr(tiny.TinyLatent, "latent_rgb_factors", [[0.1, 0.2, 0.3]] * 4, raising=False)
+    model = calm_model()
+    row_height = LABEL + WIDTH // 4
+    whole = distilled(model, save_every=2)[1][0]
+    assert whole.shape == (HEIGHT + 4 * row_height, WIDTH, 3)
+    rows = [whole[HEIGHT + n * row_height + LABEL :][: WIDTH // 4] for n in range(4)]
+    before, middle, end = rows[1:]
+    assert not torch.equal(before, middle)
+    assert not torch.equal(middle, end)
+    distilled(model, steps=2, save_every=2, resume="rows")
+    later = distilled(model, save_every=2, resume="rows")[1][0]
+    assert torch.equal(later[HEIGHT:], whole[HEIGHT:])
+    assert torch.equal(later[:HEIGHT], whole[:HEIGHT])  # the validation losses from its table, too
 
 
 def test_previews_of_every_latent_format_can_be_made():
