@@ -16,7 +16,12 @@ LOST = 1000.0
 
 
 class Diverged(FloatingPointError):
-    """The weights lead nowhere any more; what is kept of the training is from before."""
+    """The weights lead nowhere any more; what is kept of the training is from before.
+
+    kept: the last step that is kept and fit to go on from, 0 if there is none.
+    """
+
+    kept = 0
 
 
 class Health:

@@ -65,6 +65,11 @@ def optimizer_of(factors: Iterable[nn.Parameter], settings: Settings) -> torch.o
     return OPTIMIZERS[settings.optimizer]([*factors], settings)
 
 
+def check_optimizer(settings: Settings) -> None:
+    """Raises ValueError for one that is not installed, before there is anything to change."""
+    optimizer_of([nn.Parameter(torch.zeros(1))], settings)
+
+
 def state_of(
     optimizer: torch.optim.Optimizer, factors: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,6 +11,7 @@ Weighting = Literal["x0", "v"]
 Compute = Literal["auto", "bf16", "fp16", "fp32"]
 Optimizer = Literal["adamw", "radam", "nadam", "adafactor", "sgd", "adamw8bit"]
 Fall = Literal["linear", "cosine", "sqrt"]
+PIXELS = 8  # to a side of a latent's cell, at least
 
 
 def _said(
@@ -27,6 +28,8 @@ class Settings:
     cfg: both ends of the guidance, on ComfyUI's scale (the paper's omega + 1; LCM-LoRA: omega fixed at 7.5).
     skip: the paper's k.   original_steps: 0 takes those that the solver visits, one every `skip`. More of them than that
     train the timesteps between its visits as well.
+    warmup, decay, decay_shape: the learning rate rises over the first steps and falls over the last, see rate_at.
+    optimizer: see optimizers.py.   caption_dropout: of what a host calls the negative prompt.
     huber_c: None is L2 too.   weighting: see objective.consistency_loss.
     scale_loss: for float16, whose smallest gradients would vanish otherwise.
     """
@@ -226,6 +229,12 @@ class Setup:
 
     def __post_init__(self) -> None:
         _check_all(self)
+        for name in ("width", "height"):
+            if (side := getattr(self, name)) % PIXELS:
+                near = sorted({max(PIXELS, side // PIXELS * PIXELS), (side // PIXELS + 1) * PIXELS})
+                raise ValueError(
+                    f"{name} is {side}; it has to be a multiple of {PIXELS}, use {' or '.join(map(str, near))}."
+                )
 
 
 def _check_all(settings: "Settings | Setup") -> None:

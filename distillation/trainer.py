@@ -233,7 +233,9 @@ class Trainer:
             at_once = self.done == started
             if keeps and save_to is not None and save_to.exists():
                 self._mark(save_to)
-            raise Diverged(f"{error}{_way_out(save_to, self._kept, at_once)}") from error
+            told = Diverged(f"{error}{_way_out(save_to, self._kept, at_once)}")
+            told.kept = 0 if at_once else self._kept
+            raise told from error
         except BaseException:
             self._keep_last(save_to if keeps else None)
             raise
@@ -266,7 +268,7 @@ def _way_out(path: Path | None, kept: int, at_once: bool) -> str:
         return ""
     if at_once:
         return f" If it stays so, the state that {path.name} keeps is past help: remove that file, or use another name."
-    return f" With the same name it goes on from step {kept}, the last one that was kept."
+    return f" It then goes on from step {kept}, the last one that {path.name} keeps."
 
 
 @contextmanager

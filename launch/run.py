@@ -17,6 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ..distillation import checkpoint
 from ..distillation.engine import Engine
 from ..distillation.kept import Kept
+from ..distillation.optimizers import check_optimizer
 from ..distillation.settings import Settings, Setup
 from ..lora_merge import Lora, save
 from ..lora_merge.files.dtypes import DTYPES
@@ -38,6 +39,7 @@ def run(options: argparse.Namespace) -> str:
     settings, setup, texts = _settings(options), _setup(options), texts_asked(options)
     comfyui, folder = launch_comfyui.find(options.comfyui), _folder(options)
     check_output(options.output, options.overwrite)
+    check_optimizer(settings)
     check_writers(options.log_with)
     if options.picture:
         check_picture(options.picture, options.overwrite)

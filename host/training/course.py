@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,7 +12,9 @@ from ...distillation.log import Table, Writer
 from ...distillation.trainer import Trainer
 from ...distillation.validation import validation_loss
 from ...lora_merge import Lora, save
-from .strip import Strip
+
+if TYPE_CHECKING:
+    from .strip import Strip
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ class Course:
     def __init__(
         self,
         trainer: Trainer,
-        strip: Strip,
+        strip: "Strip",
         picture: Callable,
         *,
         every: int,
@@ -42,14 +45,15 @@ class Course:
         self.trainer, self.strip, self.picture, self.every, self.save_lora = trainer, strip, picture, every, save_lora
         self.table, self.writers, self.shown = table, [*writers], shown
         self.validation: list[tuple[int, float]] = []
-        self._times: list[float] = []
-        self._seen = -1
+        self._spent: list[float] = []
+        self._began = 0.0
+        # Steps done at the last look, and in the last LoRA file.
+        self._seen = self._filed = -1
 
     @property
     def seconds_a_step(self) -> float:
-        """Of the latest steps; 0 before the first."""
-        spans = len(self._times) - 1
-        return (self._times[-1] - self._times[0]) / spans if spans > 0 else 0.0
+        """Of the latest steps, without what is shown and written between them; 0 before the first."""
+        return sum(self._spent) / max(1, len(self._spent))
 
     @property
     def words(self) -> str:
@@ -73,13 +77,13 @@ class Course:
         # A run shorter than one interval has nothing to be compared.
         if trainer.settings.steps >= self.every and trainer.done < trainer.settings.steps:
             self._look(0)
-        self._times = [time.monotonic()]
+        self._began = time.monotonic()
         try:
             trainer.run(save_to=save_to, save_every=self.every, callback=self._after_step)
         finally:
             for writer in self.writers:
                 writer.close()
-            if trainer.sound and trainer.done % self.every:
+            if trainer.sound and trainer.done not in (0, self._filed):
                 self._keep_lora()
         if main and self._seen != trainer.done:
             self.strip.take()
@@ -96,9 +100,9 @@ class Course:
         self.writers.append(table)
 
     def _after_step(self, done: int, loss: float) -> None:
-        self._times = [*self._times[-RECENT:], time.monotonic()]
+        self._spent = [*self._spent[1 - RECENT :], time.monotonic() - self._began]
         row = {"step": done, "loss": loss, "learning_rate": self.trainer.settings.rate_at(done - 1)}
-        row["seconds"] = self._times[-1] - self._times[-2]
+        row["seconds"] = self._spent[-1]
         new = done % self.every == 0
         if new:
             self._look(done)
@@ -106,10 +110,10 @@ class Course:
                 self._keep_lora()
             if self.validation:
                 row["validation_loss"] = self.validation[-1][1]
-            self._times[-1] = time.monotonic()  # looking is no part of a step
         for writer in self.writers:
             writer.write(row)
         self.shown(self, new)
+        self._began = time.monotonic()
 
     def _look(self, done: int) -> None:
         """done: finished steps; 0 when the run begins, or goes on."""
@@ -127,6 +131,7 @@ class Course:
     def _keep_lora(self) -> None:
         if self.save_lora is None or self.trainer.engine.process_index:
             return
+        self._filed = self.trainer.done
         try:
             self.save_lora()
         except (OSError, ValueError) as error:

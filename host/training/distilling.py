@@ -9,7 +9,9 @@ import comfy.utils
 import torch
 from tqdm.auto import tqdm
 
+from ...distillation.health import Diverged
 from ...distillation.kept import Kept
+from ...distillation.optimizers import check_optimizer
 from ...distillation.settings import Compute, Optimizer, Settings, Setup, Weighting
 from ..lora.weights import LoraWeights
 from ..page import show
@@ -64,10 +66,12 @@ def distil(
     Raises ValueError for inputs that do not go together, before anything is loaded or trained.
     """
     check_name(resume)
+    Setup(width=width, height=height, samples=samples)  # raises for what makes no sense
     conds, unconds = entries(positive, "positive"), entries(negative, "negative")
     shown = entries(validation, "validation")[:PICTURES] if validation else []
     table, type_ = sigma_table(model), compute_type(model, dtype, tf32)
     settings = Settings(**training_settings, scale_loss=type_ == torch.float16)
+    check_optimizer(settings)
     rough = rough_previewer(model.get_model_object("latent_format"))
     given = pictures(model, latents)
     which = paired(conds, len(given)) if given else [number % len(conds) for number in range(samples)]
@@ -121,5 +125,11 @@ def _run(run: Training, strip: Strip, places: Places | None, every: int) -> tupl
         save_lora=places and (lambda: write_lora(run.lora(places.lora.name), places.lora)),
     )  # fmt: skip
     with tqdm(total=steps, desc="Distilling", disable=not comfy.utils.PROGRESS_BAR_ENABLED) as bar:
-        course.run(places and places.checkpoint)
+        try:
+            course.run(places and places.checkpoint)
+        except Diverged as error:
+            if places is not None and error.kept:
+                # A name made of the inputs would be another one with another learning rate.
+                error.args = (f"{error} For that, write {places.checkpoint.stem} into resume.",)
+            raise
     return course, time.monotonic() - started

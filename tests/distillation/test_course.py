@@ -2,17 +2,22 @@
 
 import dataclasses
 import importlib.util
+import re
+import time
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
 import torch
 
+from lcm_kit.distillation.health import Diverged
 from lcm_kit.distillation.log import COLUMNS, Table, read_table
 from lcm_kit.distillation.objective import Batch, distillation_loss
 from lcm_kit.distillation.trainer import Trainer, adapters_on
 from lcm_kit.distillation.validation import DRAWS, fixed_draws, validation_loss
+from lcm_kit.host.training.course import Course, clock
 from lcm_kit.launch.loggers import TensorBoard, WeightsAndBiases, check_writers
-from lcm_kit.tests.distillation.test_trainer import assert_same_lora, trained
+from lcm_kit.tests.distillation.test_trainer import assert_same_lora, hopeless_after, trained
 from lcm_kit.tests.distillation.toy import SETTINGS, SPREAD, TABLE, Gains, data, denoiser
 
 # With these the LoRA becomes the exact solution, see test_trainer.
@@ -103,6 +108,99 @@ def test_another_file_is_not_written_over(content, tmp_path):
     with pytest.raises(FileExistsError, match=r"a\.csv: exists already and is no table"):
         Table(tmp_path / "a.csv", 0)
     assert (tmp_path / "a.csv").read_bytes() == content
+
+
+# ---- the course
+
+
+class Samples:
+    """In the place of a Strip: when they were taken."""
+
+    def __init__(self):
+        self.taken = []
+
+    def take(self, *, first=False):
+        self.taken.append(first)
+
+
+class Stop(BaseException):
+    """Like an interrupt, not an ordinary error."""
+
+
+def course_of(trainer, every, **options):
+    return Course(trainer, Samples(), picture, every=every, **options)
+
+
+@pytest.mark.parametrize("stop", [None, 5, 8])
+def test_whatever_ends_a_training_the_lora_of_its_last_step_is_a_file(stop, tmp_path):
+    network, filed = Gains(), []
+    settings = dataclasses.replace(SETTINGS, steps=10)
+
+    def stopped(course, new):
+        if trainer.done == stop:
+            raise Stop
+
+    with adapters_on(network, 2, seed=settings.seed) as adapters:
+        trainer = Trainer(denoiser(network), adapters, data, TABLE, settings)
+        course = course_of(
+            trainer, 4, save_lora=lambda: filed.append(trainer.done), shown=stopped, table=tmp_path / "a.csv"
+        )
+        with pytest.raises(Stop) if stop else nullcontext():
+            course.run(tmp_path / "run.safetensors")
+    assert filed == {None: [4, 8, 10], 5: [4, 5], 8: [4, 8]}[stop]
+    rows = read_table(tmp_path / "a.csv")
+    assert [row["step"] for row in rows] == list(range((stop or 10) + 1))
+    assert [int(row["step"]) for row in rows if "validation_loss" in row] == [0, 4, 8][: 2 if stop == 5 else 3]
+    assert course.strip.taken[0] is True
+    assert len(course.strip.taken) == {None: 4, 5: 2, 8: 3}[stop]
+
+
+def test_after_a_divergence_the_lora_from_before_stays(tmp_path):
+    network, filed = Gains(), []
+    with adapters_on(network, 2, seed=SETTINGS.seed) as adapters:
+        trainer = Trainer(
+            denoiser(network), adapters, hopeless_after(6, network, []), TABLE, dataclasses.replace(SETTINGS, steps=10)
+        )
+        with pytest.raises(Diverged):
+            course_of(trainer, 4, save_lora=lambda: filed.append(trainer.done)).run(tmp_path / "run.safetensors")
+    assert filed == [4]
+
+
+def test_a_lora_that_cannot_be_written_is_told_and_the_training_goes_on(caplog):
+    def full():
+        raise OSError("the disk is full")
+
+    network = Gains()
+    with adapters_on(network, 2, seed=SETTINGS.seed) as adapters:
+        trainer = Trainer(denoiser(network), adapters, data, TABLE, SETTINGS)
+        course_of(trainer, 4, save_lora=full).run(None)
+        assert trainer.done == SETTINGS.steps
+        assert_same_lora(adapters.lora_state_dict(), trained(SETTINGS)[0])
+    assert "No LoRA file of step 4: the disk is full" in caplog.text
+
+
+def test_a_short_run_is_looked_at_once(tmp_path):
+    network = Gains()
+    with adapters_on(network, 2, seed=SETTINGS.seed) as adapters:
+        course = course_of(Trainer(denoiser(network), adapters, data, TABLE, SETTINGS), 100)
+        course.run(None)
+    assert course.strip.taken == [False]
+    assert course.validation == []
+
+
+def test_the_seconds_of_a_step_are_without_what_is_shown():
+    network, said = Gains(), []
+
+    def slow(course, new):
+        time.sleep(0.2)
+        said.append(course.words)
+
+    with adapters_on(network, 2, seed=SETTINGS.seed) as adapters:
+        course = course_of(Trainer(denoiser(network), adapters, data, TABLE, SETTINGS), 100, shown=slow)
+        course.run(None)
+    assert 0 < course.seconds_a_step < 0.15
+    assert re.fullmatch(r"step 3 of 6, loss \S+; \S+ seconds a step, 0:0\d left", said[2])
+    assert [clock(seconds) for seconds in (4.6, 65, 3600 * 2 + 3 * 60 + 4)] == ["0:05", "1:05", "2:03:04"]
 
 
 # ---- other programs

@@ -585,7 +585,8 @@ def test_a_divergence_leaves_the_last_sound_checkpoint_and_a_lower_rate_goes_on(
     if save_every > fatal:
         assert not path.exists()
     else:
-        assert f"goes on from step {kept}" in str(told.value)
+        assert f"It then goes on from step {kept}, the last one that run.safetensors keeps." in str(told.value)
+        assert told.value.kept == kept
         tensors, facts = checkpoint.read(path)
         assert facts["done"] == kept == len(tensors["losses"])
         assert facts["diverged"] == fatal + 1

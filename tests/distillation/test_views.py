@@ -107,6 +107,14 @@ def test_sizes_are_those_of_upright_pictures(tmp_path):
     assert size_of(broken) is None
 
 
+@pytest.mark.parametrize("name", ["width", "height"])
+def test_a_size_that_is_no_whole_latent_is_refused_with_the_next_ones(name):
+    with pytest.raises(ValueError, match=f"{name} is 60; it has to be a multiple of 8, use 56 or 64"):
+        Setup(**{name: 60})
+    with pytest.raises(ValueError, match=r"use 8\."):
+        Setup(**{name: 4})
+
+
 @pytest.mark.parametrize("wrong", [{"flip": 1.5}, {"flip": math.nan}, {"repeats": 0}, {"rank": 0}, {"save_every": 0}])
 def test_setups_that_make_no_sense_are_refused(wrong):
     (name,) = wrong

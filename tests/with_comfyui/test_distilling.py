@@ -23,6 +23,7 @@ from comfy.model_base import ModelType
 
 from lcm_kit.distillation.adapter import LoraAdapters
 from lcm_kit.distillation.draws import draw
+from lcm_kit.distillation.health import Diverged
 from lcm_kit.distillation.kept import Kept
 from lcm_kit.distillation.log import read_table
 from lcm_kit.distillation.objective import distillation_loss
@@ -439,6 +440,18 @@ def test_the_name_of_a_run_is_made_of_model_and_inputs(model, comfy_home):
     assert json.loads(load(comfy_home / "models" / "loras" / "LCMKit" / f"{first}.safetensors").metadata[
         "lcm_kit.distillation"
     ])["steps"] == 1  # fmt: skip
+
+
+def test_a_divergence_under_a_made_name_says_how_to_go_on(model, comfy_home):
+    """The rate rises over the first steps, of which the earliest are sound."""
+    wild = {"steps": 40, "learning_rate": 1.0, "save_every": 5, "resume": "auto"}
+    with pytest.raises(
+        Diverged, match=r"Lower learning_rate.*For that, write (auto-TinyConfig-\w+) into resume"
+    ) as told:
+        distilled(model, **wild)
+    name = re.search(r"auto-TinyConfig-\w+", str(told.value))[0]
+    report = distilled(model, steps=told.value.kept + 2, learning_rate=1e-4, resume=name)[2]
+    assert f"{told.value.kept + 2} steps of 2 images" in report
 
 
 def test_samples_and_validation_losses_come_every_so_many_steps(model, comfy_home):
