@@ -5,10 +5,15 @@ import pytest
 import torch
 
 from lcm_kit.distillation.adapter import LoraAdapters
+from lcm_kit.distillation.kept import Kept
+from lcm_kit.distillation.settings import Settings
 from lcm_kit.host.lora.weights import LoraWeights
+from lcm_kit.host.training import teacher_pictures
 from lcm_kit.host.training.beginning import factors_of
+from lcm_kit.nodes.distilling import Distill
 from lcm_kit.tests.with_comfyui import tiny
-from lcm_kit.tests.with_comfyui.test_distilling import assert_same_lora, calm_model, distilled
+from lcm_kit.tests.with_comfyui.families import FAMILIES
+from lcm_kit.tests.with_comfyui.test_distilling import WIDGETS, assert_same_lora, calm_model, distilled
 
 
 def updates(model, patches_of):
@@ -91,3 +96,36 @@ def test_a_lora_for_another_model_and_other_kinds_are_refused(model):
             for side, shape in (("a", (rows, 1)), ("b", (1, columns)))}  # fmt: skip
     with pytest.raises(ValueError, match=r"more than a plain low-rank update \(loha\).*Resize LoRA"):
         distilled(model, rank=2, start_from=loha)
+
+
+@pytest.mark.parametrize("name", ["Wan", "Flux", "Qwen-Image", "Z-Image"])
+def test_transformers_begin_with_a_lora_too(name):
+    """Of which core spreads some modules over parts of one weight, such as q, k and v."""
+    family = FAMILIES[name]
+    model = family.model()
+
+    def made(steps, **more):
+        inputs = WIDGETS | {"steps": steps, "rank": 4, "learning_rate": 4e-3, "skip": 1000, "guidance_min": 3.0} | more
+        return Distill.execute(
+            [model], [family.cond(1)], [family.cond(2)], latent=[family.latent()],
+            **{name: [value] for name, value in inputs.items()},
+        ).result[0]  # fmt: skip
+
+    given = made(2)
+    again = made(1, learning_rate=1e-7, start_from=given)
+    assert again.keys() == given.keys()
+    assert_same_updates(again, given, 1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"LTXV"}))  # which asks for a mask of the words
+def test_every_family_makes_pictures_of_two_prompts_as_of_each(name, monkeypatch):
+    monkeypatch.setattr(teacher_pictures, "STEPS", 2)
+    family = FAMILIES[name]
+    model, empty = family.model(), torch.zeros_like(family.latent()["samples"][:1])
+    prompts = [(family.cond(seed)[0], family.cond(2)[0]) for seed in (1, 3, 1)]
+
+    def made(batch):
+        settings = Settings(batch=batch, seed=5, guidance_min=2.0, guidance_max=2.0)
+        return torch.cat(teacher_pictures.teachers_pictures(model, prompts, empty, settings, Kept()))
+
+    torch.testing.assert_close(made(3), made(1), atol=1e-4, rtol=1e-3)
