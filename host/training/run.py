@@ -10,6 +10,7 @@ from typing import Any
 import comfy.utils
 import torch
 
+from ...distillation.adapter import LoraAdapters
 from ...distillation.engine import Alone, Engine
 from ...distillation.objective import Batch
 from ...distillation.precision import tf32
@@ -162,14 +163,11 @@ def training(
                 "alpha": work.alpha or work.rank,
             } | dict(facts or {})  # fmt: skip
             remarks = advice_for(work.model, settings, len(items), work.own)
+            if work.start is not None:
+                identity["start"], lost = _begin(work.start, patcher, adapters)
+                remarks += lost
             for remark in remarks if engine.process_index == 0 else ():
                 logger.warning("%s", remark)
-            if work.start is not None:
-                lora = named(work.start)
-                factors, lost = factors_of(lora, patcher, adapters.names, lora.name)
-                remarks += lost
-                adapters.start_from(factors, lora.name)
-                identity["start"] = fingerprint(factors)
             check(identity)
             denoise = Denoiser(patcher)
             trainer = Trainer(
@@ -177,6 +175,14 @@ def training(
                 engine=engine, spread=_spread(items),
             )  # fmt: skip
             yield Training(work, patcher, batches, trainer, denoise, remarks)
+
+
+def _begin(start: Mapping[str, torch.Tensor], patcher, adapters: LoraAdapters) -> tuple[str, list[str]]:
+    """Begins with a LORA_MODEL; returns (what tells it from another, sentences on what of it is lost)."""
+    lora = named(start)
+    factors, lost = factors_of(lora, patcher, adapters.names, lora.name)
+    adapters.start_from(factors, lora.name)
+    return fingerprint(factors), lost
 
 
 def sigma_table(model) -> torch.Tensor:

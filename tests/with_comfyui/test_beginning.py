@@ -16,6 +16,12 @@ from lcm_kit.tests.with_comfyui.families import FAMILIES
 from lcm_kit.tests.with_comfyui.test_distilling import WIDGETS, assert_same_lora, calm_model, distilled
 
 
+@pytest.fixture(autouse=True)
+def _as_the_executor_does():
+    with torch.inference_mode():
+        yield
+
+
 def updates(model, patches_of):
     """Layer -> what a LORA_MODEL adds to its weight, by core."""
     patched, _ = comfy.sd.load_lora_for_models(model, None, dict(patches_of), 1.0, 0)
