@@ -427,6 +427,31 @@ def test_a_run_stopped_in_the_node_goes_on_to_the_same_lora(model, comfy_home, m
         distilled(model, positive=[tiny.cond(8)], latent=[], resume="stopped")
 
 
+def test_pictures_from_before_a_stop_are_not_made_again(model, comfy_home, monkeypatch):
+    monkeypatch.setattr(teacher_pictures, "STEPS", 3)
+    inputs = {"positive": [[[tiny.cond(1)[0][0] + 0.01, {}]]], "latent": [], "samples": 4, "batch": 1, "steps": 1}
+    whole = distilled(model, **inputs)[0]
+    counted, seen = tiny.count_calls(model)
+    hook = comfy.utils.PROGRESS_BAR_HOOK
+
+    def stop(done, total, preview, **others):
+        if (done, total) == (3, 4):  # of the pictures
+            comfy.model_management.interrupt_current_processing()
+
+    comfy.utils.set_progress_bar_global_hook(stop)
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            distilled(counted, **inputs, resume="some made")
+    finally:
+        comfy.utils.set_progress_bar_global_hook(hook)
+    assert len(seen.conds) in (9, 10)  # three pictures, and what the stop lets through
+    assert not (comfy_home / "output" / "LCMKit" / "distilling" / "some made.safetensors").exists()
+    before = len(seen.conds)
+    actual = distilled(counted, **inputs, resume="some made")[0]
+    assert_same_lora(actual, whole)
+    assert len(seen.conds) - before == 3 + 3  # the fourth picture, and a step's teacher, target and student
+
+
 def test_the_name_of_a_run_is_made_of_model_and_inputs(model, comfy_home):
     def names(**changed):
         report = distilled(model, steps=1, resume="auto", **changed)[2]
