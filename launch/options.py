@@ -29,6 +29,9 @@ Captions and latents stay in main memory: about 0.3 MB for each caption of SD1.5
 _EPILOG = """examples:
   python -m lcm_kit.distillation --checkpoint sd15.safetensors --prompts captions.txt -o lcm.safetensors
     alone, without pictures; --checkpoint is a path, or a name in ComfyUI's folder of checkpoints.
+  python -m lcm_kit.distillation --checkpoint sd15.safetensors --lora style.safetensors --prompts captions.txt \\
+      --samples 400 --start-from lcm-lora.safetensors -o fast-style.safetensors
+    a style's own acceleration: the model with the style on it is the teacher, an LCM-LoRA the beginning.
   accelerate launch --multi_gpu --num_processes 4 -m lcm_kit.distillation --checkpoint sdxl.safetensors \\
       --pictures photos -o lcm.safetensors --width 1024 --height 1024 --batch 4 --zero-negative
     four GPUs: every step takes 4 * 4 pictures. Data parallel; each GPU needs the memory of one. --multi_gpu says that

@@ -213,6 +213,19 @@ def test_shapes_crops_flips_and_repeats_and_what_is_seen_on_the_way(in_process, 
     assert [row["step"] for row in read_table(run / "losses.csv")] == [0, 1, 2, 3, 4]
 
 
+def test_a_training_begins_with_the_published_file(in_process, pictures, tmp_path, capsys):
+    """At a rate of almost nothing the output is that LoRA, in the same names; a lower rank is refused."""
+    published, output = MODELS / "loras" / "tiny_emoji_lcm_lora.safetensors", tmp_path / "lcm.safetensors"
+    arguments = ["--pictures", pictures, *VAE, "--steps", 1, "--start-from", published, "-o", output]
+    assert in_process(*arguments) == 2
+    assert "error: start_from is tiny_emoji_lcm_lora.safetensors, of rank 32" in capsys.readouterr().err
+    assert in_process(*arguments, "--rank", 32, "--learning-rate", 1e-7) == 0
+    given, begun = load(published), load(output)
+    assert begun.modules.keys() == given.modules.keys()
+    for name, layer in begun.modules.items():
+        torch.testing.assert_close(layer.delta(), given.modules[name].delta(), atol=1e-5, rtol=1e-4)
+
+
 def test_loggers_that_are_not_installed_are_told_before_anything_is_loaded(in_process, pictures, tmp_path, capsys):
     if importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed")
