@@ -87,15 +87,15 @@ def _folder(options: argparse.Namespace) -> Path:
     return folder
 
 
-def _distil(
+def _prepared(
     options: argparse.Namespace, setup: Setup, settings: Settings, texts: Texts, folder: Path, engine: Engine
-) -> str:
+) -> tuple[Any, Any, Any, list[str]]:
+    """(Work, VAE, rough previewer, sentences on the data) of a run; the VAE only if it is needed still."""
     # ComfyUI is there only now.
     from ..host.training.loan import compute_type
-    from ..host.training.run import Work, sigma_table, training
+    from ..host.training.run import Work, sigma_table
     from ..host.training.strip import rough_previewer
 
-    started, kept = time.monotonic(), folder / "run.safetensors"
     with torch.no_grad():
         model, clip, vae = launch_comfyui.load(options.checkpoint, options.vae, options.lora)
         start = launch_comfyui.lora_weights(options.start_from) if options.start_from else None
@@ -104,14 +104,22 @@ def _distil(
         settings = dataclasses.replace(settings, scale_loss=dtype == torch.float16)
         with first_of_a_machine(engine):
             data = gathered(options, setup, settings, texts, model, clip, vae, Kept(folder / "kept"))
-        if not options.picture:
-            vae = None
-        del clip
     work = Work(
         model, data.latents, data.conds, data.unconds, data.prompts, table=table, settings=settings, dtype=dtype,
-        rank=options.rank, alpha=options.alpha, recompute=options.gradient_checkpointing,
-        shown=data.shown, start=start, own=not texts.pictures, tf32=setup.tf32,
+        rank=setup.rank, alpha=setup.alpha, recompute=setup.gradient_checkpointing, shown=data.shown, start=start,
+        own=not texts.pictures, tf32=setup.tf32,
     )  # fmt: skip
+    return work, vae if options.picture else None, rough, data.remarks
+
+
+def _distil(
+    options: argparse.Namespace, setup: Setup, settings: Settings, texts: Texts, folder: Path, engine: Engine
+) -> str:
+    from ..host.training.run import training
+
+    started, kept = time.monotonic(), folder / "run.safetensors"
+    work, vae, rough, remarks = _prepared(options, setup, settings, texts, folder, engine)
+    settings = work.settings
     together = {"images per step": settings.batch * settings.accumulate * engine.num_processes}
 
     def check(identity: dict[str, Any]) -> None:
@@ -130,7 +138,7 @@ def _distil(
     lora = Lora.from_state_dict(tensors, metadata=run.metadata(**together), source=options.output.name)
     save(lora, options.output, dtype=DTYPES[options.save_dtype], overwrite=options.overwrite)
     lines = run.report(tensors, time.monotonic() - started, course.validation)
-    lines += data.remarks
+    lines += remarks
     if engine.num_processes > 1:
         lines.append(f"On {engine.num_processes} processes, {together['images per step']} images to a step together.")
     return "\n".join([*lines, f"Written: {options.output}. {folder} can be removed.", ""])

@@ -87,15 +87,22 @@ def distil(
         model, data, conds, unconds, prompts, table=table, settings=settings, dtype=type_, rank=rank, alpha=alpha,
         recompute=gradient_checkpointing, shown=shown, start=start_from, own=not given, tf32=tf32,
     )  # fmt: skip
-    with training(work) as run:
-        strip = run.strip(vae, rough)
-        course, seconds = _run(run, strip, places, save_every)
-        tensors = run.tensors()
-    lines = run.report(tensors, seconds, course.validation)
+    lora, picture, lines = _trained(work, vae, rough, places, save_every)
     if places is not None:
         lines += places.told(None if given else own)
+    return lora, picture, "\n".join(lines)
+
+
+def _trained(work: Work, vae, rough, places: Places | None, every: int) -> tuple[LoraWeights, torch.Tensor, list[str]]:
+    """(LoRA, IMAGE, lines for the report)."""
+    with training(work) as run:
+        strip = run.strip(vae, rough)
+        course, seconds = _run(run, strip, places, every)
+        tensors = run.tensors()
+    # The VAE, which this needs, would have taken the place of the MODEL before.
+    picture = strip.picture(course.validation)
     lora = LoraWeights(tensors, name="LCM-LoRA", metadata=run.metadata())
-    return lora, strip.picture(course.validation), "\n".join(lines)
+    return lora, picture, run.report(tensors, seconds, course.validation)
 
 
 def _run(run: Training, strip: Strip, places: Places | None, every: int) -> tuple[Course, float]:

@@ -169,10 +169,9 @@ def training(
             for remark in remarks if engine.process_index == 0 else ():
                 logger.warning("%s", remark)
             check(identity)
-            denoise = Denoiser(patcher)
             trainer = Trainer(
-                denoise, adapters, batches, work.table.to(device), settings, flow=is_flow(work.model), identity=identity,
-                engine=engine, spread=_spread(items),
+                (denoise := Denoiser(patcher)), adapters, batches, work.table.to(device), settings,
+                flow=is_flow(work.model), identity=identity, engine=engine, spread=_spread(items),
             )  # fmt: skip
             yield Training(work, patcher, batches, trainer, denoise, remarks)
 
