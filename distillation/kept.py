@@ -55,8 +55,8 @@ class Kept:
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
-        return sum(shard.stat().st_size for shard in {*self._shards.values()})
+        """Bytes on disk, of what is there still."""
+        return sum(shard.stat().st_size for shard in {*self._shards.values()} if shard.is_file())
 
     def get(self, keys: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         """key -> what was added under it. Raises KeyError for one that is not there."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RECENT = 20  # steps, over which the time of one is taken
+RISEN = 1.3  # times the lowest validation loss
 
 
 class Course:
@@ -136,6 +137,21 @@ class Course:
             self.save_lora()
         except (OSError, ValueError) as error:
             logger.warning("No LoRA file of step %d: %s", self.trainer.done, error)
+
+
+def validation_words(validation: Sequence[tuple[int, float]]) -> list[str]:
+    """A sentence on (step, validation loss) of a whole training; none if there is nothing to compare."""
+    if len(validation) < 2:
+        return []
+    (first, before), (_, last) = validation[0], validation[-1]
+    lowest, best = min((loss, step) for step, loss in validation)
+    said = (
+        f"Validation loss, always of the same pictures and noise: {before:.4g} at step {first}, {last:.4g} at the end; lowest "
+        f"{lowest:.4g} at step {best}."
+    )
+    if last > RISEN * lowest:
+        said += " It has risen since: a lower learning_rate, one that falls, or a moving average may help."
+    return [said]
 
 
 def write_lora(lora: Lora, path: Path, dtype: torch.dtype = torch.float16) -> None:

@@ -26,6 +26,7 @@ from ..sampling.latents import fitted
 from ..sampling.tables import is_distilled, trained_sigma_table
 from .advice import advice_for
 from .beginning import factors_of
+from .course import validation_words
 from .data import Batches, Item, encoded, fingerprint
 from .identity import some
 from .loan import Denoiser, casting_again, lent
@@ -124,13 +125,7 @@ class Training:
             f"Loss {sum(losses[:tenth]) / tenth:.4g} in the first tenth, {sum(losses[-tenth:]) / tenth:.4g} in the last; "
             f"{seconds:.0f} seconds.",
         ]
-        if len(validation) > 1:
-            lowest, best = min((loss, step) for step, loss in validation)
-            lines.append(
-                f"Validation loss, always of the same pictures and noise: {validation[0][1]:.4g} at step {validation[0][0]}, "
-                f"{validation[-1][1]:.4g} at the end; lowest {lowest:.4g} at step {best}."
-            )
-        return [*lines, *self.remarks, *settings.hints()]
+        return [*lines, *validation_words(validation), *self.remarks, *settings.hints()]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from lcm_kit.distillation.log import COLUMNS, Table, read_table
 from lcm_kit.distillation.objective import Batch, distillation_loss
 from lcm_kit.distillation.trainer import Trainer, adapters_on
 from lcm_kit.distillation.validation import DRAWS, fixed_draws, validation_loss
-from lcm_kit.host.training.course import Course, clock
+from lcm_kit.host.training.course import Course, clock, validation_words
 from lcm_kit.launch.loggers import TensorBoard, WeightsAndBiases, check_writers
 from lcm_kit.tests.distillation.test_trainer import assert_same_lora, hopeless_after, trained
 from lcm_kit.tests.distillation.toy import SETTINGS, SPREAD, TABLE, Gains, data, denoiser
@@ -201,6 +201,21 @@ def test_the_seconds_of_a_step_are_without_what_is_shown():
     assert 0 < course.seconds_a_step < 0.15
     assert re.fullmatch(r"step 3 of 6, loss \S+; \S+ seconds a step, 0:0\d left", said[2])
     assert [clock(seconds) for seconds in (4.6, 65, 3600 * 2 + 3 * 60 + 4)] == ["0:05", "1:05", "2:03:04"]
+
+
+def test_the_validation_loss_is_told_and_whether_it_has_risen():
+    assert validation_words([]) == validation_words([(0, 0.5)]) == []
+    (falling,), (risen,) = (
+        validation_words([(0, 0.5), (10, 0.25)]),
+        validation_words([(5, 0.5), (10, 0.25), (20, 0.375)]),
+    )
+    assert falling == (
+        "Validation loss, always of the same pictures and noise: 0.5 at step 0, 0.25 at the end; lowest 0.25 at step 10."
+    )
+    assert risen.startswith(
+        "Validation loss, always of the same pictures and noise: 0.5 at step 5, 0.375 at the end; lowest 0.25 at"
+    )
+    assert "at step 10. It has risen since: a lower learning_rate" in risen
 
 
 # ---- other programs
