@@ -39,13 +39,15 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What Work takes.   shown: entries to make samples of.   remarks: sentences on the pictures, for the report."""
+    """What Work takes.   shown: entries to make samples of.   names: captions of these, or of the pictures if there are none.
+    remarks: sentences on the pictures, for the report."""
 
     latents: list[Tensor]
     conds: list[Any]
     unconds: list[Any]
     prompts: list[tuple[int, int]]
     shown: list[Any]
+    names: list[str]
     remarks: list[str]
 
 
@@ -104,11 +106,13 @@ def gathered(
         latents = _of_pictures(model, latents_of(views, keys, vae.encode, kept))
         which = [place for place in texts.which for _ in range(setup.repeats)]
         labels = [view.label(sizes[view.picture] or (0, 0)) for view in views] if _is_labelled(model, setup) else []
-        return Data(latents, *_labelled(conds, uncond(conds), which, labels), entries(texts.shown), remarks)
+        names = texts.shown or [texts.captions[place] for place in which]
+        return Data(latents, *_labelled(conds, uncond(conds), which, labels), entries(texts.shown), names, remarks)
     conds = entries(texts.captions)
     nothing = uncond(conds)
     latents = _of_the_model(setup, settings, model, [(conds[place], nothing) for place in texts.which], kept)
-    return Data(latents, conds, [nothing], [(place, 0) for place in texts.which], entries(texts.shown), [])
+    names = texts.shown or [texts.captions[place] for place in texts.which]
+    return Data(latents, conds, [nothing], [(place, 0) for place in texts.which], entries(texts.shown), names, [])
 
 
 def _readable(

@@ -106,7 +106,7 @@ def _prepared(
             data = gathered(options, setup, settings, texts, model, clip, vae, Kept(folder / "kept"))
     work = Work(
         model, data.latents, data.conds, data.unconds, data.prompts, table=table, settings=settings, dtype=dtype,
-        rank=setup.rank, alpha=setup.alpha, recompute=setup.gradient_checkpointing, shown=data.shown, start=start,
+        rank=setup.rank, alpha=setup.alpha, recompute=setup.gradient_checkpointing, shown=data.shown, names=data.names, start=start,
         own=not texts.pictures, tf32=setup.tf32,
     )  # fmt: skip
     return work, vae if options.picture else None, rough, data.remarks

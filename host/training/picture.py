@@ -66,6 +66,16 @@ def row(images: Sequence[Image.Image], label: str) -> Image.Image:
     return canvas
 
 
+def named(names: Sequence[str]) -> Image.Image:
+    """A line of text with a name over each column of a row of as many images; what does not fit is cut off."""
+    canvas, side = Image.new("RGB", (WIDTH, LABEL), PAPER), WIDTH // max(1, len(names))
+    for place, name in enumerate(names):
+        column = Image.new("RGB", (side, LABEL), PAPER)
+        ImageDraw.Draw(column).text((3, 3), name.encode("latin-1", "replace").decode("latin-1"), fill=INK)
+        canvas.paste(column, (place * side, 0))
+    return canvas
+
+
 def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
     """Pictures of the same width, one below the other. At least one."""
     canvas = Image.new("RGB", (pictures[0].width, sum(picture.height for picture in pictures)), PAPER)

@@ -30,7 +30,7 @@ from .course import validation_words
 from .data import Batches, Item, encoded, fingerprint
 from .identity import some
 from .loan import Denoiser, casting_again, lent
-from .strip import Strip
+from .strip import PICTURES, Strip
 from .teacher_pictures import is_flow
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class Work:
     latents: (1, ...) each, as the graph has them.   conds, unconds: entries of CONDITIONINGs.   prompts: for each latent,
     which of conds and which of unconds.   table: sigma_table(model).   alpha: 0 takes the rank.
     recompute: gradient checkpointing.   shown: entries to make samples of; none takes those of the first pictures.
+    names: what to call these, or the pictures; empty if nothing is known.
     start: the LORA_MODEL to begin with; None begins anew.   own: whether the model made the pictures itself.
     tf32: see distillation.precision.
     """
@@ -61,6 +62,7 @@ class Work:
     alpha: float
     recompute: bool
     shown: Sequence = ()
+    names: Sequence[str] = ()
     start: Mapping[str, torch.Tensor] | None = None
     own: bool = False
     tf32: bool = False
@@ -77,11 +79,16 @@ class Training:
 
     def strip(self, vae, rough) -> Strip:
         """Sample strips of this training. vae: decodes them, or None.   rough: see strip.rough_previewer."""
-        like = self.batches.items[max(self.batches.kinds, key=len)[0]].latent
-        shown = encoded(self.patcher, self.work.shown, like, "positive") if self.work.shown else None
+        kind = max(self.batches.kinds, key=len)  # the commonest size
+        shown = None
+        if self.work.shown:
+            shown = encoded(self.patcher, self.work.shown, self.batches.items[kind[0]].latent, "positive")
+        names = self.work.names if shown or not self.work.names else [self.work.names[place] for place in kind]
         return Strip(
-            self.patcher, self.denoise, self.batches, self.trainer, vae, rough, shown, self.work.start is not None
-        )
+            self.patcher, self.denoise, self.batches.batch(kind[:PICTURES]),
+            self.batches.alone([self.batches.items[kind[0]]] * len(shown), shown) if shown else None,
+            self.trainer, vae, rough, names=names[:PICTURES], begun=self.work.start is not None,
+        )  # fmt: skip
 
     def picture(self, number: int) -> Batch:
         """A batch of one picture, for draw `number` of the validation loss: of all that is learnt from, evenly."""

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from ...distillation.draws import SAMPLES, WHOLE_RUN, generator
+from ...distillation.objective import Batch
 from ...distillation.trainer import Trainer
 from ...samplers.multistep import sample_lcm
 from ...samplers.noise import StepNoise
 from ...samplers.schedule import lcm_timesteps, sigmas_at
-from .data import Batches
-from .picture import WIDTH, loss_curve, row, stacked
+from .picture import WIDTH, loss_curve, named, row, stacked
 
 PICTURES, STEPS = 4, 4
 ROWS = 4  # of samples, in the final picture
@@ -22,18 +22,18 @@ ROWS = 4  # of samples, in the final picture
 class Strip:
     """patcher: the lent MODEL.   vae: decodes if there is one; else `rough` does, ComfyUI's preview, or None.
 
-    shown: encoded conds to make pictures of, name -> comfy.conds object of one row each; None takes those of the first
-    pictures that are learnt from.   begun: whether the training began with another LoRA.
+    batch: some of what is learnt from.   shown: batches of one, whose prompts samples are made of; None takes those of
+    `batch`.   names: what the samples are called, empty if that is not known.   begun: whether the training began with
+    another LoRA.
     """
 
     def __init__(
-        self, patcher, denoise, batches: Batches, trainer: Trainer, vae, rough, shown=None, begun: bool = False
-    ) -> None:
+        self, patcher, denoise, batch: Batch, shown: Sequence[Batch] | None, trainer: Trainer, vae, rough, *,
+        names: Sequence[str] = (), begun: bool = False,
+    ) -> None:  # fmt: skip
         self.model, self.denoise, self.trainer, self.vae = patcher.model, denoise, trainer, vae
-        kind = max(batches.kinds, key=len)  # the commonest size
-        self.batch = batches.batch(kind[:PICTURES])
-        self.groups = batches.alone([batches.items[kind[0]]] * len(shown), shown) if shown else [self.batch]
-        self.rough, self.begun = rough, begun
+        self.batch, self.groups = batch, [batch] if shown is None else [*shown][:PICTURES]
+        self.rough, self.names, self.begun = rough, names, begun
         # (steps done, latents): of step 0, and of some on the way.
         self.course: list[tuple[int, torch.Tensor]] = []
 
@@ -60,7 +60,8 @@ class Strip:
         """The latest samples as ComfyUI's preview has them; None where there are none, or no colours for them."""
         done, latents = self.course[-1] if self.course else (0, torch.empty(0))
         images = self._rough(latents)
-        return row(images, _label(done)) if images else None
+        rows = [named(self.names)] if self.names and images else []
+        return stacked([*rows, row(images, _label(done))]) if images else None
 
     def picture(self, validation: Sequence[tuple[int, float]] = ()) -> torch.Tensor:
         """IMAGE (1, height, width, 3): the loss, what was learnt from, and what the LoRA makes in 4 steps on the way."""
@@ -82,6 +83,8 @@ class Strip:
         for latents, label in shown:
             images = decode(latents)
             rows += [row(images, label)] if images else []
+        if self.names and len(rows) > 2:
+            rows.insert(2, named(self.names))  # over the samples
         return stacked(rows)
 
     def _samples(self) -> torch.Tensor:

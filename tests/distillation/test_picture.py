@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_kit.host.training.picture import HEIGHT, INK, LABEL, MARGIN, RED, WIDTH, loss_curve, row, smooth, stacked
+from lcm_kit.host.training.picture import (
+    HEIGHT,
+    INK,
+    LABEL,
+    MARGIN,
+    RED,
+    WIDTH,
+    loss_curve,
+    named,
+    row,
+    smooth,
+    stacked,
+)
 
 
 def dark_rows(image, column):
@@ -44,6 +56,15 @@ def test_a_row_shows_its_images_in_order_over_the_whole_width():
     assert [picture.getpixel((WIDTH // 8 + place * WIDTH // 4, LABEL + 5)) for place in range(4)] == [
         image.getpixel((0, 0)) for image in images
     ]
+
+
+def test_names_stand_over_their_columns_and_are_cut_where_the_next_begins():
+    picture = np.asarray(named(["cat", "", "x" * 500, "\u732b\n"]))
+    assert picture.shape == (LABEL, WIDTH, 3)
+    side = WIDTH // 4
+    inked = [(picture[:, place * side : (place + 1) * side] < 128).any() for place in range(4)]
+    assert inked == [True, False, True, True]
+    assert (picture[:, 3 * side : 3 * side + 3] > 128).all()
 
 
 def test_pictures_are_stacked_from_top_to_bottom():
