@@ -1,6 +1,7 @@
 """Merging and compacting LoRAs of the size that transformers have: memory against the larger input, and time against the floor.
 
-    .venv/bin/python benchmarks/merging_transformers.py [--pairs "Wan 14B, 64 + 32" ...] [--folder PATH] [--workers N]
+    .venv/bin/python benchmarks/merging_transformers.py [--pairs "Wan 14B, 64 + 32" ...] [--jobs exact ...]
+        [--folder PATH] [--workers N]
 
 LoRAs with the names, spellings and shapes of published ones: lightx2v's for Wan 14B (400 modules, diffusion_model., no alpha)
 and Qwen-Image-Lightning (720 modules, bare names, with alpha), in bfloat16 or float16, with falling spectra, are made in a
@@ -49,7 +50,9 @@ def names(base: str) -> dict[str, tuple[int, ...]]:
                 found[f"diffusion_model.{stack}.{number}.{_WAN_NAMES[module]}"] = shape
             elif "_mod_" not in module:  # Lightning leaves the modulations alone
                 dotted = module.replace("_mlp_net_", "_mlp.net.").replace("attn_", "attn.", 1)
-                found[f"{stack}.{number}.{dotted.replace('_0_proj', '.0.proj').replace('to_out_0', 'to_out.0')}"] = shape
+                found[f"{stack}.{number}.{dotted.replace('_0_proj', '.0.proj').replace('to_out_0', 'to_out.0')}"] = (
+                    shape
+                )
     return found
 
 
@@ -154,7 +157,7 @@ def rows(name: str, arguments: argparse.Namespace) -> list[list[str]]:
         sizes = [write(folder / f"{file}.safetensors", base, *one, seed) for seed, (file, one) in
                  enumerate((("one", first), ("two", second)))]  # fmt: skip
         larger, found = max(sizes), []
-        for words in JOBS:
+        for words in dict.fromkeys(("floor", *arguments.jobs)):
             told = fresh(__file__, "--job", words, "--folder", scratch, "--workers", str(arguments.workers))
             floored = told if words == "floor" else floored  # noqa: F821, the first one is
             found.append([
@@ -167,6 +170,7 @@ def rows(name: str, arguments: argparse.Namespace) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--folder", help="where the files are made; the system's folder for temporary ones by default")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)

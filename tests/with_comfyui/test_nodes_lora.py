@@ -752,15 +752,26 @@ def test_no_message_tells_where_the_loras_folder_is(model, loras_folder):
 
 def test_core_can_forbid_files_to_be_mapped(loras_folder, put, model, monkeypatch):
     """--disable-mmap; a small file is never mapped."""
+    from lcm_kit.host.lora import files
     from lcm_kit.lora_merge.files import tensor_file
 
-    monkeypatch.setattr(tensor_file, "MAPPED_ABOVE", 100)
     put("style.safetensors", tiny.lora(model))
     mapped = []
-    monkeypatch.setattr(tensor_file.mmap, "mmap", lambda *_, **__: mapped.append(1) or (_ for _ in ()).throw(OSError()))
-    monkeypatch.setattr(comfy.utils, "DISABLE_MMAP", True)
+    monkeypatch.setattr(
+        tensor_file.mmap, "mmap", lambda *_, **__: mapped.append(1) or (_ for _ in ()).throw(OSError("a map"))
+    )
+    # Small for a server, large for a command.
+    monkeypatch.setattr(tensor_file, "MAPPED_ABOVE", 100)
     assert loaded("style.safetensors")
     assert mapped == []
+    monkeypatch.setattr(files, "SERVER_MAPPED_ABOVE", 100)
+    files._cache.clear()
+    with pytest.raises(OSError, match="a map"):
+        loaded("style.safetensors")
+    assert mapped == [1]
+    monkeypatch.setattr(comfy.utils, "DISABLE_MMAP", True)
+    assert loaded("style.safetensors")
+    assert mapped == [1]
 
 
 # ---- merging
