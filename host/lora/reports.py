@@ -66,8 +66,9 @@ def applied_lines(
         ("pairs name one weight twice, and one of the two is left out", found.twice),
     ):
         if modules:
-            more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
-            lines.append(f"{len(modules)} {what}: {', '.join(modules[:SHOWN])}{more}.")
+            names = counted(modules)
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            lines.append(f"{len(modules)} {what}: {', '.join(names[:SHOWN])}{more}.")
     if found.unread:
         lines.append(f"Without effect in ComfyUI: {unread_text(found.unread)}.")
     return lines

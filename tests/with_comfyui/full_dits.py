@@ -9,6 +9,7 @@ import torch
 from comfy.ldm.chroma.model import ChromaParams
 from comfy.ldm.flux.model import FluxParams
 from comfy.ldm.hunyuan_video.model import HunyuanVideoParams
+from comfy.ldm.lightricks.av_model import LTXAVModel
 
 CPU = torch.device("cpu")
 
@@ -141,6 +142,9 @@ MODELS = {
     "Cosmos-Predict2 14B": ("Cosmos-Predict2 14B", "CosmosT2IPredict2", _cosmos("cosmos_predict2", 5120, 36), []),
     "Anima": ("Anima", "Anima", _cosmos("anima", 2048, 28), []),
 }  # fmt: skip
+if "apply_gated_attention" in inspect.signature(LTXAVModel).parameters:
+    gated = _ltx("ltxav", 128, 48) | {"apply_gated_attention": True, "cross_attention_adaln": True}
+    MODELS["LTX-2.3"] = ("LTX-2", "LTXAV", gated, ["attention gates"])
 KNOWN = [name for name, (_, config, *_) in MODELS.items() if hasattr(comfy.supported_models, config)]
 
 
