@@ -6,7 +6,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint unit integration mutants fuzz soak floor compatibility clean
+.PHONY: help setup demo test lint unit integration mutants fuzz soak floor compatibility presets clean
 
 BASE_PYTHON ?= python3
 # Waiting threads must not spin: on a laptop two ComfyUI threads would fight for the cores.
@@ -81,6 +81,9 @@ soak: setup  ## kills, races, random workflows and hundreds of prompts; PROMPTS=
 
 compatibility: setup  ## tries everything on one ComfyUI and writes a row of docs/compatibility.md
 	@COMFYUI_PATH="$(TREE)" WORKERS="$(WORKERS)" "$(RUN)" tools/compatibility.py
+
+presets: setup  ## writes docs/presets.md from samplers/presets.py
+	@"$(RUN)" tools/presets.py
 
 clean:  ## removes .venv, ComfyUI and everything that tools left behind
 	rm -rf .venv .comfyui .comfyui-floor .comfyui.part .frontends .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info demo/output

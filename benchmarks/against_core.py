@@ -50,6 +50,16 @@ def load():
     return model, [[torch.cat(encoded), {}]]
 
 
+def level_numbers_of(model, steps: int) -> list[int]:
+    """What our step noise is asked for after each step of our schedule; other schedules get the same noise."""
+    from lcm_kit.host.sampling.sampling import lcm_sigmas
+    from lcm_kit.host.sampling.tables import sigma_table
+    from lcm_kit.samplers.noise import level_numbers
+
+    sigmas = lcm_sigmas(model, steps=steps, denoise=1.0, original_steps=50)
+    return level_numbers(sigmas[1:], sigma_table(model.get_model_object("model_sampling")))
+
+
 def reference(model, context, steps: int, noise, step_noise) -> torch.Tensor:
     """diffusers' LCMScheduler around the same UNet, in the variance-preserving space it works in."""
     with warnings.catch_warnings():
@@ -57,8 +67,8 @@ def reference(model, context, steps: int, noise, step_noise) -> torch.Tensor:
         from diffusers.schedulers import scheduling_lcm
     scheduler = scheduling_lcm.LCMScheduler(prediction_type="v_prediction")
     scheduler.set_timesteps(steps)
-    drawn = iter(range(steps))
-    scheduling_lcm.randn_tensor = lambda *args, **kwargs: step_noise(next(drawn), noise)
+    drawn, levels = iter(range(steps)), level_numbers_of(model, steps)
+    scheduling_lcm.randn_tensor = lambda *args, **kwargs: step_noise(levels[next(drawn)], noise)
     x = noise
     with torch.no_grad():
         for t in scheduler.timesteps:
@@ -75,10 +85,11 @@ def sampled(model, positive, setup, steps: int, noise, step_noise) -> torch.Tens
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
     from lcm_kit.host.sampling import sampling as ours
+    from lcm_kit.host.sampling import schedules
 
     if setup is None:
         sampler = ours.lcm_sampler(gamma=1.0, seed=step_noise.seed)
-        sigmas = ours.lcm_sigmas(model, steps=steps, denoise=1.0, original_steps=50)
+        sigmas = schedules.lcm_sigmas(model, steps=steps, denoise=1.0, original_steps=50)
     else:
         patch, scheduler = setup
         if patch:
@@ -88,10 +99,10 @@ def sampled(model, positive, setup, steps: int, noise, step_noise) -> torch.Tens
             model = model.clone()
             model.add_object_patch("model_sampling", with_schedule(model, distilled))
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
-        drawn = iter(range(steps))
+        drawn, levels = iter(range(steps)), level_numbers_of(model, steps)
         sampler = comfy.samplers.KSAMPLER(
             lambda *args, **kwargs: core.sample_lcm(
-                *args, **kwargs, noise_sampler=lambda sigma, sigma_next: step_noise(next(drawn), noise)
+                *args, **kwargs, noise_sampler=lambda sigma, sigma_next: step_noise(levels[next(drawn)], noise)
             )
         )
     latent = torch.zeros_like(noise)

@@ -1,13 +1,15 @@
 """What LCM Negative Prompt (NAG) costs against CFG 2, and what it does to pictures of the embedded model.
 
     COMFYUI_PATH=.comfyui .venv/bin/python benchmarks/negative_prompt.py
+    COMFYUI_PATH=.comfyui .venv/bin/python benchmarks/negative_prompt.py --transformers
     COMFYUI_PATH=.comfyui .venv/bin/python benchmarks/negative_prompt.py --pictures docs/negative_prompt.png
 
 The first prints the cost as Markdown: processor time inside the model, on one thread, of the embedded model and of a
 UNet of SD 1.5's shape with random weights (3.4 GB of memory; leave it out with --tiny). The set-ups take turns in one
 process and the quickest run of each counts, so that other work on the machine cancels. Beside it stands the arithmetic
 alone, counted and not timed: matrix products and convolutions.
-The second counts in how many pictures an unwanted background shows, and draws some of them.
+The second does so for a transformer of each road: widths, blocks and pictures are smaller than the published ones.
+The third counts in how many pictures an unwanted background shows, and draws some of them.
 """
 
 import argparse
@@ -30,6 +32,39 @@ SD15 = {
     "context_dim": 768, "num_heads": 8, "num_head_channels": -1, "use_linear_in_transformer": False,
     "use_spatial_transformer": True, "use_temporal_attention": False, "adm_in_channels": None,
     "dtype": torch.float32,
+}  # fmt: skip
+
+# Name -> (class in ComfyUI's supported models, its configuration, shape of the latents, tokens and width of the text,
+# what else comes with the text). The quotient of text and picture is what counts: a video has less text.
+TRANSFORMERS = {
+    "Wan's kind (cross-attention): 640 tokens of picture, 128 of text": (
+        "WAN21_T2V",
+        {
+            "image_model": "wan2.1", "model_type": "t2v", "dim": 384, "ffn_dim": 2240, "freq_dim": 256,
+            "text_dim": 1024, "num_heads": 3, "num_layers": 2, "in_dim": 16,
+        },
+        (1, 16, 1, 40, 64), (128, 1024), {},
+    ),
+    "Flux' kind (joint attention): 576 of picture, 128 of text": (
+        "Flux",
+        {
+            "image_model": "flux", "patch_size": 2, "theta": 10000, "hidden_size": 768, "mlp_ratio": 4.0,
+            "num_heads": 6, "depth": 1, "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "qkv_bias": True,
+            "guidance_embed": False, "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 1024,
+            "txt_ids_dims": [],
+        },
+        (1, 16, 48, 48), (128, 1024), {"pooled_output": torch.zeros(1, 768)},
+    ),
+    "Z-Image's kind (each picture twice): 576 of picture, 96 of text": (
+        "ZImage",
+        {
+            "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 768, "cap_feat_dim": 1024,
+            "n_layers": 4, "qk_norm": True, "n_heads": 6, "n_kv_heads": 6, "axes_dims": [32, 48, 48],
+            "axes_lens": [1024, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3,
+            "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32,
+        },
+        (1, 16, 48, 48), (96, 1024), {},
+    ),
 }  # fmt: skip
 
 # (prompt, what is not wanted): the model paints any of nine backgrounds where the prompt names none
@@ -62,15 +97,28 @@ def embedded():
     return model, clip, comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(models / "vae" / "tiny_emoji_vae.safetensors")))
 
 
-@torch.no_grad()
 def sd15_shaped():
     """A MODEL of SD 1.5's shape. Weights are random: arithmetic takes the same time whatever they are."""
     import comfy.model_base
-    import comfy.model_patcher
     import comfy.supported_models
 
     config = comfy.supported_models.SD15(SD15)
-    model = comfy.model_base.BaseModel(config, device=torch.device("cpu"))
+    return filled(comfy.model_base.BaseModel(config, device=torch.device("cpu")))
+
+
+def transformer(name: str, unet_config: dict):
+    """A MODEL of a class in ComfyUI's supported models, with random weights."""
+    import comfy.supported_models
+
+    config = getattr(comfy.supported_models, name)(unet_config | {"dtype": torch.float32})
+    config.set_inference_dtype(torch.float32, None)
+    return filled(config.get_model({}, device=torch.device("cpu")))
+
+
+@torch.no_grad()
+def filled(model):
+    import comfy.model_patcher
+
     generator = torch.Generator().manual_seed(0)
     for name, weight in model.diffusion_model.named_parameters():
         if weight.ndim > 1:
@@ -137,6 +185,19 @@ def print_cost(with_sd15: bool) -> None:
         text = [[[torch.randn(1, 77, 768, generator=generator), {}]] for _ in range(2)]
         model = sd15_shaped()
         rows.append(("SD 1.5's shape, 512 x 512 pixels, 77 tokens, 1 step", cost(model, *text, (1, 4, 64, 64), 1, 3)))
+    print_costs(rows)
+
+
+def print_cost_of_transformers() -> None:
+    rows = []
+    for name, (family, config, shape, text, others) in TRANSFORMERS.items():
+        generator = torch.Generator().manual_seed(1)
+        texts = [[[torch.randn(1, *text, generator=generator), others]] for _ in range(2)]
+        rows.append((name, cost(transformer(family, config), *texts, shape, 1, 8)))
+    print_costs(rows)
+
+
+def print_costs(rows) -> None:
     print("Time in the model and, in brackets, arithmetic, as multiples of cfg 1 without a negative prompt:\n")
     print("| model | cfg 1 | NAG at cfg 1 | cfg 2 | NAG against cfg 2 |\n| --- | --- | --- | --- | --- |")
     for name, found in rows:
@@ -203,12 +264,15 @@ def print_effect(file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="leave out the UNet of SD 1.5's shape")
+    parser.add_argument("--transformers", action="store_true", help="a transformer of each road instead of UNets")
     parser.add_argument("--pictures", type=Path, metavar="FILE", help="count and draw pictures instead")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     prepare()
     if arguments.pictures:
         print_effect(arguments.pictures)
+    elif arguments.transformers:
+        print_cost_of_transformers()
     else:
         print_cost(not arguments.tiny)
 

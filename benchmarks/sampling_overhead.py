@@ -55,7 +55,8 @@ def runs(shape, model_type):
     """{name: run(steps)} of the two samplers on one latent."""
     import comfy.samplers
 
-    from lcm_kit.host.sampling.sampling import lcm_sampler, lcm_sigmas
+    from lcm_kit.host.sampling.sampling import lcm_sampler
+    from lcm_kit.host.sampling.schedules import lcm_sigmas
 
     patcher = stand_in(shape, model_type)
     generator = torch.Generator().manual_seed(0)

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 # The one road by which this pack writes files, and the one by which it reads tensors.
-from ..lora_merge.files import tensor_file
-from ..lora_merge.files.header import check_header
-from ..lora_merge.files.whole import check_place, is_plain_file, write_whole
+from ..lora_merge.disk import tensor_file
+from ..lora_merge.disk.header import check_header
+from ..lora_merge.disk.whole import check_place, is_plain_file, write_whole
 
 FACTS = "lcm_kit.distillation"
 

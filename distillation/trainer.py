@@ -185,7 +185,7 @@ class Trainer:
     def run(self, *, save_to: Path | None = None, save_every: int = 100, callback: Callback | None = None) -> None:
         """All steps that are left. With `save_to`, goes on from that checkpoint if it is there and keeps it up to date.
 
-        An exception, an interrupt too, leaves a checkpoint of the last finished step and goes on upwards. A checkpoint
+        On any exception, also an interrupt, the last finished step is saved and the exception raised again. A checkpoint
         that cannot be written is warned of, and the training goes on: what was learnt is not thrown away for it.
         Raises ValueError or FileExistsError, before anything is trained, if `save_to` is of another run or no checkpoint.
         """

@@ -22,10 +22,10 @@ from ..distillation.engine import Engine
 from ..distillation.settings import Settings
 from ..distillation.trainer import Trainer
 from ..lora_merge import Lora, save
+from ..lora_merge.disk.file_names import name_trouble, shown
+from ..lora_merge.disk.pictures import check_picture, write_picture
 from ..lora_merge.files.dtypes import DTYPES
-from ..lora_merge.files.file_names import name_trouble, shown
 from ..lora_merge.files.load_save import check_output
-from ..lora_merge.files.pictures import check_picture, write_picture
 from . import comfyui as launch_comfyui
 from . import data as launch_data
 from .processes import check_same, first_of_a_machine, has_accelerator, processes

@@ -12,10 +12,10 @@ from .files.load_save import load, save
 from .files.lora import Lora
 from .files.reading import KeyAccount, account_keys
 from .merging.merge import Account, merge, merge_with_account, resize, resize_with_account
-from .merging.options import MergeOptions
 from .merging.report import describe, describe_merge
-from .merging.strengths import BlockStrengths, parse_block_strengths
 from .methods.table import METHODS
+from .settings.block_strengths import BlockStrengths, parse_block_strengths
+from .settings.options import MergeOptions
 from .updates.layer import Layer, LoraLayer
 from .updates.loha import LohaLayer
 from .updates.lokr import LokrLayer

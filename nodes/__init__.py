@@ -1,39 +1,47 @@
-"""The nodes of LCM Kit: this list is the table of contents."""
+"""The nodes of LCM Kit: every node class of these files, in their order."""
+
+from types import ModuleType
 
 from comfy_api.latest import ComfyExtension, io
 
 from ..host.page import for_pages
-from .comparing import CompareLoRA
-from .distilling import Distill
-from .editing import LCMEdit
-from .extracting import ExtractLoRA
-from .guidance import LCMGuidanceEmbedding, LCMNegativePrompt, LimitDenoised
-from .loading import ApplyLoRA, LCMLoader, LoadLoRA
-from .merging import MergeLoRA, ResizeLoRA, SaveLoRA
-from .sampling import LCMKSampler, LCMPreset, LCMSampler, LCMScheduler
+from . import (
+    any_ksampler,
+    by_step,
+    comparing,
+    distilling,
+    editing,
+    extracting,
+    grid,
+    guidance,
+    loading,
+    merging,
+    sampling,
+    scheduling,
+)
 
-NODES = [
-    for_pages(node)
-    for node in (
-        LCMKSampler,
-        LCMEdit,
-        LCMSampler,
-        LCMScheduler,
-        LCMPreset,
-        LCMLoader,
-        LoadLoRA,
-        MergeLoRA,
-        ResizeLoRA,
-        ApplyLoRA,
-        SaveLoRA,
-        CompareLoRA,
-        ExtractLoRA,
-        LCMNegativePrompt,
-        LCMGuidanceEmbedding,
-        LimitDenoised,
-        Distill,
-    )
-]
+FILES = (
+    sampling,
+    scheduling,
+    any_ksampler,
+    grid,
+    editing,
+    loading,
+    by_step,
+    merging,
+    comparing,
+    extracting,
+    guidance,
+    distilling,
+)
+
+
+def _nodes_of(file: ModuleType) -> list[type[io.ComfyNode]]:
+    found = [one for one in vars(file).values() if isinstance(one, type) and one.__module__ == file.__name__]
+    return [one for one in found if issubclass(one, io.ComfyNode)]
+
+
+NODES = [for_pages(node) for file in FILES for node in _nodes_of(file)]
 
 
 class LCMKitExtension(ComfyExtension):

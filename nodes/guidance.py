@@ -16,10 +16,16 @@ class LCMNegativePrompt(Node):
             node_id="LCMKitNegativePrompt",
             display_name="LCM Negative Prompt (NAG)",
             category=CATEGORY,
-            description="A negative prompt that works at cfg 1, for SD 1.x, SD 2.x and SDXL: normalised attention "
-            "guidance leads the picture away from it inside the model, at a small part of what cfg costs.",
+            description="A negative prompt that works at cfg 1: normalised attention guidance leads the picture away from "
+            "it inside the model, at a part of what cfg costs. For SD 1.x, SD 2.x, SDXL and, not yet seen on their real "
+            "weights, Wan, LTX, Cosmos Predict 2, Anima, Flux, Chroma, Qwen-Image, SD3, HiDream, Z-Image, Lumina 2 and "
+            "HunyuanVideo.",
             inputs=[
-                io.Model.Input("model", tooltip="An SD 1.x, SD 2.x or SDXL model, with its LCM-LoRA applied."),
+                io.Model.Input(
+                    "model",
+                    tooltip="A few-step model, with its LoRAs applied. One of a family that this cannot work on is "
+                    "refused by name.",
+                ),
                 io.Conditioning.Input(
                     "negative",
                     tooltip="What to avoid. One text; join several with ConditioningConcat. Name things, not their "
@@ -61,8 +67,9 @@ class LCMNegativePrompt(Node):
                     default=-1,
                     min=-1,
                     max=1000,
-                    tooltip="Work in the first so many steps only. -1 is all, 0 none. Of 4 LCM steps the first 2 decide "
-                    "what is in the picture.",
+                    tooltip="How many steps to work in, counted from the first. -1 is all, 0 none. Of 4 LCM steps the "
+                    "first 2 decide what is in the picture. Z-Image, Lumina 2 and HunyuanVideo take twice the time in "
+                    "these steps.",
                     advanced=True,
                 ),
             ],

@@ -4,18 +4,18 @@ from collections.abc import Mapping
 
 from comfy_api.latest import io
 
+from ..host.lora.slots import LORA, NUMBERS, STRENGTH
 from ..lora_merge.files.dtypes import DTYPES
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
-LORAS = 6  # slots of a node that takes several LoRAs; the first two have to be connected
 STEPS_TOOLTIP = "Model calls. 4 is the usual choice with an LCM-LoRA, 2 to 8 work; more than 8 rarely looks better."
 ORIGINAL_STEPS_TOOLTIP = (
     "How many timesteps the LCM was distilled on: 50 for the published LCM-LoRAs, 100 for some video models. "
-    "Steps are picked evenly from these."
+    "Steps are picked evenly from these. Means nothing for flow models (Flux, Wan, Qwen-Image, SD3 and their kin)."
 )
 DENOISE_TOOLTIP = (
-    "1 starts from pure noise. Lower keeps more of the input picture: 0.5 starts half-way down the schedule. "
-    "All steps are always run, on the part of the schedule that is left."
+    "1 starts from pure noise. Lower keeps more of the input picture: 0.5 starts half-way down the schedule; 0 returns "
+    "it as it is. All steps are run on the part of the schedule that is left, as far as it has so many."
 )
 
 
@@ -25,13 +25,13 @@ def strength(name: str, tooltip: str) -> io.Float.Input:
 
 
 def lora_slots(tooltips: Mapping[int, str], strength_tooltip: str) -> list:
-    """lora_1, strength_1, lora_2, ...   tooltips: of the first two LoRAs, by their numbers."""
+    """lora_1, strength_1, lora_2, ...; the first two have to be connected.   tooltips: of these, by their numbers."""
     inputs: list = []
-    for number in range(1, LORAS + 1):
+    for number in NUMBERS:
         tooltip = tooltips.get(number, "Another LoRA, if there is one.")
         inputs += [
-            io.LoraModel.Input(f"lora_{number}", optional=number > 2, tooltip=tooltip),
-            strength(f"strength_{number}", strength_tooltip),
+            io.LoraModel.Input(f"{LORA}{number}", optional=number > 2, tooltip=tooltip),
+            strength(f"{STRENGTH}{number}", strength_tooltip),
         ]
     return inputs
 

@@ -1,10 +1,12 @@
-"""Declares the nodes that make pictures: LCM KSampler, LCM Multistep Sampler, LCM Scheduler, LCM Preset."""
+"""Declares the nodes that make pictures: LCM KSampler, LCM Multistep Sampler."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..host.door.node import Node
 from ..host.sampling import sampling
-from ..samplers.presets import PRESETS
+from ..host.sampling.experts import WAN_BOUNDARY
+from ..host.sampling.runs import Section
+from ..samplers.schedule import MOST_STEPS
 from . import inputs
 
 CATEGORY = "LCM Kit/sampling"
@@ -34,6 +36,46 @@ def preset_input(replaces: str):
         optional=True,
         tooltip=f"From LCM Preset or LCM-LoRA Loader: settings that the model was made for. Replaces {replaces}.",
     )
+
+
+def section_inputs() -> list:
+    """What core's KSamplerAdvanced calls by the same names."""
+    return [
+        io.Int.Input(
+            "start_at_step",
+            default=0,
+            min=0,
+            max=MOST_STEPS,
+            optional=True,
+            advanced=True,
+            tooltip="The first step that is run, counted from 0. The steps before it are those of another LCM KSampler, "
+            "with the same steps and seed, that ended there and left its noise.",
+        ),
+        io.Int.Input(
+            "end_at_step",
+            default=MOST_STEPS,
+            min=0,
+            max=MOST_STEPS,
+            optional=True,
+            advanced=True,
+            tooltip="Steps before this one are run; a number above all steps runs to the end.",
+        ),
+        io.Boolean.Input(
+            "add_noise",
+            default=True,
+            optional=True,
+            advanced=True,
+            tooltip="Off for a latent that comes with the noise of the step it starts from, left by the sampler before.",
+        ),
+        io.Boolean.Input(
+            "return_with_leftover_noise",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="On where another sampler goes on at end_at_step: the latent keeps the noise of that level. Off ends "
+            "in a picture.",
+        ),
+    ]
 
 
 class LCMKSampler(Node):
@@ -89,6 +131,24 @@ class LCMKSampler(Node):
                 inputs.original_steps(advanced=True),
                 gammas_input(),
                 preset_input("steps, cfg, gamma and original_steps"),
+                *section_inputs(),
+                io.Model.Input(
+                    "model_low",
+                    optional=True,
+                    tooltip="A second model for the noise levels below the boundary: the low-noise expert of Wan 2.2, or a "
+                    "refiner. It goes on where the first stops, in one run; only one of the two has to be in memory.",
+                ),
+                io.Float.Input(
+                    "boundary",
+                    default=WAN_BOUNDARY,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where model_low takes over: steps that start below this share of the highest time are its own. "
+                    "Wan 2.2 has 0.875 for text to video and 0.9 for image to video.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The finished latent, for VAE Decode.")],
             search_aliases=["lcm", "latent consistency", "few step sampler", "turbo"],
@@ -110,6 +170,12 @@ class LCMKSampler(Node):
         negative=None,
         gammas="",
         preset=None,
+        start_at_step=0,
+        end_at_step=MOST_STEPS,
+        add_noise=True,
+        return_with_leftover_noise=False,
+        model_low=None,
+        boundary=WAN_BOUNDARY,
     ) -> io.NodeOutput:
         return io.NodeOutput(
             sampling.sample(
@@ -126,6 +192,8 @@ class LCMKSampler(Node):
                 original_steps=original_steps,
                 gammas=gammas,
                 preset=preset,
+                section=Section(start_at_step, end_at_step, add_noise, return_with_leftover_noise),
+                experts=None if model_low is None else (model_low, boundary),
             )
         )
 
@@ -141,102 +209,25 @@ class LCMSampler(Node):
             inputs=[
                 io.Float.Input("gamma", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=GAMMA_TOOLTIP),
                 inputs.seed(
-                    "Seed of the noise added between steps; -1 takes the seed of the noise input. Images of a "
-                    "batch count from 0 here, because ComfyUI does not hand a latent's batch index to samplers; "
-                    "LCM KSampler keeps it.",
+                    "Seed of the noise added between steps; -1 takes the seed of the noise input. A run in parts is the "
+                    "undivided run if this is the same in all of them; where DisableNoise follows, which has no seed, set "
+                    "it. An image of a batch keeps its noise alone, as in LCM KSampler.",
                     lowest=-1,
                 ),
                 gammas_input(),
                 preset_input("gamma"),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip="For a run in parts (SplitSigmas): the whole schedule, as it was before the split, so that "
+                    "gammas counts its steps in every part. Not needed where one gamma holds for all steps.",
+                ),
             ],
             outputs=[io.Sampler.Output(display_name="SAMPLER")],
             search_aliases=["lcm", "latent consistency", "tcd", "stochastic"],
         )
 
     @classmethod
-    def execute(cls, gamma, seed, gammas="", preset=None) -> io.NodeOutput:
-        return io.NodeOutput(sampling.lcm_sampler(gamma=sampling.chosen_gamma(gamma, gammas, preset), seed=seed))
-
-
-class LCMScheduler(Node):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="LCMKitScheduler",
-            display_name="LCM Scheduler",
-            category=CATEGORY,
-            description="The noise levels an LCM was trained on, read from the model's own table: 4 steps are the "
-            "timesteps 999, 759, 499 and 259. The model is not changed.",
-            inputs=[
-                io.Model.Input(
-                    "model", tooltip="The model that will be sampled; only its table of noise levels is read."
-                ),
-                inputs.steps(),
-                inputs.denoise(),
-                inputs.original_steps(),
-                io.String.Input(
-                    "timesteps",
-                    default="",
-                    placeholder="999, 759, 499, 259",
-                    tooltip="Your own timesteps, highest first, separated by commas; they replace steps and "
-                    "original_steps. Empty uses the LCM schedule. With denoise below 1 the last of them are run.",
-                    advanced=True,
-                ),
-                preset_input("steps and original_steps"),
-            ],
-            outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="One more than steps; the last is 0.")],
-            search_aliases=["lcm", "sigmas", "timesteps", "latent consistency"],
-        )
-
-    @classmethod
-    def execute(cls, model, steps, denoise, original_steps, timesteps, preset=None) -> io.NodeOutput:
-        return io.NodeOutput(
-            sampling.lcm_sigmas(
-                model,
-                steps=steps,
-                denoise=denoise,
-                original_steps=original_steps,
-                timesteps=timesteps,
-                preset=preset,
-            )
-        )
-
-
-class LCMPreset(Node):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="LCMKitPreset",
-            display_name="LCM Preset",
-            category=CATEGORY,
-            description="Steps, cfg, gamma and timesteps that a published few-step model was made for: LCM, TCD, DMD2, "
-            "Hyper-SD, Lightning, PCM, TDD, Turbo. For LCM KSampler, LCM Scheduler and LCM Multistep Sampler.",
-            inputs=[
-                io.Combo.Input(
-                    "name",
-                    options=list(PRESETS),
-                    default="LCM",
-                    tooltip="The kind of LoRA or checkpoint. Where a file was made for a number of steps, that number "
-                    "is in its name.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=0,
-                    min=0,
-                    max=1000,
-                    tooltip="0 takes the usual number. Models made for exactly one number of steps take no other.",
-                ),
-            ],
-            outputs=[
-                Presets.Output(display_name="preset"),
-                io.Int.Output(display_name="steps"),
-                io.Float.Output(display_name="cfg", tooltip="For samplers that take no preset."),
-                io.String.Output(display_name="report", tooltip="The settings and where they come from."),
-            ],
-            search_aliases=["tcd", "dmd2", "hyper-sd", "lightning", "pcm", "tdd", "turbo", "settings"],
-        )
-
-    @classmethod
-    def execute(cls, name, steps) -> io.NodeOutput:
-        preset, text = sampling.preset_named(name, steps)
-        return io.NodeOutput(preset, preset.steps, preset.cfg, text, ui=ui.PreviewText(text))
+    def execute(cls, gamma, seed, gammas="", preset=None, sigmas=None) -> io.NodeOutput:
+        gamma = sampling.chosen_gamma(gamma, gammas, preset)
+        return io.NodeOutput(sampling.lcm_sampler(gamma=gamma, seed=seed, schedule=sigmas))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange as tqdm_trange  # type: ignore[import-untyped, unused-ignore]
 
+from .noise import level_numbers
 from .renoise import NoiseScaling, signal_and_noise, variance_exploding
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -25,6 +26,7 @@ def edit_ddcm(
     keep: float = 0.0,
     callback: Callable[[dict[str, Any]], object] | None = None,
     disable: bool | None = None,
+    table: Tensor | None = None,
     noise_scaling: NoiseScaling = variance_exploding,
     trange: Callable[..., Iterable[int]] = tqdm_trange,
 ) -> Tensor:
@@ -50,11 +52,13 @@ def edit_ddcm(
     tensor values. Guidance, if any, is theirs.
     latent: (batch, channels, ...), the picture z0; any number of dimensions.
     sigmas: (steps + 1,) noise levels, all but the last above 0, the last one 0. The first sets how much may change.
-    noise: noise(step, like) gives standard normal noise like `like`, for step 0, 1, ... (noise.StepNoise).
+    noise: noise(level, like) gives standard normal noise like `like` for a step's level, called by its number
+    (noise.level_numbers, noise.StepNoise).
     keep: [0, 0.5], size of a change below which a position keeps the picture, see changed_share. 0: the paper's own.
     callback: called after each model call with a dict: x (what the model saw), i (call, 0 to 2 * steps - 1), sigma,
     sigma_hat, denoised (the edited latent so far: z0 until the target's first call). The tensors are never changed.
     disable: progress bar off (True), on (False), or on in a terminal only (None), as in tqdm.
+    table: ascending sigmas of all training timesteps, by which levels are numbered if it is given.
     noise_scaling: forward process of the model, for flow models; see renoise.NoiseScaling.
     trange: makes the progress bar, trange(calls, disable=disable).
 
@@ -66,7 +70,7 @@ def edit_ddcm(
     if not 0.0 <= keep <= 0.5:  # also catches NaN
         raise ValueError(f"keep is {keep}; it must be from 0 (every change is made) to 0.5 (only the largest are).")
     levels, per_image = sigmas.unbind(), sigmas[:, None].expand(-1, latent.shape[0]).contiguous().unbind()
-    scales = signal_and_noise(sigmas.cpu(), noise_scaling)
+    scales, numbers = signal_and_noise(sigmas.cpu(), noise_scaling), level_numbers(sigmas, table)
 
     wide = torch.promote_types(latent.dtype, torch.float32)
     picture = latent.to(wide)
@@ -84,7 +88,7 @@ def edit_ddcm(
                 change = change * changed_share(size, keep)
             edited = picture + change
         else:
-            fresh = noise(step, picture)
+            fresh = noise(numbers[step], picture)
             x = (signal * picture + spread * fresh).to(latent.dtype)
             of_source = source(x, per_image[step]).to(wide)
         if callback is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm.auto import trange as tqdm_trange  # type: ignore[import-untyped, unused-ignore]
 
 from .linear_step import step_weights
+from .noise import level_numbers
 from .renoise import NoiseScaling, variance_exploding
 
 
@@ -40,14 +41,15 @@ def sample_lcm(
     callback: called after each model call with a dict: x (what the model saw), i (step), sigma, sigma_hat, denoised
     (what the model returned). The tensors it gets are never changed afterwards.
     disable: progress bar off (True), on (False), or on in a terminal only (None), as in tqdm.
-    noise: noise(step, like) gives standard normal noise like `like`, after step 0, 1, ... (noise.StepNoise). A source
-    whose attribute `hands_over` is true returns a new tensor each time, which is then overwritten.
+    noise: noise(level, like) gives standard normal noise like `like` for the level that a step returns to, called by its
+    number (noise.level_numbers, noise.StepNoise). A source whose attribute `hands_over` is true returns a new tensor each
+    time, which is then overwritten.
     gamma: [0, 1], share of randomness. 1: LCM. 0: deterministic, Euler's method (DDIM) exactly; `noise` is not called.
     Between: strategic stochastic sampling, see renoise.noise_kept. A sequence gives each step its own, the last one
     holds to the end: (0, 1) begins with one deterministic step and goes on as LCM.
     timesteps: (steps,) of sigmas[:-1], for LCM's boundary scalings. None: their limit c_skip = 0, c_out = 1, for
     models with no such scalings (flow models) and for the exact Euler and TCD samplers.
-    table: ascending sigmas of all training timesteps, needed for 0 < gamma < 1 only.
+    table: ascending sigmas of all training timesteps. Needed for 0 < gamma < 1; levels are numbered by it if it is given.
     noise_scaling: forward process of the model, for flow models; see renoise.NoiseScaling.
     trange: makes the progress bar, trange(steps, disable=disable).
 
@@ -58,6 +60,8 @@ def sample_lcm(
     sigmas = sigmas.to(device=x.device, dtype=torch.float32)
     _check_levels(sigmas)
     weights = step_weights(sigmas, gamma=gamma, timesteps=timesteps, table=table, noise_scaling=noise_scaling)
+
+    numbers = level_numbers(sigmas[1:], table)
 
     wide = torch.promote_types(x.dtype, torch.float32)
     # Split once: an index into a tensor in every step costs more than the step's own arithmetic on small latents.
@@ -71,7 +75,7 @@ def sample_lcm(
         weight = weights[i]
         # Only what has a weight is drawn or read: exact ends, and gamma 0 needs no noise source.
         if weight.fresh:
-            fresh = noise(i, x0)
+            fresh = noise(numbers[i], x0)
             if weight.denoised != 1.0:
                 x0 = x0 * weight.denoised
             after = torch.add(x0, fresh, alpha=weight.fresh, out=fresh if hands_over else None)

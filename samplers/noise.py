@@ -1,4 +1,4 @@
-"""Noise for the steps of a stochastic sampler that depends on seed, batch index and step, and on nothing else."""
+"""Noise for the steps of a stochastic sampler that depends on seed, batch index and noise level, and on nothing else."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -9,10 +9,39 @@ from torch import Tensor
 _MASK = (1 << 64) - 1
 # Keeps this stream apart from other uses of the same seed. ASCII "LCM step".
 _STREAM = 0x4C434D2073746570
+# Relative distance below which a level is a table's entry: some float32 rounding, and less than any two entries differ.
+_SAME_LEVEL = 1e-5
+
+
+def level_numbers(sigmas: Tensor, table: Tensor | None = None) -> list[int]:
+    """What tells the noise of one level from that of another: (n,) integers for (n,) sigmas, from 0 to 2^31.
+
+    table: ascending sigmas of all T training timesteps. A level that is its entry t, but for rounding, has the number
+    (t + 1) / T in millionths, so equal times of tables of different lengths are the same level. Any other level, and
+    every one without a table, has the bits of its float32 sigma.
+
+    A number belongs to the level alone, not to its place in a run: whoever stops at a level and goes on from it meets
+    the numbers of the undivided run, and no two levels of a run share theirs. Level 0 has no noise; its number is 0.
+    """
+    levels = sigmas.detach().to(device="cpu", dtype=torch.float32)
+    numbers: list[int] = levels.contiguous().view(torch.int32).tolist()
+    if table is None or not len(levels):
+        return numbers
+    entries = table.detach().to(device="cpu", dtype=torch.float32)
+    above = torch.searchsorted(entries, levels).clamp_max(len(entries) - 1)
+    candidates = torch.stack([(above - 1).clamp_min(0), above])
+    distances = (entries[candidates] - levels).abs()
+    nearest = distances.argmin(dim=0)
+    on_table = (distances.amin(dim=0) <= _SAME_LEVEL * levels).tolist()
+    indices = candidates.gather(0, nearest[None])[0].tolist()
+    return [
+        round((index + 1) / len(entries) * 1e6) if found and number else number
+        for number, index, found in zip(numbers, indices, on_table, strict=True)
+    ]
 
 
 class StepNoise:
-    """Standard normal noise per (seed, batch index, step). Call it as noise(step, like).
+    """Standard normal noise per (seed, batch index, level). Call it as noise(level, like), level from level_numbers.
 
     seed: any integer, taken modulo 2^64.
     batch_indices: for each image of the batch, its index in the batch it came from (ComfyUI's "batch_index");
@@ -35,8 +64,8 @@ class StepNoise:
         # Seeded anew for every image, so it remembers nothing; making one each time would cost as much as seeding it.
         self._generator = torch.Generator(device="cpu")
 
-    def __call__(self, step: int, like: Tensor) -> Tensor:
-        """Noise after step 0, 1, ...: shape, dtype and device of `like`.
+    def __call__(self, level: int, like: Tensor) -> Tensor:
+        """Noise of the level with this number: shape, dtype and device of `like`.
 
         like: (batch, ...), any number of further dimensions.
         Raises ValueError if the batch is not as long as batch_indices.
@@ -48,29 +77,29 @@ class StepNoise:
                 f"{list(indices)}; give one index per image, or none to count from 0."
             )
         if len(indices) == 1:  # the usual case: the same numbers for less
-            generator = self._generator.manual_seed(stream_seed(self.seed, indices[0], step))
+            generator = self._generator.manual_seed(stream_seed(self.seed, indices[0], level))
             noise = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu")
         else:
             noise = torch.empty(like.shape, dtype=torch.float32, device="cpu")
             for image, index in zip(noise.unbind(), indices, strict=True):
-                image.normal_(generator=self._generator.manual_seed(stream_seed(self.seed, index, step)))
+                image.normal_(generator=self._generator.manual_seed(stream_seed(self.seed, index, level)))
         # Asked first: for a small latent a conversion to what it is already costs more than the question.
         alike = like.dtype == torch.float32 and like.device == noise.device
         return noise if alike else noise.to(device=like.device, dtype=like.dtype)
 
 
-def stream_seed(seed: int, batch_index: int, step: int) -> int:
-    """64-bit seed of the noise stream of one image at one step; integers are taken modulo 2^64.
+def stream_seed(seed: int, batch_index: int, level: int) -> int:
+    """64-bit seed of the noise stream of one image at one level; integers are taken modulo 2^64.
 
     With two of the three fixed it is a bijection of the third. A plain sum would not do: image 1 of seed 42 would be
     image 0 of seed 43.
     """
-    return _splitmix64(_image_stream(seed, batch_index) ^ (step & _MASK))
+    return _splitmix64(_image_stream(seed, batch_index) ^ (level & _MASK))
 
 
 @lru_cache(maxsize=1024)
 def _image_stream(seed: int, batch_index: int) -> int:
-    """What all steps of an image have in common, kept for the next step."""
+    """What all levels of an image have in common, kept for the next one."""
     return _splitmix64(_splitmix64(_STREAM ^ (seed & _MASK)) ^ (batch_index & _MASK))
 
 

@@ -78,6 +78,43 @@ def gamma_per_step(gamma: float | Sequence[float], steps: int) -> list[float]:
     return [given[min(step, len(given) - 1)] for step in range(steps)]
 
 
+def gammas_of_part(
+    gamma: float | Sequence[float], sigmas: Tensor, schedule: Tensor | None = None
+) -> float | Sequence[float]:
+    """The gamma, or one for each step, of a part of a run: what gamma_per_step gives those steps in the undivided run.
+
+    sigmas: (steps + 1,) levels of the part.   schedule: levels of the undivided run. None: the part is its beginning,
+    and entries for later steps are left out; of a part that ends at sigma 0 nothing is left out.
+    Raises ValueError as gamma_per_step does, and for a level that is not in the schedule.
+    """
+    if isinstance(gamma, int | float):
+        return gamma
+    if schedule is None:
+        steps = max(len(sigmas) - 1, 1)
+        return gamma if len(sigmas) == 0 or sigmas[-1] <= 0 else list(gamma)[:steps]
+    whole = gamma_per_step(gamma, len(schedule) - 1)
+    return [whole[place] for place in places_in(sigmas, schedule)] or gamma
+
+
+def places_in(sigmas: Tensor, schedule: Tensor) -> list[int]:
+    """Which step of the undivided run each step of a part of it is, counted from 0: (steps,) for (steps + 1,) sigmas.
+
+    A step is known by the level that it starts from. schedule: (all steps + 1,) levels of the undivided run.
+    Raises ValueError for a level that the schedule does not start a step from.
+    """
+    starts = schedule.tolist()[:-1]
+    places = []
+    for level in sigmas.tolist()[:-1]:
+        place = next((i for i, start in enumerate(starts) if math.isclose(start, level, rel_tol=1e-5)), None)
+        if place is None:
+            raise ValueError(
+                f"sigmas has to be the whole schedule that is run in parts, but no step of it starts from {level:g}: "
+                f"{', '.join(f'{start:g}' for start in starts)}. Connect the schedule as it was before it was split."
+            )
+        places.append(place)
+    return places
+
+
 def parse_gammas(text: str) -> list[float]:
     """Numbers of a text such as "1, 1, 0.3", in their order; [] if the text is blank.
 

@@ -12,6 +12,9 @@ from torch import Tensor
 MOST_STEPS = 1000
 """Of a run, as every node has it: a longer list was not meant."""
 
+TIMESTEPS = 1000
+"""What timesteps count: thousandths of the way from the picture to noise, however many levels a model's table has."""
+
 
 def training_grid(original_steps: int = 50, *, train_timesteps: int = 1000) -> list[int]:
     """Timesteps an LCM was distilled on, ascending: 19, 39, ..., 999 for the usual 50 of 1000.
@@ -47,15 +50,13 @@ def lcm_timesteps(
     grid = training_grid(original_steps, train_timesteps=train_timesteps)
     if steps < 1:
         raise ValueError(f"steps is {steps}; an LCM run needs at least 1 step.")
-    _check_strength(strength)
+    check_strength(strength)
     if steps > original_steps:
         raise ValueError(
             f"steps is {steps} but the LCM was distilled on original_steps = {original_steps} timesteps. "
             f"Use at most {original_steps} steps, or raise original_steps."
         )
-    # 50 * 0.58 is 28.999999999999996: a float error must not cost a grid point. 1e-4 of a point covers strengths
-    # that were float32 once, on the longest grid, and is far below any difference a person would type.
-    kept = math.floor(original_steps * strength + 1e-4)
+    kept = kept_points(original_steps, strength)
     if steps > kept:
         shorten = f"use at most {kept} steps" if kept else "no number of steps fits"
         raise ValueError(
@@ -66,6 +67,13 @@ def lcm_timesteps(
     # point in rare cases (11 * (30 / 22) is just below 15). Equal to the reference is worth more here.
     stride = kept / steps
     return [grid[kept - 1 - math.floor(i * stride)] for i in range(steps)]
+
+
+def kept_points(points: int, strength: float) -> int:
+    """How many of so many points a strength keeps, rounded down."""
+    # 50 * 0.58 is 28.999999999999996: a float error must not cost a grid point. 1e-4 of a point covers strengths
+    # that were float32 once, on the longest grid, and is far below any difference a person would type.
+    return math.floor(points * strength + 1e-4)
 
 
 def parse_timesteps(text: str) -> list[int]:
@@ -109,8 +117,8 @@ def custom_timesteps(values: Sequence[int], *, strength: float = 1.0, train_time
     rising = [f"{t} then {t_next}" for t, t_next in pairwise(timesteps) if t <= t_next]
     if rising:
         raise ValueError(f"timesteps must fall from each step to the next, but have {', '.join(rising)}.")
-    _check_strength(strength)
-    kept = math.floor(len(timesteps) * strength + 1e-4)
+    check_strength(strength)
+    kept = kept_points(len(timesteps), strength)
     if kept == 0:
         raise ValueError(
             f"denoise strength {strength:g} leaves none of the {len(timesteps)} timesteps. Raise it to at least "
@@ -129,10 +137,27 @@ def off_grid(timesteps: Sequence[int], *, original_steps: int = 50, train_timest
     return {t: min(grid, key=lambda point: abs(point - t)) for t in timesteps if t in missing}
 
 
+def table_entries(timesteps: Sequence[int], length: int) -> list[int]:
+    """Where timesteps lie in a table of so many levels: themselves in one of 1000, every tenth entry in one of 10,000.
+
+    Timestep t is the time (t + 1) / 1000, and entry i of n is (i + 1) / n (ComfyUI's flow models: sigma(1) is the last
+    entry), so i = round((t + 1) * n / 1000) - 1.   timesteps: strictly descending, each 0..999.
+    Raises ValueError for timesteps that break this rule, or that a table of under 1000 levels cannot tell apart.
+    """
+    entries = [round((t + 1) * length / TIMESTEPS) - 1 for t in custom_timesteps(timesteps)]
+    if entries[-1] < 0 or any(entry <= lower for entry, lower in pairwise(entries)):
+        raise ValueError(
+            f"timesteps {', '.join(map(str, timesteps))} are too close together, or too near 0, for this model's "
+            f"table of {length} noise levels. Use fewer steps, or a higher denoise."
+        )
+    return entries
+
+
 def sigmas_at(timesteps: Sequence[int], table: Tensor) -> Tensor:
     """Noise levels of a run: float32 (steps + 1,), the table's own entries and a last 0, on the table's device.
 
-    timesteps: (steps,) strictly descending, each 0..len(table) - 1.   table: (train_timesteps,) ascending sigmas.
+    timesteps: (steps,) strictly descending entries, each 0..len(table) - 1 (see table_entries).
+    table: (train_timesteps,) ascending sigmas.
     Exact: no interpolation, so the latent has the very noise level that the model is told.
     Raises ValueError for timesteps or a table that break these rules.
     """
@@ -158,7 +183,8 @@ def timesteps_at(sigmas: Tensor, table: Tensor) -> Tensor:
     return (log_sigmas[:, None] - log_table).abs().argmin(dim=1)
 
 
-def _check_strength(strength: float) -> None:
+def check_strength(strength: float) -> None:
+    """Raises ValueError unless it is above 0 and at most 1."""
     if not 0.0 < strength <= 1.0:  # also catches NaN
         raise ValueError(
             f"denoise strength is {strength}; it must be above 0 and at most 1 (1 ignores the input image, "

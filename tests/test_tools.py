@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 
+from lcm_kit.samplers.presets import PRESETS
 from lcm_kit.tests.helpers import ROOT
 
 
@@ -19,7 +20,7 @@ def load(name):
     return module
 
 
-setup, compatibility = load("setup_comfyui"), load("compatibility")
+setup, compatibility, presets = load("setup_comfyui"), load("compatibility"), load("presets")
 
 WANTED = {"main.py": b"1", "comfy/ops.py": b"2"}
 UNWANTED = ["pack-1/setup.py", "pack-1/vendor/ToolX/main.py", "pack-1/vendor/Tool/../../../evil", "/evil", "../evil"]
@@ -127,3 +128,23 @@ def test_the_outcome_of_tests_is_counted_by_what_they_are_about(tmp_path):
         "distils": "1 of 2",
     }
     assert found["distils"].failed == ["test_distilling::d"]
+
+
+def test_the_page_of_presets_is_made_from_the_table_as_it_stands():
+    """If this fails: make presets."""
+    assert presets.document(PRESETS) == presets.DOCUMENT.read_text(encoding="utf-8")
+    text = presets.HELP_PAGE.read_text(encoding="utf-8")
+    assert presets.help_page(text, PRESETS) == text
+
+
+def test_the_page_of_presets_shows_all_that_a_preset_says():
+    text = presets.document(PRESETS)
+    for preset in PRESETS.values():
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {preset.name} |")]
+        shown = [cell.strip().strip("*") for cell in row.strip("|").split(" | ")]
+        assert len(shown) == len(presets.HEADER)
+        assert shown[:4] == [preset.name, preset.models, str(preset.steps), f"{preset.cfg:g}"]
+        assert shown[-2:] == [preset.source, preset.date]
+        assert f"{preset.sampler} | " in row
+        assert preset.remark in row
+        assert all(f" {value:.6g} " in f"{shown[5]} " for value in preset.sigmas or preset.timesteps)

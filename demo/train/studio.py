@@ -39,9 +39,9 @@ def ours(gamma: float | Callable[[int], list[float]] = 1.0, original_steps: int 
     """LCM Kit. gamma: one number, or a function from steps to one number a step."""
 
     def plan(model, steps):
-        from lcm_kit.host.sampling import sampling
+        from lcm_kit.host.sampling import sampling, schedules
 
-        sigmas = sampling.lcm_sigmas(model, steps=steps, denoise=1.0, original_steps=original_steps)
+        sigmas = schedules.lcm_sigmas(model, steps=steps, denoise=1.0, original_steps=original_steps)
         each = gamma(steps) if callable(gamma) else gamma
         return model, sampling.lcm_sampler(gamma=each, seed=-1), sigmas
 

@@ -54,7 +54,7 @@ def _misplaced(schema, inputs: Mapping[str, Any], given: Mapping[str, Any]) -> I
     for name, entry in inputs.items():
         if name not in given and not entry.optional and _is_dynamic_choice(entry):
             yield f"{name} is missing or unknown. Choose one of {', '.join(_keys(entry))}."
-        elif schema.is_input_list and name in given and not given[name] and not entry.optional:
+        elif schema.is_input_list and name in given and not given[name] and not _may_be_absent(entry):
             yield f"{name} is an empty list, but it has to hold a value. Connect something that is not empty."
 
 
@@ -126,6 +126,11 @@ def _way(entry) -> str:
     if hasattr(entry, "options"):
         return f"Choose one of these{example}."
     return f"Set it to one{example}, or mend what is connected to it."
+
+
+def _may_be_absent(entry) -> bool:
+    """A list that holds nothing is none at all for a link; for a widget somebody lost its values on the way."""
+    return entry.optional and getattr(entry, "default", None) is None
 
 
 def _is_dynamic_choice(entry) -> bool:

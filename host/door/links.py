@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...samplers.presets import Preset
+from ...samplers.preset import Preset
 
 
 @dataclass(frozen=True)

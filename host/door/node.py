@@ -2,8 +2,9 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -20,6 +21,7 @@ class Node(io.ComfyNode):
     inputs of its own, and up to 0.3.75 no choice at all.
     A node may define validate_inputs for some of its inputs, as ComfyUI knows it: what it has to say of a value is said
     here too.
+    An input with a default may be left out, as API clients do; a page always sends it.
     """
 
     def __init_subclass__(cls, **keywords):
@@ -28,6 +30,21 @@ class Node(io.ComfyNode):
         execute = vars(cls).get("execute")
         if isinstance(execute, classmethod) and not hasattr(execute.__func__, "checked"):
             cls.execute = classmethod(_checked(execute.__func__))
+        define_schema = vars(cls).get("define_schema")
+        if isinstance(define_schema, classmethod) and not hasattr(define_schema.__func__, "forgiving"):
+            cls.define_schema = classmethod(_forgiving(define_schema.__func__))
+
+
+def _forgiving(define_schema: Callable) -> Callable:
+    @functools.wraps(define_schema)
+    def define(cls):
+        schema = define_schema(cls)
+        for entry in schema.inputs:
+            entry.optional = entry.optional or getattr(entry, "default", None) is not None
+        return schema
+
+    define.forgiving = True
+    return define
 
 
 def _checked(execute: Callable) -> Callable:
@@ -39,7 +56,7 @@ def _checked(execute: Callable) -> Callable:
             given, own = dict(zip(named, values, strict=False)) | inputs, _own_rules(cls)
             check(schema, given, own.keys())
             try:
-                return execute(cls, *values, **inputs)
+                return execute(cls, **given | _left_out(schema, given))
             except FileNotFoundError:
                 # The node's own rule for the name knows which input it is, and which files are near.
                 told = [answer for name in own.keys() & given.keys() if (answer := own[name](given[name])) is not True]
@@ -49,6 +66,16 @@ def _checked(execute: Callable) -> Callable:
 
     run.checked = True
     return run
+
+
+def _left_out(schema, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of inputs that are not given, or are null."""
+    absent = [None] if schema.is_input_list else None
+    return {
+        entry.id: [entry.default] if schema.is_input_list else entry.default
+        for entry in schema.inputs
+        if getattr(entry, "default", None) is not None and (entry.id not in given or given[entry.id] == absent)
+    }
 
 
 def _own_rules(cls: type) -> dict[str, Callable]:

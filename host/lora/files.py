@@ -13,10 +13,10 @@ import comfy.utils
 import folder_paths
 
 from ...lora_merge import load, save
+from ...lora_merge.disk.file_names import path_trouble
+from ...lora_merge.disk.tensor_file import SERVER_MAPPED_ABOVE
 from ...lora_merge.files.dtypes import DTYPES
-from ...lora_merge.files.file_names import path_trouble
 from ...lora_merge.files.lora import FORMATS
-from ...lora_merge.files.tensor_file import SERVER_MAPPED_ABOVE
 from ...lora_merge.recognise.identity import identify, sha256_of, worth_hashing
 from ..door.rules import not_there, shown
 from .identity import KnownWeights
@@ -77,8 +77,10 @@ def fingerprint(lora_name: object) -> tuple:
     Times have steps of milliseconds; a file that was replaced within one is another file on the disk.
     """
     path = folder_paths.get_full_path("loras", lora_name) if isinstance(lora_name, str) else None
-    if path is None:
-        return (lora_name,)
+    return (lora_name,) if path is None else _state(path)
+
+
+def _state(path: str) -> tuple:
     state = os.stat(path)
     return (path, state.st_mtime_ns, state.st_size, state.st_ino)
 
@@ -88,7 +90,12 @@ def read_lora(lora_name: str) -> KnownWeights:
     path = folder_paths.get_full_path("loras", lora_name)
     if path is None:
         raise FileNotFoundError(unknown(lora_name))
-    key = fingerprint(lora_name)
+    return read_file(path)
+
+
+def read_file(path: str) -> KnownWeights:
+    """The LORA_MODEL in a file that is there, wherever it lies; read once while it stays as it is."""
+    key = _state(path)
     if key not in _cache:
         # What is known of an older state of the file is of no use any more.
         for old in [old for old in _cache if old[0] == path]:

@@ -11,7 +11,7 @@ import torch
 from ...lora_merge.files.keys import BIAS_PARTS, DIFF_PARTS, parse
 from ...lora_merge.files.reading import unread_keys
 from ...lora_merge.updates.build import build
-from .cores import without_cores
+from .lokr_workaround import without_cores
 
 TEXT_PREFIXES = ("lora_te", "lora_prior_te", "text_encoder", "text_model.", "te1_", "te2_")
 

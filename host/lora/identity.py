@@ -6,7 +6,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ...lora_merge.recognise.identity import Identity, identify
-from ...samplers.presets import PRESETS, Preset
+from ...samplers.preset import Preset
+from ...samplers.presets import PRESETS
 from .weights import LoraWeights, to_lora
 
 

@@ -8,17 +8,17 @@ import folder_paths
 
 from ...lora_merge import describe_merge, merge_with_account, resize_with_account
 from ...lora_merge.files.dtypes import DTYPES
-from ...lora_merge.merging.protect import protected_of, which_protected
-from ...lora_merge.merging.strengths import for_inputs
 from ...lora_merge.methods.table import find_method
+from ...lora_merge.one_module.protect import protected_of, which_protected
 from ...lora_merge.recognise.identity import sha256_of
+from ...lora_merge.settings.strengths import for_inputs
 from ..progress import watched
 from .files import lora_names
 from .identity import KnownWeights, identity_of
-from .slots import Slot, connected
+from .slots import LORA, NUMBERS, Slot, connected
 from .weights import LoraWeights, from_lora, named, to_lora
 
-PROTECT = ("auto", "none", *(f"lora_{number}" for number in range(1, 7)))
+PROTECT = ("auto", "none", *(f"{LORA}{number}" for number in NUMBERS))
 AIMS = ("keep", "retain", "max_mb")
 
 
@@ -79,7 +79,7 @@ def _watched(weights: list, work: Callable):
 
 
 def _sha256(weights) -> str | None:
-    """Of the file that the weights came from as they are, None for what was made in the graph."""
+    """sha256 of the weights' file, None if they were made or changed in the graph."""
     if not isinstance(weights, KnownWeights) or not weights.untouched:
         return None
     paths = [name for name in lora_names() if PurePath(name).name == weights.name]

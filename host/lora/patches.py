@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ...lora_merge.files.about import remarks
-from ...lora_merge.files.remarks import peft_remarks
+from ...lora_merge.metadata.about import remarks
+from ...lora_merge.metadata.adapter_config import peft_remarks
 from ...lora_merge.recognise.identity import Identity
-from ...samplers.presets import Preset
+from ...samplers.preset import Preset
 from .bases import base_of, uncovered
 from .case import Case
 from .fit import fit, weight_of
@@ -59,7 +59,7 @@ def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=Fal
     preset = preset_of(identity)
     if strength_model == 0 and (clip is None or strength_clip == 0):
         return Applied(model, clip, f"{weights.name}: not applied, its strength is 0.", preset, weights.name)
-    case = _case(weights, identity, model, clip)
+    case = case_of(weights, identity, model, clip)
     found, wrong = case.found, case.wrong(demand_all)
     if wrong and not allow_misfit:
         raise ValueError(refusal(case))
@@ -80,7 +80,7 @@ def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=Fal
     )
 
 
-def _case(weights: LoraWeights, identity: Identity | None, model, clip) -> Case:
+def case_of(weights: LoraWeights, identity: Identity | None, model, clip) -> Case:
     """All about a LoRA on a model; remembered with the LoRA's file, for a changed strength changes nothing of it."""
     remembered = isinstance(weights, KnownWeights) and clip is None and weights.untouched
     if remembered and model.model in weights.cases:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ...lora_merge import describe
-from ...lora_merge.files.about import describe_metadata
 from ...lora_merge.files.keys import unread_text
+from ...lora_merge.metadata.about import describe_metadata
 from ...lora_merge.recognise import catalogue
 from ...lora_merge.recognise.identity import Identity
-from ...samplers.presets import Preset
+from ...samplers.preset import settings_in_words
 from .case import Case
 from .halves import about_halves
 from .identity import identity_of, preset_of
@@ -149,7 +149,7 @@ def _what(identity: Identity, model: str | None = None, for_sampling: bool = Fal
         with_branches = f" (with {' and '.join(branches)})" if branches else ""
         lines.append(f"Made for: {' or '.join(identity.bases) or 'not known'}{with_branches}{beside}.")
     if (preset := preset_of(identity)) is not None:
-        lines.append(f"Settings ({preset.name}): {_settings(preset)}.")
+        lines.append(f"Settings ({preset.name}): LCM KSampler, {settings_in_words(preset)}.")
     elif for_sampling or identity.preset or identity.structure.accelerates:
         lines.append(_no_settings(identity))
     return lines
@@ -170,14 +170,6 @@ def _no_settings(identity: Identity | None) -> str:
     if identity.looks_like:
         return f"Its name says {identity.looks_like}, but it is none of the files known here: {end}"
     return f"No acceleration LoRA recognised: {end}"
-
-
-def _settings(preset: Preset) -> str:
-    gammas = preset.gamma if isinstance(preset.gamma, tuple) else (preset.gamma,)
-    gamma = ", ".join(f"{value:g}" for value in gammas)
-    when = ", ".join(map(str, preset.timesteps))
-    grid = f"timesteps {when}" if when else f"{preset.original_steps} original steps"
-    return f"LCM KSampler, {preset.steps} steps, cfg {preset.cfg:g}, gamma {gamma}, {grid}"
 
 
 def counted(modules: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from ...lora_merge import Lora
 from .weights import to_lora
 
 LORA, STRENGTH = "lora_", "strength_"
+NUMBERS = range(1, 7)  # of the slots of a node that takes several LoRAs
 
 
 @dataclass(frozen=True, kw_only=True)

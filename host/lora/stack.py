@@ -1,5 +1,6 @@
 """LORA_STACK: the list of LoRAs to apply that common node packs emit."""
 
+import os
 import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,13 +35,27 @@ def entries(stack) -> list[tuple[str, float, float]]:
 
 
 def apply(model, clip, stack) -> tuple[object, object, list[str]]:
-    """(MODEL, CLIP, reports): the stack's LoRAs one after another. Raises what files.read_lora and patches.apply raise."""
+    """(MODEL, CLIP, reports): the stack's LoRAs one after another. Raises what _read and patches.apply raise."""
     reports = []
     for name, strength_model, strength_clip in entries(stack):
-        done = patches.apply(model, clip, files.read_lora(name), strength_model, strength_clip)
+        done = patches.apply(model, clip, _read(name), strength_model, strength_clip)
         model, clip = done.model, done.clip
         reports.append(done.report.splitlines()[0])
     return model, clip, reports
+
+
+def _read(name: str) -> LoraWeights:
+    """The LoRA that an entry names: a file in the loras folder, or by its whole path, as stackers with folders of their
+    own name theirs. Raises ValueError for one that is not there."""
+    if os.path.isabs(name) and name.lower().endswith(files.SUFFIXES) and os.path.isfile(name):
+        return files.read_file(name)
+    try:
+        return files.read_lora(name)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"lora_stack: {error} If the stacker node has a folder of its own for it, name that folder in ComfyUI's "
+            "extra_model_paths.yaml as one of loras."
+        ) from None
 
 
 def load_and_apply(

@@ -14,8 +14,9 @@ import torch
 from ...samplers.editing import edit_ddcm
 from ...samplers.noise import StepNoise
 from .guidance import FirstStepsGuider
-from .sampling import lcm_sigmas, run
-from .tables import forward_process
+from .runs import run
+from .schedules import lcm_sigmas
+from .tables import forward_process, sigma_table
 
 # Which prompt a prediction is for; rides in the model_options, which ComfyUI hands through to the guider.
 PROMPT = "lcm_kit_prompt"
@@ -58,13 +59,14 @@ class EditSampler(comfy.samplers.Sampler):
         model.latent_image = latent_image
         options, seed = extra_args.get("model_options", {}), extra_args.get("seed")
         calls = 2 * (len(sigmas) - 1)
+        model_sampling = model_wrap.model_patcher.get_model_object("model_sampling")
 
         def prompted(prompt):
             return lambda x, sigma: model(x, sigma, denoise_mask, model_options=options | {PROMPT: prompt}, seed=seed)
 
-        def step_noise(step, like):
+        def step_noise(level, like):
             # Outside a noise mask KSamplerX0Inpaint puts the picture with this noise: the very input it had there.
-            model.noise = self.noise(step, like)
+            model.noise = self.noise(level, like)
             return model.noise
 
         def after_call(info):
@@ -82,7 +84,8 @@ class EditSampler(comfy.samplers.Sampler):
             keep=self.keep,
             callback=after_call,
             disable=disable_pbar,
-            noise_scaling=forward_process(model_wrap.model_patcher.get_model_object("model_sampling")),
+            table=sigma_table(model_sampling),
+            noise_scaling=forward_process(model_sampling),
             trange=comfy.utils.model_trange,
         )
 
@@ -98,13 +101,14 @@ def edit(model, source, target, latent, *, seed, steps, cfg, denoise, original_s
             "make a picture from nothing."
         )
     sigmas = lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps)
+    if len(sigmas) == 0:  # denoise 0
+        return latent
     guider = TwoPromptsGuider(model)
     guider.set_conds(source, target)
     guider.set_cfg(cfg)
     return run(
-        guider,
+        [(guider, sigmas)],
         latent,
-        sigmas,
         lambda indices: EditSampler(seed, indices, keep),
         seed=seed,
         calls=2 * (len(sigmas) - 1),

@@ -17,7 +17,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 from safetensors import SafetensorError, safe_open
 
-from ...lora_merge.files.header import check_header
+from ...lora_merge.disk.header import check_header
 from ...samplers.guidance import guidance_embedding
 from ..door.rules import not_there
 from ..lora.stored import is_readable, stored_weight

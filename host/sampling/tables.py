@@ -1,10 +1,15 @@
 """A MODEL's own table of noise levels, as plain numbers."""
 
+import logging
+
 import comfy.model_sampling as host
 import torch
 
 from ...samplers.renoise import NoiseScaling, variance_exploding
-from ...samplers.schedule import sigmas_at
+from ...samplers.schedule import sigmas_at, table_entries
+from ...samplers.times import karras_table
+
+logger = logging.getLogger(__name__)
 
 
 def is_distilled(model_sampling) -> bool:
@@ -22,32 +27,72 @@ def sigma_table(model_sampling) -> torch.Tensor:
     return model_sampling.sigmas.detach().float().cpu()
 
 
+def is_flow(model_sampling) -> bool:
+    """True for rectified flow (Flux, Wan, Qwen-Image, SD3 and their kin): x = (1 - sigma) x0 + sigma noise."""
+    # Core's own tables end at 1 to float32's rounding, on either side of it. Those of CONST models that end higher
+    # (image to image) hold no flow's levels.
+    return isinstance(model_sampling, host.CONST) and float(model_sampling.sigma_max) < 1.001
+
+
+def is_continuous(model_sampling) -> bool:
+    """True where training had no numbered timesteps but any noise level: EDM, continuous v, Cosmos."""
+    return isinstance(model_sampling, host.ModelSamplingContinuousEDM)
+
+
+def is_cosmos(model_sampling) -> bool:
+    """True for NVIDIA's Cosmos: a flow whose levels are told as noise over picture, sigma / (1 - sigma) of the usual."""
+    return isinstance(model_sampling, host.ModelSamplingCosmosRFlow)
+
+
+def time_table(model_sampling) -> torch.Tensor | None:
+    """(levels,) ascending levels of evenly spaced times, for a model that knows every time; None for any other.
+
+    A flow model's are its own, shift and all. A model of continuous levels has but a lowest and a highest one; between
+    them lie Karras' levels, which consistency models were trained on.
+    """
+    if is_continuous(model_sampling):
+        return karras_table(float(model_sampling.sigma_min), float(model_sampling.sigma_max))
+    return sigma_table(model_sampling) if is_flow(model_sampling) else None
+
+
 def trained_sigma_table(model_sampling) -> torch.Tensor:
     """sigma_table, or a ValueError where training had no timesteps to pick from."""
-    if isinstance(model_sampling, host.ModelSamplingContinuousEDM):
+    if is_continuous(model_sampling):
         raise ValueError(
-            "This model was trained on continuous noise levels, not on numbered timesteps, so there is no LCM "
-            "schedule for it. Use one of ComfyUI's schedulers together with LCM Multistep Sampler."
+            "This model was trained on continuous noise levels, not on numbered timesteps, which this needs."
         )
     return sigma_table(model_sampling)
 
 
 def sigmas_of(model_sampling, timesteps: list[int]) -> torch.Tensor:
-    """(steps + 1,) the model's noise levels at these timesteps, and a closing 0.
+    """(steps + 1,) the model's noise levels at these timesteps (0..999, whatever its table's length), and a closing 0.
 
-    Raises ValueError for timesteps that a shortened table lacks: the model would be told a neighbouring one.
+    Of a shortened table those that it has are taken, and a line in the log says so.
     """
     table = trained_sigma_table(model_sampling)
+    entries = table_entries(timesteps, len(table))
     if is_distilled(model_sampling):
-        skip = model_sampling.skip_steps
-        missing = [t for t in timesteps if t % skip != skip - 1]
-        if missing:
-            raise ValueError(
-                f"ModelSamplingDiscrete 'lcm' left this model every {skip}th timestep only ({skip - 1}, "
-                f"{2 * skip - 1}, ...), and {', '.join(map(str, missing[:4]))} is not among them. Remove that node, "
-                f"LCM Kit does not need it, or set original_steps to {len(model_sampling.sigmas)}."
-            )
-    return sigmas_at(timesteps, table)
+        entries = _those_left(entries, model_sampling.skip_steps)
+    return sigmas_at(entries, table)
+
+
+def _those_left(timesteps: list[int], skip: int) -> list[int]:
+    """Timesteps of a table that holds every skip-th one, skip - 1 and so on: for one that it lacks the next above.
+
+    The model would be told that one or the one below in any case; a latent of that very level is what it expects.
+    """
+    left = [t // skip * skip + skip - 1 for t in timesteps]
+    if moved := [f"{t} to {there}" for t, there in zip(timesteps, left, strict=True) if t != there]:
+        logger.warning(
+            "This model has every %dth timestep only (%d, %d, ...), so the run goes from %s. ModelSamplingDiscrete 'lcm' does "
+            "that, and so do the lcm schedules of AnimateDiff-Evolved's beta_schedule. LCM Kit needs neither: without it "
+            "the timesteps are exact.",
+            skip,
+            skip - 1,
+            2 * skip - 1,
+            ", ".join(moved),
+        )
+    return list(dict.fromkeys(left))
 
 
 def boundary_timesteps(model_sampling, sigmas: torch.Tensor) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ...distillation.settings import Compute, Settings, Weighting
 from ...distillation.trainer import Trainer
-from ...lora_merge.files.file_names import name_trouble
+from ...lora_merge.disk.file_names import name_trouble
 from ..door.rules import shown
 from ..lora.weights import LoraWeights
 from ..page import show

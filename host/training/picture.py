@@ -3,10 +3,12 @@
 import math
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw
+from PIL import Image
+
+from ...lora_merge.comparing.canvas import INK, PAPER, Axes, Canvas
 
 WIDTH, HEIGHT, MARGIN, LABEL = 768, 256, 24, 18
-INK, PALE, PAPER = (40, 40, 40), (190, 205, 235), (255, 255, 255)
+STEPS = (190, 205, 235)
 
 
 def smooth(values: Sequence[float], share: float = 0.02) -> list[float]:
@@ -21,38 +23,44 @@ def smooth(values: Sequence[float], share: float = 0.02) -> list[float]:
 
 
 def loss_curve(losses: Sequence[float]) -> Image.Image:
-    """Loss over steps, logarithmic: each step pale, their running mean dark. Without losses, an empty frame."""
-    image = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((MARGIN, MARGIN, WIDTH - MARGIN, HEIGHT - MARGIN), outline=INK)
-    logs = [math.log10(max(loss, 1e-12)) for loss in losses]
-    if not logs:
-        return image
-    low, high = min(logs), max(logs)
-    height, width = HEIGHT - 2 * MARGIN, WIDTH - 2 * MARGIN
+    """Loss over steps, logarithmic: each step pale, their running mean dark. Without losses, empty axes."""
+    curves = [_logs(losses), _logs(smooth(losses))]
+    low, high = (min(curves[0].values()), max(curves[0].values())) if curves[0] else (-1.0, 0.0)
+    flat = 0.0 if high > low else 0.1
+    canvas = Canvas(WIDTH, HEIGHT)
+    axes = Axes(
+        canvas,
+        (MARGIN, 8, WIDTH - MARGIN, HEIGHT - 4),
+        (1, max(len(losses), 2)),
+        (low - flat, high + flat),
+        title=f"loss {losses[-1]:.3g} after {len(losses)} steps" if losses else "no loss",
+        across="step",
+        up=f"each step, and their running mean; lowest {min(losses):.3g}, highest {max(losses):.3g}" if losses else "",
+        tell=lambda log: f"{10**log:.2g}",
+    )
+    for curve, colour in zip(curves, (STEPS, INK), strict=True):
+        points = list(curve.items())
+        # One step is drawn as a line too.
+        axes.curve(points if len(points) != 1 else [*points, (points[0][0] + 1, points[0][1])], colour)
+    return canvas.image()
 
-    def place(step: int, log: float) -> tuple[float, float]:
-        across = step / max(1, len(logs) - 1)
-        up = (log - low) / (high - low) if high > low else 0.5
-        return MARGIN + across * width, HEIGHT - MARGIN - up * height
 
-    for values, colour in ((logs, PALE), ([math.log10(v) for v in smooth([10**log for log in logs])], INK)):
-        points = [place(step, log) for step, log in enumerate(values)]
-        draw.line(points if len(points) > 1 else points * 2, fill=colour, width=2)
-    draw.text((MARGIN, 6), f"loss {losses[-1]:.3g} after {len(losses)} steps", fill=INK)
-    draw.text((MARGIN, HEIGHT - MARGIN + 4), f"lowest {min(losses):.3g}, highest {max(losses):.3g}", fill=INK)
-    return image
+def _logs(losses: Sequence[float]) -> dict[int, float]:
+    """Step from 1 on -> log10 of its loss; without steps whose loss is no number."""
+    return {step: math.log10(max(loss, 1e-12)) for step, loss in enumerate(losses, start=1) if math.isfinite(loss)}
 
 
 def row(images: Sequence[Image.Image], label: str) -> Image.Image:
     """Images side by side over the whole width, with a line of text above."""
     side = WIDTH // max(1, len(images))
     scaled = [image.convert("RGB").resize((side, max(1, side * image.height // image.width))) for image in images]
-    canvas = Image.new("RGB", (WIDTH, LABEL + max((image.height for image in scaled), default=0)), PAPER)
-    ImageDraw.Draw(canvas).text((MARGIN, 3), label, fill=INK)
+    head = Canvas(WIDTH, LABEL)
+    head.text((MARGIN, 2), label, 12)
+    picture = Image.new("RGB", (WIDTH, LABEL + max((image.height for image in scaled), default=0)), PAPER)
+    picture.paste(head.image(), (0, 0))
     for place, image in enumerate(scaled):
-        canvas.paste(image, (place * side, LABEL))
-    return canvas
+        picture.paste(image, (place * side, LABEL))
+    return picture
 
 
 def stacked(pictures: Sequence[Image.Image]) -> Image.Image:

@@ -13,7 +13,7 @@ from comfy.quant_ops import QuantizedTensor
 from ...distillation.engine import Alone, Engine
 from ...distillation.settings import Settings
 from ...distillation.trainer import Trainer, adapters_on
-from ...lora_merge.files.metadata import ARCHITECTURE
+from ...lora_merge.metadata.fields import ARCHITECTURE
 from ...lora_merge.recognise.identity import ARCHITECTURES
 from ..lora.bases import base_of
 from ..sampling.latents import fitted

@@ -140,7 +140,7 @@ def _directions(whole: Stack, balanced: bool) -> Directions:
 
 
 def directions_in(space: CoreSpace, core: Tensor, *, balanced: bool = False) -> Directions:
-    """The same for left @ core @ right, what a merge method made of the cores of a CoreSpace."""
+    """`directions` of left @ core @ right, where core is a merge method's result in a CoreSpace."""
     u, vh, worth = _by_importance(core, space.cores, balanced)
     return Directions(
         up=Basis(space.left),
@@ -223,7 +223,7 @@ def truncated_matrix(total: Tensor, deltas: Sequence[Tensor], rank: int) -> Trun
     layer = shaped((u * root).float(), (root[:, None] * vh).float(), shape)
     flat = [delta.reshape(shape[0], -1).double() for delta in deltas]
     return Truncated(
-        layer,
+        layer=layer,
         energy=_energy(matrix),
         lost_energy=max(0.0, float(values[used:].sum())),
         source_energy=tuple(map(_energy, flat)),

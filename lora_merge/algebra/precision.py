@@ -48,7 +48,7 @@ def cast(layer: Layer, dtype: torch.dtype, *, into_alpha: bool = True) -> Cast:
     parts = {name: part.detach() for name, part in layer.parts().items()}
     if {part.dtype for part in parts.values()} == {dtype}:
         return Cast(layer, False)
-    result = _with(layer, {name: part.to(dtype) for name, part in parts.items()})
+    result = layer.with_parts({name: part.to(dtype) for name, part in parts.items()})
     plain = isinstance(layer, LoraLayer) and layer.mid is None
     if plain and holds(*result.parts().values()):
         return Cast(result, False)
@@ -60,7 +60,7 @@ def cast(layer: Layer, dtype: torch.dtype, *, into_alpha: bool = True) -> Cast:
         if into_alpha and layer.dim is not None and (shift := _shift(parts, dtype, layer)):
             parts = {name: part * 2.0**shift for name, part in parts.items()}
             alpha, balanced = math.ldexp(layer.written_alpha, -shift * len(parts)), True
-        result = replace(_with(layer, {name: part.to(dtype) for name, part in parts.items()}), alpha=alpha)  # type: ignore[type-var]
+        result = replace(layer.with_parts({name: part.to(dtype) for name, part in parts.items()}), alpha=alpha)  # type: ignore[type-var]
     if not all(map(is_finite, result.parts().values())):
         raise ValueError(_too_large(dtype))
     if not _all_fit(parts, dtype, by_component=False):
@@ -98,10 +98,6 @@ def _error(layer: Layer, rounded: Layer) -> float:
     whole = energy(a, b / by)
     lost = energy(torch.cat([a, -ratio * c], dim=1), torch.cat([b / by, d / by]))
     return math.sqrt(lost / whole) if whole > 0 else 0.0
-
-
-def _with(layer: Layer, parts: Mapping[str, Tensor]) -> Layer:
-    return replace(layer, **{name.removeprefix("hada_").removeprefix("lokr_"): part for name, part in parts.items()})  # type: ignore[type-var]
 
 
 def _too_large(dtype: torch.dtype) -> str:

@@ -59,9 +59,10 @@ def allocate(
 
 
 def alike(prospects: Mapping[str, Prospect]) -> dict[str, Prospect]:
-    """The same prospects, ranks being worth what they add to the retention of all inputs together, each over all modules.
+    """The prospects with each rank's priority the retention it adds, summed over inputs.
 
-    An input whose whole energy is small counts as much as a large one then, and one of many modules as one of few.
+    Each input is normalised by its energy over all modules: a weak one counts as much as a strong one, and one of many
+    modules as one of few.
     """
     if not prospects:
         return {}

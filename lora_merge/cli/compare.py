@@ -9,11 +9,11 @@ from pathlib import Path
 from ..comparing.compare import compare
 from ..comparing.picture import draw
 from ..comparing.report import CSV_BEGINS, JSON_BEGINS, as_csv, as_json, as_text
+from ..disk.overwriting import Overwrite, guard
+from ..disk.pictures import check_picture, write_picture
+from ..disk.whole import check_place, write_whole
 from ..files.load_save import load
-from ..files.overwriting import Overwrite, guard
-from ..files.pictures import check_picture, write_picture
-from ..files.whole import check_place, write_whole
-from .merge import Answer, Commands, _bar, _path_and_strength, overwriting
+from .shared import Answer, Commands, add_parser, overwriting, path_and_strength, progress_bar
 
 _EXAMPLES = """examples:
   python -m lora_merge compare style.safetensors:0.8 lcm.safetensors
@@ -23,12 +23,7 @@ _EXAMPLES = """examples:
 
 def add_command(commands: Commands) -> None:
     """Sets `run`: parsed arguments -> (exit status, what to print)."""
-    add = commands.add_parser(
-        "compare",
-        help="say whether LoRAs will fight, and where",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    add = add_parser(commands, "compare", "say whether LoRAs will fight, and where", _EXAMPLES)
     add.add_argument("loras", nargs="+", metavar="FILE[:STRENGTH]", help="strength is 1 if not given, may be negative")
     add.add_argument("--rank", type=int, default=0, help="of a cut to look at, marked in the picture; default: none")
     add.add_argument("--csv", type=Path, metavar="FILE", help="figures of every module, a row each")
@@ -53,8 +48,8 @@ def _run(options: argparse.Namespace) -> Answer:
         check_place(path, guard(options.overwrite, partial(_begins, begins)))
     if options.picture is not None:
         check_picture(options.picture, options.overwrite)
-    named = [_path_and_strength(text) for text in options.loras]
-    with _bar("compare") as progress:
+    named = [path_and_strength(text) for text in options.loras]
+    with progress_bar("compare") as progress:
         found = compare(
             [(load(path), strength) for path, strength in named], workers=options.workers, progress=progress
         )

@@ -13,7 +13,7 @@ from ..extracting.checkpoints import Pairs, pairs
 from ..extracting.extract import Weights, extract
 from ..files.dtypes import DTYPES
 from ..files.load_save import check_output, save
-from .merge import Answer, Commands, add_meta, meta, overwriting
+from .shared import Answer, Commands, add_meta, add_parser, meta, overwriting
 
 _EXAMPLES = """examples:
   python -m lora_merge extract lcm-dreamshaper.safetensors dreamshaper.safetensors -o lcm.safetensors --rank 64
@@ -24,18 +24,18 @@ _EXAMPLES = """examples:
 
 def add_command(commands: Commands) -> None:
     """Sets `run`: parsed arguments -> (exit status, what to print)."""
-    add = commands.add_parser(
-        "extract",
-        help="make a LoRA out of two models",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    add = add_parser(commands, "extract", "make a LoRA out of two models", _EXAMPLES)
     add.add_argument("tuned", type=Path, metavar="TUNED", help="a .safetensors checkpoint or diffusion model")
     add.add_argument("base", type=Path, metavar="BASE", help="the model that it was made from, in the same format")
     add.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a .safetensors file to write")
     add.add_argument("--rank", type=int, default=64, help="the largest of any module; default: 64")
-    add.add_argument("--keep", type=float, default=1.0, metavar="SHARE", help="stop at the smallest rank that holds this "
-                     "share of a module's energy, 0 to 1; default: 1")  # fmt: skip
+    add.add_argument(
+        "--keep",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="stop at the smallest rank that holds this share of a module's energy, 0 to 1; default: 1",
+    )
     add.add_argument("--matrices-only", action="store_true", help="leave out biases and norms, which few tools read")
     add.add_argument("--dtype", choices=sorted(DTYPES), default="fp16", help="default: fp16")
     add.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute; default: cpu")

@@ -10,25 +10,21 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..files.about import describe_metadata
+from ..disk.hashes import stated, weights_sha256
 from ..files.dtypes import DTYPES
-from ..files.hashes import stated, weights_sha256
 from ..files.load_save import check_output, load, save
 from ..files.lora import Format, Lora
-from ..files.metadata import given
 from ..merging.account import Account
-from ..merging.merge import Progress, merge_with_account, resize_with_account
-from ..merging.protect import which_protected
+from ..merging.merge import merge_with_account, resize_with_account
 from ..merging.report import describe, describe_merge, describe_provenance
 from ..merging.reproduce import reproduce
-from ..merging.strengths import for_inputs
+from ..metadata.about import describe_metadata
 from ..methods.table import METHODS, all_parameters, methods_with
+from ..one_module.protect import which_protected
 from ..recognise.identity import sha256_of
-
-Answer = tuple[int, str]
-Commands = Any  # argparse has no public name for what add_subparsers returns.
+from ..settings.strengths import for_inputs
+from .shared import Answer, Commands, add_meta, add_parser, meta, overwriting, path_and_strength, progress_bar
 
 _MERGE_EXAMPLES = """examples:
   python -m lora_merge merge style.safetensors:0.8 lcm.safetensors -o fast-style.safetensors
@@ -53,8 +49,15 @@ _INFO_EXAMPLE = """example:
 
 def add_commands(commands: Commands) -> None:
     """Adds the four commands; each sets `run`: parsed arguments -> (exit status, what to print)."""
-    raw = argparse.RawDescriptionHelpFormatter
-    add = commands.add_parser("merge", help="add LoRAs into one file", epilog=_merge_help(), formatter_class=raw)
+    _add_merge(add_parser(commands, "merge", "add LoRAs into one file", _merge_help()))
+    _add_resize(add_parser(commands, "resize", "make a LoRA smaller", _RESIZE_EXAMPLES))
+    _add_reproduce(add_parser(commands, "reproduce", "make a merged file again and compare", _REPRODUCE_EXAMPLE))
+    add = add_parser(commands, "info", "say what is in a LoRA file", _INFO_EXAMPLE)
+    add.add_argument("loras", nargs="+", metavar="FILE")
+    add.set_defaults(run=_info)
+
+
+def _add_merge(add: argparse.ArgumentParser) -> None:
     add.add_argument("loras", nargs="+", metavar="FILE[:STRENGTH]", help="strength is 1 if not given, may be negative")
     _output(add)
     _cut(add)
@@ -63,36 +66,51 @@ def add_commands(commands: Commands) -> None:
     _parameters(add)
     add.add_argument("--seed", type=int, default=0, help="of methods that draw at random; default: 0")
     add.add_argument(
-        "--dense", action="store_true", help="methods work on whole updates as in their papers: slow, large"
+        "--dense",
+        action="store_true",
+        help="methods work on whole updates, as in their papers; takes more time and makes a larger file",
     )
-    add.add_argument("--protect", default="auto", metavar="N", help="which LoRA the others make room for: 1, 2, ..., none, "
-                     "or auto (default): the one recognised as an acceleration LoRA")  # fmt: skip
+    add.add_argument(
+        "--protect",
+        default="auto",
+        metavar="N",
+        help="which LoRA the others make room for: 1, 2, ..., none, "
+        "or auto (default): the one recognised as an acceleration LoRA",
+    )
     add.add_argument("--mu", type=float, default=0.0, help="how far the others step aside; 0 (default): not at all")
-    add.add_argument("--block-strengths", action="append", default=[], metavar="TEXT", help='factors such as "down=0.5, '
-                     'attention=1.2, te=0, *attn2*=0.3" for all LoRAs, or "2: up=0" for the second; may be repeated')  # fmt: skip
+    add.add_argument(
+        "--block-strengths",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help='factors such as "down=0.5, attention=1.2, te=0, *attn2*=0.3" for all LoRAs, or "2: up=0" for the second; '
+        "may be repeated",
+    )
     add.add_argument("--leave-out", action="store_true", help="leave out what does not add up (DoRA, OFT, ...)")
     _machine(add)
     add.set_defaults(run=_merge)
 
-    add = commands.add_parser("resize", help="make a LoRA smaller", epilog=_RESIZE_EXAMPLES, formatter_class=raw)
+
+def _add_resize(add: argparse.ArgumentParser) -> None:
     add.add_argument("lora", type=Path, metavar="FILE")
     _output(add)
     _cut(add)
     _machine(add)
     add.set_defaults(run=_resize)
 
-    add = commands.add_parser(
-        "reproduce", help="make a merged file again and compare", epilog=_REPRODUCE_EXAMPLE, formatter_class=raw
-    )
+
+def _add_reproduce(add: argparse.ArgumentParser) -> None:
     add.add_argument("file", type=Path, metavar="FILE", help="what merge or resize wrote")
-    add.add_argument("--inputs", type=Path, action="append", default=[], metavar="DIR", help="where its inputs are, also "
-                     "in folders below; default: the folder of FILE")  # fmt: skip
+    add.add_argument(
+        "--inputs",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="where its inputs are, also in folders below; default: the folder of FILE",
+    )
     add.add_argument("--workers", type=int, help="threads; default: as many as torch uses")
     add.set_defaults(run=_reproduce)
-
-    add = commands.add_parser("info", help="say what is in a LoRA file", epilog=_INFO_EXAMPLE, formatter_class=raw)
-    add.add_argument("loras", nargs="+", metavar="FILE")
-    add.set_defaults(run=_info)
 
 
 def _parameters(add: argparse.ArgumentParser) -> None:
@@ -129,34 +147,6 @@ def _output(add: argparse.ArgumentParser) -> None:
     add_meta(add)
 
 
-def overwriting(add: argparse.ArgumentParser) -> None:
-    """Adds the options that set `overwrite`, see files/overwriting.py."""
-    add.add_argument("--overwrite", action="store_true", help="replace an existing file that LCM Kit wrote")
-    add.add_argument(
-        "--overwrite-any", dest="overwrite", action="store_const", const="any", help="replace any existing file"
-    )
-
-
-def add_meta(add: argparse.ArgumentParser) -> None:
-    """The option of every command that writes a LoRA; `meta` reads it."""
-    add.add_argument("--meta", action="append", default=[], metavar="KEY=VALUE", help="an entry of the file's metadata, such "
-                     'as modelspec.title="My LoRA", modelspec.author=me, modelspec.trigger_phrase="a word", '
-                     "modelspec.license=MIT; KEY= takes one away that an input has; may be repeated")  # fmt: skip
-
-
-def meta(texts: list[str]) -> dict[str, str]:
-    """What --meta asks for. Raises ValueError for what has no name or cannot be given."""
-    result: dict[str, str] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--meta is {text!r}, but it has to be KEY=VALUE, such as modelspec.author=me.")
-        if key in result:
-            raise ValueError(f"--meta gives {key} twice; give it once.")
-        result[key] = value
-    return given(result)
-
-
 def _cut(add: argparse.ArgumentParser) -> None:
     add.add_argument("--rank", type=int, default=0, help="0 (default): exact, ranks add up; else the largest rank")
     add.add_argument("--keep", type=float, metavar="SHARE", help="share of the energy to keep, 0 to 1")
@@ -191,9 +181,9 @@ def _merge(options: argparse.Namespace) -> Answer:
     # Before the work, so that a name already taken costs no time.
     check_output(options.output, options.overwrite)
     metadata = meta(options.meta)
-    named = [_path_and_strength(text) for text in options.loras]
+    named = [path_and_strength(text) for text in options.loras]
     labels = [str(number) for number in range(1, len(named) + 1)]
-    with _hashes([path for path, _ in named]) as hashes, _bar("merge") as progress:
+    with _hashes([path for path, _ in named]) as hashes, progress_bar("merge") as progress:
         merged, account = merge_with_account(
             [(load(path), strength) for path, strength in named],
             method=options.method,
@@ -216,7 +206,7 @@ def _merge(options: argparse.Namespace) -> Answer:
 def _resize(options: argparse.Namespace) -> Answer:
     check_output(options.output, options.overwrite)
     metadata = meta(options.meta)
-    with _hashes([options.lora]) as hashes, _bar("resize") as progress:
+    with _hashes([options.lora]) as hashes, progress_bar("resize") as progress:
         small, account = resize_with_account(
             load(options.lora), sha256=hashes, metadata=metadata, progress=progress, **_common(options)
         )
@@ -224,7 +214,7 @@ def _resize(options: argparse.Namespace) -> Answer:
 
 
 def _reproduce(options: argparse.Namespace) -> Answer:
-    with _bar("make again") as progress:
+    with progress_bar("make again") as progress:
         result = reproduce(options.file, options.inputs, workers=options.workers, progress=progress)
     made = f"Made again from {', '.join(map(str, result.inputs))}."
     if result.identical:
@@ -253,18 +243,6 @@ def _write(options: argparse.Namespace, lora: Lora, account: Account) -> str:
     return f"{describe_merge(account, lora)}\nWritten: {options.output} ({size / 1e6:.1f} MB)"
 
 
-def _path_and_strength(text: str) -> tuple[str, float]:
-    """The two in FILE or FILE:STRENGTH."""
-    path, colon, strength = text.rpartition(":")
-    # A name with a colon in it, or a Windows drive letter, is a name.
-    if not colon or Path(text).exists():
-        return text, 1.0
-    try:
-        return path, float(strength)
-    except ValueError:
-        raise ValueError(f"{text}: {strength!r} after the colon is no number; write FILE:STRENGTH.") from None
-
-
 @contextmanager
 def _hashes(paths: list[Any]) -> Iterator[Any]:
     """A function that gives the files' sha256, computed beside the work."""
@@ -274,15 +252,3 @@ def _hashes(paths: list[Any]) -> Iterator[Any]:
             yield lambda: [one.result() for one in waiting]
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Progress]:
-    # disable=None: a bar for people, nothing in a log.
-    with tqdm(desc=what, unit="module", disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress

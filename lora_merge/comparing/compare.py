@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..algebra.orthonormal import triangle
 from ..algebra.threads import in_order
+from ..files.keys import BIAS_PARTS, WEIGHT_PARTS
 from ..files.lora import Lora
 from ..keywords import named
 from ..merging.align import fused_notes, fused_with_slices, notes_on, unify
@@ -47,13 +48,7 @@ def compare(
     Updates that depend on the weight (DoRA, OFT, ...) and bias differences are counted, not compared.
     Raises ValueError without inputs, for a strength that is not finite, and for LoRAs of different base models.
     """
-    if not inputs:
-        raise ValueError("there is nothing to compare: give at least one LoRA")
-    for lora, strength in inputs:
-        if not math.isfinite(strength):
-            raise ValueError(f"{lora.source}: strength is {strength}, but it has to be a finite number")
-    if not 0 < energy <= 1:
-        raise ValueError(f"energy is {energy}; it must be above 0 and at most 1.")
+    _check(inputs, energy)
     loras = unify([lora for lora, _ in inputs])
     strengths = tuple(float(strength) for _, strength in inputs)
     order = dict.fromkeys([name for lora in loras for name in (*lora.modules, *(module for module, _ in lora.diffs))])
@@ -77,6 +72,28 @@ def compare(
         products += dots
         if progress is not None:
             progress(len(modules), len(wanted))
+    return _together(loras, strengths, modules, curve, products, energy)
+
+
+def _check(inputs: Sequence[tuple[Lora, float]], energy: float) -> None:
+    if not inputs:
+        raise ValueError("there is nothing to compare: give at least one LoRA")
+    for lora, strength in inputs:
+        if not math.isfinite(strength):
+            raise ValueError(f"{lora.source}: strength is {strength}, but it has to be a finite number")
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy is {energy}; it must be above 0 and at most 1.")
+
+
+def _together(
+    loras: Sequence[Lora],
+    strengths: Sequence[float],
+    modules: Sequence[Module],
+    curve: Curve,
+    products: Tensor,
+    energy: float,
+) -> Comparison:
+    """The figures of blocks, of all modules together, and of each input."""
     fused = fused_with_slices(loras)
     blocks = dict.fromkeys(sorted({module.block for module in modules}, key=_in_order))
     return Comparison(
@@ -94,7 +111,7 @@ def compare(
 
 
 def _has(lora: Lora, module: str) -> bool:
-    return module in lora.modules or any((module, part) in lora.diffs for part in ("diff", "w_norm"))
+    return module in lora.modules or any((module, part) in lora.diffs for part in WEIGHT_PARTS)
 
 
 def _factors(lora: Lora, module: str) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -109,7 +126,7 @@ def _factors(lora: Lora, module: str) -> tuple[Tensor, Tensor, Tensor] | None:
         ups.append(up)
         downs.append(down)
         scales.append(torch.full((up.shape[1],), layer.scale))
-    for part in ("diff", "w_norm"):
+    for part in WEIGHT_PARTS:
         if (module, part) in lora.diffs:
             diff = lora.diffs[module, part].detach().to(torch.float32)
             up, down = whole_factors(diff.reshape(diff.shape[0] if diff.ndim else 1, -1))
@@ -132,7 +149,16 @@ def _own(up: Tensor, down: Tensor, share: float) -> Own:
     effective = int((values > _ZERO**2 * values[0]).sum())
     held = values.cumsum(0)
     leading = int((held < share * (1 - 1e-9) * held[-1]).sum()) + 1
-    return Own(up, down, values, inner, vectors.flip(1), effective, min(leading, effective), float(held[-1]))
+    return Own(
+        up=up,
+        down=down,
+        values=values,
+        inner=inner,
+        vectors=vectors.flip(1),
+        effective=effective,
+        leading=min(leading, effective),
+        energy=float(held[-1]),
+    )
 
 
 def _module(
@@ -162,10 +188,10 @@ def _module(
             sign = math.copysign(1.0, strengths[i]) * math.copysign(1.0, strengths[j])
             pairs.append(_pair((i, j), owns[i], owns[j], sign * float(dots[i, j]), (rows, columns)))
 
-    is_dense = any((name, part) in lora.diffs for lora in loras for part in ("diff", "w_norm"))
+    is_dense = any((name, part) in lora.diffs for lora in loras for part in WEIGHT_PARTS)
     counted = sum(rank for index, rank in zip(found, ranks, strict=True) if strengths[index])
     curve = curve_of(owns, strengths, (rows, columns), counted, is_dense)
-    figures = Module(
+    compared = Module(
         name=name,
         block=block,
         shape=(rows, columns),
@@ -173,7 +199,7 @@ def _module(
         energy=float(curve.kept[0, -1]),
         pairs=tuple(pairs),
     )
-    return figures, curve, dots
+    return compared, curve, dots
 
 
 def _part(lora: Lora, module: str, own: Own, rank: int) -> Part:
@@ -209,7 +235,7 @@ def _pair(which: tuple[int, int], first: Own, second: Own, dot: float, shape: tu
     first_led = float((first.core @ second.right[:, : second.leading]).square().sum())
     second_led = float((second.core @ first.right[:, : first.leading]).square().sum())
     return Pair(
-        which,
+        which=which,
         shared=1,
         dot=dot,
         norms=math.sqrt(first.energy * second.energy),
@@ -238,9 +264,9 @@ def _group(name: str, modules: Sequence[Module], inputs: int) -> Group:
 
 
 def _summed(pairs: Sequence[Pair], first: float, second: float) -> Pair:
-    """Of a whole group, where the two have energies `first` and `second`, modules that only one has included."""
+    """Sum of the pairs of a group. first, second: the inputs' energies over all its modules, shared or not."""
     return Pair(
-        pairs[0].which,
+        which=pairs[0].which,
         shared=sum(pair.shared for pair in pairs),
         dot=sum(pair.dot for pair in pairs),
         norms=math.sqrt(first * second),
@@ -265,7 +291,7 @@ def _facts(index: int, loras: Sequence[Lora], modules: Sequence[Module], strengt
         zero=tuple(m.name for m, part in own if part.energy == 0),
         deficient=tuple(m.name for m, part in own if part.deficient),
         settings=tuple((*setting, count) for setting, count in sorted(settings.items(), key=lambda item: -item[1])),
-        biases=sum(part in ("diff_b", "b_norm") for _, part in lora.diffs),
+        biases=sum(part in BIAS_PARTS for _, part in lora.diffs),
         carried=tuple(sorted(Counter(update.kind for update in lora.carried.values()).items())),
         values=lora.parameters,
     )

@@ -41,13 +41,13 @@ class Measure:
 
     @classmethod
     def total(cls, measures: Iterable[Measure], whole: float | None = None) -> Measure:
-        """Of several modules, which are independent of one another. whole: if it is more than theirs together."""
+        """Sum of measures over modules, assumed independent: variances add. whole: if it is more than theirs together."""
         every = list(measures)
         return cls(
-            sum(one.found for one in every),
-            sum(one.expected for one in every),
-            sum(one.variance for one in every),
-            sum(one.whole for one in every) if whole is None else whole,
+            found=sum(one.found for one in every),
+            expected=sum(one.expected for one in every),
+            variance=sum(one.variance for one in every),
+            whole=sum(one.whole for one in every) if whole is None else whole,
         )
 
 
@@ -85,7 +85,7 @@ def _trace_variance(first: int, second: int, width: int) -> float:
     return spread / (width**2 * (width - 1) * (width + 2))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """One LoRA in one module. rank: of the factors.   effective: number of singular values that are not 0.
     alpha: None if the file has none.   scale: alpha / rank.   energy: squared norm at strength 1, scale included.
@@ -101,7 +101,7 @@ class Part:
     deficient: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pair:
     """Two inputs in a module or a group. which: their numbers from 0, the smaller first.   shared: modules both have.
 
@@ -132,7 +132,7 @@ class Pair:
         return math.sqrt(self.dot_variance) / self.norms if self.norms > 0 else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Module:
     """name: canonical.   block: part and block of the model.   shape: (out, in * kernel).   parts: of each input, None
     where it has no such module.   energy: squared norm of the weighted sum.
@@ -146,7 +146,7 @@ class Module:
     pairs: tuple[Pair, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """Several modules together. energies: of each input at strength 1.   energy: of the weighted sum."""
 
@@ -157,7 +157,7 @@ class Group:
     pairs: tuple[Pair, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Input:
     """settings: (kind, rank, alpha, scale, number of modules), the commonest first.   biases: differences of biases,
     carried: (kind, number) of updates that depend on the weight; neither is compared.   values: numbers in the file.
@@ -176,7 +176,7 @@ class Input:
     values: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """products: inner products of all inputs at strength 1.   leading_energy: what "leading" means, see compare().
 
@@ -212,7 +212,7 @@ class Comparison:
         return len(self.numbers) - 1
 
     def norm(self, index: int, group: Group | None = None) -> float:
-        """Of one input with its strength."""
+        """Frobenius norm of strength * update of one input, in `group` or over all modules."""
         return abs(self.inputs[index].strength) * math.sqrt((group or self.whole).energies[index])
 
     def growth(self, group: Group | None = None) -> float:

@@ -13,7 +13,7 @@ from ..algebra.core_space import CoreSpace
 from ..algebra.lowrank import directions_in
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Own:
     """One update in the common small space. up: (p, r), down: (q, r), float64, the update's columns of R_u and R_d, scales
     in up.   values: its squared singular values, descending.   inner @ vectors: the right ones, (q, r) @ (r, r).
@@ -47,7 +47,10 @@ class Own:
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """Against the rank of a cut. kept: (1 + inputs, ranks + 1) energies; numbers: (ranks + 1,) values in the file."""
+    """Kept energy and file size as functions of the rank r = 0..R of a cut.
+
+    kept: (1 + inputs, R + 1) energies, of the sum and of each input.   numbers: (R + 1,) values in the file.
+    """
 
     kept: Tensor
     numbers: Tensor

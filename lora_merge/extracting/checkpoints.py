@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files.header import check_header
-from ..files.tensor_file import NAMES, tensor_file
+from ..disk.header import check_header
+from ..disk.tensor_file import NAMES, tensor_file
 from ..naming import names
 from .extract import NAMELESS, Weights
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ..algebra.precision import is_finite
 from ..files.lora import Lora
-from ..files.metadata import ARCHITECTURE
 from ..keywords import named
+from ..metadata.fields import ARCHITECTURE
 from ..naming import names, unet
 from ..naming.unet import infer_layout
 from ..recognise.identity import architecture_of
@@ -20,14 +20,16 @@ from ..updates.layer import Layer, shaped
 
 # Name of a weight as its module is spelt, with ".weight" or ".bias"; the weight of the tuned model; that of the base.
 Weights = tuple[str, Tensor, Tensor]
+Device = Callable[[Tensor], str | torch.device] | str | torch.device
 # Ends a name for which LoRA files have none.
 NAMELESS = " (no LoRA name)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Extraction:
     """What became of every weight. modules: with a LoRA.   vectors: biases and norms, kept whole.
-    equal: weights that do not differ.   other: names of differing parameters that no LoRA format has a place for.
+    equal: weights that do not differ.   other: names of differing parameters that are not extracted: of no module's
+        weight or bias, or no floating point.   unwanted: names of differing biases and norms, left out on request.
     ranks: smallest and largest, None without modules.   error: relative, of all weights with a LoRA together, 0..1,
         measured on the float32 factors.   energy: squared norm of the difference in those weights.
     """
@@ -39,6 +41,7 @@ class Extraction:
     ranks: tuple[int, int] | None
     error: float
     energy: float
+    unwanted: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """A few lines for people."""
@@ -56,11 +59,18 @@ class Extraction:
             lines.append(f"{self.vectors} biases and norms differ and are kept whole.")
         if self.equal:
             lines.append(f"{self.equal} weights do not differ and are left out.")
+        if self.unwanted:
+            lines.append(f"Left out, as asked: {_counted(self.unwanted, 'biases and norms')}.")
         if self.other:
             lines.append(
-                f"Left out, no LoRA has a place for them: {len(self.other)} parameters ({self.other[0]}, ...)."
+                "Left out, since only weights and biases under the names of LoRA files are extracted: "
+                f"{_counted(self.other, 'parameters')}."
             )
         return "\n".join(lines)
+
+
+def _counted(names: Sequence[str], what: str) -> str:
+    return f"{len(names)} {what} ({names[0]}{', ...' if len(names) > 1 else ''})"
 
 
 @named
@@ -70,7 +80,7 @@ def extract(
     rank: int = 64,
     keep: float = 1.0,
     source: str = "extracted",
-    device: Callable[[Tensor], str | torch.device] | str | torch.device = "cpu",
+    device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
     vectors: bool = True,
 ) -> tuple[Lora, Extraction]:
@@ -78,8 +88,9 @@ def extract(
 
     weights: (name, tuned, base) one after the other; only one pair is held at a time. name: the module as a LoRA file
         spells it (lora_unet_..., diffusion_model.x.y, lora_te_...), with ".weight" or ".bias" at its end. Matrices and
-        convolutions become low-rank updates, vectors whole differences; other names are listed in the account. 8-bit
-        floats and signed integers count as the numbers that they are.
+        convolutions become low-rank updates, vectors whole differences. Other parameters are listed in the account: a
+        file could hold their differences, but most loaders would not find them. 8-bit floats and signed integers count
+        as the numbers that they are.
     rank: the largest of any module, 1 or more.   keep: (0, 1], stop at the smallest rank that holds this share of a
         module's energy (squared norm).
     device: where to compute, or what tells it for each difference; one without float64 passes work to the CPU.
@@ -92,47 +103,83 @@ def extract(
         raise ValueError(f"rank is {rank}, but the smallest rank is 1")
     if not 0 < keep <= 1:
         raise ValueError(f"keep is {keep:g}; it is a share of the energy, above 0 and at most 1.")
-    layers: dict[str, Layer] = {}
-    diffs: dict[tuple[str, str], Tensor] = {}
-    equal, other, energy, lost = 0, [], 0.0, 0.0
+    found = _Found(rank=rank, keep=keep, device=device, dtype=dtype, vectors=vectors)
     for name, tuned, base in weights:
+        found.add(name, tuned, base)
+    _as_norms(found.diffs)
+    return _lora(found.layers, found.diffs, source), found.account()
+
+
+@dataclass(eq=False, kw_only=True)
+class _Found:
+    """What the weights so far came to. rank to vectors: those of `extract`.   energy, lost: of the low-rank updates."""
+
+    rank: int
+    keep: float
+    device: Device
+    dtype: torch.dtype
+    vectors: bool
+    layers: dict[str, Layer] = field(default_factory=dict)
+    diffs: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    equal: int = 0
+    other: list[str] = field(default_factory=list)
+    unwanted: list[str] = field(default_factory=list)
+    energy: float = 0.0
+    lost: float = 0.0
+
+    def add(self, name: str, tuned: Tensor, base: Tensor) -> None:
         if tuned.shape != base.shape:
             raise ValueError(
                 f"{name}: the tuned model has {tuple(tuned.shape)}, the base {tuple(base.shape)}. "
                 "The two models are not of one family."
             )
         tuned, base = _plain(tuned), _plain(base)
-        module, dot, part = name.rpartition(".")
         if tuned is base or torch.equal(tuned, base):
-            equal += 1
-        elif part not in ("weight", "bias") or not dot or tuned.ndim == 0 or not tuned.is_floating_point():
-            other.append(name)
-        elif tuned.ndim == 1 and not vectors:
-            other.append(name)
+            self.equal += 1
+        elif not _is_of_module(name, tuned):
+            self.other.append(name)
+        elif tuned.ndim == 1 and not self.vectors:
+            self.unwanted.append(name)
         elif tuned.ndim == 1:
-            diff = (tuned.double() - base.double()).to("cpu", dtype)
-            _check(name, diff)
-            diffs[module, "diff_b" if part == "bias" else "w_norm"] = diff
+            self._add_vector(name, tuned, base)
         else:
-            found = _best(name, tuned, base, rank, keep, device)
-            if found is None:
-                equal += 1
-                continue
-            up, down, whole, missed = found
-            layers[module] = shaped(up.to("cpu", dtype), down.to("cpu", dtype), tuple(tuned.shape))
-            energy, lost = energy + whole, lost + missed
-    _as_norms(diffs)
-    ranks = [layer.rank for layer in layers.values()]
-    account = Extraction(
-        modules=len(layers),
-        vectors=len(diffs),
-        equal=equal,
-        other=tuple(other),
-        ranks=(min(ranks), max(ranks)) if ranks else None,
-        error=math.sqrt(lost / energy) if energy > 0 else 0.0,
-        energy=energy,
-    )
-    return _lora(layers, diffs, source), account
+            self._add_matrix(name, tuned, base)
+
+    def _add_vector(self, name: str, tuned: Tensor, base: Tensor) -> None:
+        diff = (tuned.double() - base.double()).to("cpu", self.dtype)
+        _check(name, diff)
+        module, _, part = name.rpartition(".")
+        self.diffs[module, "diff_b" if part == "bias" else "w_norm"] = diff
+
+    def _add_matrix(self, name: str, tuned: Tensor, base: Tensor) -> None:
+        best = _best(name, tuned, base, self.rank, self.keep, self.device)
+        if best is None:
+            self.equal += 1
+            return
+        up, down, whole, missed = best
+        layer = shaped(up.to("cpu", self.dtype), down.to("cpu", self.dtype), tuple(tuned.shape))
+        self.layers[name.rpartition(".")[0]] = layer
+        self.energy += whole
+        self.lost += missed
+
+    def account(self) -> Extraction:
+        ranks = [layer.rank for layer in self.layers.values()]
+        return Extraction(
+            modules=len(self.layers),
+            vectors=len(self.diffs),
+            equal=self.equal,
+            other=tuple(self.other),
+            ranks=(min(ranks), max(ranks)) if ranks else None,
+            error=math.sqrt(self.lost / self.energy) if self.energy > 0 else 0.0,
+            energy=self.energy,
+            unwanted=tuple(self.unwanted),
+        )
+
+
+def _is_of_module(name: str, weight: Tensor) -> bool:
+    """Whether it is the weight or bias of a module, in floating point."""
+    _, dot, part = name.rpartition(".")
+    return part in ("weight", "bias") and bool(dot) and weight.ndim > 0 and weight.is_floating_point()
 
 
 def _plain(weight: Tensor) -> Tensor:
@@ -141,14 +188,14 @@ def _plain(weight: Tensor) -> Tensor:
 
 
 def _best(
-    name: str, tuned: Tensor, base: Tensor, rank: int, keep: float, device: object
+    name: str, tuned: Tensor, base: Tensor, rank: int, keep: float, device: Device
 ) -> tuple[Tensor, Tensor, float, float] | None:
     """(out, r), (r, in * kernel) float32, the difference's energy, and that of what is missed; None for no difference.
 
     The nearest of its rank (Eckart and Young 1936), from the eigenvectors of the smaller of D D^T and D^T D in float64:
     good to 1e-8 of the largest singular value, which float32 factors cannot tell from exact, in a tenth of an SVD's time.
     """
-    where = torch.device(device(tuned) if callable(device) else device)  # type: ignore[arg-type]
+    where = torch.device(device(tuned) if callable(device) else device)
     if where.type == "mps":  # no float64 there
         where = torch.device("cpu")
     diff = tuned.to(where, torch.float64, copy=True).flatten(1)
@@ -188,7 +235,7 @@ def _check(name: str, diff: Tensor) -> None:
 
 
 def _as_norms(diffs: dict[tuple[str, str], Tensor]) -> None:
-    """The bias of a norm goes with its weight."""
+    """Renames diff_b to b_norm beside a w_norm, as LyCORIS pairs them."""
     for module, part in list(diffs):
         if part == "diff_b" and (module, "w_norm") in diffs:
             diffs[module, "b_norm"] = diffs.pop((module, part))

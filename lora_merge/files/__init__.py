@@ -1,1 +1,1 @@
-"""LoRA files: header, tensors, keys, metadata; read with every doubt named, written whole or not at all."""
+"""LoRA files: keys, updates under canonical names, and the way back to a file that every loader reads."""

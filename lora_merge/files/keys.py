@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ..updates.parts import BIAS_PARTS, DIFF_PARTS
+from ..updates.build import PARTS
+from ..updates.parts import BIAS_PARTS, DIFF_PARTS, WEIGHT_PARTS
 
-__all__ = ["BIAS_PARTS", "DIFF_PARTS", "UNKNOWN", "parse", "suffix", "unread_format", "unread_text"]
+__all__ = ["BIAS_PARTS", "DIFF_PARTS", "UNKNOWN", "WEIGHT_PARTS", "parse", "suffix", "unread_format", "unread_text"]
 
 # Spellings of LoRA's factors. "up" and "B" are the (out, rank) factor, "down" and "A" the (rank, in) one.
 _FACTORS = (
@@ -33,11 +34,8 @@ _SUFFIXES = {
     "b2": ".b2.weight",
     "bundle": "",  # each of its keys is a module of its own
 }
-# Parts that have one spelling.
-_NATIVE = re.compile(
-    r"hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|oft_blocks|rescale|dora_scale|set_weight"
-    r"|reshape_weight|diff|diff_b|w_norm|b_norm"
-)
+# Parts that stand at the end of a key by their own name.
+_NATIVE = PARTS - _SUFFIXES.keys() - {"magnitude"}
 _GLORA = re.compile(r"(.+)\.([ab][12])\.weight")
 
 _UNREAD = (
@@ -61,7 +59,7 @@ def parse(key: str) -> tuple[str, str] | None:
     """
     # By the end of the key: each pattern costs as much as the module's name is long.
     module, _, end = key.rpartition(".")
-    if _NATIVE.fullmatch(end):
+    if end in _NATIVE:
         return (module, end) if module and "\n" not in module else None
     for pattern in _FACTORS:
         if match := pattern.fullmatch(key):

@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from ..algebra.threads import on_one_core
+from ..disk import json_text
+from ..disk.header import check_header
+from ..disk.overwriting import Overwrite, guard
+from ..disk.tensor_file import read, write
+from ..disk.whole import check_place, write_whole
 from ..keywords import named
-from . import json_text
-from . import metadata as about_file
+from ..metadata import fields
+from ..metadata.adapter_config import CONFIG_KEY, misfit, of_config
 from .dtypes import DTYPES
-from .header import check_header
 from .lora import FORMATS, Format, Lora
-from .overwriting import Overwrite, guard
+from .new_metadata import for_file
 from .readable import check_readable
-from .remarks import CONFIG_KEY, misfit, of_config
-from .tensor_file import read, write
-from .whole import check_place, write_whole
 
 # As PEFT itself names them; the scale is nowhere in such a file.
 _PEFT = re.compile(r"base_model\.model\.(.+)\.lora_A(?:\.[^.]+)?\.weight")
@@ -76,14 +77,14 @@ def save(
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}, but it has to be one of {', '.join(FORMATS)}")
     check_output(path, overwrite)
-    wanted = about_file.given(metadata)
-    lora = replace(lora, metadata=about_file.changed(lora.metadata, wanted))
+    wanted = fields.given(metadata)
+    lora = replace(lora, metadata=fields.changed(lora.metadata, wanted))
     # Nobody else sees these tensors, so what needs no conversion needs no copy.
     tensors = on_one_core(lambda: lora.to_state_dict(dtype, format=format, copy=False))
-    notes = about_file.for_file(lora, path.stem, format)
+    notes = for_file(lora, path.stem, format)
     check_readable(lora, tensors, notes, _peft_config(path, tensors))
     try:
-        about_file.check(notes)
+        fields.check(notes)
         write_whole(path, lambda file: write(file, tensors, notes, hashed=True), guard(overwrite, _is_ours))
     except ValueError as error:
         raise ValueError(f"{lora.source}: {error}") from None
@@ -98,7 +99,7 @@ def check_output(path: Path, overwrite: Overwrite) -> None:
 
 def _is_ours(path: Path) -> bool:
     try:
-        return about_file.is_ours(check_header(path).metadata)
+        return fields.is_ours(check_header(path).metadata)
     except ValueError:
         return False
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ..algebra.precision import COARSE, cast, cast_part, rounding
+from ..metadata.adapter_config import noted
 from ..naming import names
+from ..naming.aliases import sites
 from ..naming.unet import infer_layout
 from ..updates.layer import Layer, LoraLayer
 from ..updates.weight_dependent import Carried
-from .keys import BIAS_PARTS, DIFF_PARTS, suffix
+from .keys import BIAS_PARTS, DIFF_PARTS, WEIGHT_PARTS, suffix
 from .reading import KeyAccount, read
-from .remarks import noted
 from .twice import Named, named
 
 Format = Literal["kohya", "diffusers"]
@@ -77,14 +78,14 @@ class Lora:
         """
         found = read(state_dict, metadata or {}, source)
         return cls(
-            found.modules,
-            found.diffs,
-            found.spellings,
-            noted(metadata or {}, state_dict),
-            source,
-            found.carried,
-            found.keys,
-            found.unread,
+            modules=found.modules,
+            diffs=found.diffs,
+            spellings=found.spellings,
+            metadata=noted(metadata or {}, state_dict),
+            source=source,
+            carried=found.carried,
+            keys=found.keys,
+            unread=found.unread,
         )
 
     @property
@@ -123,6 +124,10 @@ class Lora:
         name = names.canonical(spelled, infer_layout(names.unet_bodies([*self.spellings.values(), spelled])))
         if name in self.spellings:
             return name
+        # One weight in another naming of its family.
+        meant = [known for known in self.spellings if not sites(known).isdisjoint(sites(name))]
+        if len(meant) == 1:
+            return meant[0]
         raise KeyError(f"{self.source} has no module {module!r}; it has {len(self.spellings)} others")
 
     def delta(self, module: str) -> Tensor:
@@ -136,7 +141,7 @@ class Lora:
             raise ValueError(f"{self.source}: {module} is {kind}, whose update depends on the weight it changes")
         if module in self.modules:
             return self.modules[module].delta()
-        for part in ("diff", "w_norm"):
+        for part in WEIGHT_PARTS:
             if (module, part) in self.diffs:
                 return self.diffs[module, part].detach().to(torch.float32, copy=True)
         raise KeyError(f"{self.source} changes the bias of {module!r} only, not its weight")

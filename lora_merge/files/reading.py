@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.precision import all_finite, is_finite
+from ..metadata.adapter_scales import AdapterScales
 from ..naming import names
 from ..naming.unet import infer_layout
 from ..updates.build import build, idle, ignores_alpha, is_carried, problem
@@ -16,7 +17,6 @@ from ..updates.layer import Layer
 from ..updates.weight_dependent import Carried
 from . import dialects, keys
 from .keys import DIFF_PARTS
-from .peft import AdapterScales
 from .twice import named, pairs_text, twice
 
 _NUMBERS = ("alpha", "reshape_weight")
@@ -38,7 +38,7 @@ class KeyAccount:
     unread: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Contents:
     """What `read` finds; the fields are those of Lora."""
 

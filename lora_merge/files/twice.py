@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import prod
@@ -10,6 +10,7 @@ from math import prod
 from torch import Tensor
 
 from ..naming import aliases
+from ..naming.families import family_of
 from ..updates.layer import Layer, meeting_shape
 from ..updates.weight_dependent import BUNDLED, Carried
 from .keys import BIAS_PARTS
@@ -74,9 +75,11 @@ def twice(updates: Sequence[Named]) -> list[Pair]:
 
 
 def _sharing_a_site(updates: Iterable[Named]) -> Iterator[Pair]:
+    updates = list(updates)
+    sites_of = _sites_of(updates)
     by_site: dict[str, list[Named]] = {}
     for one in updates:
-        for site in aliases.sites(one.canonical):
+        for site in sites_of(one):
             # A bias is the update beside a weight's, or a parameter of its own name.
             by_site.setdefault(f"{site}_bias" if one.is_bias else site, []).append(one)
     for those in by_site.values():
@@ -85,6 +88,22 @@ def _sharing_a_site(updates: Iterable[Named]) -> Iterator[Pair]:
                 other = (first.canonical, first.is_bias) != (second.canonical, second.is_bias)
                 if other and _may_meet(first.shape, second.shape):
                     yield first, second
+
+
+def _sites_of(updates: Sequence[Named]) -> Callable[[Named], Iterable[str]]:
+    """What gives every name that an update's module may have in its model's own naming: one, if the family is known."""
+    owners: dict[int, list[str]] = {}
+    for one in updates:
+        owners.setdefault(one.owner, []).append(one.canonical)
+    family = family_of(owners.values())
+    if family is None:
+        return lambda one: aliases.sites(one.canonical)
+
+    def own(one: Named) -> list[str]:
+        turned = family.turn(one.canonical, one.shape) if one.shape else None
+        return [turned or family.own(one.canonical) or one.canonical]
+
+    return own
 
 
 def slices(updates: Iterable[Named]) -> list[Pair]:

@@ -1,1 +1,1 @@
-"""Merging: options, alignment of the inputs, module by module, the account and its report."""
+"""Merging whole LoRAs: plan, compute, outcome; the report, and the recipe by which a file is made again."""

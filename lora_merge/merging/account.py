@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from ..files.hashes import stated
+from ..disk.hashes import stated
 from ..files.lora import too_small
 from ..methods.table import METHODS, Parameter
-from .options import MergeOptions
+from ..one_module.tally import Tally
+from ..settings.options import MergeOptions
 from .plan import Plan
-from .tally import Tally
 
 # An effect below these is worth a warning: for the protected LoRA, and for any other.
 _AS_IT_IS, _HALF = 0.99, 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """One input's part in a merge.
 
@@ -56,7 +56,7 @@ class Source:
     weights: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Account:
     """What a merge did.
 
@@ -104,7 +104,7 @@ def account_of(plan: Plan, tally: Tally, sha256: Sequence[str | None]) -> Accoun
 
 
 def _source(plan: Plan, tally: Tally, index: int, effect: float | None, sha256: str | None) -> Source:
-    lora, blocks, passing = plan.loras[index], plan.strengths.blocks[index], plan.passing
+    lora, blocks, passthrough = plan.loras[index], plan.strengths.blocks[index], plan.passthrough
     others = {module for other in [*plan.loras[:index], *plan.loras[index + 1 :]] for module in other.spellings}
     ranks = [layer.rank for layer in lora.modules.values()]
     alphas = [layer.written_alpha for layer in lora.modules.values()]
@@ -118,9 +118,9 @@ def _source(plan: Plan, tally: Tally, index: int, effect: float | None, sha256: 
         ranks=(min(ranks), max(ranks)) if ranks else None,
         alphas=(min(alphas), max(alphas)) if alphas else None,
         retention=_retention(plan.options, tally, index),
-        merged=len(lora.spellings) - passing.passed_from(index) - passing.refused_from(index),
-        passed_through=passing.passed_from(index),
-        refused=passing.refused_from(index),
+        merged=len(lora.spellings) - passthrough.passed_from(index) - passthrough.refused_from(index),
+        passed_through=passthrough.passed_from(index),
+        refused=passthrough.refused_from(index),
         effect=effect,
         stepped_aside=tally.after[index] / before if before > 0 else 1.0,
         protected=plan.options.protect == index,

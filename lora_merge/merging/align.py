@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from ..files.keys import unread_text
 from ..files.lora import Lora
-from ..files.remarks import peft_remarks
 from ..files.twice import Named, Pair, pairs_text, slices, twice, undecided
+from ..metadata.adapter_config import peft_remarks
 from ..naming import names, unet
 from ..naming.unet import Layout
 from ..updates.layer import meeting_shape
-from .one_naming import in_own_naming
+from .one_naming import are_read, in_own_naming
 
 
 def unify(loras: Sequence[Lora]) -> list[Lora]:
@@ -42,12 +42,14 @@ def unify(loras: Sequence[Lora]) -> list[Lora]:
 
 
 def _in_one_naming(loras: list[Lora]) -> list[Lora]:
-    """The LoRAs, translated into the naming of their model where they name one weight differently and all is known.
+    """The LoRAs, translated into the naming of their model where they name one weight differently, as a whole and in
+    slices, or as ComfyUI does not read it, and all is known.
 
     Raises ValueError if two still name one weight differently, or may do so.
     """
-    if twice(_updates(loras)) and (same := in_own_naming(loras)) is not None:
-        if not twice(_updates(same)) and not _clashes(same):
+    updates = _updates(loras)
+    if twice(updates) or slices(updates) or not are_read(loras):
+        if (same := in_own_naming(loras)) is not None and not twice(_updates(same)) and not _clashes(same):
             loras = same
     _check_one_naming(loras)
     return loras

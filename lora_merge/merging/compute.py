@@ -13,15 +13,16 @@ from torch import Tensor
 from ..algebra.precision import cast_part, rounding
 from ..algebra.ranks import alike
 from ..algebra.threads import in_order
+from ..files.keys import WEIGHT_PARTS
 from ..files.lora import Lora
+from ..metadata.inherit import size_of
+from ..one_module.differences import Diffs, bias_sums
+from ..one_module.module import ModuleMerger
+from ..one_module.tally import Finished, Tally
+from ..one_module.unshared import allocate_around
 from ..updates.layer import Layer, LoraLayer
-from .differences import Diffs, bias_sums
-from .inherit import size_of
-from .module import Engine
 from .plan import Plan
 from .sizes import numbers_within
-from .tally import Finished, Tally
-from .unshared import allocate_around
 
 Progress = Callable[[int, int], None]
 
@@ -38,13 +39,13 @@ class Computed:
 def compute(plan: Plan, *, threads: int, device: torch.device, progress: Progress | None = None) -> Computed:
     """What the plan makes of every module, on the CPU, the same for any number of threads."""
     steps = _Steps(progress, len(plan.modules))
-    engine = Engine(plan.loras, plan.strengths, plan.options, plan.whole, device)
+    merger = ModuleMerger(plan.loras, plan.strengths, plan.options, plan.whole, device)
     tally = Tally(len(plan.loras))
     biases = _biases(plan, tally)
-    ranks = _allocated(plan, engine, biases, threads, steps)
+    ranks = _allocated(plan, merger, biases, threads, steps)
 
     def finish(module: str) -> Finished:
-        return engine.finish(module, ranks.get(module, plan.options.rank))
+        return merger.finish(module, ranks.get(module, plan.options.rank))
 
     layers: dict[str, Layer] = {}
     diffs: Diffs = {}
@@ -62,7 +63,7 @@ def compute(plan: Plan, *, threads: int, device: torch.device, progress: Progres
 
 def _biases(plan: Plan, tally: Tally) -> Diffs:
     """Sums of all bias differences in the result's dtype; what rounding costs them goes to the tally."""
-    norms = {module for module in plan.whole if module not in plan.passing.updates and _is_norm(plan.loras, module)}
+    norms = {module for module in plan.whole if module not in plan.passthrough.updates and _is_norm(plan.loras, module)}
     sums = bias_sums(plan.loras, plan.strengths, norms)
     biases = {key: cast_part(diff, plan.options.out_dtype, copy=False) for key, diff in sums.items()}
     for key, diff in biases.items():
@@ -72,11 +73,11 @@ def _biases(plan: Plan, tally: Tally) -> Diffs:
 
 def _is_norm(loras: Sequence[Lora], module: str) -> bool:
     """Whether the weight's difference is a norm's everywhere."""
-    parts = {part for lora in loras for part in ("diff", "w_norm") if (module, part) in lora.diffs}
+    parts = {part for lora in loras for part in WEIGHT_PARTS if (module, part) in lora.diffs}
     return parts == {"w_norm"} and not any(module in lora.modules for lora in loras)
 
 
-def _allocated(plan: Plan, engine: Engine, biases: Diffs, threads: int, steps: _Steps) -> dict[str, int]:
+def _allocated(plan: Plan, merger: ModuleMerger, biases: Diffs, threads: int, steps: _Steps) -> dict[str, int]:
     """The first of two passes, where ranks are shared out: by what each would keep. Directions are computed anew in the second, since keeping
     those of all modules would take as much memory as the inputs in float32."""
     options = plan.options
@@ -84,17 +85,17 @@ def _allocated(plan: Plan, engine: Engine, biases: Diffs, threads: int, steps: _
         return {}
     modules = [module for module in plan.modules if module not in plan.whole]
     parameters = numbers_within(
-        options, plan.loras, plan.modules, plan.passing.updates, plan.spellings, biases, size_of(plan.metadata)
+        options, plan.loras, plan.modules, plan.passthrough.updates, plan.spellings, biases, size_of(plan.metadata)
     )
     steps.more(len(modules))
     prospects = {}
-    with closing(in_order(engine.prospect, modules, threads)) as results:
+    with closing(in_order(merger.prospect, modules, threads)) as results:
         for module, prospect in zip(modules, results, strict=True):
             prospects[module] = prospect
             steps.done()
     if options.balanced:
         prospects = alike(prospects)
-    whole = {module: layer for module in modules if (layer := engine.unshared(module)) is not None}
+    whole = {module: layer for module in modules if (layer := merger.unshared(module)) is not None}
     return allocate_around(whole, prospects, keep=options.keep, retain=options.retain, parameters=parameters)
 
 

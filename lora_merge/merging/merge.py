@@ -12,15 +12,15 @@ from dataclasses import replace
 import torch
 
 from ..files.lora import Lora
-from ..files.metadata import MERGED_FROM, changed, is_computed, is_name
 from ..keywords import named
+from ..metadata.fields import MERGED_FROM, changed, is_computed, is_name
+from ..metadata.inherit import is_picture
+from ..settings.options import MergeOptions, Protect
+from ..settings.strengths import Blocks
 from .account import Account, Source
 from .compute import Progress, compute
-from .inherit import is_picture
-from .options import MergeOptions, Protect
 from .outcome import outcome
 from .plan import Input, plan
-from .strengths import Blocks
 
 __all__ = ["Account", "Input", "Progress", "Source", "merge", "merge_with_account", "resize", "resize_with_account"]
 

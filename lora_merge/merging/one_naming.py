@@ -1,9 +1,9 @@
-"""LoRAs of one model in two namings, brought into the model's own: where a family's tables say what is what, exactly."""
+"""LoRAs of one model in several namings, brought into the model's own: where a family's tables say what is what, exactly."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -11,56 +11,132 @@ from torch import Tensor
 
 from ..files.lora import Lora
 from ..naming.aliases import text_encoder
-from ..naming.families import family_of
-from ..naming.family import Family, Rows
+from ..naming.families import family_of, written
+from ..naming.family import Family, Part, Rows
 from ..updates.layer import Layer, LoraLayer, is_safe
 
 Place = tuple[str, Rows]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _New:
+    """What becomes of one LoRA's modules: their names, and which of them change with their halves the other way about."""
+
+    names: Mapping[str, str]
+    turned: frozenset[str]
+
+
+def family_of_loras(loras: Iterable[Lora]) -> Family | None:
+    """The one family that each LoRA, as far as it changes the model at all, is recognised as of."""
+    return family_of(filter(None, map(_of_model, loras)))
+
+
+def are_read(loras: Iterable[Lora]) -> bool:
+    """Whether ComfyUI reads all names of the LoRAs, as far as their family is known."""
+    loras = list(loras)
+    family = family_of_loras(loras)
+    return family is None or all(family.reads(lora.spellings[name]) for lora in loras for name in _of_model(lora))
 
 
 def in_own_naming(loras: Sequence[Lora]) -> list[Lora] | None:
     """The LoRAs with the canonical names of their model's own naming, so that the same weights meet.
 
-    Slices become part of the fused weight where another LoRA changes that, and stay slices elsewhere.
-    None unless each LoRA, as far as it changes the model at all, is recognised as of one and the same family.
+    Slices become part of the fused weight where another LoRA changes that or ComfyUI has no name for them, and stay
+    slices elsewhere. All modules of the model are spelled in one naming: dotted if any of the own names had dots.
+    None unless each LoRA is recognised as of one and the same family.
     """
-    of_model = [[m for m, spelled in lora.spellings.items() if text_encoder(spelled) is None] for lora in loras]
-    family = family_of(filter(None, of_model))
+    family = family_of_loras(loras)
     if family is None:
         return None
-    names = [{module: family.own(module) or module for module in modules} for modules in of_model]
-    if any(len(set(new.values())) < len(new) for new in names):
+    new = [_new_names(lora, family) for lora in loras]
+    if any(len(set(one.names.values())) < len(one.names) for one in new):
         return None
-    # What a LoRA spells in the model's own naming is written so; the rest in kohya's format.
-    spellings: dict[str, str] = {}
-    for lora, new in zip(loras, names, strict=True):
-        for old, own in new.items():
-            if old == own:
-                spellings.setdefault(own, lora.spellings[old])
-    renamed = [_renamed(lora, new, spellings) for lora, new in zip(loras, names, strict=True)]
-    shapes = {module: layer.shape for lora in renamed for module, layer in lora.modules.items()}
-    return [_fused(lora, family, shapes, spellings) for lora in renamed]
+    named = [_renamed(lora, one) for lora, one in zip(loras, new, strict=True)]
+    shapes = {module: layer.shape for lora in named for module, layer in lora.modules.items()}
+    dots = _has_dots(loras, family)
+    return [_spelled(_fused(lora, family, shapes), family, dots) for lora in named]
 
 
-def _renamed(lora: Lora, new: Mapping[str, str], spellings: Mapping[str, str]) -> Lora:
+def _of_model(lora: Lora) -> list[str]:
+    return [module for module, spelled in lora.spellings.items() if text_encoder(spelled) is None]
+
+
+def _new_names(lora: Lora, family: Family) -> _New:
+    shapes: dict[str, set[Shape]] = {}
+    for module, _, shape in lora.shapes():
+        shapes.setdefault(module, set()).add(shape)
+    names, turned = {}, set()
+    for module in _of_model(lora):
+        own = family.own(module)
+        others = {family.turn(module, shape) for shape in shapes.get(module, ())}
+        if len(others) == 1 and (other := others.pop()) is not None:
+            # What cannot be turned keeps diffusers' name.
+            own = other if _can_turn(lora, module) else None
+            turned |= {module} if own else set()
+        names[module] = own or module
+    return _New(names, frozenset(turned))
+
+
+def _can_turn(lora: Lora, module: str) -> bool:
+    layer = lora.modules.get(module)
+    return module not in lora.carried and (layer is None or (isinstance(layer, LoraLayer) and layer.mid is None))
+
+
+def turned(values: Tensor) -> Tensor:
+    """Rows (or values) with their two halves the other way about; the same again turns them back."""
+    return torch.roll(values, values.shape[0] // 2, 0)
+
+
+def _renamed(lora: Lora, new: _New) -> Lora:
     def name(module: str) -> str:
-        return new.get(module, module)
+        return new.names.get(module, module)
+
+    def layer(module: str, layer: Layer) -> Layer:
+        return replace(layer, up=turned(layer.up)) if module in new.turned and isinstance(layer, LoraLayer) else layer
 
     return replace(
         lora,
-        modules={name(module): layer for module, layer in lora.modules.items()},
-        diffs={(name(module), part): diff for (module, part), diff in lora.diffs.items()},
-        carried={name(module): update for module, update in lora.carried.items()},
-        spellings={
-            name(module): spelled if name(module) == module else spellings.get(name(module), name(module))
-            for module, spelled in lora.spellings.items()
+        modules={name(module): layer(module, update) for module, update in lora.modules.items()},
+        diffs={
+            (name(module), part): turned(diff) if module in new.turned else diff
+            for (module, part), diff in lora.diffs.items()
         },
+        carried={name(module): update for module, update in lora.carried.items()},
+        spellings={name(module): spelled for module, spelled in lora.spellings.items()},
     )
 
 
-def _fused(lora: Lora, family: Family, shapes: Mapping[str, tuple[int, ...]], spellings: Mapping[str, str]) -> Lora:
-    """The LoRA with its slices of weights that another LoRA has whole put together. shapes: of those weights."""
-    found: dict[str, list[tuple[str, Rows]]] = {}
+def _has_dots(loras: Sequence[Lora], family: Family) -> bool:
+    """Whether a name of the model's own is written with dots anywhere, or none is written at all."""
+    own = [
+        spelled
+        for lora in loras
+        for module in _of_model(lora)
+        if (dots := family.dots(module))
+        and (spelled := lora.spellings[module]).endswith((dots, dots.replace(".", "_")))
+    ]
+    return not own or any("." in spelled for spelled in own)
+
+
+def _spelled(lora: Lora, family: Family, dots: bool) -> Lora:
+    def spelling(module: str, known: str) -> str:
+        if text_encoder(known) is not None:
+            return known
+        if module.startswith("lora_unet_") and not dots and family.dots(module) and family.reads(module):
+            return module
+        return written(family, module) or known
+
+    return replace(lora, spellings={module: spelling(module, known) for module, known in lora.spellings.items()})
+
+
+def _fused(lora: Lora, family: Family, shapes: Mapping[str, Shape]) -> Lora:
+    """The LoRA with slices put together of weights that another LoRA has whole, or that ComfyUI knows no slices of.
+
+    shapes: of all weights in the LoRAs, by their names.
+    """
+    shapes = {**_whole_shapes(lora, family), **shapes}
+    found: dict[str, list[Place]] = {}
     for module, layer in lora.modules.items():
         if (place := _place(module, layer, family, shapes)) is not None and place[0] not in lora.spellings:
             found.setdefault(place[0], []).append((module, place[1]))
@@ -70,11 +146,21 @@ def _fused(lora: Lora, family: Family, shapes: Mapping[str, tuple[int, ...]], sp
     modules: dict[str, Layer] = {module: layer for module, layer in lora.modules.items() if module not in gone}
     for whole, parts in found.items():
         modules[whole] = stacked([(rows, lora.modules[module]) for module, rows in parts], shapes[whole])
-    spelled = dict(lora.spellings) | {whole: spellings.get(whole, whole) for whole in found}
-    return replace(lora, modules=modules, spellings=spelled)
+    return replace(lora, modules=modules, spellings=dict(lora.spellings) | {whole: whole for whole in found})
 
 
-def _place(module: str, layer: Layer, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> Place | None:
+def _whole_shapes(lora: Lora, family: Family) -> dict[str, Shape]:
+    """Shapes of fused weights that are told by their slices alone, as far as ComfyUI reads none of these."""
+    slices: dict[str, dict[str, Shape]] = {}
+    for module, layer in lora.modules.items():
+        if (holders := family.fused(module)) and family.slice_name(module) is None:
+            for whole in holders:
+                slices.setdefault(whole, {})[module] = layer.shape
+    shapes = {whole: family.whole_shape(whole, known) for whole, known in slices.items()}
+    return {whole: shape for whole, shape in shapes.items() if shape is not None}
+
+
+def _place(module: str, layer: Layer, family: Family, shapes: Mapping[str, Shape]) -> Place | None:
     """The fused weight, and the rows of it, that a slice's update goes to."""
     for whole in sorted(family.fused(module)):
         shape = shapes.get(whole)
@@ -86,7 +172,7 @@ def _place(module: str, layer: Layer, family: Family, shapes: Mapping[str, tuple
     return None
 
 
-def stacked(parts: Sequence[tuple[Rows, Layer]], shape: tuple[int, ...]) -> LoraLayer:
+def stacked(parts: Sequence[tuple[Rows, Layer]], shape: Shape) -> LoraLayer:
     """The update of a fused weight that consists of updates of its slices: (out, in) of `shape`, of scale 1, float32.
 
     Ranks add up; each slice's up stands in its own rows and columns, so nothing of them mixes.
@@ -100,3 +186,12 @@ def stacked(parts: Sequence[tuple[Rows, Layer]], shape: tuple[int, ...]) -> Lora
         ups.append(column)
         downs.append(down)
     return LoraLayer(torch.cat(ups, 1), torch.cat(downs))
+
+
+def split(layer: LoraLayer, parts: Sequence[Part]) -> dict[str, LoraLayer]:
+    """The update of a weight as diffusers has it: name -> the update of those rows. parts: Family.parts of the weight.
+
+    down, alpha and rank are the same in all; up is cut by rows. Exact, in the dtype it came in.
+    """
+    return {name: replace(layer, up=torch.cat([layer.up[one.start : one.start + one.length] for one in rows]))
+            for name, rows in parts}  # fmt: skip

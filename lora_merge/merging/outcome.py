@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..files.lora import Lora
-from ..files.metadata import ARCHITECTURE, MERGED_FROM, PROVENANCE_KEY
+from ..metadata.fields import ARCHITECTURE, MERGED_FROM, PROVENANCE_KEY
 from ..naming import names
 from ..recognise.identity import architecture_of
 from .account import Account, account_of
@@ -25,7 +25,7 @@ def outcome(plan: Plan, computed: Computed, sha256: Sequence[str | None] = ()) -
         MERGED_FROM: ", ".join(lora.source for lora in plan.sharing or plan.loras),
     }
     inputs = zip(plan.loras, plan.strengths.base, strict=True)
-    passed = plan.passing.updates
+    passed = plan.passthrough.updates
     used = {*computed.layers, *passed, *(module for module, _ in computed.diffs)}
     merged = Lora(
         modules=computed.layers,

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from ..files.keys import BIAS_PARTS
 from ..files.lora import Lora
+from ..settings.strengths import Strengths
 from ..updates.weight_dependent import Carried
-from .strengths import Strengths
 
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Passing:
+class Passthrough:
     """sources: module -> index of the one input it is passed through from. updates: module -> that update.
     refused: index of an input -> its modules that can be neither added nor passed through.
     """
@@ -31,7 +31,7 @@ class Passing:
         return len(self.refused.get(index, ()))
 
 
-def sort_carried(loras: Sequence[Lora], strengths: Strengths) -> Passing:
+def passthrough_of(loras: Sequence[Lora], strengths: Strengths) -> Passthrough:
     """Which updates that depend on the weight go through a merge; the LoRAs have canonical names that agree.
 
     One goes through as it is if its strength there is 1 and no other input of a strength other than 0 changes that
@@ -39,24 +39,23 @@ def sort_carried(loras: Sequence[Lora], strengths: Strengths) -> Passing:
     """
     sources: dict[str, int] = {}
     refused: dict[int, list[str]] = {}
-    carried = dict.fromkeys(module for lora in loras for module in lora.carried)
-    changed = [_weights(lora) for lora in loras] if carried else []
+    changed = [_weights(lora) for lora in loras] if any(lora.carried for lora in loras) else []
     for index, lora in enumerate(loras):
         for module in lora.carried:
             at = strengths.at(module)
-            others = any(at[other] and module in changed[other] for other in range(len(loras)) if other != index)
-            if at[index] == 1 and not others:
+            owners = {other for other, weights in enumerate(changed) if at[other] and module in weights}
+            if at[index] == 1 and owners == {index}:
                 sources[module] = index
             elif at[index]:
                 refused.setdefault(index, []).append(module)
     updates = {module: loras[index].carried[module] for module, index in sources.items()}
-    return Passing(sources, updates, {index: tuple(modules) for index, modules in refused.items()})
+    return Passthrough(sources, updates, {index: tuple(modules) for index, modules in refused.items()})
 
 
-def refusal(loras: Sequence[Lora], passing: Passing) -> str:
+def refusal(loras: Sequence[Lora], passthrough: Passthrough) -> str:
     """One message for all modules that do not add up, by input and kind."""
     texts = []
-    for index, modules in passing.refused.items():
+    for index, modules in passthrough.refused.items():
         lora = loras[index]
         kinds: dict[str, list[str]] = {}
         for module in modules:

@@ -6,27 +6,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..files.lora import Lora
-from ..files.metadata import ARCHITECTURE, changed, given
+from ..metadata.fields import ARCHITECTURE, changed, given
+from ..metadata.inherit import inherited
 from ..naming.aliases import is_foreign
+from ..one_module.differences import dense_modules
+from ..one_module.protect import protected_input
+from ..settings.options import MergeOptions
+from ..settings.strengths import Blocks, Strengths, strengths_of
 from .align import fused_notes, fused_with_slices, notes_on, unify
-from .differences import dense_modules
-from .inherit import inherited
-from .options import MergeOptions
-from .passthrough import Passing, refusal, sort_carried
-from .protect import protected_input
-from .strengths import Blocks, Strengths, strengths_of
+from .passthrough import Passthrough, passthrough_of, refusal
 
 Input = tuple[Lora, float]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Plan:
     """All that a merge is to do.
 
     loras: the inputs, with canonical names that agree.   strengths: of each, module by module.
     options: checked, `protect` a number or None.
     modules: to be computed, in order.   whole: those of them, and of what passes through, that an input changes by a
-        whole-weight difference.   passing: what goes through as it is, and what is left out.
+        whole-weight difference.   passthrough: what goes through as it is, and what is left out.
     spellings: canonical name -> the name that the result gives a module.
     sharing: inputs of which anything is in the sum.
     metadata: that the result starts with.   names_architecture: whether the result says what it is for by itself.
@@ -38,7 +38,7 @@ class Plan:
     options: MergeOptions
     modules: Sequence[str]
     whole: Mapping[str, None]
-    passing: Passing
+    passthrough: Passthrough
     spellings: Mapping[str, str]
     sharing: Sequence[Lora]
     metadata: Mapping[str, str]
@@ -62,11 +62,11 @@ def plan(
     notes = changed(kept, wanted)
     warnings += [*notes_on(loras), *_fused(options, loras)]
     options, unprotected = _protecting(options, loras, strengths)
-    passing = sort_carried(loras, strengths)
-    if passing.refused and not options.leave_out:
-        raise ValueError(refusal(loras, passing))
+    passthrough = passthrough_of(loras, strengths)
+    if passthrough.refused and not options.leave_out:
+        raise ValueError(refusal(loras, passthrough))
     whole = dense_modules(loras)
-    modules = _modules(loras, whole, passing)
+    modules = _modules(loras, whole, passthrough)
     _check_signs(options, strengths, modules)
     return Plan(
         loras=loras,
@@ -74,7 +74,7 @@ def plan(
         options=options,
         modules=modules,
         whole=whole,
-        passing=passing,
+        passthrough=passthrough,
         spellings=_spellings(loras),
         sharing=sharing,
         metadata=notes,
@@ -88,10 +88,10 @@ def _fused(options: MergeOptions, loras: Sequence[Lora]) -> list[str]:
     return fused_notes(fused_with_slices(loras), loras) if meets else []
 
 
-def _modules(loras: Sequence[Lora], whole: Mapping[str, None], passing: Passing) -> list[str]:
+def _modules(loras: Sequence[Lora], whole: Mapping[str, None], passthrough: Passthrough) -> list[str]:
     # What meets an update that is passed through has strength 0.
     in_all = dict.fromkeys([*(module for lora in loras for module in lora.modules), *whole])
-    return [module for module in in_all if module not in passing.updates]
+    return [module for module in in_all if module not in passthrough.updates]
 
 
 def _protecting(
@@ -102,7 +102,7 @@ def _protecting(
         return options, []
     options = replace(options, protect=protected_input(loras, strengths.base))
     if options.protect is None and options.mu:
-        return options, ["no input is recognised as an acceleration LoRA, so nobody is protected and mu did nothing"]
+        return options, ["no input is recognised as an acceleration LoRA, so no LoRA is protected and mu has no effect"]
     return options, []
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..files import json_text
-from ..files.metadata import PROVENANCE_KEY
+from ..disk import json_text
+from ..metadata.fields import PROVENANCE_KEY
+from ..settings.options import MergeOptions, options_from_dict
 from .account import Account
-from .options import MergeOptions, options_from_dict
 
 VERSION = 2
 

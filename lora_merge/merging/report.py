@@ -8,13 +8,13 @@ from math import prod
 
 import torch
 
-from ..files.about import shown
 from ..files.keys import unread_text
 from ..files.lora import Lora
-from ..files.remarks import peft_remarks
+from ..metadata.about import shown
+from ..metadata.adapter_config import peft_remarks
+from ..settings.options import MergeOptions
 from ..updates.layer import Layer, LoraLayer
 from .account import Account, Source
-from .options import MergeOptions
 from .provenance import recipe_of
 
 _INPUTS = 50

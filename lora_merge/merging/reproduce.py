@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,15 +13,15 @@ from torch import Tensor
 
 from ..algebra.scaling import levelled
 from ..algebra.sums import stacked
-from ..files.hashes import weights_sha256
+from ..disk.hashes import weights_sha256
+from ..disk.tensor_file import read
 from ..files.load_save import load
 from ..files.lora import Format, Lora
-from ..files.tensor_file import read
 from ..keywords import named
 from ..recognise.identity import sha256_of
+from ..settings.options import DTYPES
 from ..updates.layer import Term
 from .merge import Progress, merge_with_account
-from .options import DTYPES
 from .provenance import Ingredient, recipe_of
 
 # Other processors round otherwise, so that factors of cut modules differ and their product hardly does. Twice to four
@@ -84,24 +85,29 @@ def _find(inputs: Iterable[Ingredient], folders: Sequence[Path], made: Path) -> 
     files = sorted({file for folder in folders for file in folder.rglob("*.safetensors") if file.is_file()} - {made})
     found, trouble = [], []
     for entry in inputs:
-        named = [file for file in files if file.name == entry.name]
-        if entry.sha256 is None:
-            candidates = named
+        file = _file_of(entry, files)
+        if file is not None:
+            found.append(file)
+        elif any(file.name == entry.name for file in files):
+            trouble.append(f"{entry.name} is another file than the one it was made from")
         else:
-            # A renamed file is the same file.
-            rest = (file for file in files if file.name != entry.name)
-            candidates = [file for file in [*named, *rest] if sha256_of(file) == entry.sha256][:1]
-            # Made again on another day, it has another date.
-            candidates = candidates or [file for file in named if entry.weights and _weights(file) == entry.weights][:1]
-        if candidates:
-            found.append(candidates[0])
-        else:
-            what = "is another file than the one it was made from" if named else "is not there"
-            trouble.append(f"{entry.name} {what}")
+            trouble.append(f"{entry.name} is not there")
     if trouble:
         where = ", ".join(map(str, folders))
         raise FileNotFoundError(f"{made.name}: {'; '.join(trouble)}. Looked in {where}; name the folder of the inputs.")
     return found
+
+
+def _file_of(entry: Ingredient, files: Sequence[Path]) -> Path | None:
+    """The file that an input was: of its hash, or, made again on another day with another date, of its name and weights."""
+    named = [file for file in files if file.name == entry.name]
+    if entry.sha256 is None:
+        return next(iter(named), None)
+    # A renamed file is the same file.
+    rest = (file for file in files if file.name != entry.name)
+    same = (file for file in chain(named, rest) if sha256_of(file) == entry.sha256)
+    same_weights = (file for file in named if entry.weights and _weights(file) == entry.weights)
+    return next(chain(same, same_weights), None)
 
 
 def _weights(file: Path) -> str | None:

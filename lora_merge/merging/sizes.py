@@ -9,14 +9,20 @@ from torch import Tensor
 
 from ..files.keys import BIAS_PARTS
 from ..files.lora import Lora
+from ..naming import names
+from ..naming.unet import infer_layout
+from ..settings.options import MergeOptions
 from ..updates.weight_dependent import Carried
-from .options import MergeOptions
 
 # What a header says of one tensor besides its name, at most: dtype, shape of four numbers, offsets of ten digits.
 _ENTRY = 100
 # kohya's longest ending of a key.
 _ENDING = len(".lora_down.weight")
 _TENSORS = 3
+# The same of diffusers' two tensors a module, letter by letter, and of PEFT's configuration beside them, which names a
+# module as a target, with its rank and with its alpha.
+_FACTOR = len('".lora_A.weight":{"dtype":"BF16","shape":[99999,99999,9,9],"data_offsets":[9999999999,9999999999]},')
+_CONFIGURED = len(r"\"\", \"\": 99999, \"\": 99999, ")
 # What saving says of every file, with what the provenance says of all; and of each input.
 _NOTES, _NOTES_OF_INPUT = 2000, 600
 
@@ -35,13 +41,13 @@ def numbers_within(
     notes: bytes of metadata that the merge keeps of its inputs.
 
     Header, metadata, alphas, differences of whole weights and what is passed through are taken off; the header and
-    metadata by an upper bound. Raises ValueError where these alone are too large.
+    metadata by an upper bound, of whichever format needs more. Raises ValueError where these alone are too large.
     """
     if options.max_mb is None:
         return None
     size = 2 if options.out_dtype is None else options.out_dtype.itemsize
-    names = [*modules, *passed, *(module for module, _ in biases)]
-    header = sum(_TENSORS * (len(spellings[module]) + _ENDING + _ENTRY) + 4 for module in names)
+    written = [*modules, *passed, *(module for module, _ in biases)]
+    header = sum(_TENSORS * (len(spellings[module]) + _ENDING + _ENTRY) + 4 for module in written)
     sources = sum(_NOTES_OF_INPUT + 8 * len(lora.source) for lora in loras)
     whole = {
         module: prod(diff.shape)
@@ -51,6 +57,8 @@ def numbers_within(
     }
     numbers = sum(whole.values()) + sum(diff.numel() for diff in biases.values())
     numbers += sum(update.parameters for update in passed.values())
+    if not whole and not passed and not biases:
+        header = max(header, _header_of_diffusers(written, spellings))
     left = options.max_mb * 1e6 - header - sources - notes - _NOTES - size * numbers
     if left <= 0:
         raise ValueError(
@@ -58,3 +66,12 @@ def numbers_within(
             f"{options.max_mb - left / 1e6:.2f} MB. Allow more than that."
         )
     return int(left / size)
+
+
+def _header_of_diffusers(modules: Sequence[str], spellings: Mapping[str, str]) -> int:
+    """Bytes of header and configuration at most, 0 where a module has no name in that format."""
+    layout = infer_layout(names.unet_bodies(spellings.values()))
+    dotted = [name for module in modules if (name := names.dotted(spellings[module], layout)) is not None]
+    if len(dotted) < len(modules):
+        return 0
+    return sum(2 * (len(name) + _FACTOR) + 3 * len(name) + _CONFIGURED for name in dotted)

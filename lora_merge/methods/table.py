@@ -13,7 +13,7 @@ from .consensus import disjoint, orthogonalised, slerp
 from .sparsify import at_random, by_magnitude, by_magnitude_at_random, without_outliers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Parameter:
     """A number that a method takes: its default, the smallest and the largest allowed, and what it means.
 
@@ -31,7 +31,7 @@ class Parameter:
     step: float = 0.01
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Situation:
     """All that a method may know besides the updates.
 
@@ -56,7 +56,7 @@ class Situation:
 Combine = Callable[[Sequence[Tensor], Situation], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """A way to combine the updates of one weight.
 
@@ -104,20 +104,20 @@ def _each(prune: Callable[[Tensor, Situation, int], Tensor], together: Callable[
     return combine
 
 
-def _largest(delta: Tensor, situation: Situation, index: int) -> Tensor:
+def _trim(delta: Tensor, situation: Situation, index: int) -> Tensor:
     return by_magnitude(delta, situation.values["density"])
 
 
-def _any(delta: Tensor, situation: Situation, index: int) -> Tensor:
+def _dropped(delta: Tensor, situation: Situation, index: int) -> Tensor:
     return at_random(delta, situation.values["density"], situation.generator(index))
 
 
-def _rather_large(delta: Tensor, situation: Situation, index: int) -> Tensor:
+def _magprune(delta: Tensor, situation: Situation, index: int) -> Tensor:
     values = situation.values
     return by_magnitude_at_random(delta, values["density"], values["spread"], situation.generator(index))
 
 
-def _middle(delta: Tensor, situation: Situation, index: int) -> Tensor:
+def _breadcrumbs(delta: Tensor, situation: Situation, index: int) -> Tensor:
     values = situation.values
     # A density of 1 keeps all, outliers too, in every method.
     return delta.float() if values["density"] == 1 else without_outliers(delta, values["density"], values["outliers"])
@@ -139,7 +139,7 @@ def _disjoint_sum(deltas: list[Tensor]) -> Tensor:
 _USUAL = 2.0**-40
 
 
-def _on_the_arc(deltas: Sequence[Tensor], situation: Situation) -> Tensor:
+def _slerp(deltas: Sequence[Tensor], situation: Situation) -> Tensor:
     total = sum(situation.strengths)
     if len(deltas) < 2 or 0 in situation.strengths:
         return _sum(list(deltas))
@@ -152,12 +152,12 @@ def _on_the_arc(deltas: Sequence[Tensor], situation: Situation) -> Tensor:
     return slerp(first, second, shares[1])
 
 
-def _orthogonal(deltas: Sequence[Tensor], situation: Situation) -> Tensor:
+def _tsv(deltas: Sequence[Tensor], situation: Situation) -> Tensor:
     return orthogonalised([delta.float() for delta in deltas])
 
 
 def _density(default: float, meaning: str) -> Parameter:
-    return Parameter(default, 0.0, 1.0, meaning, neutral=1.0, without="keeps every LoRA whole")
+    return Parameter(default=default, low=0.0, high=1.0, meaning=meaning, neutral=1.0, without="keeps every LoRA whole")
 
 
 def _too_many(values: Mapping[str, float]) -> str | None:
@@ -172,9 +172,15 @@ def _too_many(values: Mapping[str, float]) -> str | None:
 
 # DELLA's epsilon, the difference between the chances of the largest and the smallest entry of a row: the whole width;
 # mergekit's is half of it, 0.15 unless told otherwise.
-_SPREAD = Parameter(0.3, 0.0, 1.0, "how much likelier the largest entries stay than the smallest; 0 is dare")
+_SPREAD = Parameter(
+    default=0.3, low=0.0, high=1.0, meaning="how much likelier the largest entries stay than the smallest; 0 is dare"
+)
 _OUTLIERS = Parameter(
-    0.01, 0.0, 1.0, "share of the entries that is cut off as too large; with density at most 1", step=0.005
+    default=0.01,
+    low=0.0,
+    high=1.0,
+    meaning="share of the entries that is cut off as too large; with density at most 1",
+    step=0.005,
 )
 _DARE = "Yu et al. 2023, DARE, arXiv 2311.03099"
 _DELLA = "Deep et al. 2024, DELLA-Merging, arXiv 2406.11617"
@@ -193,68 +199,68 @@ _CHANCE = "chance of an entry to stay; those that stay are divided by it"
 # many models at a fifth of their strength; mergekit keeps all unless told, and 90 % less 1 % in its guide, as here.
 METHODS: dict[str, Method] = {
     "linear": Method(
-        None,
-        "the sum of strength * delta, exact; strengths count as they are and are never averaged",
-        "Luo et al. 2023, LCM-LoRA, arXiv 2311.05556, equation 3",
+        combine=None,
+        summary="the sum of strength * delta, exact; strengths count as they are and are never averaged",
+        source="Luo et al. 2023, LCM-LoRA, arXiv 2311.05556, equation 3",
     ),
     "ties": Method(
-        _each(_largest, _disjoint_mean),
-        "the largest entries of each, then at each place the mean of those with the stronger sign",
-        _TIES,
-        {"density": _density(0.2, "share of entries kept, the largest")},
+        combine=_each(_trim, _disjoint_mean),
+        summary="the largest entries of each, then at each place the mean of those with the stronger sign",
+        source=_TIES,
+        parameters={"density": _density(0.2, "share of entries kept, the largest")},
         entrywise=True,
         elects=True,
         scales_down=True,
     ),
     "dare": Method(
-        _each(_any, _sum),
-        "entries dropped at random and the rest scaled up, then the sum",
-        _DARE,
-        {"density": _density(0.9, _CHANCE)},
+        combine=_each(_dropped, _sum),
+        summary="entries dropped at random and the rest scaled up, then the sum",
+        source=_DARE,
+        parameters={"density": _density(0.9, _CHANCE)},
         entrywise=True,
         draws=True,
     ),
     "dare_ties": Method(
-        _each(_any, _disjoint_sum),
-        "entries dropped at random and the rest scaled up, then at each place the sum of those with the stronger sign",
-        f"{_DARE}, with {_TIES}",
-        {"density": _density(0.9, _CHANCE)},
+        combine=_each(_dropped, _disjoint_sum),
+        summary="entries dropped at random and the rest scaled up, then at each place the sum of those with the stronger sign",
+        source=f"{_DARE}, with {_TIES}",
+        parameters={"density": _density(0.9, _CHANCE)},
         entrywise=True,
         draws=True,
         elects=True,
         scales_down=True,
     ),
     "della": Method(
-        _each(_rather_large, _sum),
-        "entries dropped at random, small ones rather than large ones, the rest scaled up, then the sum",
-        _DELLA,
-        {"density": _density(0.9, f"mean {_CHANCE}"), "spread": _SPREAD},
+        combine=_each(_magprune, _sum),
+        summary="entries dropped at random, small ones rather than large ones, the rest scaled up, then the sum",
+        source=_DELLA,
+        parameters={"density": _density(0.9, f"mean {_CHANCE}"), "spread": _SPREAD},
         entrywise=True,
         draws=True,
     ),
     "della_ties": Method(
-        _each(_rather_large, _disjoint_sum),
-        "entries dropped as in della, then at each place the sum of those with the stronger sign",
-        f"{_DELLA}, with {_TIES}",
-        {"density": _density(0.9, f"mean {_CHANCE}"), "spread": _SPREAD},
+        combine=_each(_magprune, _disjoint_sum),
+        summary="entries dropped as in della, then at each place the sum of those with the stronger sign",
+        source=f"{_DELLA}, with {_TIES}",
+        parameters={"density": _density(0.9, f"mean {_CHANCE}"), "spread": _SPREAD},
         entrywise=True,
         draws=True,
         elects=True,
         scales_down=True,
     ),
     "magnitude": Method(
-        _each(_largest, _sum),
-        "the largest entries of each, then the sum",
-        f"the trim of {_TIES}",
-        {"density": _density(0.5, "share of entries kept, the largest")},
+        combine=_each(_trim, _sum),
+        summary="the largest entries of each, then the sum",
+        source=f"the trim of {_TIES}",
+        parameters={"density": _density(0.5, "share of entries kept, the largest")},
         entrywise=True,
         scales_down=True,
     ),
     "breadcrumbs": Method(
-        _each(_middle, _sum),
-        "neither the very largest nor the smallest entries of each, then the sum",
-        "Davari & Belilovsky 2023, Model Breadcrumbs, arXiv 2312.06795",
-        {
+        combine=_each(_breadcrumbs, _sum),
+        summary="neither the very largest nor the smallest entries of each, then the sum",
+        source="Davari & Belilovsky 2023, Model Breadcrumbs, arXiv 2312.06795",
+        parameters={
             "density": _density(0.9, "share of entries kept, the largest below the outliers; 1 keeps outliers too"),
             "outliers": _OUTLIERS,
         },
@@ -263,16 +269,16 @@ METHODS: dict[str, Method] = {
         refuses=_too_many,
     ),
     "slerp": Method(
-        _on_the_arc,
-        "(s1 + s2) times the point between the two on the arc, s2 / (s1 + s2) of the way; two LoRAs, no negative strength",
-        "Shoemake 1985, Animating rotation with quaternion curves",
+        combine=_slerp,
+        summary="(s1 + s2) times the point between the two on the arc, s2 / (s1 + s2) of the way; two LoRAs, no negative strength",
+        source="Shoemake 1985, Animating rotation with quaternion curves",
         exact_inputs=2,
         signed=False,
     ),
     "tsv": Method(
-        _orthogonal,
-        "the sum, after the singular vectors of all have been made orthogonal to one another",
-        "Gargiulo et al. 2024, Task Singular Vectors, arXiv 2412.00081",
+        combine=_tsv,
+        summary="the sum, after the singular vectors of all have been made orthogonal to one another",
+        source="Gargiulo et al. 2024, Task Singular Vectors, arXiv 2412.00081",
     ),
 }
 

@@ -2,19 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
-from . import clip, flux, unet
+from . import (
+    ace_step,
+    aura_flow,
+    clip,
+    cosmos,
+    ernie,
+    flux,
+    hidream,
+    hunyuan_dit,
+    hunyuan_video,
+    kandinsky,
+    krea,
+    ltx,
+    omnigen,
+    pixart,
+    qwen_image,
+    sd3,
+    unet,
+    wan,
+    z_image,
+)
 from .family import Family
 
-FAMILIES: tuple[Family, ...] = (clip.FAMILY, unet.FAMILY, flux.FAMILY)
+TRANSFORMERS: tuple[Family, ...] = (
+    flux.FAMILY,
+    hunyuan_video.FAMILY,
+    qwen_image.FAMILY,
+    z_image.Z_IMAGE,
+    z_image.LUMINA_2,
+    wan.FAMILY,
+    sd3.FAMILY,
+    ltx.FAMILY,
+    hidream.FAMILY,
+    cosmos.FAMILY,
+    krea.FAMILY,
+    aura_flow.FAMILY,
+    pixart.FAMILY,
+    omnigen.FAMILY,
+    kandinsky.FAMILY,
+    ernie.FAMILY,
+    hunyuan_dit.FAMILY,
+    ace_step.ACE_STEP,
+    ace_step.ACE_STEP_15,
+)
+FAMILIES: tuple[Family, ...] = (clip.FAMILY, unet.FAMILY, *TRANSFORMERS)
 
 
 def family_of(loras: Iterable[Collection[str]]) -> Family | None:
     """The family that every one of these LoRAs, each the canonical names of a whole one, is for; None if none is.
 
-    Of families that have a naming of their own beside others: where `Family.own` translates.
+    Of families that have a naming of their own beside others: where `Family.own` translates. None, too, where several
+    families know all of the names and some name means another weight in one than in another.
     """
-    loras = list(loras)
-    known = (family for family in FAMILIES if family.translates and all(map(family.recognises, loras)))
-    return next(known, None) if loras else None
+    loras = [[*names] for names in loras]
+    if not loras:
+        return None
+    of_each = [[family for family in TRANSFORMERS if family.recognises(names)] for names in loras]
+    common = [family for family in of_each[0] if all(family in known for known in of_each)]
+    every = {name for names in loras for name in names}
+    if not common or not all(_agree(common[0], other, every) for other in common[1:]):
+        return None
+    for names, known in zip(loras, of_each, strict=True):
+        if common[0].sure and not all(_agree(common[0], other, names) for other in known):
+            return None
+    return common[0]
+
+
+def _agree(one: Family, other: Family, names: Iterable[str]) -> bool:
+    if one is other:
+        return True
+    return all(one.own(name) == other.own(name) and one.fused(name) == other.fused(name) for name in names)
+
+
+def readable(spellings: Mapping[str, str]) -> dict[str, str]:
+    """{canonical name: spelling} of a LoRA, in spellings that ComfyUI reads where those that it does not read are known.
+
+    If one has to be changed, all are, into the model's own names with their dots behind `diffusion_model.`.
+    """
+    spellings = dict(spellings)
+    family = family_of([spellings])
+    if family is None or all(map(family.reads, spellings.values())):
+        return spellings
+    return {name: written(family, name) or spelling for name, spelling in spellings.items()}
+
+
+def written(family: Family, canonical: str) -> str | None:
+    """How a weight of the family is written, with dots; None for what ComfyUI has no name for."""
+    own = family.own(canonical)
+    dots = family.dots(own.removesuffix("_bias")) if own else None
+    if own is None or dots is None:
+        return family.slice_name(canonical)
+    return f"diffusion_model.{dots}{'.bias' if own.endswith('_bias') else ''}"

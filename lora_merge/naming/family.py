@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,10 @@ class Rows:
     length: int
 
 
+# A module of diffusers' (dotted name) and the rows of the model's own weight that it consists of, one after the other.
+Part = tuple[str, tuple[Rows, ...]]
+
+
 def _none(*_: Any) -> None:
     return None
 
@@ -74,7 +78,9 @@ class Family:
     spellings of a weight. layout: what translates between the block namings of a model (unet.Layout).
 
     name: for people.
-    recognises: (canonical names of a whole LoRA) -> whether it is for such a model, as far as names can tell.
+    recognises: (canonical names of a whole LoRA) -> whether it may be for such a model, as far as names can tell; other
+        families may know the same names (families.family_of).
+    sure: every LoRA has to tell that it is of this family, since another one has names and sizes like it.
     spelling: (a file's module, wrappers taken off) -> its spelling.
     canonical: (spelling, layout) -> canonical name.
     dotted: (spelling, layout) -> diffusers' spelling with dots.
@@ -84,9 +90,17 @@ class Family:
     path: canonical name -> the name without what says which part of the model it is.
     twin: (path, layout) -> the path in the family's other naming.
     own: canonical name -> the one canonical name of that weight, in the model's own naming if it is a whole weight.
-        Only for names of a LoRA that `recognises` knows: elsewhere the same names stand for other weights.
+        Only for names of a LoRA that is of the family: elsewhere the same names stand for other weights.
     fused: canonical name of a slice -> canonical names of the weights that hold it, in the model's own naming.
     rows: (canonical name of a slice, of the fused weight, the latter's shape) -> the slice's rows.
+    whole_shape: (canonical name of a fused weight, {canonical name of a slice: its shape}) -> shape of the fused weight.
+    turn: (canonical name, shape) -> canonical own name, of a weight that diffusers holds with its two halves the other
+        way about; None of any other.
+    dots: canonical own name -> the own name with dots, without prefix (`double_blocks.0.img_attn.qkv`).
+    parts: (canonical own name, shape) -> what diffusers has for the weight; () where nothing is known.
+    slice_name: canonical name of a slice -> a spelling that every ComfyUI reads; None if there is none.
+    reads: spelling -> whether every ComfyUI, as far as it has the model, reads it.
+    templates: () -> ((stack, module), own name, fused weights) of every name known, with {} for the block's number.
     """
 
     name: str
@@ -102,6 +116,14 @@ class Family:
     own: Callable[[str], str | None] = _none
     fused: Callable[[str], frozenset[str]] = lambda name: frozenset()
     rows: Callable[[str, str, tuple[int, ...]], Rows | None] = _none
+    whole_shape: Callable[[str, Mapping[str, tuple[int, ...]]], tuple[int, ...] | None] = _none
+    turn: Callable[[str, tuple[int, ...]], str | None] = _none
+    dots: Callable[[str], str | None] = _none
+    parts: Callable[[str, tuple[int, ...]], tuple[Part, ...]] = lambda own, shape: ()
+    slice_name: Callable[[str], str | None] = _none
+    reads: Callable[[str], bool] = lambda spelling: True
+    templates: Callable[[], Iterable[tuple[tuple[str, str], str, tuple[str, ...]]]] = lambda: ()
+    sure: bool = False
 
     @property
     def translates(self) -> bool:

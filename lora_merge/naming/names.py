@@ -14,7 +14,8 @@ import re
 from collections.abc import Iterable
 
 from . import unet
-from .families import FAMILIES
+from .aliases import text_encoder
+from .families import FAMILIES, readable
 from .family import underscored
 from .unet import Layout
 
@@ -65,10 +66,12 @@ def unet_bodies(spellings: Iterable[str]) -> list[str]:
 
 
 def tidy(names: dict[str, str]) -> dict[str, str]:
-    """Canonical name -> spelling to write, in one naming: files that mix two are read by ComfyUI but not by all."""
+    """Canonical name -> spelling to write, in one naming: files that mix two are read by ComfyUI but not by all. What
+    ComfyUI does not read is written as it reads it, where that is known."""
     for family in FAMILIES:
         names = family.tidy(names)
-    return names
+    model = {module: name for module, name in names.items() if text_encoder(name) is None}
+    return names | readable(model)
 
 
 def dotted(name: str, layout: Layout) -> str | None:

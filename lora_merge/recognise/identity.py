@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
-from ..files.about import merged_inputs
 from ..files.lora import Lora
-from ..files.metadata import ARCHITECTURE, MERGED_FROM, OURS, PROVENANCE_KEY
+from ..metadata.about import merged_inputs
+from ..metadata.fields import ARCHITECTURE, MERGED_FROM, OURS, PROVENANCE_KEY
 from ..naming import names
 from . import by_blocks
 from .base_models import Recognised, Shape, recognise

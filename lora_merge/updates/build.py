@@ -10,7 +10,7 @@ from . import weight_dependent as carried
 from .layer import Layer, LoraLayer
 from .loha import LohaLayer
 from .lokr import LokrLayer
-from .parts import DIFF_PARTS
+from .parts import DIFF_PARTS, WEIGHT_PARTS
 from .weight_dependent import Carried
 
 # Kind -> parts that have to be there, parts that may.
@@ -34,7 +34,8 @@ _KIND_OF = {part: kind for kind, (needed, allowed) in _KINDS.items() for part in
 ADDITIVE = ("LoRA", "LoHa", "LoKr")
 # Parts that make an additive kind depend on the weight.
 _MODIFIERS = {"dora_scale": carried.DORA, "magnitude": carried.DORA, "reshape_weight": carried.RESIZED}
-_WEIGHT_DIFFS = {"diff", "w_norm"}
+# Of any kind, without alpha.
+PARTS = frozenset({*_KIND_OF, *_MODIFIERS, *DIFF_PARTS})
 
 
 def kinds_of(parts: Collection[str]) -> list[str]:
@@ -50,7 +51,7 @@ def is_carried(parts: Collection[str]) -> bool:
 def problem(parts: Mapping[str, str]) -> str | None:
     """What is missing from or contradictory in a module's parts (part -> key of the file); None if nothing is."""
     kinds = kinds_of(parts)
-    dense = sorted(_WEIGHT_DIFFS & parts.keys())
+    dense = sorted(parts.keys() & set(WEIGHT_PARTS))
     if len(kinds) + len(dense) > 1:
         if dense:
             return f"has both {parts[dense[0]]} and another update of its weight"
@@ -123,17 +124,17 @@ def build(parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, .
 
 def _additive(kind: str, parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, ...]) -> Layer:
     if kind == "LoRA":
-        return LoraLayer(parts["up"], parts["down"], alpha, parts.get("mid"))
+        return LoraLayer(parts["up"], parts["down"], alpha=alpha, mid=parts.get("mid"))
     if kind == "LoHa":
         return LohaLayer(
-            parts["hada_w1_a"],
-            parts["hada_w1_b"],
-            parts["hada_w2_a"],
-            parts["hada_w2_b"],
-            alpha,
-            parts.get("hada_t1"),
-            parts.get("hada_t2"),
-            kernel,
+            w1_a=parts["hada_w1_a"],
+            w1_b=parts["hada_w1_b"],
+            w2_a=parts["hada_w2_a"],
+            w2_b=parts["hada_w2_b"],
+            alpha=alpha,
+            t1=parts.get("hada_t1"),
+            t2=parts.get("hada_t2"),
+            unfold=kernel,
         )
     return LokrLayer(
         **{name.removeprefix("lokr_"): part for name, part in parts.items() if name.startswith("lokr_")},

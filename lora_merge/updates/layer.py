@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar
 
@@ -16,10 +17,12 @@ class Layer(ABC):
     """An update of one weight that does not depend on that weight, so that updates add up.
 
     kind: what people call it. alpha: numerator of the scale; None means scale 1.
+    prefix: what the names of its parts begin with, before the names of its fields.
     Tensors are shared with the caller and never changed.
     """
 
     kind: ClassVar[str]
+    prefix: ClassVar[str] = ""
     alpha: float | None
 
     @property
@@ -40,6 +43,10 @@ class Layer(ABC):
     @abstractmethod
     def parts(self) -> dict[str, Tensor]:
         """The tensors as they came, by the part names of files/keys.py, without alpha."""
+
+    def with_parts(self, parts: Mapping[str, Tensor]) -> Layer:
+        """The layer with other tensors for some of its `parts`."""
+        return replace(self, **{name.removeprefix(self.prefix): part for name, part in parts.items()})  # type: ignore[type-var]
 
     @abstractmethod
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

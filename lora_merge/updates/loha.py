@@ -27,6 +27,7 @@ class LohaLayer(Layer):
     """
 
     kind: ClassVar[str] = "LoHa"
+    prefix: ClassVar[str] = "hada_"
 
     w1_a: Tensor
     w1_b: Tensor

@@ -27,6 +27,7 @@ class LokrLayer(Layer):
     """
 
     kind: ClassVar[str] = "LoKr"
+    prefix: ClassVar[str] = "lokr_"
 
     w1: Tensor | None = None
     w2: Tensor | None = None

@@ -1,27 +1,32 @@
 """The picture of a training: what is drawn where."""
 
+import math
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_kit.host.training.picture import HEIGHT, INK, LABEL, MARGIN, WIDTH, loss_curve, row, smooth, stacked
+from lcm_kit.host.training.picture import HEIGHT, LABEL, MARGIN, WIDTH, loss_curve, row, smooth, stacked
+from lcm_kit.lora_merge.comparing.canvas import INK
 
 
-def dark_rows(image, column):
-    """Heights at which the curve is drawn in a column, without the frame."""
-    pixels = np.asarray(image)[MARGIN + 1 : HEIGHT - MARGIN, column]
-    return MARGIN + 1 + np.flatnonzero((pixels == INK).all(-1))
+def height_of_mean(image, across):
+    """Where the dark curve is in the columns around `across` of the frame's width, below the words."""
+    pixels = np.asarray(image).astype(int)[70 : HEIGHT - 60]
+    column = MARGIN + 60 + round(across * (WIDTH - 2 * MARGIN - 70))
+    dark = (abs(pixels[:, column - 3 : column + 4] - INK).max(-1) < 12).any(-1)
+    return np.flatnonzero(dark).mean()
 
 
 def test_a_falling_loss_falls_from_left_to_right_on_a_logarithmic_scale():
     image = loss_curve([10.0 ** -(step / 100) for step in range(201)])
-    left, middle, right = (dark_rows(image, x).mean() for x in (MARGIN + 20, WIDTH // 2, WIDTH - MARGIN - 20))
-    assert left < middle < right
-    assert abs(middle - HEIGHT / 2) < 8
+    left, middle, right = (height_of_mean(image, across) for across in (0.2, 0.5, 0.8))
+    assert right - middle == pytest.approx(middle - left, abs=3)
+    assert right - left > 50
 
 
-@pytest.mark.parametrize("losses", [[], [0.5], [0.0, 0.0], [0.3] * 5])
-def test_the_shortest_and_flattest_runs_are_drawn_too(losses):
+@pytest.mark.parametrize("losses", [[], [0.5], [0.0, 0.0], [0.3] * 5, [0.5, math.nan, 0.4], [math.inf]])
+def test_the_shortest_flattest_and_broken_runs_are_drawn_too(losses):
     assert loss_curve(losses).size == (WIDTH, HEIGHT)
 
 

@@ -18,7 +18,7 @@ from lcm_kit.distillation.draws import draw
 from lcm_kit.distillation.objective import distillation_loss
 from lcm_kit.distillation.settings import Settings, skipping_grid
 from lcm_kit.distillation.trainer import Trainer, adapters_on
-from lcm_kit.lora_merge.files import whole
+from lcm_kit.lora_merge.disk import whole
 from lcm_kit.samplers.schedule import lcm_timesteps
 from lcm_kit.tests.distillation.toy import (
     GRID,

@@ -32,7 +32,7 @@ CARRIED = {
 }
 
 
-def parts(kind, out=8, inputs=12, kernel=(), *, seed=0, dtype=torch.float32):
+def parts(kind, out=8, inputs=12, kernel=(), *, seed=0, dtype=torch.float32):  # noqa: C901, a branch a kind
     """End of the key -> tensor, without alpha. out and inputs divide by 4."""
     g = generator(seed)
 

@@ -1,6 +1,9 @@
 """Small LoRAs for the tests: random factors from a seed, state dicts in every spelling, and the plain arithmetic."""
 
 import torch
+from safetensors import safe_open
+
+from lcm_kit.lora_merge import LoraLayer
 
 
 def generator(seed=0):
@@ -15,11 +18,20 @@ def factors(out, rank, inputs, kernel=(), *, seed=0, dtype=torch.float32):
     return (0.1 * up).to(dtype), (0.1 * down).to(dtype)
 
 
+def layer(out, rank, inputs, kernel=(), *, alpha=None, seed=0):
+    return LoraLayer(*factors(out, rank, inputs, kernel, seed=seed), alpha)
+
+
 def kohya(module, up, down, alpha=None):
     result = {f"{module}.lora_up.weight": up, f"{module}.lora_down.weight": down}
     if alpha is not None:
         result[f"{module}.alpha"] = torch.tensor(float(alpha))
     return result
+
+
+def metadata(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
 
 
 def dense(up, down, scale=1.0):

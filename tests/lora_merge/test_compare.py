@@ -7,7 +7,7 @@ from lcm_kit.lora_merge import Lora, LoraLayer, merge
 from lcm_kit.lora_merge.algebra.lowrank import truncated_sum
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.verdict import answer, headline, relation
-from lcm_kit.lora_merge.merging.protect import stepping_aside
+from lcm_kit.lora_merge.one_module.protect import stepping_aside
 from lcm_kit.tests.lora_merge.kinds import ADDITIVE, CARRIED, parts
 from lcm_kit.tests.lora_merge.make import dense, factors, generator, kohya
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lcm_kit.lora_merge.algebra.core_space import core_space
-from lcm_kit.lora_merge.merging.protect import leading_inputs, stepping_aside
 from lcm_kit.lora_merge.methods.consensus import disjoint, orthogonalised, slerp
+from lcm_kit.lora_merge.one_module.protect import leading_inputs, stepping_aside
 from lcm_kit.lora_merge.updates.layer import LoraLayer
 
 

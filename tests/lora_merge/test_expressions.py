@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from lcm_kit.lora_merge import Lora
-from lcm_kit.lora_merge.files.expressions import Budget, Expression
-from lcm_kit.lora_merge.files.peft import STEPS
+from lcm_kit.lora_merge.metadata.adapter_scales import STEPS
+from lcm_kit.lora_merge.metadata.expressions import Budget, Expression
 
 ATOMS = st.sampled_from(["a", "b", "1", ".", r"\.", r"\d", r"\w", "[ab]", "[^a]", "[a-c1]", r"[\d.]", "^", "$", "_"])
 

@@ -88,7 +88,9 @@ def test_equal_weights_are_left_out_and_others_are_accounted_for():
     assert again.diffs.keys() == lora.diffs.keys()
     none, account = extract(weights, rank=2, vectors=False)
     assert not none.diffs
-    assert len(account.other) == 4
+    assert (len(account.unwanted), account.other) == (3, ("positions",))
+    assert re.search(r"^Left out, as asked: 3 biases and norms \(\S+, \.\.\.\)\.$", account.describe(), re.M)
+    assert account.describe().endswith("under the names of LoRA files are extracted: 1 parameters (positions).")
 
 
 def test_rounding_of_float32_is_no_difference():

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from lcm_kit.lora_merge import Lora, merge, merge_with_account
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
-from lcm_kit.lora_merge.merging.one_naming import stacked
-from lcm_kit.lora_merge.naming import flux, names
+from lcm_kit.lora_merge.merging.one_naming import split, stacked, turned
+from lcm_kit.lora_merge.naming import flux, names, z_image
 from lcm_kit.lora_merge.naming.families import FAMILIES, family_of
 from lcm_kit.lora_merge.naming.family import Rows
 from lcm_kit.lora_merge.naming.unet import Layout
@@ -139,7 +139,7 @@ def updates_in(merged, own):
     "changed",
     [
         {"transformer.transformer_blocks.3.attn.foo": (H, H)},  # not of the family
-        {"transformer.transformer_blocks.19.attn.to_q": (H, H)},  # deeper than Flux: HunyuanVideo has 20
+        {"transformer.transformer_blocks.54.attn.to_q": (H, H)},  # deeper than Flux and HunyuanVideo
         {"transformer.transformer_blocks.3.img_mlp.net.2": (H, 4 * H)},  # Qwen-Image
         {"transformer.joint_transformer_blocks.0.attn.to_q": (H, H)},  # AuraFlow
     ],
@@ -158,10 +158,19 @@ def test_blocks_that_many_models_have_are_not_taken_for_flux():
     refused(lora(OWN, "diffusion_model.", 1), lora(attention, "transformer.", 2))
 
 
-def test_the_models_own_names_behind_diffusers_prefix_are_another_models():
-    """HunyuanVideo's, in the files of its first trainers."""
-    text = refused(lora(OWN, "diffusion_model.", 1, "a"), lora(OWN, "transformer.", 2, "b"))
-    assert "transformer.double_blocks.3.img_attn.proj (b)" in text
+@pytest.mark.parametrize("prefix", ["transformer.", "", "base_model.model.", "lycoris_"])
+def test_the_models_own_names_are_its_own_whatever_stands_before_them(prefix):
+    """HunyuanVideo's first trainers wrote `transformer.double_blocks`, PEFT writes its own prefix."""
+    names = {name.replace(".", "_") if prefix.endswith("_") else name: shape for name, shape in OWN.items()}
+    own, other = lora(OWN, "diffusion_model.", 1), lora(names, prefix, 2)
+    merged = merge([(other, 1.0), (own, 0.8)])
+    assert known(merged) == known(own)
+    for name in OWN:
+        spelled = prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
+        wanted = other.delta(next(m for m in other.modules if m.endswith(name.replace(".", "_")))) + 0.8 * own.delta(
+            f"diffusion_model.{name}"
+        )
+        assert relative(merged.delta(f"diffusion_model.{name}"), wanted) < 1e-6, spelled
 
 
 def test_slices_that_are_no_plain_lora_stay_slices():
@@ -250,6 +259,24 @@ RECOGNISED = {
     "text encoder": ["lora_te1_text_model_encoder_layers_0_mlp_fc1"],
     "Stable Diffusion UNet": ["lora_unet_input_blocks_1_1_proj_in"],
     "Flux": ["lora_unet_double_blocks_0_img_attn_proj", "lora_unet_img_in"],
+    "HunyuanVideo": ["lora_unet_double_blocks_0_img_attn_proj", "lora_unet_img_in_proj"],
+    "Qwen-Image": ["lora_unet_transformer_blocks_0_img_mlp_net_2"],
+    "Z-Image": ["lora_unet_layers_0_attention_to_q"],
+    "Lumina 2": ["lora_transformer_layers_0_norm1_linear", "lora_unet_layers_0_attention_qkv"],
+    "Wan": ["lora_unet_blocks_0_self_attn_o"],
+    "Stable Diffusion 3": ["lora_unet_joint_blocks_0_x_block_attn_qkv"],
+    "LTX": ["lora_unet_transformer_blocks_0_attn1_to_q", "lora_unet_patchify_proj"],
+    "HiDream": ["lora_unet_double_stream_blocks_0_block_attn1_to_q"],
+    "Cosmos Predict 2": ["lora_unet_blocks_0_self_attn_q_proj"],
+    "Krea 2": ["lora_unet_blocks_0_attn_wq"],
+    "AuraFlow": ["lora_unet_double_layers_0_attn_w1q"],
+    "PixArt": ["lora_unet_blocks_0_cross_attn_kv_linear"],
+    "OmniGen 2": ["lora_unet_layers_0_attn_to_q"],
+    "Kandinsky 5": ["lora_unet_visual_transformer_blocks_0_self_attention_to_query"],
+    "Ernie-Image": ["lora_unet_layers_0_self_attention_to_q"],
+    "Hunyuan-DiT": ["lora_unet_blocks_0_attn1_Wqkv"],
+    "ACE-Step": ["lora_unet_transformer_blocks_0_ff_point_conv_conv"],
+    "ACE-Step 1.5": ["lora_unet_decoder_layers_0_self_attn_q_proj"],
 }
 
 
@@ -258,12 +285,13 @@ def test_a_family_recognises_its_own_names_and_no_others(family):
     """And answers None to all other names, so that the next one is asked."""
     for name, modules in RECOGNISED.items():
         assert family.recognises(modules) is (name == family.name)
-    strange = "lora_unet_blocks_0_self_attn_q"
+    strange = "lora_unet_stages_0_mixer_win"
     for said in (family.canonical, family.place, family.twin):
         assert said(strange, Layout()) is None
-    for said in (family.path, family.own, family.kernel):
+    for said in (family.path, family.own, family.kernel, family.dots, family.slice_name):
         assert said(strange) is None
     assert family.fused(strange) == frozenset()
+    assert family.parts(strange, (6, 6)) == ()
     assert family.tidy({strange: strange}) == {strange: strange}
     assert family.recognises([]) is False
 
@@ -271,4 +299,72 @@ def test_a_family_recognises_its_own_names_and_no_others(family):
 def test_loras_of_two_families_have_none_in_common():
     assert family_of([]) is None
     assert family_of([RECOGNISED["Flux"], RECOGNISED["Stable Diffusion UNet"]]) is None
+    assert family_of([RECOGNISED["Flux"], RECOGNISED["HunyuanVideo"]]) is None
     assert family_of([RECOGNISED["Flux"], RECOGNISED["Flux"]]) is flux.FAMILY
+
+
+def test_names_that_mean_other_weights_in_other_families_tell_none():
+    """A whole weight in Cosmos Predict 2, a slice in PixArt, ComfyUI's own name in LTX."""
+    assert family_of([["lora_transformer_transformer_blocks_0_attn1_to_q"]]) is None
+    assert family_of([["lora_transformer_transformer_blocks_0_attn1_to_q"], RECOGNISED["PixArt"]]).name == "PixArt"
+    assert family_of([["lora_transformer_transformer_blocks_0_attn1_to_q", "lora_unet_patchify_proj"]]).name == "LTX"
+
+
+# ---- the way back
+
+
+@pytest.mark.parametrize("own", [name for name in OWN if len(PARTS[name]) > 1 or "linear1" not in name])
+def test_a_weight_split_into_diffusers_parts_is_the_same_update(own):
+    g = torch.Generator().manual_seed(0)
+    layer = LoraLayer(torch.randn(OWN[own][0], 3, generator=g), torch.randn(3, OWN[own][1], generator=g), 1.5)
+    found = split(layer, flux.FAMILY.parts(canonical(f"diffusion_model.{own}"), layer.shape))
+    assert [*found] == PARTS[own]
+    assert torch.equal(torch.cat([part.delta() for part in found.values()]), layer.delta())
+    assert {part.rank for part in found.values()} == {3}
+    assert flux.FAMILY.dots(canonical(f"lora_unet_{own.replace('.', '_')}")) == own
+
+
+def test_a_weight_whose_halves_are_turned_is_turned_both_ways():
+    layer = LoraLayer(torch.arange(12.0).reshape(6, 2), torch.eye(2))
+    own = "lora_unet_final_layer_adaLN_modulation_1"
+    ((name, part),) = split(layer, flux.FAMILY.parts(own, layer.shape)).items()
+    assert name == "norm_out.linear"
+    assert torch.equal(part.delta(), torch.cat([layer.delta()[3:], layer.delta()[:3]]))
+    assert flux.FAMILY.turn(canonical(f"transformer.{name}"), layer.shape) == own
+    assert torch.equal(turned(part.up), layer.up)
+
+
+@pytest.mark.parametrize(("rows", "slices"), [((2304, 768, 768), 3840), ((768, 768, 768), 2304)])
+def test_grouped_attention_is_told_by_its_shape(rows, slices):
+    """Lumina 2: 2304 rows of queries and 768 of keys and of values; with as many of each it is Z-Image's."""
+    width, whole = rows[0], "lora_unet_layers_0_attention_qkv"
+    for family, part in ((z_image.LUMINA_2, "attn.to_"), (z_image.Z_IMAGE, "attention.to_")):
+        parts = [canonical(f"transformer.layers.0.{part}{x}") for x in "qkv"]
+        found = [family.rows(part, whole, (slices, width)) for part in parts]
+        assert [(one.start, one.length) for one in found] == [
+            *zip(itertools.accumulate((0, *rows)), rows, strict=False)
+        ]
+        assert family.whole_shape(whole, {parts[1]: (rows[1], width)}) == (slices, width)
+        assert family.whole_shape(whole, {parts[0]: (rows[0], width)}) is None
+
+
+def test_a_file_of_slices_that_comfyui_has_no_name_for_is_written_whole():
+    """diffusers' HunyuanVideo and Lumina 2, alone: what is not named is as it was."""
+    state = {}
+    for part in ("to_q", "to_v"):
+        state |= kohya(f"transformer.single_transformer_blocks.39.attn.{part}", *factors(H, 2, H, seed=len(part)))
+    state |= kohya("transformer.transformer_blocks.19.attn.to_out.0", *factors(H, 2, H, seed=5))
+    state |= kohya("transformer.x_embedder.proj", *factors(H, 2, 4, seed=6))
+    one = Lora.from_state_dict(state)
+    merged = merge([(one, 1.0)])
+    assert known(merged) == {
+        f"diffusion_model.{name}"
+        for name in ("single_blocks.39.linear1", "double_blocks.19.img_attn.proj", "img_in.proj")
+    }
+    delta = merged.delta("diffusion_model.single_blocks.39.linear1")
+    assert delta.shape == (7 * H, H)
+    for number, part in enumerate(("to_q", "to_k", "to_v")):
+        name = f"transformer.single_transformer_blocks.39.attn.{part}"
+        wanted = one.delta(name) if part != "to_k" else torch.zeros(H, H)
+        torch.testing.assert_close(delta[number * H : (number + 1) * H], wanted)
+    assert not delta[3 * H :].any()

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lcm_kit.lora_merge import Lora, load, merge, save
-from lcm_kit.tests.lora_merge.make import factors, kohya, relative
+from lcm_kit.tests.lora_merge.make import factors, kohya, metadata, relative
 
 SHAPES = {
     "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0": (8, 6, ()),
@@ -27,11 +27,6 @@ def state_dict(rank=4, alpha=2.0, *, seed=0, dtype=torch.float32):
     for number, (module, (out, inputs, kernel)) in enumerate(SHAPES.items()):
         state |= kohya(module, *factors(out, rank, inputs, kernel, seed=seed + number, dtype=dtype), alpha)
     return state
-
-
-def metadata(path):
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcm_kit.lora_merge.files.file_names import MAX_BYTES, name_trouble, path_trouble, shown
+from lcm_kit.lora_merge.disk.file_names import MAX_BYTES, name_trouble, path_trouble, shown
 
 GOOD = [
     "merged", "LCMKit", "fast style", "v1.2", "a.b.c", ".hidden", "..a", "-x", "~x", "a'b", "a&b", "100%", "x (1)",

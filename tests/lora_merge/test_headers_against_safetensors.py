@@ -8,7 +8,7 @@ import struct
 import pytest
 from safetensors import SafetensorError, safe_open
 
-from lcm_kit.lora_merge.files.header import check_header
+from lcm_kit.lora_merge.disk.header import check_header
 
 TENSOR = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 WHOLE = '{"__metadata__":{"format":"pt","é":"a \\"word\\" \\u00e9"},"a":' + TENSOR + "}"

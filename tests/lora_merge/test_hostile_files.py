@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from lcm_kit.lora_merge import Lora, load
-from lcm_kit.lora_merge.files import header
-from lcm_kit.lora_merge.files.header import MAX_HEADER
+from lcm_kit.lora_merge.disk import header
+from lcm_kit.lora_merge.disk.header import MAX_HEADER
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
 MODULE = "lora_unet_mid_block_attentions_0_proj_in"

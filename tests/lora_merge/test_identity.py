@@ -274,16 +274,6 @@ def test_a_rounded_size_is_that_of_files_within_a_hundredth():
 
 # ---- the catalogue
 
-# Presets that rows name and that are not in samplers/presets.py yet.
-AWAITED = {
-    "Wan 2.1 lightx2v",
-    "Wan 2.2 lightx2v",
-    "Qwen-Image-Lightning 4 steps",
-    "Qwen-Image-Lightning 8 steps",
-    "Flux.2 Turbo",
-    "LTX-2 distilled",
-}
-
 
 def test_every_row_is_a_hash_of_its_own_for_a_known_base():
     hashes = [entry.sha256 for entry in PUBLISHED]
@@ -293,13 +283,8 @@ def test_every_row_is_a_hash_of_its_own_for_a_known_base():
         assert int(entry.sha256, 16) > 0
         assert entry.sha256 == entry.sha256.lower()
         assert entry.base in BY_NAME or entry.base in TRANSFORMERS
-        assert entry.preset in PRESETS or entry.preset in AWAITED
-        assert entry.steps is None or str(entry.steps) in entry.file or entry.base in ("Flux.2 dev", "LTX-2", WAN)
-
-
-def test_no_preset_is_awaited_that_is_there():
-    assert AWAITED.isdisjoint(PRESETS)
-    assert {entry.preset for entry in PUBLISHED} >= AWAITED
+        assert entry.preset in PRESETS
+        assert entry.steps is None or entry.steps == PRESETS[entry.preset].steps
 
 
 def test_halves_of_a_pair_are_different_files_that_say_so():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcm_kit.lora_merge.files.json_text import MAX_CHARACTERS, MAX_DEPTH, is_text, parse, parse_object
+from lcm_kit.lora_merge.disk.json_text import MAX_CHARACTERS, MAX_DEPTH, is_text, parse, parse_object
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=5)
 NUMBERS = st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False)

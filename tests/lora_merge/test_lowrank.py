@@ -7,11 +7,7 @@ from hypothesis import strategies as st
 
 from lcm_kit.lora_merge import LoraLayer
 from lcm_kit.lora_merge.algebra.lowrank import directions, energy_of, truncated_sum
-from lcm_kit.tests.lora_merge.make import dense, factors, relative
-
-
-def layer(out, rank, inputs, kernel=(), *, alpha=None, seed=0):
-    return LoraLayer(*factors(out, rank, inputs, kernel, seed=seed), alpha)
+from lcm_kit.tests.lora_merge.make import dense, factors, layer, relative
 
 
 def exact(terms):

@@ -12,20 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from lcm_kit.lora_merge import Lora, load, merge, merge_with_account, resize, save
 from lcm_kit.lora_merge.__main__ import main
-from lcm_kit.lora_merge.files import tags
-from lcm_kit.lora_merge.files.about import describe_metadata, trigger_words
+from lcm_kit.lora_merge.metadata import tags
+from lcm_kit.lora_merge.metadata.about import describe_metadata, trigger_words
 from lcm_kit.lora_merge.recognise.identity import identify
 from lcm_kit.tests.lora_merge import kinds
-from lcm_kit.tests.lora_merge.make import factors, kohya
+from lcm_kit.tests.lora_merge.make import factors, kohya, metadata
 
 MODULE = "lora_unet_mid_block_attentions_0_proj_in"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
-
-
-def metadata(path):
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
 
 
 def kohyas_hashes(path):
@@ -270,6 +265,25 @@ def test_large_metadata_of_both_inputs_goes_into_one_file_that_is_read(tmp_path)
     assert metadata(tmp_path / "x.safetensors")["ss_tag_frequency"] == again.metadata["ss_tag_frequency"]
 
 
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+@pytest.mark.parametrize("letters", [1, 60, 150])
+def test_max_mb_holds_in_either_format(tmp_path, format, letters):
+    """diffusers' adapter config names a module three times: as a target, and with a rank and an alpha of its own."""
+    state = {}
+    for number in range(200):
+        up, down = factors(16, 8, 16, seed=number)
+        weights = torch.logspace(0, -(number % 7), 8)
+        state |= kohya(f"transformer.{'x' * letters}.{number}.to_q", up * weights, down)
+    lora = Lora.from_state_dict(state)
+    save(lora, tmp_path / "whole.safetensors", format=format)
+    megabytes = (tmp_path / "whole.safetensors").stat().st_size / 1e6
+    small = resize(lora, max_mb=megabytes, out_dtype=torch.float16)
+    assert len({layer.rank for layer in small.modules.values()}) > 3
+    save(small, tmp_path / "x.safetensors", format=format)
+    # The bound is one from above, of either format.
+    assert 0.6 * megabytes < (tmp_path / "x.safetensors").stat().st_size / 1e6 <= megabytes
+
+
 def test_metadata_counts_in_the_size_of_a_file(tmp_path):
     big = {"ss_tag_frequency": json.dumps({"1_x": {f"tag {n}": 1 for n in range(1000)}})}
     lora = Lora.from_state_dict(kohya(MODULE, *factors(64, 32, 64, seed=3)), metadata=big)
@@ -317,7 +331,7 @@ def test_what_no_file_can_hold_is_refused_and_nothing_is_written(tmp_path, value
 
 
 def test_a_header_that_would_be_too_long_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("lcm_kit.lora_merge.files.header.MAX_HEADER", 5000)
+    monkeypatch.setattr("lcm_kit.lora_merge.disk.header.MAX_HEADER", 5000)
     with pytest.raises(ValueError, match=r"nobody could read it again.*leave out metadata"):
         save(small(note="x" * 5000), tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -10,10 +10,10 @@ from lcm_kit.lora_merge import METHODS, Lora, MergeOptions, describe_merge, load
 from lcm_kit.lora_merge.__main__ import main
 from lcm_kit.lora_merge.merging.account import Source
 from lcm_kit.lora_merge.merging.account import _lost as lost
-from lcm_kit.lora_merge.merging.options import options_from_dict
 from lcm_kit.lora_merge.merging.reproduce import reproduce
 from lcm_kit.lora_merge.methods import table
 from lcm_kit.lora_merge.methods.table import Method, Parameter, all_parameters
+from lcm_kit.lora_merge.settings.options import options_from_dict
 
 GENERATOR = torch.Generator().manual_seed(11)
 MODULE = "lora_unet_x"
@@ -32,10 +32,10 @@ def sharpened(deltas, situation):
 
 
 ROW = Method(
-    sharpened,
-    "the sum, sharpened",
-    "nowhere",
-    {"sharpness": Parameter(1.5, 1.0, 4.0, "factor, 100 % of it")},
+    combine=sharpened,
+    summary="the sum, sharpened",
+    source="nowhere",
+    parameters={"sharpness": Parameter(default=1.5, low=1.0, high=4.0, meaning="factor, 100 % of it")},
     draws=True,
 )
 
@@ -174,7 +174,17 @@ def test_a_hint_says_which_way_to_go(density, hint):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_hint_names_a_parameter_that_the_method_has_not(method):
-    faint = Source("faint", 1.0, 1, 1, 0, (2, 2), (2.0, 2.0), None, effect=0.1)
+    faint = Source(
+        name="faint",
+        strength=1.0,
+        modules=1,
+        only_here=1,
+        diffs=0,
+        ranks=(2, 2),
+        alphas=(2.0, 2.0),
+        retention=None,
+        effect=0.1,
+    )
     (text,) = lost([faint], MergeOptions(method=method))
     assert ("density" in text) is ("density" in METHODS[method].parameters)
 

@@ -38,7 +38,7 @@ def weighted(module, inputs=INPUTS):
 
 def draws(module, index, shape, seed=0):
     """The uniform numbers that input `index` gets: a CPU generator seeded by what the docstring of Situation says."""
-    situation = Situation((1.0,) * 3, (0, 1, 2), {}, module, seed)
+    situation = Situation(strengths=(1.0,) * 3, inputs=(0, 1, 2), values={}, module=module, seed=seed)
     return torch.rand(shape, generator=situation.generator(index))
 
 
@@ -436,3 +436,31 @@ def test_the_sum_is_that_of_pefts_cat():
     for name, module in names.items():
         theirs = getattr(model.base_model.model, name).get_delta_weight("merged").detach()
         torch.testing.assert_close(merged.delta(module), theirs, rtol=0, atol=1e-6)
+
+
+SEVERAL = [
+    (name, strengths)
+    for name, row in METHODS.items()
+    for strengths in ((1.0, 1.0), (1.0, 0.5), (1.0, -0.5), (0.3, 0.3, 0.3))
+    if row.combine is not None
+    if not row.exact_inputs or (len(strengths) == row.exact_inputs and min(strengths) > 0)
+]
+
+
+@pytest.mark.parametrize(("method", "strengths"), SEVERAL)
+def test_a_lora_given_several_times_has_one_effect(method, strengths):
+    """Which of them is how strong in the result cannot be told: all have the coefficient of their sum."""
+    merged, account = merge_with_account([(LORAS[0], strength) for strength in strengths], method=method, seed=3)
+    made, given = (torch.cat([lora.delta(m).flatten() for m in LORAS[0].modules]) for lora in (merged, LORAS[0]))
+    wanted = float(made.dot(given) / (sum(strengths) * given.square().sum()))
+    # The products are float32's.
+    assert [source.effect for source in account.sources] == pytest.approx([wanted] * len(strengths), abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "ties", "tsv", "dare"])
+def test_effects_of_inputs_that_depend_on_one_another_are_the_smallest_that_fit(method):
+    """With a + b beside a and b, (1, 1, -1) changes no fit, so that the smallest coefficients have no part of it."""
+    a, b = LORAS[:2]
+    inputs = [(a, 1.0), (b, 1.0), (merge([(a, 1.0), (b, 1.0)]), 1.0)]
+    effects = [source.effect for source in merge_with_account(inputs, method=method, seed=3)[1].sources]
+    assert effects[0] + effects[1] - effects[2] == pytest.approx(0.0, abs=1e-3)

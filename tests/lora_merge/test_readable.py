@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lcm_kit.lora_merge import Lora as LoraOf
 from lcm_kit.lora_merge import LoraLayer, load, merge, save
-from lcm_kit.lora_merge.files.header import MAX_NAME
+from lcm_kit.lora_merge.disk.header import MAX_NAME
 from lcm_kit.lora_merge.naming.names import spelling
 from lcm_kit.lora_merge.updates.weight_dependent import Carried
 from lcm_kit.tests.lora_merge import kinds

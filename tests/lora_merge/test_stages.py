@@ -32,7 +32,7 @@ INPUTS = [(FIRST, 1.0), (SECOND, -0.5)]
 def test_a_plan_says_what_meets_what():
     planned = plan(INPUTS, MergeOptions(), metadata={"modelspec.title": "both"})
     assert planned.modules == ["lora_unet_a", "lora_unet_b", "lora_unet_c"]
-    assert list(planned.passing.updates) == ["lora_unet_d"]
+    assert list(planned.passthrough.updates) == ["lora_unet_d"]
     assert planned.strengths.base == (1.0, -0.5)
     assert planned.metadata["modelspec.title"] == "both"
     assert planned.spellings.keys() == {*planned.modules, "lora_unet_d"}
@@ -50,7 +50,7 @@ def test_a_plan_settles_whom_auto_protects():
     planned = plan(INPUTS, MergeOptions(protect="auto", mu=1.0))
     assert planned.options.protect is None
     assert planned.warnings == [
-        "no input is recognised as an acceleration LoRA, so nobody is protected and mu did nothing"
+        "no input is recognised as an acceleration LoRA, so no LoRA is protected and mu has no effect"
     ]
 
 

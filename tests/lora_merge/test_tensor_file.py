@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcm_kit.lora_merge.files import tensor_file as module
-from lcm_kit.lora_merge.files.tensor_file import read, tensor_file, write
+from lcm_kit.lora_merge.disk import tensor_file as module
+from lcm_kit.lora_merge.disk.tensor_file import read, tensor_file, write
 from lcm_kit.tests.helpers import ROOT
 
 TENSORS = {

@@ -32,11 +32,6 @@ SAME = [
     # one naming's blocks and the other's
     ("lora_unet_double_blocks_7_txt_mlp_0", "transformer.transformer_blocks.7.ff_context.net.0.proj"),
     ("transformer.transformer_blocks.7.ff.linear_in", "transformer.transformer_blocks.7.ff.net.0.proj"),
-    ("lora_unet_single_blocks_7_modulation_lin", "lora_transformer_single_transformer_blocks_7_norm_linear"),
-    ("diffusion_model.joint_blocks.7.context_block.attn.proj", "transformer.transformer_blocks.7.attn.to_add_out"),
-    ("diffusion_model.blocks.7.cross_attn.k_img", "transformer.blocks.7.attn2.add_k_proj"),
-    ("diffusion_model.blocks.7.self_attn.q_proj", "transformer_blocks.7.attn1.to_q"),
-    ("diffusion_model.layers.7.feed_forward.w2", "transformer.layers.7.feed_forward.linear_2"),
     ("lora_unet_final_layer_linear", "transformer.proj_out"),
     # text encoders
     ("lora_te2_encoder_block_0_layer_0_SelfAttention_q", "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"),
@@ -63,6 +58,32 @@ def test_two_names_of_one_weight_are_refused_and_both_are_named(pair, swap):
         Lora.from_state_dict(state, source="style")
     assert first in str(error.value)
     assert second in str(error.value)
+
+
+# Of families that the names of the two tell.
+MEETING = [
+    ("lora_unet_single_blocks_7_modulation_lin", "lora_transformer_single_transformer_blocks_7_norm_linear"),
+    ("diffusion_model.joint_blocks.7.context_block.attn.proj", "transformer.transformer_blocks.7.attn.to_add_out"),
+    ("diffusion_model.blocks.7.cross_attn.k_img", "transformer.blocks.7.attn2.add_k_proj"),
+    ("diffusion_model.blocks.7.self_attn.q_proj", "transformer_blocks.7.attn1.to_q"),
+    ("diffusion_model.layers.7.feed_forward.w2", "transformer.layers.7.feed_forward.linear_2"),
+    ("diffusion_model.layers.7.attention.out", "lora_unet_layers_7_attention_to_out_0"),
+    ("lora_unet_transformer_blocks_7_img_mlp_net_2", "transformer_blocks.7.img_mlp.net.2"),
+    ("transformer.double_stream_blocks.7.block.attn1.to_q", "lycoris_double_stream_blocks_7_block_attn1_to_q"),
+    ("transformer.double_blocks.7.img_attn_proj", "diffusion_model.double_blocks.7.img_attn.proj"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("pair", MEETING)
+def test_two_names_of_one_weight_meet_where_the_family_is_known(pair, swap):
+    loras = [one(name, seed=seed) for seed, name in enumerate(pair[::-1] if swap else pair)]
+    merged = merge([(lora, strength) for lora, strength in zip(loras, (1.0, 0.8), strict=True)])
+    (name,) = merged.modules
+    first, second = (lora.delta(next(iter(lora.modules))) for lora in loras)
+    assert relative(merged.delta(name), first + 0.8 * second) < 1e-6
+    with pytest.raises(ValueError, match="two spellings of one"):
+        Lora.from_state_dict(kohya(pair[0], *factors(6, 2, 5)) | kohya(pair[1], *factors(6, 2, 5)))
 
 
 OTHERS = [

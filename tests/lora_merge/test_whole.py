@@ -10,8 +10,8 @@ import time
 import pytest
 
 from lcm_kit.lora_merge import Lora, save
-from lcm_kit.lora_merge.files import whole
-from lcm_kit.lora_merge.files.whole import check_place, write_whole
+from lcm_kit.lora_merge.disk import whole
+from lcm_kit.lora_merge.disk.whole import check_place, write_whole
 from lcm_kit.tests.helpers import ROOT
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
@@ -191,7 +191,7 @@ def test_the_next_write_of_a_name_tidies_up_after_killed_ones(tmp_path, name):
 @POSIX
 def test_what_another_process_is_writing_is_left_alone(tmp_path):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom files.whole import write_whole\n"
+        "import sys, time\nfrom pathlib import Path\nfrom disk.whole import write_whole\n"
         "def write(file):\n    file.write(b'slow')\n    file.flush()\n    print('begun', flush=True)\n    sys.stdin.read()\n"
         "write_whole(Path(sys.argv[1]), write)\n"
     )

@@ -58,7 +58,7 @@ def run_ours(prediction_type, x, sigmas, table=TABLE, **arguments):
         x,
         sigmas,
         callback=lambda state: trajectory.append(state["x"]),
-        noise=tape(SEED),
+        noise=tape(SEED, sigmas, table),
         table=table,
         disable=True,
         **arguments,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lcm_kit.samplers.editing import changed_share, edit_ddcm
-from lcm_kit.samplers.noise import StepNoise
+from lcm_kit.samplers.noise import StepNoise, level_numbers
 from lcm_kit.samplers.schedule import lcm_timesteps, sigmas_at, timesteps_at
 from lcm_kit.tests.samplers import toy
 
@@ -75,10 +75,10 @@ def as_published(prediction, z0, timesteps, noise, source, target):
 def test_equals_the_published_algorithm(prediction, steps, strength):
     z0, noise = picture(), StepNoise(3)
     timesteps = lcm_timesteps(steps, strength=strength)
-    expected = as_published(prediction, z0.double(), timesteps, lambda i, like: noise(i, z0).double(), CAT, DOG)
-    actual = edit_ddcm(
-        denoiser(prediction, CAT), denoiser(prediction, DOG), z0, sigmas_at(timesteps, TABLE), noise=noise, disable=True
-    )
+    sigmas = sigmas_at(timesteps, TABLE)
+    levels = level_numbers(sigmas)
+    expected = as_published(prediction, z0.double(), timesteps, lambda i, like: noise(levels[i], z0).double(), CAT, DOG)
+    actual = edit_ddcm(denoiser(prediction, CAT), denoiser(prediction, DOG), z0, sigmas, noise=noise, disable=True)
     # 1e-4: at sigma 14.6 an x0 is the small difference of large numbers, here in float32 and there in float64
     torch.testing.assert_close(actual, expected.float(), rtol=0, atol=1e-4)
     assert (actual - z0).abs().mean() > 0.05
@@ -135,8 +135,8 @@ def test_flow_models_are_edited_in_their_own_process():
 
     z0, noise, sigmas = picture(), StepNoise(5), torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
     expected = z0.double()
-    for step, sigma in enumerate(sigmas[:-1].tolist()):
-        fresh = noise(step, z0).double()
+    for sigma, number in zip(sigmas[:-1].tolist(), level_numbers(sigmas[:-1]), strict=True):
+        fresh = noise(number, z0).double()
         x = (1 - sigma) * expected + sigma * fresh
         z = (1 - sigma) * z0.double() + sigma * fresh
         corrected = velocity(x, sigma, DOG) + (fresh - z0.double()) - velocity(z, sigma, CAT)
@@ -211,7 +211,7 @@ def test_both_prompts_see_the_same_noise_and_in_the_first_step_the_same_latent()
     assert torch.equal(seen[0][1], seen[1][1])
     before = z0
     for step, level in enumerate(sigmas[:-1]):
-        fresh = StepNoise(7)(step, z0)
+        fresh = StepNoise(7)(*level_numbers(level[None]), z0)
         for (_, x, sigma), clean in zip(seen[2 * step : 2 * step + 2], (z0, before), strict=True):
             torch.testing.assert_close(x, clean + level * fresh)
             assert torch.equal(sigma, level.expand(2))

@@ -11,17 +11,13 @@ from lcm_kit.samplers.consistency import boundary_scalings
 from lcm_kit.samplers.linear_step import StepWeights, step_weights
 from lcm_kit.samplers.renoise import noise_kept, variance_exploding
 from lcm_kit.samplers.schedule import lcm_timesteps, sigmas_at
-from lcm_kit.tests.samplers.toy import sigma_table
+from lcm_kit.tests.samplers.toy import rectified_flow, sigma_table
 
 TABLE = sigma_table()
 TIMESTEPS = lcm_timesteps(4)
 SIGMAS = sigmas_at(TIMESTEPS, TABLE)
 FLOW_TABLE = torch.linspace(0.001, 1.0, 1000)
 FLOW_SIGMAS = sigmas_at([999, 749, 499, 249], FLOW_TABLE)
-
-
-def rectified_flow(sigma, noise, latent):
-    return sigma * noise + (1.0 - sigma) * latent
 
 
 PROCESSES = {"ve": (variance_exploding, TABLE, SIGMAS), "flow": (rectified_flow, FLOW_TABLE, FLOW_SIGMAS)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lcm_kit.samplers.multistep import sample_lcm
-from lcm_kit.samplers.noise import StepNoise
+from lcm_kit.samplers.noise import StepNoise, level_numbers
 from lcm_kit.samplers.schedule import lcm_timesteps, sigmas_at
 from lcm_kit.tests.samplers.toy import as_denoiser, sigma_table
 
@@ -65,9 +65,9 @@ def test_every_gamma_leaves_the_noise_level_that_the_model_is_told(gamma):
 def test_gamma_one_is_the_denoised_image_plus_fresh_noise():
     x, source = SIGMAS[0] * normal(2, 4, 8, 8), StepNoise(9)
     expected = x
-    for step, (sigma, sigma_next) in enumerate(pairwise(SIGMAS)):
+    for (sigma, sigma_next), level in zip(pairwise(SIGMAS), level_numbers(SIGMAS[1:]), strict=True):
         denoised = MODEL(expected, sigma.expand(2))
-        expected = denoised + sigma_next * source(step, x) if sigma_next > 0 else denoised
+        expected = denoised + sigma_next * source(level, x) if sigma_next > 0 else denoised
     # One rounding less than here: sigma * noise + denoised is a single operation.
     torch.testing.assert_close(sample_lcm(MODEL, x, SIGMAS, noise=source), expected, rtol=0, atol=2e-6)
 
@@ -85,7 +85,7 @@ def test_gamma_zero_is_eulers_method_and_draws_no_noise():
 
 def test_gamma_tends_to_its_ends():
     x = SIGMAS[0] * normal(1, 4, 8, 8)
-    ends = {gamma: sample_lcm(MODEL, x, SIGMAS, noise=StepNoise(0), gamma=gamma) for gamma in (0.0, 1.0)}
+    ends = {gamma: sample_lcm(MODEL, x, SIGMAS, noise=StepNoise(0), gamma=gamma, table=TABLE) for gamma in (0.0, 1.0)}
     near_zero = sample_lcm(MODEL, x, SIGMAS, noise=StepNoise(0), gamma=1e-9, table=TABLE)
     torch.testing.assert_close(near_zero, ends[0.0], rtol=0, atol=1e-4)
     near_one = sample_lcm(MODEL, x, SIGMAS, noise=StepNoise(0), gamma=1 - 1e-9, table=TABLE)
@@ -100,11 +100,22 @@ def test_one_step_draws_no_noise():
     assert torch.equal(sample_lcm(MODEL, x, sigmas, noise=no_noise), MODEL(x, sigmas[:1]))
 
 
-def test_a_last_sigma_above_zero_leaves_its_noise_for_the_next_sampler():
-    x, source = SIGMAS[0] * normal(1, 4, 8, 8), StepNoise(4)
-    halfway = sample_lcm(MODEL, x, SIGMAS[:3], noise=source)
-    rest = sample_lcm(MODEL, halfway, SIGMAS[2:], noise=lambda step, like: source(step + 2, like))
-    assert torch.equal(rest, sample_lcm(MODEL, x, SIGMAS, noise=source))
+@pytest.mark.parametrize(("gamma", "table"), [(1.0, None), (1.0, TABLE), (0.3, TABLE), (0.0, None)])
+@pytest.mark.parametrize("steps", [4, 8])
+def test_a_run_that_stops_at_any_level_and_goes_on_is_the_undivided_run(steps, gamma, table):
+    """Its noise is that of the level, whatever call it is added in; also when every step is a call of its own."""
+    sigmas = sigmas_at(lcm_timesteps(steps), TABLE)
+    x = sigmas[0] * normal(2, 4, 8, 8)
+
+    def run(x, sigmas):
+        return sample_lcm(MODEL, x, sigmas, noise=StepNoise(4), gamma=gamma, table=table)
+
+    undivided = run(x, sigmas)
+    for place in range(1, steps):
+        assert torch.equal(run(run(x, sigmas[: place + 1]), sigmas[place:]), undivided)
+    for place in range(steps):
+        x = run(x, sigmas[place : place + 2])
+    assert torch.equal(x, undivided)
 
 
 @pytest.mark.parametrize("sigmas", [torch.ones(0), torch.ones(1)])
@@ -193,9 +204,9 @@ def test_half_precision_goes_in_and_out_and_is_float32_inside(dtype, gamma):
         kinds.append((x.dtype, sigma.dtype))
         return half_image
 
-    def noise(step, like):
+    def noise(level, like):
         assert like.dtype == torch.float32
-        return StepNoise(0)(step, like)
+        return StepNoise(0)(level, like)
 
     arguments = {"noise": noise, "gamma": gamma, "table": TABLE, "timesteps": TIMESTEPS}
     result, seen = recorded(lambda callback: sample_lcm(model, x, SIGMAS, callback=callback, **arguments))
@@ -284,6 +295,6 @@ def test_a_noise_source_keeps_its_tensors_unless_it_hands_them_over():
     """A tape that returns the tensors that it holds, the same in every step."""
     tape = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
     before = tape.clone()
-    x = sample_lcm(lambda x, sigma: torch.ones_like(x), torch.zeros(2, 3), SIGMAS, noise=lambda step, like: tape)
+    x = sample_lcm(lambda x, sigma: torch.ones_like(x), torch.zeros(2, 3), SIGMAS, noise=lambda level, like: tape)
     assert torch.equal(tape, before)
     torch.testing.assert_close(x, torch.ones(2, 3))

@@ -1,11 +1,15 @@
-"""Step noise: the same for an image whatever surrounds it, independent between images, steps and seeds."""
+"""Step noise: the same for an image whatever surrounds it, independent between images, levels and seeds."""
+
+import struct
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcm_kit.samplers.noise import StepNoise, _splitmix64, stream_seed
+from lcm_kit.samplers.noise import StepNoise, _splitmix64, level_numbers, stream_seed
+from lcm_kit.samplers.schedule import sigmas_at
+from lcm_kit.tests.samplers.toy import sigma_table
 
 LATENT = (4, 8, 8)
 
@@ -14,12 +18,12 @@ def like(batch, dtype=torch.float32):
     return torch.zeros(batch, *LATENT, dtype=dtype)
 
 
-@pytest.mark.parametrize("step", [0, 1, 7])
-def test_an_image_has_the_same_noise_alone_and_in_a_batch(step):
-    batch = StepNoise(42)(step, like(3))
+@pytest.mark.parametrize("level", [0, 1, 7])
+def test_an_image_has_the_same_noise_alone_and_in_a_batch(level):
+    batch = StepNoise(42)(level, like(3))
     for index in range(3):
-        assert torch.equal(StepNoise(42, [index])(step, like(1))[0], batch[index])
-    assert torch.equal(StepNoise(42, [2, 0])(step, like(2)), batch[[2, 0]])
+        assert torch.equal(StepNoise(42, [index])(level, like(1))[0], batch[index])
+    assert torch.equal(StepNoise(42, [2, 0])(level, like(2)), batch[[2, 0]])
 
 
 def test_noise_does_not_depend_on_what_was_drawn_before():
@@ -29,15 +33,15 @@ def test_noise_does_not_depend_on_what_was_drawn_before():
     assert torch.equal(source(0, like(2)), first)
 
 
-def test_images_steps_and_seeds_differ():
-    noises = [StepNoise(s, [b])(step, like(1)) for s in (0, 1, 2**32, 2**64 - 1) for b in (0, 1) for step in (0, 1)]
+def test_images_levels_and_seeds_differ():
+    noises = [StepNoise(s, [b])(level, like(1)) for s in (0, 1, 2**32, 2**64 - 1) for b in (0, 1) for level in (0, 1)]
     for i, noise in enumerate(noises):
         assert not any(torch.equal(noise, other) for other in noises[:i])
 
 
 def test_noise_is_never_the_initial_noise_of_this_or_a_neighbouring_seed():
     for seed in (0, 1, 42, 2**32 + 3):
-        noises = [StepNoise(seed)(step, like(2))[image] for step in range(4) for image in range(2)]
+        noises = [StepNoise(seed)(level, like(2))[image] for level in range(4) for image in range(2)]
         for other in range(max(seed - 4, 0), seed + 5):
             initial = torch.randn(2, *LATENT, generator=torch.Generator().manual_seed(other))
             assert not any(torch.equal(noise, image) for noise in noises for image in initial)
@@ -96,5 +100,54 @@ def test_stream_seeds_stay_what_they_are():
 @given(
     st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 4096), st.integers(0, 999)), unique=True, max_size=50)
 )
-def test_different_seed_image_or_step_means_another_stream(keys):
+def test_different_seed_image_or_level_means_another_stream(keys):
     assert len({stream_seed(*key) for key in keys}) == len(keys)
+
+
+# ---- the number of a level
+
+
+@pytest.mark.parametrize("length", [50, 1000, 10_000])
+def test_an_entry_of_a_table_is_numbered_by_its_share_of_all_times_whatever_the_tables_length(length):
+    table = torch.arange(1, length + 1) / length  # a flow model's
+    levels = torch.tensor([1.0, 0.76, 0.5, 0.26])
+    assert level_numbers(levels, table) == [1_000_000, 760_000, 500_000, 260_000]
+
+
+def test_a_level_has_the_same_number_in_every_part_of_a_run_and_no_other_level_has_it():
+    table = sigma_table()
+    sigmas = sigmas_at(range(999, 0, -1), table)
+    numbers = level_numbers(sigmas, table)
+    assert len(set(numbers)) == len(numbers)
+    for start in (0, 7, 500, 998):
+        assert level_numbers(sigmas[start:], table) == numbers[start:]
+    assert level_numbers(sigmas[3:4], table) == numbers[3:4]
+
+
+def test_rounding_of_a_level_does_not_change_its_number():
+    """As between a table and the logarithms that ComfyUI keeps of it, or two devices."""
+    table = sigma_table()
+    assert level_numbers(table * (1 + 3e-6), table) == level_numbers(table * (1 - 3e-6), table) == [
+        1000 * (t + 1) for t in range(1000)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("table", [None, sigma_table()])
+def test_levels_between_the_entries_or_without_a_table_have_the_bits_of_their_sigma(table):
+    levels = torch.tensor([80.0, 3.3333, 1.0001, 0.5, 0.002, 0.0])
+    expected = [int.from_bytes(struct.pack("<f", level), "little") for level in levels.tolist()]
+    assert level_numbers(levels, table) == expected
+    assert expected[-1] == 0
+    assert min(expected[:-1]) > 1_000_000  # above the numbers of all entries
+
+
+@given(st.lists(st.floats(2**-10, 5000, width=32), unique=True, max_size=30))
+def test_no_two_levels_of_a_run_share_a_number(levels):
+    # Nearer than a table's entries and their rounding they are one level.
+    levels = [a for i, a in enumerate(levels) if all(abs(a / b - 1) > 3e-5 for b in levels[:i])]
+    for table in (None, sigma_table()):
+        assert len(set(level_numbers(torch.tensor(levels), table))) == len(levels)
+
+
+def test_no_levels_have_no_numbers():
+    assert level_numbers(torch.ones(0), sigma_table()) == level_numbers(torch.ones(0)) == []

@@ -186,5 +186,6 @@ def test_flow_models_equal_flow_match_lcm_scheduler(strength, steps, shift):
     for step, timestep in enumerate(scheduler.timesteps):
         velocity = toy_network(theirs, timestep.item())
         theirs = scheduler.step(velocity, timestep, theirs, generator=step_generator(SEED, step)).prev_sample
-    ours = sample_lcm(as_flow_denoiser, x, sigmas, noise=tape(SEED), noise_scaling=rectified_flow, disable=True)
+    source = tape(SEED, sigmas)
+    ours = sample_lcm(as_flow_denoiser, x, sigmas, noise=source, noise_scaling=rectified_flow, disable=True)
     assert difference(ours, theirs) <= TOLERANCE

@@ -1,24 +1,65 @@
 """The settings of published few-step models."""
 
+import re
+
 import numpy as np
 import pytest
+import torch
 
-from lcm_kit.samplers.presets import PRESETS, Preset, trailing_timesteps
+from lcm_kit.samplers.preset import Preset, needs_in_words, settings_in_words
+from lcm_kit.samplers.presets import PRESETS, trailing_timesteps
 from lcm_kit.samplers.renoise import gamma_per_step
 from lcm_kit.samplers.schedule import lcm_timesteps
 from lcm_kit.tests.samplers.toy import diffusers
 
+FLOW_TABLE = torch.arange(1, 1001) / 1000
+
+
+OF_STABLE_DIFFUSION = [name for name, preset in PRESETS.items() if not preset.flow]
+
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_has_a_schedule_as_long_as_its_steps_and_a_source(name):
+def test_every_preset_says_what_it_is_for_and_where_it_is_from(name):
     preset = PRESETS[name]
     assert preset.name == name
+    assert gamma_per_step(preset.gamma, preset.steps)
+    assert preset.cfg >= 1
+    assert preset.models
+    assert preset.sampler
+    assert preset.source
+    assert re.fullmatch(r"202\d-(0[1-9]|1[0-2])", preset.date)
+    # The first two digits of an arXiv number are its year, the next two its month: not after the source's date.
+    for year, month in re.findall(r"arXiv (\d\d)(\d\d)\.\d{5}", preset.source):
+        assert f"20{year}-{month}" <= preset.date
+    assert 0 <= preset.first_expert < preset.steps
+    assert not (preset.sigmas and preset.timesteps)
+    assert preset.flow or not (preset.sigmas or preset.shift)
+
+
+@pytest.mark.parametrize("name", OF_STABLE_DIFFUSION)
+def test_a_preset_of_stable_diffusion_has_a_schedule_as_long_as_its_steps(name):
+    preset = PRESETS[name]
     timesteps = preset.schedule()
     assert len(timesteps) == preset.steps
     assert timesteps == sorted(timesteps, reverse=True)
-    assert gamma_per_step(preset.gamma, preset.steps)
-    assert preset.cfg >= 1
     assert "arXiv" in preset.source
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("strength", [0.02, 0.2, 0.5, 0.99, 1.0])
+def test_a_preset_has_as_many_levels_as_it_makes_calls(name, strength):
+    levels = PRESETS[name].levels(FLOW_TABLE, strength=strength)
+    assert len(levels) == PRESETS[name].calls(strength) + 1 if PRESETS[name].timesteps else PRESETS[name].steps + 1
+    assert bool((levels.diff() < 0).all())
+    assert levels[-1] == 0
+
+
+def test_settings_in_words():
+    assert settings_in_words(PRESETS["DMD2"]) == "4 steps, cfg 1, gamma 1, timesteps 999, 749, 499, 249"
+    assert settings_in_words(PRESETS["Turbo"]) == "1 steps, cfg 1, gamma 1, of the timesteps 999, 749, 499, 249"
+    assert settings_in_words(Preset("own", 2, 1.5, (0.0, 1.0))) == "2 steps, cfg 1.5, gamma 0, 1, 50 original steps"
+    assert needs_in_words(PRESETS["LCM"]) == ["LoRA at strength 1"]
+    assert needs_in_words(PRESETS["DMD2"]) == []
 
 
 def test_known_schedules():
@@ -28,6 +69,7 @@ def test_known_schedules():
     assert PRESETS["TDD"].schedule() == [999, 751, 499, 251]
     assert PRESETS["Lightning 8 steps"].schedule() == [999, 874, 749, 624, 499, 374, 249, 124]
     assert PRESETS["Turbo"].with_steps(2).schedule() == [999, 499]
+    assert PRESETS["Turbo"].with_steps(3).schedule() == [999, 749, 499]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 8, 12, 16, 50])
@@ -49,11 +91,20 @@ def test_other_numbers_of_steps():
     assert PRESETS["DMD2"].with_steps(4) is PRESETS["DMD2"]
     with pytest.raises(ValueError, match=r"DMD2 was made for exactly 4 .999, 749, 499, 249.. Set steps to 0"):
         PRESETS["DMD2"].with_steps(6)
+    with pytest.raises(ValueError, match=r"LTX-2 second stage was made for exactly 3 .0\.909375, 0\.725, 0\.421875."):
+        PRESETS["LTX-2 second stage"].with_steps(4)
+    with pytest.raises(ValueError, match="steps is 5, but Turbo was made for 1 to 4"):
+        PRESETS["Turbo"].with_steps(5)
 
 
 def test_strength_cuts_both_kinds_of_schedule():
     assert PRESETS["LCM"].schedule(strength=0.6) == lcm_timesteps(4, strength=0.6)
     assert PRESETS["Lightning 4 steps"].schedule(strength=0.5) == [499, 249]
+    assert PRESETS["Lightning 4 steps"].schedule(strength=0.6) == [599, 399, 199]
+    assert PRESETS["DMD2"].schedule(strength=0.2) == [199, 149, 99, 49]
+    assert PRESETS["DMD2"].schedule(strength=0.26) == [259, 194, 129, 64]
+    assert PRESETS["Turbo"].schedule(strength=0.3) == [299]
+    assert PRESETS["DMD2 1 step"].schedule(strength=0.5) == [199]
 
 
 def test_a_preset_is_data():
@@ -75,7 +126,9 @@ PUBLISHED = {
     **{f"Hyper-SD {steps} steps CFG": (steps, 5.0, 0.0) for steps in (8, 12)},
     **{f"Lightning {steps} steps": (steps, 1.0, 0.0) for steps in (2, 4, 8)},
     **{f"PCM small cfg {steps} steps": (steps, 1.0, 0.0) for steps in (2, 4, 8, 16)},
-    **{f"PCM normal cfg {steps} steps": (steps, 7.5, 0.0) for steps in (4, 8, 16)},
+    "PCM normal cfg 4 steps": (4, 3.0, 0.0),
+    "PCM normal cfg 8 steps": (8, 4.5, 0.0),
+    "PCM normal cfg 16 steps": (16, 7.5, 0.0),
     "PCM LCM-like": (4, 1.0, 1.0),
     "TDD": (4, 1.7, 0.2),
     "Turbo": (1, 1.0, 1.0),
@@ -84,4 +137,4 @@ PUBLISHED = {
 
 def test_settings_are_those_that_the_papers_give():
     """(steps, cfg, gamma)."""
-    assert {name: (p.steps, p.cfg, p.gamma) for name, p in PRESETS.items()} == PUBLISHED
+    assert {name: (p.steps, p.cfg, p.gamma) for name, p in PRESETS.items() if not p.flow} == PUBLISHED

@@ -7,16 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcm_kit.samplers.renoise import gamma_per_step, noise_kept, parse_gammas, variance_exploding
+from lcm_kit.samplers.renoise import gamma_per_step, gammas_of_part, noise_kept, parse_gammas, variance_exploding
 from lcm_kit.samplers.schedule import sigmas_at
-from lcm_kit.tests.samplers.toy import sigma_table
+from lcm_kit.tests.samplers.toy import rectified_flow, sigma_table
 
 TABLE = sigma_table()
 SIGMAS = sigmas_at([999, 759, 499, 259], TABLE)
-
-
-def rectified_flow(sigma, noise, latent):
-    return sigma * noise + (1.0 - sigma) * latent
 
 
 def test_the_two_ends_are_exact_and_need_no_table():
@@ -129,3 +125,28 @@ def test_gammas_are_read_from_text(text, gammas):
 def test_text_that_is_no_list_of_gammas_is_refused(text):
     with pytest.raises(ValueError, match=r"is not a number from 0 .* Write one for each step"):
         parse_gammas(text)
+
+
+# ---- a list of gammas in a run that is made in parts
+
+
+@pytest.mark.parametrize("gamma", [[0, 0, 1], [1.0, 0.3], [0.2], (1, 0.9, 0.5, 0.3)])
+def test_every_part_of_a_run_has_the_gammas_that_its_steps_have_in_the_undivided_run(gamma):
+    whole = gamma_per_step(gamma, 4)
+    for start in range(4):
+        for end in range(start + 1, 5):
+            part = gammas_of_part(gamma, SIGMAS[start : end + 1], SIGMAS)
+            assert gamma_per_step(part, end - start) == whole[start:end]
+
+
+def test_without_the_schedule_a_part_is_the_beginning():
+    assert gammas_of_part([0, 0, 1], SIGMAS[:3]) == [0, 0]
+    assert gammas_of_part([0, 0, 1], SIGMAS) == [0, 0, 1]
+    assert gammas_of_part(0.3, SIGMAS[2:]) == 0.3
+    # Nothing follows a run that ends at 0: too many entries are a mistake, which gamma_per_step names.
+    assert gammas_of_part([0, 0, 1], SIGMAS[-3:]) == [0, 0, 1]
+
+
+def test_a_level_that_the_schedule_lacks_is_refused():
+    with pytest.raises(ValueError, match=r"no step of it starts from 3:.*as it was before it was split"):
+        gammas_of_part([0, 1], torch.tensor([3.0, 0.0]), SIGMAS)

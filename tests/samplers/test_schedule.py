@@ -12,6 +12,7 @@ from lcm_kit.samplers.schedule import (
     off_grid,
     parse_timesteps,
     sigmas_at,
+    table_entries,
     timesteps_at,
     training_grid,
 )
@@ -248,3 +249,25 @@ def test_a_sigma_between_entries_takes_the_nearest_in_log_sigma_and_beyond_the_e
 def test_sigma_zero_has_no_timestep():
     with pytest.raises(ValueError, match="leave out the final 0"):
         timesteps_at(sigmas_at([999], sigma_table()), sigma_table())
+
+
+# ---- timesteps in tables of other lengths
+
+
+def test_timesteps_are_themselves_in_a_table_of_a_thousand_and_every_tenth_entry_in_one_of_ten_thousand():
+    timesteps = list(range(999, -1, -1))
+    assert table_entries(timesteps, 1000) == timesteps
+    assert table_entries(timesteps, 10_000) == [10 * t + 9 for t in timesteps]
+
+
+@pytest.mark.parametrize("length", [1000, 1500, 4000, 10_000])
+def test_a_timestep_is_the_same_share_of_every_table(length):
+    for t, entry in zip(range(999, -1, -1), table_entries(range(999, -1, -1), length), strict=True):
+        assert abs((entry + 1) / length - (t + 1) / 1000) <= 0.5 / length + 1e-12
+
+
+def test_a_short_table_gives_what_it_can_tell_apart():
+    assert table_entries([999, 749, 499, 249], 100) == [99, 74, 49, 24]
+    for timesteps in ([999, 998], [999, 3]):
+        with pytest.raises(ValueError, match=r"too close together, or too near 0, for this model's table of 100"):
+            table_entries(timesteps, 100)

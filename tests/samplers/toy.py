@@ -9,6 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lcm_kit.samplers.noise import level_numbers
+
 TRAIN_TIMESTEPS = 1000
 
 
@@ -79,9 +81,10 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * TRAIN_TIMESTEPS + step)
 
 
-def tape(seed: int) -> Callable[[int, Tensor], Tensor]:
-    """Step noise from step_generator."""
-    return lambda step, like: torch.randn(like.shape, generator=step_generator(seed, step))
+def tape(seed: int, sigmas: Tensor, table: Tensor | None = None) -> Callable[[int, Tensor], Tensor]:
+    """Noise of the levels of this run from step_generator, whose steps are counted there."""
+    step_to = {number: step for step, number in enumerate(level_numbers(sigmas[1:], table))}
+    return lambda level, like: torch.randn(like.shape, generator=step_generator(seed, step_to[level]))
 
 
 def diffusers() -> ModuleType:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "lora_merge"))
 
-from files.whole import write_whole
+from disk.whole import write_whole
 
 PIECES = 64
 

@@ -143,3 +143,11 @@ def browser():
         browser = playwright.chromium.launch(executable_path=path, args=OPTIONS)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(browser, server):
+    """ComfyUI's page on the shared server."""
+    from lcm_kit.tests.with_comfyui.web_page import opened_page
+
+    return opened_page(browser, server)

@@ -43,6 +43,8 @@ GIVEN = {
 }  # fmt: skip
 # Not what is allowed, but how much work it makes: the end of a range, and of what is tried.
 MOST = {"steps": 6, "batch": 2, "accumulate": 2, "samples": 2, "rank": 80, "original_steps": 1000, "cfg_steps": 1000}
+# So these are always given: what they are by default would be more.
+ALWAYS = {*MOST, "width", "height", "clip"}
 ILLEGAL = {
     "FLOAT": [math.nan, math.inf, -math.inf, 1e30, -1e30, None, "x", {}],
     "INT": [math.nan, 10**30, -(10**30), None, "x", {}],
@@ -99,7 +101,7 @@ class Maker:
         for group in ("required", "optional"):
             for name, (type_, *more) in self.info[kind]["input"].get(group, {}).items():
                 # Where no CLIP goes in, none comes out, and CLIP Text Encode has words of its own for that.
-                if group == "optional" and name != "clip" and (self.alone or self.random.random() < 0.5):
+                if group == "optional" and name not in ALWAYS and (self.alone or self.random.random() < 0.5):
                     continue
                 options = dict(more[0]) if more else {}
                 if isinstance(type_, list):  # a choice, as nodes of the older kind have it

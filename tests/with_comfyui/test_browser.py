@@ -18,11 +18,6 @@ SCREENSHOT = ROOT / "demo" / "output" / "screenshot.png"
 LOADER = SCREENSHOT.with_name("loader.png")
 
 
-@pytest.fixture(scope="module")
-def page(browser, server):
-    return opened_page(browser, server)
-
-
 def open_workflow(page, path):
     """As if the file had been dropped on the page."""
     page.evaluate(

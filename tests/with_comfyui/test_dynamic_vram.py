@@ -15,6 +15,8 @@ from lcm_kit.tests.with_comfyui.test_distilling import WIDGETS
 
 CPU = torch.device("cpu")
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 
 class Forced(comfy.model_patcher.ModelPatcherDynamic):
     def __new__(cls, *args, **kwargs):
@@ -39,12 +41,6 @@ def loader(seed, disable_dynamic=False):
     made = Forced(plain.model, CPU, CPU)
     made.cached_patcher_init = (loader, (seed,))
     return made
-
-
-@pytest.fixture(autouse=True)
-def _as_the_executor_does():
-    with torch.inference_mode():
-        yield
 
 
 def distilled(model, **widgets):

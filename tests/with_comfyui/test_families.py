@@ -27,11 +27,7 @@ from lcm_kit.tests.with_comfyui.test_distilling import WIDGETS
 
 SKIP = 1000
 
-
-@pytest.fixture(autouse=True)
-def _as_the_executor_does():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 # ---- Distill

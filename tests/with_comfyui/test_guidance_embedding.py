@@ -19,7 +19,7 @@ from lcm_kit.nodes.guidance import LCMGuidanceEmbedding
 from lcm_kit.nodes.loading import ApplyLoRA
 from lcm_kit.nodes.sampling import LCMKSampler
 from lcm_kit.samplers.guidance import guidance_embedding
-from lcm_kit.samplers.noise import StepNoise
+from lcm_kit.samplers.noise import StepNoise, level_numbers
 from lcm_kit.tests.samplers import toy
 from lcm_kit.tests.with_comfyui import tiny
 
@@ -121,9 +121,11 @@ def diffusers_lcm(model, unet, steps, guidance, noise):
     context = tiny.cond(1)[0][0].expand(noise.shape[0], -1, -1)
     cond = guidance_embedding(torch.full((noise.shape[0],), guidance - 1.0))
     step_noise, x = StepNoise(SEED), noise
+    table = model.get_model_object("model_sampling").sigmas
+    levels = [*level_numbers(table[scheduler.timesteps[1:]], table), 0]
     with pytest.MonkeyPatch.context() as patch:
         for step, t in enumerate(scheduler.timesteps):
-            drawn = step_noise(step, noise)
+            drawn = step_noise(levels[step], noise)
             patch.setattr(scheduling_lcm, "randn_tensor", lambda *args, drawn=drawn, **kwargs: drawn)
             eps = unet(x, t, encoder_hidden_states=context, timestep_cond=cond).sample
             x, denoised = scheduler.step(eps, t, x, return_dict=False)

@@ -20,7 +20,8 @@ from comfy_extras import nodes_tcfg as tcfg
 from comfy_extras.nodes_model_advanced import RescaleCFG
 
 from lcm_kit.nodes.guidance import LCMNegativePrompt
-from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler, LCMScheduler
+from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler
+from lcm_kit.nodes.scheduling import LCMScheduler
 from lcm_kit.tests.with_comfyui import tiny
 
 SEED = 5

@@ -4,7 +4,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import comfy.ldm.flux.model
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
@@ -17,9 +16,11 @@ from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from nodes import KSampler
 
-from lcm_kit.host.sampling.negative import NegativePrompt, Rows
+from lcm_kit.host.sampling.negative.rows import Rows
+from lcm_kit.host.sampling.negative.unet import UNetRoad
 from lcm_kit.nodes.guidance import LCMNegativePrompt
-from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler, LCMScheduler
+from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler
+from lcm_kit.nodes.scheduling import LCMScheduler
 from lcm_kit.tests.with_comfyui import tiny
 
 SEED = 5
@@ -332,22 +333,6 @@ def test_what_is_not_wanted_is_not_painted(tiny_emoji, tiny_emoji_lcm, vae):
 # ---- what it refuses
 
 
-def flux():
-    config = tiny.TinyConfig({})
-    config.unet_config = {
-        "in_channels": 4, "out_channels": 4, "vec_in_dim": 8, "context_in_dim": 16, "hidden_size": 32, "mlp_ratio": 2.0,
-        "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 6, 6], "theta": 10000, "txt_ids_dims": [], "patch_size": 2,
-        "qkv_bias": True, "guidance_embed": False, "dtype": torch.float32,
-    }  # fmt: skip
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(comfy.model_base.Flux(config, device=cpu), cpu, cpu)
-
-
-def test_a_model_that_is_no_unet_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"This model is a Flux \(Flux\); .*SDXL.*use cfg above 1"):
-        guided(flux())
-
-
 def test_a_unet_over_time_is_refused():
     time = {"use_temporal_attention": True, "use_temporal_resblock": True, "video_kernel_size": [3, 1, 1]}
     video = tiny.tiny_model(**time, merge_strategy="learned_with_images", extra_ff_mix_layer=True)
@@ -413,7 +398,7 @@ def test_regional_attention_of_another_node_is_refused(model):
 def test_threads_get_the_text_as_each_of_them_needs_it():
     """ComfyUI samples on several GPUs in threads; here they differ in dtype, not in device."""
     context = torch.randn(1, 5, 16)
-    patch = NegativePrompt(context, [], -1, {})
+    patch = UNetRoad(context, [], {})
     texts = [torch.zeros(1, 7, 16, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
     wrong, interval = [], sys.getswitchinterval()
 

@@ -16,7 +16,8 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from lcm_kit.nodes.loading import ApplyLoRA, LCMLoader, LoadLoRA
 from lcm_kit.nodes.merging import MergeLoRA, SaveLoRA
-from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler, LCMScheduler
+from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler
+from lcm_kit.nodes.scheduling import LCMScheduler
 from lcm_kit.samplers.presets import PRESETS
 from lcm_kit.tests.with_comfyui import tiny
 
@@ -432,7 +433,11 @@ def test_an_empty_stack_changes_nothing(model, put, stack):
         ),
         ([("style.safetensors", float("nan"), 1.0)], r"has strengths \[nan, 1\.0\]"),
         ([("style.safetensors", 1.0, float("inf"))], r"has strengths \[1\.0, inf\]"),
-        ([("gone.safetensors", 1.0, 1.0)], r"'gone\.safetensors' is not in the loras folder"),
+        (
+            [("gone.safetensors", 1.0, 1.0)],
+            r"lora_stack: 'gone\.safetensors' is not in the loras folder.*extra_model_paths\.yaml",
+        ),
+        ([("/gone/there.safetensors", 1.0, 1.0)], r"lora_stack: '/gone/there\.safetensors' is not in the loras folder"),
     ],
 )
 def test_a_wrong_stack_is_named(model, put, stack, message):
@@ -440,6 +445,23 @@ def test_a_wrong_stack_is_named(model, put, stack, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         LCMLoader.execute(model, name, 1.0, "refuse", None, stack)
     assert model.patches == {}
+
+
+def test_a_stack_may_name_a_file_by_its_path(model, put, tmp_path):
+    """As Lora-Manager does for a folder that ComfyUI does not know."""
+    style, lcm = tiny.lora(model, endings=tiny.STYLE, seed=1), tiny.lora(model, seed=3)
+    path = tmp_path / "style.safetensors"
+    safetensors.torch.save_file(style, path)
+    result = LCMLoader.execute(
+        model, put("lcm.safetensors", lcm), 1.0, "refuse", None, [(str(path), 0.8, 0.5)]
+    ).result  # fmt: skip
+    assert_same_weights(result[0], by_comfyui(model, (style, 0.8), (lcm, 1.0)))
+    assert any(line.startswith("style.safetensors: ") for line in result[5].splitlines())
+    assert str(tmp_path) not in result[5]
+    pickle = tmp_path / "style.pt"
+    pickle.write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match=r"lora_stack: .* is not in the loras folder"):
+        LCMLoader.execute(model, "lcm.safetensors", 1.0, "refuse", None, [(str(pickle), 1.0, 1.0)])
 
 
 def test_a_stacked_lora_for_another_base_is_refused(model, wide, put):
@@ -753,7 +775,7 @@ def test_no_message_tells_where_the_loras_folder_is(model, loras_folder):
 def test_core_can_forbid_files_to_be_mapped(loras_folder, put, model, monkeypatch):
     """--disable-mmap; a small file is never mapped."""
     from lcm_kit.host.lora import files
-    from lcm_kit.lora_merge.files import tensor_file
+    from lcm_kit.lora_merge.disk import tensor_file
 
     put("style.safetensors", tiny.lora(model))
     mapped = []

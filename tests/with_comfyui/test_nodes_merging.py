@@ -89,10 +89,10 @@ def test_each_method_is_that_of_lora_merge(pair, method):
 
 def test_a_new_row_in_the_table_of_methods_is_a_choice_and_its_parameter_an_input(pair, monkeypatch):
     row = Method(
-        lambda deltas, situation: situation.values["sharpness"] * sum(deltas),
-        "the sum, sharpened",
-        "nowhere",
-        {"sharpness": Parameter(1.5, 1.0, 4.0, "factor on the sum")},
+        combine=lambda deltas, situation: situation.values["sharpness"] * sum(deltas),
+        summary="the sum, sharpened",
+        source="nowhere",
+        parameters={"sharpness": Parameter(default=1.5, low=1.0, high=4.0, meaning="factor on the sum")},
     )
     before = [(entry.id, entry.as_dict()) for entry in MergeLoRA.define_schema().inputs if entry.id != "method"]
     monkeypatch.setitem(METHODS, "made_up", row)

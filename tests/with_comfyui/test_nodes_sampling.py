@@ -11,8 +11,9 @@ from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras import nodes_latent, nodes_model_advanced
 from nodes import LatentFromBatch, SetLatentNoiseMask
 
-from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler, LCMScheduler
-from lcm_kit.samplers.noise import StepNoise
+from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler
+from lcm_kit.nodes.scheduling import LCMScheduler
+from lcm_kit.samplers.noise import StepNoise, level_numbers
 from lcm_kit.tests.with_comfyui import tiny
 
 STEP_COUNTS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 25, 50]
@@ -57,7 +58,7 @@ def relative(a, b):
 # ---- schedule
 
 
-@pytest.mark.parametrize("model_type", [ModelType.EPS, ModelType.V_PREDICTION, ModelType.FLOW])
+@pytest.mark.parametrize("model_type", [ModelType.EPS, ModelType.V_PREDICTION])
 def test_schedule_holds_the_entries_of_the_models_own_table(model_type):
     model = tiny.small_model(model_type)
     table = model.get_model_object("model_sampling").sigmas
@@ -76,10 +77,19 @@ def test_schedule_is_unchanged_by_cores_lcm_patch(steps):
     assert torch.equal(told, model.get_model_object("model_sampling").timestep(expected[:-1]))
 
 
-def test_schedule_refuses_timesteps_that_cores_lcm_patch_removed():
-    (patched,) = nodes_model_advanced.ModelSamplingDiscrete().patch(tiny.small_model(), "lcm", False)
-    with pytest.raises(ValueError, match=r"every 20th timestep only.*749.*Remove that node"):
-        scheduled(patched, original_steps=100)
+def test_timesteps_that_cores_lcm_patch_removed_become_the_next_above_and_that_is_said(caplog):
+    model = tiny.small_model()
+    (patched,) = nodes_model_advanced.ModelSamplingDiscrete().patch(model, "lcm", False)
+    torch.testing.assert_close(scheduled(patched, original_steps=100), scheduled(model), rtol=2e-6, atol=0)
+    assert "every 20th timestep only (19, 39, ...)" in caplog.text
+    assert "749 to 759, 249 to 259" in caplog.text
+    assert "beta_schedule" in caplog.text
+    caplog.clear()
+    typed = LCMScheduler.execute(patched, 4, 1.0, 50, "999, 757, 745, 3").result[0]
+    table = model.get_model_object("model_sampling").sigmas
+    torch.testing.assert_close(typed[:-1], table[[999, 759, 19]], rtol=2e-6, atol=0)
+    scheduled(patched, original_steps=50)
+    assert caplog.text.count("every 20th") == 1
 
 
 def test_schedule_of_a_zero_terminal_snr_model_starts_at_its_last_entry():
@@ -87,17 +97,6 @@ def test_schedule_of_a_zero_terminal_snr_model_starts_at_its_last_entry():
     sigmas = scheduled(model)
     assert sigmas[0] == model.get_model_object("model_sampling").sigma_max > 4000
     assert torch.isfinite(lcm(model, tiny.latent())).all()
-
-
-def test_schedule_counts_in_a_tables_own_length():
-    model = tiny.small_model(ModelType.FLUX)
-    table = model.get_model_object("model_sampling").sigmas
-    assert torch.equal(scheduled(model)[:-1], table[[9999, 7599, 4999, 2599]])
-
-
-def test_schedule_refuses_a_model_without_timesteps():
-    with pytest.raises(ValueError, match=r"continuous noise levels.*LCM Multistep Sampler"):
-        scheduled(tiny.small_model(ModelType.V_PREDICTION_CONTINUOUS))
 
 
 def test_custom_timesteps_replace_the_schedule():
@@ -109,15 +108,11 @@ def test_custom_timesteps_replace_the_schedule():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"denoise": 0.0}, r"denoise is 0, .*Set it above 0"),
-        ({"denoise": 0.01}, r"0\.01 keeps only 0 of 50"),
         ({"steps": 51}, r"steps is 51 .*original_steps = 50"),
-        ({"steps": 8, "denoise": 0.1}, r"steps is 8 but denoise strength 0\.1 keeps only 5"),
         ({"original_steps": 1001}, r"original_steps is 1001"),
         ({"timesteps": "999, x"}, r"'x' is not a whole number"),
         ({"timesteps": "499, 999"}, r"499 then 999"),
         ({"timesteps": "1000"}, r"1000 lie outside 0 to 999"),
-        ({"timesteps": "999", "denoise": 0.5}, r"strength 0\.5 leaves none of the 1 timesteps"),
     ],
 )
 def test_schedule_refuses_with_the_value_and_the_way_out(changed, message):
@@ -135,13 +130,14 @@ def diffusers_lcm(model, prediction_type, steps, noise, strength=1.0, image=None
     scheduler = scheduling_lcm.LCMScheduler(prediction_type=prediction_type, **config)
     scheduler.set_timesteps(steps, strength=strength)
     context = tiny.cond(1)[0][0].expand(noise.shape[0], -1, -1)
-    step_noise = StepNoise(SEED)
+    step_noise, table = StepNoise(SEED), model.get_model_object("model_sampling").sigmas
+    levels = [*level_numbers(table[scheduler.timesteps[1:]], table), 0]
     x = noise
     if image is not None:
         x = scheduler.add_noise(model.model.process_latent_in(image), noise, scheduler.timesteps[:1])
     with pytest.MonkeyPatch.context() as patch:
         for step, t in enumerate(scheduler.timesteps):
-            drawn = step_noise(step, noise)
+            drawn = step_noise(levels[step], noise)
             patch.setattr(scheduling_lcm, "randn_tensor", lambda *args, drawn=drawn, **kwargs: drawn)
             times = torch.full((noise.shape[0],), float(t))
             x, denoised = scheduler.step(
@@ -228,7 +224,7 @@ def test_an_image_of_a_batch_is_the_image_made_alone(height, width):
 
 def test_the_noise_of_an_image_is_the_same_to_the_bit_alone_and_in_a_batch():
     """Also where an image's size is no multiple of 16, for which torch draws a batch differently at once."""
-    from lcm_kit.host.sampling.sampling import initial_noise
+    from lcm_kit.host.sampling.runs import initial_noise
 
     together = initial_noise(torch.zeros(3, 4, 5, 5), SEED, [0, 1, 2])
     for index in range(3):
@@ -236,7 +232,7 @@ def test_the_noise_of_an_image_is_the_same_to_the_bit_alone_and_in_a_batch():
 
 
 def test_initial_noise_is_cores_own():
-    from lcm_kit.host.sampling.sampling import initial_noise
+    from lcm_kit.host.sampling.runs import initial_noise
 
     samples = torch.zeros(3, 4, 8, 8)
     assert torch.equal(initial_noise(samples, SEED, [0, 1, 2]), comfy.sample.prepare_noise(samples, SEED))
@@ -298,9 +294,12 @@ def test_cfg_equals_cores_cfg():
     assert torch.equal(lcm(model, latent, cfg=1.5, negative=tiny.cond(2)), expected)
 
 
-def test_cfg_without_a_negative_is_refused():
-    with pytest.raises(ValueError, match=r"cfg is 1\.5, .*none is connected.*set cfg to 1"):
-        lcm(tiny.small_model(), tiny.latent(), cfg=1.5)
+def test_cfg_without_a_negative_is_cfg_one_and_says_so(caplog):
+    model = tiny.small_model()
+    assert torch.equal(lcm(model, tiny.latent(), cfg=1.5), lcm(model, tiny.latent()))
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "cfg is 1.5, but no negative prompt is connected" in warning
+    assert "cfg 1 is used" in warning
 
 
 def test_cfg_without_a_negative_is_fine_where_no_step_uses_it():
@@ -310,7 +309,7 @@ def test_cfg_without_a_negative_is_fine_where_no_step_uses_it():
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [({"denoise": 0.0}, "denoise is 0"), ({"steps": 51}, "steps is 51"), ({"gamma": 1.5}, r"gamma is 1\.5")],
+    [({"steps": 51}, "steps is 51"), ({"gamma": 1.5}, r"gamma is 1\.5")],
 )
 def test_ksampler_refuses_with_the_value(changed, message):
     with pytest.raises(ValueError, match=message):
@@ -374,3 +373,11 @@ def test_works_on_a_latent_batch_made_by_core():
     model = tiny.small_model()
     batch = nodes_latent.LatentBatch.execute(tiny.latent(1), tiny.latent(2)).result[0]
     assert lcm(model, batch).shape == (3, 4, 8, 8)
+
+
+@pytest.mark.parametrize("kind", [ModelType.EPS, ModelType.FLOW, ModelType.V_PREDICTION_EDM])
+def test_denoise_zero_gives_the_latent_back_as_it_came(kind):
+    latent = tiny.latent(2, seed=9) | {"batch_index": [4, 2], "noise_mask": torch.ones(1, 64, 64)}
+    result = LCMKSampler.execute(tiny.small_model(kind), tiny.cond(1), latent, SEED, 4, 1.0, 0.0, 1.0, -1, 50).result[0]
+    assert result.keys() == latent.keys()
+    assert all(result[key] is latent[key] for key in latent)

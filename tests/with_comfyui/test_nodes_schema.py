@@ -7,6 +7,7 @@ import re
 import pytest
 from comfy_api.latest import io
 
+from lcm_kit.host.door.node import Node
 from lcm_kit.host.page import plain
 from lcm_kit.nodes import LCMKitExtension
 from lcm_kit.tests.helpers import ROOT
@@ -30,7 +31,17 @@ CONTRACT = {
             ("cfg_steps", "INT", -1),
             ("original_steps", "INT", 50),
         ],
-        [("negative", "CONDITIONING", None), ("gammas", "STRING", ""), ("preset", "LCM_PRESET", None)],
+        [
+            ("negative", "CONDITIONING", None),
+            ("gammas", "STRING", ""),
+            ("preset", "LCM_PRESET", None),
+            ("start_at_step", "INT", 0),
+            ("end_at_step", "INT", 1000),
+            ("add_noise", "BOOLEAN", True),
+            ("return_with_leftover_noise", "BOOLEAN", False),
+            ("model_low", "MODEL", None),
+            ("boundary", "FLOAT", 0.875),
+        ],
         ["LATENT"],
     ),
     "LCMKitEdit": (
@@ -53,7 +64,7 @@ CONTRACT = {
     "LCMKitSampler": (
         "LCM Multistep Sampler",
         [("gamma", "FLOAT", 1.0), ("seed", "INT", -1)],
-        [("gammas", "STRING", ""), ("preset", "LCM_PRESET", None)],
+        [("gammas", "STRING", ""), ("preset", "LCM_PRESET", None), ("sigmas", "SIGMAS", None)],
         ["SAMPLER"],
     ),
     "LCMKitPreset": (
@@ -73,6 +84,39 @@ CONTRACT = {
         ],
         [("preset", "LCM_PRESET", None)],
         ["SIGMAS"],
+    ),
+    "LCMKitAnyKSampler": (
+        "LCM for any KSampler",
+        [("model", "MODEL", None), ("gamma", "FLOAT", 1.0), ("original_steps", "INT", 50)],
+        [("gammas", "STRING", ""), ("preset", "LCM_PRESET", None)],
+        ["MODEL"],
+    ),
+    "LCMKitGrid": (
+        "LCM Grid (strength x steps)",
+        [
+            ("model", "MODEL", None),
+            ("latent_image", "LATENT", None),
+            ("vae", "VAE", None),
+            ("row_axis", "COMBO", "strength of lora"),
+            ("rows", "STRING", "0, 0.4, 0.8, 1.2"),
+            ("column_axis", "COMBO", "steps"),
+            ("columns", "STRING", "1, 2, 4, 8"),
+            ("seed", "INT", 0),
+            ("steps", "INT", 4),
+            ("cfg", "FLOAT", 1.0),
+        ],
+        [
+            ("positive", "CONDITIONING", None),
+            ("negative", "CONDITIONING", None),
+            ("lora", "LORA_MODEL", None),
+            ("clip", "CLIP", None),
+            ("preset", "LCM_PRESET", None),
+            ("prompt", "STRING", ""),
+            ("denoise", "FLOAT", 1.0),
+            ("gamma", "FLOAT", 1.0),
+            ("cell", "INT", 512),
+        ],
+        ["IMAGE", "IMAGE", "STRING", "STRING"],
     ),
     "LCMKitLoader": (
         "LCM-LoRA Loader",
@@ -120,6 +164,17 @@ CONTRACT = {
         ],
         [("clip", "CLIP", None), ("wrong_base", "COMBO", "refuse")],
         ["MODEL", "CLIP", "STRING"],
+    ),
+    "LCMKitLoRAByStep": (
+        "LoRA by Step",
+        [
+            ("model", "MODEL", None),
+            ("lora", "LORA_MODEL", None),
+            ("positive", "CONDITIONING", None),
+            ("strengths", "STRING", "1, 1, 0, 0"),
+        ],
+        [("negative", "CONDITIONING", None)],
+        ["CONDITIONING", "CONDITIONING", "HOOKS", "STRING"],
     ),
     "LCMKitSaveLoRA": (
         "Save LoRA",
@@ -217,14 +272,39 @@ def test_the_extension_offers_exactly_the_contract():
 
 @pytest.mark.parametrize("node_id", CONTRACT)
 def test_inputs_and_outputs_are_those_of_the_contract(node_id):
+    """Saved workflows hold the values of widgets by their order, which is that of the contract; links by name."""
     info = NODES[node_id].GET_NODE_INFO_V1()
-    actual = (
-        info["display_name"],
-        described(info["input"]["required"]),
-        described(info["input"].get("optional", {})),
-        info["output"],
-    )
-    assert actual == CONTRACT[node_id]
+    name, required, optional, outputs = CONTRACT[node_id]
+    assert (info["display_name"], info["output"]) == (name, outputs)
+    needed, free = described(info["input"]["required"]), described(info["input"].get("optional", {}))
+    assert sorted(needed + free, key=str) == sorted(required + optional, key=str)
+    assert needed == [entry for entry in required if entry[2] is None]
+    widgets = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+    assert [entry for entry in needed + free if entry[1] in widgets] == [
+        entry for entry in required + optional if entry[1] in widgets
+    ]
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_an_api_client_may_leave_out_whatever_has_a_default(node_id):
+    """It is then the default that the node runs with, also where its function has none or the client sends null."""
+    node, schema = NODES[node_id], NODES[node_id].GET_SCHEMA()
+    defaults = {entry.id: entry.default for entry in schema.inputs if getattr(entry, "default", None) is not None}
+    assert {entry.id for entry in schema.inputs if not entry.optional}.isdisjoint(defaults)
+    seen = []
+
+    class Same(Node):
+        define_schema = classmethod(lambda cls: schema)
+
+        @classmethod
+        def execute(cls, **inputs):
+            seen.append(inputs)
+
+    Same.execute()
+    Same.execute(**dict.fromkeys(defaults, [None] if schema.is_input_list else None))
+    expected = {name: [value] if schema.is_input_list else value for name, value in defaults.items()}
+    assert seen == [expected, expected]
+    inspect.signature(node.execute).bind(**expected | {entry.id: None for entry in schema.inputs if not entry.optional})
 
 
 @pytest.mark.parametrize("node_id", CONTRACT)
@@ -288,5 +368,5 @@ def test_a_report_is_there_again_where_the_host_can_do_it(node_id):
 
 def test_the_seed_of_the_sampler_node_is_not_randomised_by_the_page():
     """The page adds "control after generate" to every widget called seed, unless told not to."""
-    seed = NODES["LCMKitSampler"].GET_NODE_INFO_V1()["input"]["required"]["seed"][1]
+    seed = NODES["LCMKitSampler"].GET_NODE_INFO_V1()["input"]["optional"]["seed"][1]
     assert seed["control_after_generate"] is False

@@ -7,7 +7,10 @@ import torch
 from comfy.model_base import ModelType
 from comfy_extras import nodes_custom_sampler as custom
 
-from lcm_kit.nodes.sampling import LCMKSampler, LCMPreset, LCMSampler, LCMScheduler
+from lcm_kit.host.door.check import faults_of
+from lcm_kit.nodes import NODES
+from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler
+from lcm_kit.nodes.scheduling import LCMPreset, LCMScheduler
 from lcm_kit.samplers.presets import PRESETS
 from lcm_kit.tests.with_comfyui import tiny
 
@@ -66,27 +69,34 @@ def with_sampler(model, sampler, sigmas):
         ("TDD", 0, {"cfg": 1.7, "gamma": 0.2, "original_steps": 250}),
         ("Turbo", 2, {"steps": 2, "original_steps": 4}),
         # These bring timesteps, which happen to be those of a grid.
-        ("DMD2", 0, {"original_steps": 100}),
+        ("DMD2", 0, {"original_steps": 1000}),
         ("Lightning 4 steps", 0, {"gamma": 0.0, "original_steps": 4}),
     ],
 )
 @pytest.mark.parametrize("denoise", [1.0, 0.5])
 def test_a_preset_gives_the_picture_of_its_numbers_typed_in(model, name, steps, numbers, denoise):
-    if PRESETS[name].timesteps and denoise < 1:
-        numbers = numbers | {"steps": 2}  # a list of timesteps is cut, a grid is picked from anew
+    if name == "Lightning 4 steps" and denoise < 1:
+        numbers = numbers | {"steps": 2}  # its steps are as long as it was trained for
     expected = lcm(model, denoise=denoise, **numbers)
     others = {"steps": 3, "cfg": 2.0, "gamma": 0.9, "original_steps": 25}
     assert torch.equal(lcm(model, denoise=denoise, preset=preset(name, steps), **others), expected)
 
 
+@pytest.fixture(scope="module")
+def flow_model():
+    return tiny.small_model(ModelType.FLOW)
+
+
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_samples_and_its_nodes_agree(model, name):
+def test_every_preset_samples_and_its_nodes_agree(model, flow_model, name):
     """LCM KSampler on the one hand, scheduler and sampler node in core's SamplerCustom on the other."""
+    model = flow_model if PRESETS[name].flow else model
     chosen, steps, cfg, report = LCMPreset.execute(name, 0).result
     sigmas = scheduled(model, steps=9, preset=chosen)
     assert len(sigmas) == steps + 1
     assert report.startswith(f"{name}: {steps} steps, cfg {cfg:g}, gamma ")
-    assert PRESETS[name].source in report
+    assert f"From {PRESETS[name].source}, {PRESETS[name].date}." in report
+    assert f"Made for {PRESETS[name].models}; there sampled with {PRESETS[name].sampler}." in report
     picture = lcm(model, preset=chosen)
     assert picture.isfinite().all()
     if cfg == 1:
@@ -97,6 +107,34 @@ def test_every_preset_samples_and_its_nodes_agree(model, name):
 def test_a_preset_says_its_timesteps():
     assert "timesteps 999, 749, 499, 249" in LCMPreset.execute("DMD2", 0).result[3]
     assert "8 steps, cfg 1, gamma 0.3, 50 original steps" in LCMPreset.execute("TCD", 8).result[3]
+    wan = LCMPreset.execute("Wan 2.2 lightx2v", 0).result[3]
+    assert "4 steps, cfg 1, gamma 0, evenly spaced through the model's own shift." in wan
+    assert "It also asks for: shift 5; LoRA at strength 1; the first 2 steps by the high-noise model." in wan
+    assert "sigmas 0.9094, 0.725, 0.4219." in LCMPreset.execute("LTX-2 second stage", 0).result[3]
+    assert "normal spaced through the model's own shift" in LCMPreset.execute("HiDream dev", 0).result[3]
+
+
+# ---- none
+
+
+@pytest.mark.parametrize("denoise", [1.0, 0.5])
+def test_a_preset_of_none_is_no_preset(model, denoise):
+    assert torch.equal(lcm(model, preset=None, denoise=denoise), lcm(model, denoise=denoise))
+    assert torch.equal(scheduled(model, denoise=denoise, preset=None), scheduled(model, denoise=denoise))
+    sampler = LCMSampler.execute(0.3, -1, preset=None).result[0]
+    expected = with_sampler(model, LCMSampler.execute(0.3, -1).result[0], scheduled(model))
+    assert torch.equal(with_sampler(model, sampler, scheduled(model)), expected)
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_every_node_that_takes_a_preset_takes_none(node):
+    """As a loader gives for a file it does not know; the door lets it pass."""
+    taking = [entry for entry in node.define_schema().inputs if entry.get_io_type() == "LCM_PRESET"]
+    for entry in taking:
+        assert entry.optional
+        assert list(faults_of(entry, None)) == []
+        assert list(faults_of(entry, "LCM")) != []
+    assert bool(taking) is (node.__name__ in {"LCMKSampler", "LCMScheduler", "LCMSampler"})
 
 
 # ---- what holds of gamma, gammas and a preset
@@ -161,9 +199,10 @@ def test_timesteps_and_a_preset_together_are_refused(model):
         scheduled(model, timesteps=" 999, 499", preset=preset("TCD"))
 
 
-def test_a_preset_with_a_cfg_asks_for_a_negative_prompt(model):
-    with pytest.raises(ValueError, match=r"cfg is 1\.7, .*none is connected"):
-        lcm(model, preset=preset("TDD"), negative=None)
+def test_a_preset_with_a_cfg_says_that_it_lacks_a_negative_prompt(model, caplog):
+    without = lcm(model, preset=preset("TDD"), negative=None)
+    assert torch.equal(without, lcm(model, gamma=0.2, original_steps=250))
+    assert "cfg is 1.7, but no negative prompt is connected" in caplog.text
 
 
 # ---- custom timesteps of the scheduler node

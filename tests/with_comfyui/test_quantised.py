@@ -13,11 +13,7 @@ from lcm_kit.tests.with_comfyui.test_distilling import WIDGETS
 CPU = torch.device("cpu")
 FORMATS = tiny.quantised_formats()
 
-
-@pytest.fixture(autouse=True)
-def _as_the_executor_does():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture(params=FORMATS)

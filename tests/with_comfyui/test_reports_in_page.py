@@ -10,11 +10,6 @@ from lcm_kit.tests.with_comfyui.web_page import open_graph, opened_page, report_
 REPORTING = ("LCMKitLoadLoRA", "LCMKitMergeLoRA", "LCMKitApplyLoRA", "LCMKitCompareLoRA")
 
 
-@pytest.fixture(scope="module")
-def page(browser, server):
-    return opened_page(browser, server)
-
-
 def graph_of_reports():
     graph = Graph()
     loaded = load(graph, TINY)

@@ -15,18 +15,15 @@ import latent_preview
 import pytest
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
-from comfy.k_diffusion import sampling as core
 from comfy.model_base import ModelType
 from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras import nodes_model_advanced
 from nodes import SetLatentNoiseMask
 
-from lcm_kit.host.sampling.sampling import initial_noise
-from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler, LCMScheduler
-from lcm_kit.samplers.noise import StepNoise
+from lcm_kit.host.sampling.runs import initial_noise
 from lcm_kit.tests.with_comfyui import tiny
+from lcm_kit.tests.with_comfyui.sampled import SEED, cores_sampler, ksampler, ours, relative, sampler_custom, scheduled
 
-SEED = 5
 IMAGE, VIDEO = (4, 8, 8), (16, 3, 4, 6)
 
 
@@ -51,6 +48,13 @@ MODELS = {
     "flow": (lambda: tiny.small_model(ModelType.FLOW), IMAGE),
     "flow, 10000 levels": (lambda: tiny.small_model(ModelType.FLUX), IMAGE),
     "flow of videos": (tiny.tiny_video_model, VIDEO),
+    "EDM": (lambda: tiny.small_model(ModelType.EDM), IMAGE),
+    "v, continuous": (lambda: tiny.small_model(ModelType.V_PREDICTION_CONTINUOUS), IMAGE),
+    "v, EDM up to 700": (
+        lambda: tiny.small_model(ModelType.V_PREDICTION_EDM, sampling_settings={"sigma_max": 700.0}),
+        IMAGE,
+    ),
+    "flow, Cosmos": (lambda: tiny.small_model(ModelType.FLOW_COSMOS, sampling_settings={"sigma_max": 80.0}), IMAGE),
 }
 EVERY_MODEL = pytest.mark.parametrize("kind", MODELS)
 
@@ -69,53 +73,6 @@ def _models_are_let_go():
 def latent_for(kind, batch=2, seed=9):
     shape = (batch, *MODELS[kind][1])
     return {"samples": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
-
-
-def ksampler(model, latent, **changed):
-    """LCM KSampler with its defaults; the samples it returns."""
-    inputs = {
-        "positive": tiny.cond(1),
-        "seed": SEED,
-        "steps": 4,
-        "cfg": 1.0,
-        "denoise": 1.0,
-        "gamma": 1.0,
-        "cfg_steps": -1,
-        "original_steps": 50,
-    }
-    return LCMKSampler.execute(model=model, latent_image=latent, **inputs | changed).result[0]["samples"]
-
-
-def scheduled(model, steps=4, denoise=1.0):
-    return LCMScheduler.execute(model, steps, denoise, 50, "").result[0]
-
-
-def cores_sampler(seed=SEED):
-    """Core's "lcm" with our noise between the steps."""
-
-    def sample(model, x, sigmas, **arguments):
-        steps = iter(range(len(sigmas)))
-        noise = StepNoise(seed)
-        return core.sample_lcm(
-            model, x, sigmas, noise_sampler=lambda sigma, sigma_next: noise(next(steps), x), **arguments
-        )
-
-    return comfy.samplers.KSAMPLER(sample)
-
-
-def sampler_custom(model, latent, sampler, sigmas, *, cfg=1.0, add_noise=True):
-    """(output, denoised output) of core's SamplerCustom, as latents."""
-    return custom.SamplerCustom.execute(
-        model, add_noise, SEED, cfg, tiny.cond(1), tiny.cond(2), sampler, sigmas, latent
-    ).result
-
-
-def ours(gamma=1.0):
-    return LCMSampler.execute(gamma, -1).result[0]
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 # ---- every kind of model
@@ -196,42 +153,12 @@ def test_a_mask_for_each_image_of_a_batch():
     assert relative(result[1], free[1]) < 2e-5
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v, zero terminal SNR", "flow", "flow of videos"])
-def test_a_split_schedule_goes_on_where_it_stopped(kind):
-    """gamma 0, for which nothing is drawn anew: the second half has the levels of the first one's end."""
-    model, latent = made(kind), latent_for(kind)
-    high, low = custom.SplitSigmas.execute(scheduled(model), 2).result
-    halfway, seen = sampler_custom(model, latent, ours(gamma=0.0), high)
-    finished, _ = sampler_custom(model, halfway, ours(gamma=0.0), low, add_noise=False)
-    tolerance = 1e-3 if "zero" in kind else 1e-4
-    assert relative(finished["samples"], ksampler(model, latent, gamma=0.0)) < tolerance
-    assert relative(seen["samples"], finished["samples"]) > 0.01  # a picture, but not yet the last
-
-
 @pytest.mark.parametrize("kind", ["epsilon", "flow"])
 def test_a_split_schedule_leaves_the_noise_of_its_last_level(kind):
     model, latent = made(kind), latent_for(kind, batch=1)
     high, _ = custom.SplitSigmas.execute(scheduled(model), 2).result
     expected, _ = sampler_custom(model, latent, cores_sampler(), high)
     assert relative(sampler_custom(model, latent, ours(), high)[0]["samples"], expected["samples"]) < 2e-5
-
-
-def test_the_second_half_of_a_split_schedule_draws_other_noise_for_another_seed():
-    """Both count their steps from 0, so one seed repeats its noise. DisableNoise hands on seed 0."""
-    model, latent, sigmas = made("epsilon"), latent_for("epsilon"), scheduled(made("epsilon"))
-
-    def drawn(noise_source, seed, latent, sigmas):
-        """What one step adds, and its output."""
-        noise, guider = noise_source.result[0], custom.BasicGuider.execute(model, tiny.cond(1)).result[0]
-        sampler = LCMSampler.execute(1.0, seed).result[0]
-        noisy, picture = custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).result
-        return model.model.process_latent_in(noisy["samples"] - picture["samples"]) / sigmas[-1], noisy
-
-    first, halfway = drawn(custom.RandomNoise.execute(SEED), -1, latent, sigmas[:2])
-    assert relative(first, StepNoise(SEED)(0, first)) < 1e-4
-    for seed, expected in ((SEED, SEED), (SEED + 1, SEED + 1), (-1, 0)):
-        second, _ = drawn(custom.DisableNoise.execute(), seed, halfway, sigmas[1:3])
-        assert relative(second, StepNoise(expected)(0, second)) < 1e-4
 
 
 def test_nested_latents_are_sampled_together():

@@ -1,0 +1,1 @@
+"""One sheet of many pictures: what LCM Grid makes."""

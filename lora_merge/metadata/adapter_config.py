@@ -1,0 +1,83 @@
+"""What a user should know about a file of PEFT's: where ComfyUI's reading of it is not PEFT's, and what was done about it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ..disk import json_text
+from .adapter_scales import METADATA_KEY
+
+# In the metadata of a Lora: "used", or why it was not.
+CONFIG_KEY = "lcm_kit.adapter_config"
+_CONFIG = "adapter_config.json"
+# Ways of PEFT to begin a training that take something out of the base model first.
+_CHANGES_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga|milora", re.I)
+_FIELDS = ("init_lora_weights", "use_dora")
+
+
+def noted(metadata: Mapping[str, str], keys: Collection[str]) -> dict[str, str]:
+    """The metadata with what the packed configuration of diffusers and the keys of the file say beside it."""
+    result = dict(metadata)
+    try:
+        packed = json_text.parse_object(metadata.get(METADATA_KEY, "{}"))
+    except ValueError:
+        packed = {}
+    for name, value in packed.items():
+        field = name.rpartition(".")[2]
+        if field in _FIELDS and isinstance(value, (str, bool)):
+            result.setdefault(field, str(value))
+    if any(".lora_magnitude_vector" in key for key in keys):
+        result["use_dora"] = "True"
+    return result
+
+
+def of_config(config: Mapping[str, Any]) -> dict[str, str]:
+    """What an adapter_config.json adds to the metadata, for scales (adapter_scales.py) and remarks."""
+    known = [key for key in ("lora_alpha", "use_rslora", *_FIELDS) if config.get(key) is not None]
+    notes = {key: str(config[key]) for key in known}
+    if config.get("alpha_pattern"):
+        notes["alpha_pattern"] = json.dumps(config["alpha_pattern"])
+    return notes
+
+
+def misfit(config: Mapping[str, Any], ranks: Mapping[str, int]) -> str | None:
+    """Why an adapter_config.json is of another file than one with these modules and ranks; None if it may be its own."""
+    pattern = config.get("rank_pattern")
+    known = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+    other = next((module for module, rank in ranks.items() if rank not in known), None)
+    if other is not None:
+        return f"it says rank {str(config.get('r'))[:40]}, but {other} has {ranks[other]}"
+    targets = config.get("target_modules")
+    if isinstance(targets, list):
+        ends = tuple(map(str, targets))
+        for module in ranks:
+            if not any(module == end or module.endswith(f".{end}") for end in ends):
+                return f"it does not name {module}"
+    return None
+
+
+def peft_remarks(metadata: Mapping[str, str]) -> list[str]:
+    """Sentences for the report about a LoRA with this metadata."""
+    found = []
+    config = metadata.get(CONFIG_KEY)
+    if config == "used":
+        found.append(f"its scale is that of {_CONFIG} beside it")
+    elif config:
+        found.append(
+            f"{_CONFIG} beside it was not used: {config}. If it is its own, name the file adapter_model.safetensors"
+        )
+    start = metadata.get("init_lora_weights", "")
+    if _CHANGES_BASE.fullmatch(start):
+        found.append(
+            f"it was trained with init_lora_weights {start[:40]!r}, which changes the base model too: on the original base "
+            "it is wrong. Use the changed base, or convert it with PEFT (path_initial_model_for_weight_conversion)"
+        )
+    if metadata.get("use_dora", "").lower() == "true":
+        found.append(
+            "its DoRA was trained by PEFT, which divides by the norm of the tuned weight; ComfyUI divides by that of the "
+            "base weight, so its effect is not quite the trained one"
+        )
+    return found

@@ -1,0 +1,148 @@
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from lcm_kit.lora_merge import LoraLayer
+from lcm_kit.lora_merge.algebra.precision import cast
+from lcm_kit.lora_merge.algebra.sums import weighted_sum
+from lcm_kit.tests.lora_merge.make import dense, factors, layer, relative
+
+
+def test_hand_worked_sum():
+    # 2 * [[1, 2]] (alpha 1, rank 1) - 0.5 * [[4, 8]] = [[0, 0]]; and with +0.5: [[4, 8]]
+    a = LoraLayer(torch.tensor([[1.0]]), torch.tensor([[1.0, 2.0]]), 1.0)
+    b = LoraLayer(torch.tensor([[2.0]]), torch.tensor([[2.0, 4.0]]), 1.0)
+    torch.testing.assert_close(weighted_sum([(a, 2.0), (b, -0.5)]).delta(), torch.zeros(1, 2))
+    torch.testing.assert_close(weighted_sum([(a, 2.0), (b, 0.5)]).delta(), torch.tensor([[4.0, 8.0]]))
+
+
+ranks = st.integers(1, 8)
+alphas = st.one_of(st.none(), st.sampled_from([0.5, 1.0, 4.0, 8.0, -2.0, 0.0]))
+strengths = st.one_of(st.floats(-4, 4, allow_subnormal=False), st.sampled_from([0.0, 1.0, -1.0]))
+terms = st.lists(st.tuples(ranks, alphas, strengths), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(terms, st.sampled_from([(), (1, 1), (3, 3)]))
+def test_delta_of_the_sum_is_the_sum_of_deltas(terms, kernel):
+    layers = [layer(6, rank, 5, kernel, alpha=alpha, seed=seed) for seed, (rank, alpha, _) in enumerate(terms)]
+    total = weighted_sum([(one, strength) for one, (_, _, strength) in zip(layers, terms, strict=True)])
+    parts = [strength * dense(one.up, one.down, one.scale) for one, (_, _, strength) in zip(layers, terms, strict=True)]
+    size = sum(float(part.norm()) for part in parts)
+    assert (
+        float((total.delta().double() - sum(parts)).norm()) <= 1e-6 * size + 1e-36
+    )  # float32 has nothing finer near zero
+    assert total.alpha == total.rank or size < 1e-30  # alpha takes what the factors have no room for
+    assert total.scale == 1.0 or size < 1e-30
+    assert total.mid is None
+
+
+@settings(max_examples=20, deadline=None)
+@given(strengths, strengths)
+def test_the_order_does_not_matter(first, second):
+    a, b = layer(6, 2, 5, alpha=3.0, seed=1), layer(6, 4, 5, seed=2)
+    one, other = weighted_sum([(a, first), (b, second)]), weighted_sum([(b, second), (a, first)])
+    torch.testing.assert_close(one.delta(), other.delta(), rtol=1e-5, atol=1e-7)  # sums of 6 float32 products
+
+
+def test_sums_can_be_nested():
+    a, b, c = layer(6, 2, 5, alpha=3.0, seed=1), layer(6, 4, 5, seed=2), layer(6, 1, 5, alpha=8.0, seed=3)
+    at_once = weighted_sum([(a, 0.6), (b, -0.3), (c, 1.5)])
+    in_steps = weighted_sum([(weighted_sum([(a, 2.0), (b, -1.0)]), 0.3), (c, 1.5)])
+    torch.testing.assert_close(in_steps.delta(), at_once.delta(), rtol=1e-5, atol=1e-7)
+
+
+def test_one_layer_at_strength_one_is_that_layer():
+    one = layer(6, 4, 5, alpha=2.0)
+    torch.testing.assert_close(weighted_sum([(one, 1.0)]).delta(), one.delta(), rtol=1e-6, atol=1e-9)
+
+
+def test_the_same_layer_twice_doubles():
+    one = layer(6, 4, 5, alpha=2.0)
+    torch.testing.assert_close(weighted_sum([(one, 1.0), (one, 1.0)]).delta(), 2 * one.delta(), rtol=1e-5, atol=1e-8)
+
+
+def test_a_term_of_strength_zero_takes_no_rank():
+    total = weighted_sum([(layer(6, 4, 5), 0.0), (layer(6, 2, 5, seed=1), 1.0)])
+    assert total.rank == 2
+
+
+def test_all_zero_keeps_the_module():
+    total = weighted_sum([(layer(6, 4, 5, (3, 3)), 0.0)])
+    assert total.rank == 1
+    assert torch.equal(total.delta(), torch.zeros(6, 5, 3, 3))
+
+
+def test_one_by_one_convolution_and_linear_layer_add_up():
+    conv, linear = layer(6, 2, 5, (1, 1), seed=1), layer(6, 3, 5, seed=2)
+    for order in ([(conv, 1.0), (linear, 2.0)], [(linear, 2.0), (conv, 1.0)]):
+        total = weighted_sum(order)
+        assert total.up.shape == (6, 5, 1, 1)
+        assert total.down.shape == (5, 5, 1, 1)
+        assert relative(total.delta()[..., 0, 0], dense(conv.up, conv.down)[..., 0, 0] + 2 * dense(linear.up, linear.down)) < 1e-6  # fmt: skip
+
+
+def test_tucker_layers_join_plain_ones():
+    up, _ = factors(6, 4, 5, (1, 1), seed=1)
+    _, down = factors(6, 3, 5, (1, 1), seed=2)
+    _, mid = factors(6, 4, 3, (3, 3), seed=3)
+    tucker, plain = LoraLayer(up, down, 1.5, mid), layer(6, 2, 5, (3, 3), alpha=1.0, seed=4)
+    total = weighted_sum([(tucker, -0.7), (plain, 0.9)])
+    torch.testing.assert_close(total.delta(), -0.7 * tucker.delta() + 0.9 * plain.delta(), rtol=1e-5, atol=1e-7)
+
+
+def test_strength_is_shared_evenly_between_the_factors():
+    one = layer(6, 1, 5)
+    total = weighted_sum([(one, -4.0)])
+    torch.testing.assert_close(total.up, -2 * one.up)
+    torch.testing.assert_close(total.down, 2 * one.down)
+
+
+def test_layers_of_different_weights_do_not_add():
+    with pytest.raises(ValueError, match=r"\(6, 5\) and \(6, 7\) differ"):
+        weighted_sum([(layer(6, 2, 5), 1.0), (layer(6, 2, 7), 1.0)])
+    with pytest.raises(ValueError, match="nothing to add"):
+        weighted_sum([])
+    with pytest.raises(ValueError, match="strength is nan"):
+        weighted_sum([(layer(6, 2, 5), float("nan"))])
+
+
+dtypes = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
+# Where float16 holds all, where components overflow, and where they are lost among its subnormal numbers.
+sizes = st.sampled_from([1.0, 1.0, 1e-2, 3e-3, 1e-4, 1e-8, 0.0, 1e6])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(ranks, alphas, strengths, dtypes, sizes, sizes), min_size=1, max_size=3), dtypes)
+def test_straight_to_a_dtype_is_what_comes_by_way_of_float32_bit_for_bit(terms, dtype):
+    layers = []
+    for number, (rank, alpha, strength, given_dtype, up_size, down_size) in enumerate(terms):
+        up, down = factors(6, rank, 5, seed=number)
+        up, down = ((factor * size).to(given_dtype) for factor, size in ((up, up_size), (down, down_size)))
+        layers.append((LoraLayer(up, down, alpha), strength))
+    assume(all(factor.isfinite().all() for layer, _ in layers for factor in (layer.up, layer.down)))
+    exact = weighted_sum(layers)
+    try:
+        expected = cast(exact, dtype)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=str(error)):
+            cast(weighted_sum(layers, dtype), dtype)
+        return
+    found = cast(weighted_sum(layers, dtype), dtype)
+    assert found.balanced == expected.balanced
+    assert torch.equal(found.layer.up, expected.layer.up)
+    assert torch.equal(found.layer.down, expected.layer.down)
+    alive = found.layer.up.abs().amax(0) * found.layer.down.abs().amax(1) > 0
+    if not found.balanced and alive.all():  # a component with one factor 0 is 0 in both
+        assert torch.equal(found.layer.up, exact.up.to(dtype))
+        assert torch.equal(found.layer.down, exact.down.to(dtype))
+
+
+def test_a_sum_in_another_dtype_leaves_its_terms_alone():
+    one = LoraLayer(*factors(6, 2, 5, dtype=torch.float16), 1.0)
+    before = one.up.clone(), one.down.clone()
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        weighted_sum([(one, 0.3)], dtype)
+    assert torch.equal(one.up, before[0])
+    assert torch.equal(one.down, before[1])
