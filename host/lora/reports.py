@@ -34,7 +34,7 @@ def contents(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def applied_lines(
-    case: Case, strength_model: float, strength_clip: float, clip, *, wrong: bool, for_sampling: bool
+    case: Case, strength_model: float, strength_clip: float, clip, *, wrong: bool, for_sampling: bool = False
 ) -> list[str]:
     """What was applied, what was not, and how to sample with it.
 
