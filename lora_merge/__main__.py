@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .cli import compare as compare_command
+from .cli import convert as convert_command
 from .cli import extract as extract_command
 from .cli import merge as commands
 
@@ -31,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_commands(found)
     compare_command.add_command(found)
     extract_command.add_command(found)
+    convert_command.add_command(found)
     return parser
 
 

@@ -270,9 +270,10 @@ class SaveLoRA(Node):
                 io.Combo.Input(
                     "format",
                     options=list(files.FORMATS),
-                    default="kohya",
-                    tooltip="kohya is read by ComfyUI, A1111 and most others. diffusers is for Python scripts: ComfyUI's "
-                    "own loaders miss its attention layers (Load LoRA reads it whole).",
+                    default="auto",
+                    tooltip="auto is read by ComfyUI and most others: kohya's names for Stable Diffusion, for Flux, Qwen, Wan "
+                    "and the like those that diffusers reads too. diffusers is for Python scripts; what ComfyUI's own loaders "
+                    "miss of it, Load LoRA reads.",
                 ),
                 io.Combo.Input(
                     "output_name_mode",

@@ -230,4 +230,5 @@ class LCMSampler(Node):
     @classmethod
     def execute(cls, gamma, seed, gammas="", preset=None, sigmas=None) -> io.NodeOutput:
         gamma = sampling.chosen_gamma(gamma, gammas, preset)
-        return io.NodeOutput(sampling.lcm_sampler(gamma=gamma, seed=seed, schedule=sigmas))
+        sampler = sampling.lcm_sampler(gamma=gamma, seed=seed, schedule=sigmas)
+        return io.NodeOutput(sampling.from_pure_noise(sampler, preset))

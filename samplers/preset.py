@@ -53,6 +53,14 @@ class Preset:
         """Made for exactly one number of steps."""
         return self.steps in (len(self.sigmas), len(self.timesteps))
 
+    @property
+    def noise_timestep(self) -> int | None:
+        """What the network is told of pure noise, where that is not the last timestep of training; None elsewhere.
+
+        Models of one step: their authors hand them noise of unit variance under a lower timestep (DMD2: 399).
+        """
+        return self.timesteps[0] if self.timesteps and self.timesteps[0] < TIMESTEPS - 1 else None
+
     def with_steps(self, steps: int) -> "Preset":
         """This preset at another number of steps; 0 keeps its own.
 

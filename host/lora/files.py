@@ -16,7 +16,7 @@ from ...lora_merge import load, save
 from ...lora_merge.disk.file_names import path_trouble
 from ...lora_merge.disk.tensor_file import SERVER_MAPPED_ABOVE
 from ...lora_merge.files.dtypes import DTYPES
-from ...lora_merge.files.lora import FORMATS
+from ...lora_merge.files.formats import SAVE_FORMATS as FORMATS
 from ...lora_merge.recognise.identity import identify, sha256_of, worth_hashing
 from ..door.rules import not_there, shown
 from .identity import KnownWeights

@@ -8,20 +8,23 @@ import logging
 import math
 from itertools import pairwise
 
-import comfy.model_sampling
 import torch
 from comfy.k_diffusion import sampling as core
 from comfy.patcher_extension import WrappersMP
 
 from ...samplers.preset import Preset
+from ...samplers.renoise import gamma_per_step
 from ...samplers.schedule import timesteps_at
+from ..door.node import in_the_name_of
+from .pure_noise import from_pure_noise
 from .sampler import chosen_gamma, lcm_sampler
 from .schedules import lcm_sigmas
-from .tables import sigma_table
+from .tables import sigma_table, time_table
 
 logger = logging.getLogger(__name__)
 
 KEY = "lcm_kit.any_ksampler"
+NAME = "LCM for any KSampler"
 
 
 def with_exact_lcm(model, *, gamma: float, gammas: str, original_steps: int, preset: Preset | None):
@@ -61,27 +64,31 @@ class ExactLCM:
         if is_cores_lcm(sampler) and is_run(sigmas):
             # The guider's MODEL: what other nodes put on it after this one counts.
             model = executor.class_obj.model_patcher
-            sigmas = self.levels(model, sigmas, noisy=not bool(noise.count_nonzero())).to(sigmas)
-            sampler = lcm_sampler(gamma=self.gamma, seed=-1)
+            with in_the_name_of(NAME):
+                levels, gamma = self.run(model, sigmas, noisy=not bool(noise.count_nonzero()))
+            sigmas = levels.to(sigmas)
+            sampler = from_pure_noise(
+                lcm_sampler(gamma=gamma, seed=-1 if seed is None else seed, schedule=levels), self.preset
+            )
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **more)
 
-    def levels(self, model, asked: torch.Tensor, *, noisy: bool) -> torch.Tensor:
-        """The noise levels to run in place of those (steps + 1,) that were asked for.
+    def run(self, model, asked: torch.Tensor, *, noisy: bool):
+        """(levels, gamma): what to run in place of the (steps + 1,) noise levels that were asked for.
 
         noisy: the latent comes with the noise of the first level, so that no other will do.
         """
         model_sampling = model.get_model_object("model_sampling")
-        if isinstance(model_sampling, comfy.model_sampling.ModelSamplingContinuousEDM):
-            logger.info("LCM for any KSampler: the model has no numbered timesteps; the scheduler's levels are kept.")
-            return asked
-        table = sigma_table(model_sampling)
+        table = time_table(model_sampling)
+        if table is None:
+            table = sigma_table(model_sampling)
         times = [_time(sigma, table) for sigma in asked.tolist()]
         if noisy or times[-1]:
-            levels = self._part(model, asked, times, table, noisy)
+            levels, gamma = self._part(model, asked, times, table, noisy)
         else:
             levels = self._whole(model, times, table)
-        _say_start(times[0], _time(float(levels[0]), table), table, asked, levels)
-        return levels
+            gamma = self._gamma_of_each(len(levels) - 1)
+        _say_start(times[0], _time(float(levels[0]), table), asked, levels)
+        return levels, gamma
 
     def _whole(self, model, times, table):
         """A run from fresh noise to the picture: the LCM schedule that begins nearest to the level asked for."""
@@ -97,27 +104,35 @@ class ExactLCM:
                 "LCM for any KSampler: %d steps were asked for, but from timestep %d on the model was trained on %d "
                 "only: these are run. Raise denoise for more.",
                 steps,
-                round(times[0] * len(table)) - 1,
+                _timestep(times[0]),
                 len(run) - 1,
             )
         return run
 
     def _part(self, model, asked, times, table, noisy):
-        """A run that is handed a noisy latent or leaves noise for another node: the levels where they meet stay as
-        they are, and those between are the run's of which this is a part.
+        """(levels, gamma) of a run that is handed a noisy latent or leaves noise for another node.
+
+        The levels where they meet stay as they are; those between are the run's of which this is a part.
         """
         total = round((len(times) - 1) / max(times[0] - times[-1], 1 / len(table)))
         whole = self._schedule(model, self._fitting(model, total, 1.0), 1.0, exactly=False)
         known = [_time(sigma, table) for sigma in whole.tolist()[:-1]]
-        levels = [whole[min(range(len(known)), key=lambda i: abs(known[i] - time))] for time in times]
+        steps = [min(range(len(known)), key=lambda i: abs(known[i] - time)) for time in times[:-1]]
+        levels = torch.cat([whole[steps], asked[-1:].to(whole)])
         if noisy:
-            levels[0] = asked[0].to(whole)
-        levels = torch.stack([*levels[:-1], asked[-1].to(whole)])
-        return levels if is_run(levels) else asked
+            levels[0] = asked[0]
+        gamma = self._gamma_of_each(len(known))
+        if not isinstance(gamma, int | float):
+            gamma = [gamma[step] for step in steps]
+        return (levels if is_run(levels) else asked), gamma
+
+    def _gamma_of_each(self, steps):
+        """The gamma, or a list of one for each step of a run."""
+        return self.gamma if isinstance(self.gamma, int | float) else gamma_per_step(self.gamma, steps)
 
     def _fitting(self, model, steps, time):
-        """Not more steps than the model has trained timesteps from here on; a flow model knows every time."""
-        if isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST):
+        """Not more steps than the model has trained timesteps from here on; others know every time."""
+        if time_table(model.get_model_object("model_sampling")) is not None:
             return steps
         return max(min(steps, math.floor(self.original_steps * time + 1e-4)), 1)
 
@@ -129,8 +144,8 @@ class ExactLCM:
             except ValueError:
                 if exactly:
                     raise ValueError(
-                        f"The sampler node asks for {steps} steps, but the preset {preset.name} on LCM for any KSampler was "
-                        f"made for exactly {preset.steps}. Set steps to {preset.steps} there, or choose another preset."
+                        f"the sampler node asks for {steps} steps, and the preset {preset.name} is not made for that "
+                        f"many. Set steps to {preset.steps} there, or choose another preset."
                     ) from None
         return lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=self.original_steps, preset=preset)
 
@@ -153,13 +168,18 @@ def _time(sigma: float, table: torch.Tensor) -> float:
     return (int(timesteps_at(torch.tensor([sigma]), table)) + 1) / len(table) if sigma > 0 else 0.0
 
 
-def _say_start(asked, ours, table, asked_sigmas, levels):
+def _timestep(time: float) -> int:
+    """As users write it: 0 to 999, whatever the length of a model's table."""
+    return round(1000 * time) - 1
+
+
+def _say_start(asked, ours, asked_sigmas, levels):
     if abs(asked - ours) > 1.5e-3:
         logger.info(
             "LCM for any KSampler: asked to start at timestep %d (sigma %.4g), starts at %d (sigma %.4g): the nearest that "
             "the model was trained on.",
-            round(asked * len(table)) - 1,
+            _timestep(asked),
             float(asked_sigmas[0]),
-            round(ours * len(table)) - 1,
+            _timestep(ours),
             float(levels[0]),
         )

@@ -8,6 +8,7 @@ import torch
 from .experts import staged
 from .guidance import FirstStepsGuider
 from .latents import fitted, given_out
+from .pure_noise import from_pure_noise
 from .runs import WHOLE, run
 from .sampler import Relay, chosen_gamma, lcm_sampler
 from .schedules import lcm_sigmas
@@ -66,7 +67,9 @@ def sample(
     return run(
         stages,
         latent,
-        lambda indices: lcm_sampler(gamma=gamma, seed=seed, batch_indices=indices, schedule=schedule, relay=relay),
+        lambda indices: from_pure_noise(
+            lcm_sampler(gamma=gamma, seed=seed, batch_indices=indices, schedule=schedule, relay=relay), preset
+        ),
         seed=seed,
         calls=len(sigmas) - 1,
         add_noise=section.add_noise,

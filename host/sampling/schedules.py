@@ -20,10 +20,12 @@ def preset_named(name: str, steps: int) -> tuple[Preset, str]:
     """(preset, what it says in words). steps: 0 for the preset's own."""
     preset = PRESETS[name].with_steps(steps)
     needs = "; ".join(needs_in_words(preset))
+    fewer_below_one = bool(preset.timesteps) and preset.calls(0.5) < preset.steps
     return preset, "\n".join(
         [
             f"{preset.name}: {settings_in_words(preset)}.",
             *([f"It also asks for: {needs}."] if needs else []),
+            *(["Below denoise 1 fewer steps are run, each as long as it was trained for."] if fewer_below_one else []),
             f"Made for {preset.models}; there sampled with {preset.sampler}.",
             f"From {preset.source}, {preset.date}.",
         ]

@@ -18,10 +18,14 @@ def is_distilled(model_sampling) -> bool:
 
 
 def sigma_table(model_sampling) -> torch.Tensor:
-    """(train_timesteps,) ascending noise levels, float32 on the CPU.
+    """(levels,) ascending noise levels of evenly spaced times, float32 on the CPU; a thousand times are the timesteps.
 
-    A shortened table is filled up by its own interpolation: exact at its entries, to float rounding.
+    A flow model's are its own, shift and all. A shortened table is filled up by its own interpolation: exact at its
+    entries, to float rounding. A model of continuous levels has but a lowest and a highest one; between them lie
+    Karras' levels, which consistency models were trained on.
     """
+    if is_continuous(model_sampling):
+        return karras_table(float(model_sampling.sigma_min), float(model_sampling.sigma_max))
     if is_distilled(model_sampling):
         return model_sampling.sigma(torch.arange(model_sampling.num_timesteps)).detach().float().cpu()
     return model_sampling.sigmas.detach().float().cpu()
@@ -45,14 +49,8 @@ def is_cosmos(model_sampling) -> bool:
 
 
 def time_table(model_sampling) -> torch.Tensor | None:
-    """(levels,) ascending levels of evenly spaced times, for a model that knows every time; None for any other.
-
-    A flow model's are its own, shift and all. A model of continuous levels has but a lowest and a highest one; between
-    them lie Karras' levels, which consistency models were trained on.
-    """
-    if is_continuous(model_sampling):
-        return karras_table(float(model_sampling.sigma_min), float(model_sampling.sigma_max))
-    return sigma_table(model_sampling) if is_flow(model_sampling) else None
+    """sigma_table of a model that knows every time between its entries; None for one of numbered timesteps."""
+    return sigma_table(model_sampling) if is_flow(model_sampling) or is_continuous(model_sampling) else None
 
 
 def trained_sigma_table(model_sampling) -> torch.Tensor:

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from ..disk.hashes import stated, weights_sha256
 from ..files.dtypes import DTYPES
+from ..files.formats import SAVE_FORMATS
 from ..files.load_save import check_output, load, save
-from ..files.lora import Format, Lora
+from ..files.lora import Lora
 from ..merging.account import Account
 from ..merging.merge import merge_with_account, resize_with_account
 from ..merging.report import describe, describe_merge, describe_provenance
@@ -142,7 +143,9 @@ def _merge_help() -> str:
 def _output(add: argparse.ArgumentParser) -> None:
     add.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a .safetensors file to write")
     add.add_argument("--dtype", choices=sorted(DTYPES), default="fp16", help="default: fp16")
-    add.add_argument("--format", choices=get_args(Format), default="kohya", help="default: kohya, which ComfyUI reads")
+    add.add_argument(
+        "--format", choices=SAVE_FORMATS, default="auto", help="default: auto, what ComfyUI and diffusers read"
+    )
     overwriting(add)
     add_meta(add)
 

@@ -21,7 +21,8 @@ from ..keywords import named
 from ..metadata import fields
 from ..metadata.adapter_config import CONFIG_KEY, misfit, of_config
 from .dtypes import DTYPES
-from .lora import FORMATS, Format, Lora
+from .formats import SAVE_FORMATS, SaveFormat, named_for
+from .lora import Lora
 from .new_metadata import for_file
 from .readable import check_readable
 
@@ -55,14 +56,15 @@ def save(
     lora: Lora,
     path: str | os.PathLike[str],
     *,
-    dtype: torch.dtype = torch.float16,
-    format: Format = "kohya",
+    dtype: torch.dtype | None = torch.float16,
+    format: SaveFormat = "auto",
     overwrite: Overwrite = False,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the LoRA to a .safetensors file with metadata that kohya's tools, diffusers and `load` read.
 
-    dtype: float16, bfloat16 or float32; format: "kohya" (what ComfyUI reads) or "diffusers", see Lora.to_state_dict.
+    dtype: float16, bfloat16 or float32; None keeps each tensor's.   format: whose names it gets, see formats.named_for:
+    "auto" is read by ComfyUI and, as far as there is such a format, by diffusers.
     metadata: before the LoRA's own; an empty value takes a key away. Hashes, dimensions and the date are the new file's.
     overwrite: True replaces a file that `save` wrote, "any" replaces any file.
     The file appears complete or not at all, with the usual permissions of a new file. What is written is what `load` reads:
@@ -72,16 +74,17 @@ def save(
     as it was then.
     """
     path = Path(path)
-    if dtype not in DTYPES.values():
+    if dtype not in (None, *DTYPES.values()):
         raise ValueError(f"dtype is {dtype}, but it has to be one of {', '.join(map(str, DTYPES.values()))}")
-    if format not in FORMATS:
-        raise ValueError(f"format is {format!r}, but it has to be one of {', '.join(FORMATS)}")
+    if format not in SAVE_FORMATS:
+        raise ValueError(f"format is {format!r}, but it has to be one of {', '.join(SAVE_FORMATS)}")
     check_output(path, overwrite)
     wanted = fields.given(metadata)
     lora = replace(lora, metadata=fields.changed(lora.metadata, wanted))
+    lora, written_in = named_for(lora, format)
     # Nobody else sees these tensors, so what needs no conversion needs no copy.
-    tensors = on_one_core(lambda: lora.to_state_dict(dtype, format=format, copy=False))
-    notes = for_file(lora, path.stem, format)
+    tensors = on_one_core(lambda: lora.to_state_dict(dtype, format=written_in, copy=False))
+    notes = for_file(lora, path.stem, written_in)
     check_readable(lora, tensors, notes, _peft_config(path, tensors))
     try:
         fields.check(notes)

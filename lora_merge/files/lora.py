@@ -24,8 +24,8 @@ from .keys import BIAS_PARTS, DIFF_PARTS, WEIGHT_PARTS, suffix
 from .reading import KeyAccount, read
 from .twice import Named, named
 
-Format = Literal["kohya", "diffusers"]
-FORMATS: tuple[Format, ...] = ("kohya", "diffusers")
+Format = Literal["kohya", "diffusers", "comfy"]
+FORMATS: tuple[Format, ...] = ("kohya", "diffusers", "comfy")
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,8 @@ class Lora:
         format: "kohya" writes `.lora_up.weight`, `.lora_down.weight`, `.alpha` (always, since readers differ in what
             they assume without), every other kind in the keys of LyCORIS, and is what ComfyUI reads for any model;
             "diffusers" writes PEFT's `unet....lora_B.weight` with the scale multiplied into the factors; LoHa and LoKr as
-            LoRA of as many ranks as they have.
+            LoRA of as many ranks as they have; "comfy" writes LoRA in PEFT's keys too and every other kind in those of
+            LyCORIS, for the names of transformers that formats.named_for gives.
         copy: False shares the tensors that need no conversion, and nobody may write into them then.
         float16: components that would overflow or be lost are balanced, see algebra/precision.py; a warning tells what is
         too small for it all the same.
@@ -164,9 +165,9 @@ class Lora:
         """
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}, but it has to be one of {', '.join(FORMATS)}")
-        spelled = dict(self.spellings) if format == "kohya" else self.diffusers_spellings()
+        spelled = self.diffusers_spellings() if format == "diffusers" else dict(self.spellings)
         result: dict[str, Tensor] = {}
-        if format == "kohya":
+        if format != "diffusers":
             result |= {key: cast_part(tensor, None, copy=copy) for key, tensor in self.unread.items()}
         balanced, errors = [], {}
         for module, name in spelled.items():
@@ -197,12 +198,13 @@ class Lora:
         alpha, balanced, error = None, False, 0.0
         update = self.modules.get(module) or self.carried.get(module)
         others: dict[str, Tensor] = {}
-        if isinstance(update, Layer) and (dtype is not None or format == "diffusers"):
-            plain = update if format == "kohya" else _without_scale(update)
-            converted = cast(plain, dtype or next(iter(update.parts().values())).dtype, into_alpha=format == "kohya")
+        pefts = format == "diffusers" or (format == "comfy" and isinstance(update, LoraLayer) and update.mid is None)
+        if isinstance(update, Layer) and (dtype is not None or pefts):
+            plain = _without_scale(update) if pefts else update
+            converted = cast(plain, dtype or next(iter(update.parts().values())).dtype, into_alpha=not pefts)
             balanced, error, originals = converted.balanced, converted.error, update.parts()
             for part, tensor in converted.layer.parts().items():
-                end = suffix(part) if format == "kohya" else {"up": ".lora_B.weight", "down": ".lora_A.weight"}[part]
+                end = suffix(part) if not pefts else {"up": ".lora_B.weight", "down": ".lora_A.weight"}[part]
                 result[end] = _own(tensor, originals.get(part)) if copy else tensor.contiguous()
             alpha = converted.layer.written_alpha
         elif update is not None:
@@ -212,7 +214,7 @@ class Lora:
         for part, tensor in others.items():
             written = result[suffix(part)] = cast_part(tensor, dtype, copy=copy)
             error = max(error, rounding(tensor, written))
-        if alpha is not None and format == "kohya":
+        if alpha is not None and not pefts:
             result[suffix("alpha")] = torch.tensor(alpha, dtype=torch.float32)
             if alpha and not 0 < abs(float(result[suffix("alpha")])) < math.inf:
                 raise ValueError(f"alpha is {alpha:g}, and float32 has no such number. Change the scale of this module")
@@ -259,10 +261,14 @@ def _own(tensor: Tensor, original: Tensor | None) -> Tensor:
 
 
 def _without_scale(layer: Layer) -> LoraLayer:
-    """The same update as LoRA of scale 1, float32; the scale goes half and half into the factors."""
+    """The same update as LoRA of scale 1, float32; the scale goes half and half into the factors, or into one if that is
+    exact."""
     if isinstance(layer, LoraLayer) and layer.scale == 1 and layer.mid is None:
         return LoraLayer(layer.up, layer.down)
     up, down = layer.factors()
+    kernel = (1 for _ in layer.kernel)
+    if layer.scale and math.frexp(layer.scale)[0] in (0.5, -0.5):  # a power of two: exact in one factor
+        return LoraLayer((up * layer.scale).reshape(*up.shape, *kernel), down.reshape(-1, *layer.shape[1:]))
     half = abs(layer.scale) ** 0.5
-    up = (up * (half if layer.scale >= 0 else -half)).reshape(*up.shape, *(1 for _ in layer.kernel))
+    up = (up * (half if layer.scale >= 0 else -half)).reshape(*up.shape, *kernel)
     return LoraLayer(up, (down * half).reshape(-1, *layer.shape[1:]))

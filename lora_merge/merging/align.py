@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from ..files.keys import unread_text
 from ..files.lora import Lora
+from ..files.one_naming import are_read, in_own_naming
 from ..files.twice import Named, Pair, pairs_text, slices, twice, undecided
 from ..metadata.adapter_config import peft_remarks
 from ..naming import names, unet
 from ..naming.unet import Layout
 from ..updates.layer import meeting_shape
-from .one_naming import are_read, in_own_naming
 
 
 def unify(loras: Sequence[Lora]) -> list[Lora]:

@@ -15,6 +15,7 @@ from ..algebra.scaling import levelled
 from ..algebra.sums import stacked
 from ..disk.hashes import weights_sha256
 from ..disk.tensor_file import read
+from ..files.formats import named_for
 from ..files.load_save import load
 from ..files.lora import Format, Lora
 from ..keywords import named
@@ -69,7 +70,8 @@ def reproduce(
         progress=progress,
         **vars(replace(recipe.options, out_dtype=recipe.options.out_dtype or dtype)),
     )
-    state = made.to_state_dict(dtype, format=format, copy=False)
+    made, written_in = named_for(made, format)
+    state = made.to_state_dict(dtype, format=written_in, copy=False)
     if state.keys() != tensors.keys():
         differing = sorted(state.keys() ^ tensors.keys())
         raise ValueError(
@@ -123,7 +125,10 @@ def _dtype(tensors: dict[str, Tensor]) -> torch.dtype:
 
 
 def _format(tensors: dict[str, Tensor]) -> Format:
-    return "diffusers" if any(key.endswith(".lora_A.weight") for key in tensors) else "kohya"
+    in_peft = [key for key in tensors if key.endswith(".lora_A.weight")]
+    if not in_peft:
+        return "kohya"
+    return "comfy" if any(key.startswith("diffusion_model.") for key in in_peft) else "diffusers"
 
 
 def _difference(first: Lora, second: Lora) -> float:

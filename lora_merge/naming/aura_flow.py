@@ -40,6 +40,7 @@ _SINGLE = Stack(
 
 FAMILY = transformer(
     "AuraFlow",
+    saved="diffusers",
     stacks=(_DOUBLE, _SINGLE),
     outside={
         "t_embedder.mlp.0": "time_step_proj.linear_1",

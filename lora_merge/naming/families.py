@@ -29,6 +29,8 @@ from .family import Family
 
 TRANSFORMERS: tuple[Family, ...] = (
     flux.FAMILY,
+    flux.FLUX_2,
+    flux.CHROMA,
     hunyuan_video.FAMILY,
     qwen_image.FAMILY,
     z_image.Z_IMAGE,
@@ -75,6 +77,26 @@ def _agree(one: Family, other: Family, names: Iterable[str]) -> bool:
     if one is other:
         return True
     return all(one.own(name) == other.own(name) and one.fused(name) == other.fused(name) for name in names)
+
+
+def family_by_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
+    """The family of one LoRA, {canonical name: shape}, told from its shapes, too: what diffusers calls its weights.
+
+    None if none is known, or several that call a weight differently there.
+    """
+    known = [family for family in TRANSFORMERS if family.recognises(shapes)]
+    known = [family for family in known if all(family.suits(_own(family, n), shape) for n, shape in shapes.items())]
+    if not known or not all(_agree(known[0], other, shapes) for other in known[1:]):
+        return None
+
+    def parts(family: Family) -> list[object]:
+        return [family.parts(_own(family, name), shape) for name, shape in shapes.items()]
+
+    return known[0] if all(parts(other) == parts(known[0]) for other in known[1:]) else None
+
+
+def _own(family: Family, canonical: str) -> str:
+    return family.own(canonical) or canonical
 
 
 def readable(spellings: Mapping[str, str]) -> dict[str, str]:

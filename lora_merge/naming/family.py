@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 KINDS = ("attention", "ff", "conv", "embedding", "norm", "other")
 _KIND_WORDS = (
@@ -99,7 +99,10 @@ class Family:
     dots: canonical own name -> the own name with dots, without prefix (`double_blocks.0.img_attn.qkv`).
     parts: (canonical own name, shape) -> what diffusers has for the weight; () where nothing is known.
     slice_name: canonical name of a slice -> a spelling that every ComfyUI reads; None if there is none.
+    saved: the format that both ComfyUI and diffusers read, as far as there is one: "comfy" or "diffusers".
+    saved_fused: the same for fused weights, which in diffusers' slices would be larger: "comfy" or "kohya".
     reads: spelling -> whether every ComfyUI, as far as it has the model, reads it.
+    suits: (canonical own name, shape) -> whether a weight of the family may have that shape.
     templates: () -> ((stack, module), own name, fused weights) of every name known, with {} for the block's number.
     """
 
@@ -123,6 +126,9 @@ class Family:
     slice_name: Callable[[str], str | None] = _none
     reads: Callable[[str], bool] = lambda spelling: True
     templates: Callable[[], Iterable[tuple[tuple[str, str], str, tuple[str, ...]]]] = lambda: ()
+    suits: Callable[[str, tuple[int, ...]], bool] = lambda own, shape: True
+    saved: Literal["comfy", "diffusers"] = "comfy"
+    saved_fused: Literal["comfy", "kohya"] = "comfy"
     sure: bool = False
 
     @property

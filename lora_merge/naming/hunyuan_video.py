@@ -21,7 +21,7 @@ def _of_flux(stack: Stack, depth: int, also: dict[str, str]) -> Stack:
     return replace(
         stack,
         depth=depth,
-        whole={own: _unread(theirs) for own, theirs in stack.whole.items() if own != "linear1"},
+        whole={own: _unread(theirs) for own, theirs in stack.whole.items()},
         fused={
             own: replace(fused, slices=tuple(map(_unread, fused.slices)), share=4) for own, fused in stack.fused.items()
         },
@@ -66,8 +66,8 @@ _REFINER = Stack(
     },
     fused={"self_attn.qkv": Fused(("~attn.to_q ~attn.to_k ~attn.to_v",), "www")},
     also={
-        "self_attn.proj": "self_attn.proj ~self_attn_proj",
-        "self_attn.qkv": "self_attn.qkv ~self_attn_qkv",
+        "self_attn.proj": "self_attn_proj",
+        "self_attn.qkv": "self_attn_qkv",
         "mlp.0": "mlp.fc1",
         "mlp.2": "mlp.fc2",
         **{name: name for name in ("adaLN_modulation.1", "norm1", "norm2")},
@@ -89,7 +89,7 @@ _OUTSIDE = {
     "final_layer.linear": "proj_out",
     **flux.TIME,
     **_EMBEDDERS,
-    **dict.fromkeys(_OF_1_5, ""),
+    **dict.fromkeys((*_OF_1_5, *flux.TURNED), ""),
 }
 
 FAMILY = transformer(
@@ -98,5 +98,6 @@ FAMILY = transformer(
     outside={own: f"{_unread(theirs)} {own}" for own, theirs in _OUTSIDE.items()},
     turned={own: _unread(theirs) for own, theirs in flux.TURNED.items()},
     theirs_read_as=("transformer.", "diffusion_model."),
+    ratios=flux.RATIOS,
     sure=True,
 )

@@ -17,6 +17,7 @@ _OUTSIDE = (
 
 FAMILY = transformer(
     "Kandinsky 5",
+    saved="diffusers",
     stacks=(
         Stack(own="text_transformer_blocks", same=" ".join(["text_modulation.out_layer", *_SELF, *_FEED_FORWARD])),
         Stack(

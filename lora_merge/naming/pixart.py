@@ -26,6 +26,7 @@ _EMBEDDERS = {"csize": "resolution", "ar": "aspect_ratio", "t": "timestep"}
 
 FAMILY = transformer(
     "PixArt",
+    saved="diffusers",
     stacks=(_BLOCKS,),
     outside={
         **{f"{own}_embedder.mlp.{number}": f"adaln_single.emb.{theirs}_embedder.{linear}"

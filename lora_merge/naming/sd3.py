@@ -36,6 +36,7 @@ _BLOCKS = Stack(
 
 FAMILY = transformer(
     "Stable Diffusion 3",
+    saved="diffusers",
     stacks=(_BLOCKS,),
     outside={
         "context_embedder": "context_embedder",

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 from .family import Family, Part, Rows, underscored
 from .tables import Fused, Stack, alike
@@ -244,6 +245,11 @@ class Tables:
                     return True
         return False
 
+    def suits(self, own: str, shape: tuple[int, ...], ratios: Mapping[str, float]) -> bool:
+        found = self._parse(own)
+        ratio = ratios.get(found[0].own) if found else None
+        return ratio is None or abs(shape[0] / prod(shape[1:]) - ratio) < 1e-3 * ratio
+
     def templates(self) -> Iterator[tuple[tuple[str, str], str, tuple[str, ...]]]:
         """((stack, module), own template, templates of the fused weights) of every name that there is."""
         for key, entry in self._entries.items():
@@ -262,7 +268,10 @@ def transformer(
     own_read_as: Collection[str] = (),
     theirs_read_as: Collection[str] = (),
     theirs_behind_kohya: bool = False,
+    ratios: Mapping[str, float] | None = None,
     sure: bool = False,
+    saved: Literal["comfy", "diffusers"] = "comfy",
+    saved_fused: Literal["comfy", "kohya"] = "comfy",
 ) -> Family:
     """A family out of its tables.
 
@@ -272,10 +281,11 @@ def transformer(
     own_read_as, theirs_read_as: what every ComfyUI reads before an own name, besides `diffusion_model.` and `lora_unet_`,
         and before one of diffusers', the one to write first.
     theirs_behind_kohya: whether trainers write diffusers' names behind `lora_unet_` or `diffusion_model.`.
-    sure: see Family.
+    ratios: template of an own name -> rows for each column, where that tells the family from one with like names.
+    sure, saved, saved_fused: see Family.
     """
     turned = turned or {}
-    outside = {**outside, **dict.fromkeys(turned, "")}
+    outside = {**dict.fromkeys(turned, ""), **outside}
     tables = Tables(stacks, outside, turned, parameters, own_read_as, theirs_read_as, theirs_behind_kohya)
     return Family(
         name=name,
@@ -290,5 +300,8 @@ def transformer(
         slice_name=tables.slice_name,
         reads=tables.reads,
         templates=tables.templates,
+        suits=lambda own, shape: tables.suits(own, shape, ratios or {}),
         sure=sure,
+        saved=saved,
+        saved_fused=saved_fused,
     )

@@ -12,13 +12,15 @@ from .transformer import transformer
 
 _SAME = (
     "attention_norm1 attention_norm2 ffn_norm1 ffn_norm2 feed_forward.w1 feed_forward.w2 feed_forward.w3 "
-    "adaLN_modulation.0 adaLN_modulation.1"
+    "adaLN_modulation.0"
 )
 _STACKS = {"layers": 32, "context_refiner": 4, "noise_refiner": 4}
+_READ_AS = ("diffusion_model.", "transformer.", "lycoris_", "")
 _OUTSIDE = "cap_embedder.0 cap_embedder.1 t_embedder.mlp.0 t_embedder.mlp.2"
 
 Z_IMAGE = transformer(
     "Z-Image",
+    saved="diffusers",
     stacks=[
         Stack(
             own=name,
@@ -42,14 +44,15 @@ Z_IMAGE = transformer(
         "cap_pad_token": "cap_pad_token",
     },
     parameters=("x_pad_token", "cap_pad_token"),
-    theirs_read_as=("diffusion_model.", "transformer.", "lycoris_", ""),
+    theirs_read_as=_READ_AS,
     theirs_behind_kohya=True,
 )
 
 _LUMINA = {
-    "attention.out": "~attn.to_out.0",
-    "attention.q_norm": "~attn.norm_q",
-    "attention.k_norm": "~attn.norm_k",
+    # The second names are Z-Image's, which ComfyUI reads here, too.
+    "attention.out": "~attn.to_out.0 attention.to_out.0",
+    "attention.q_norm": "~attn.norm_q attention.norm_q",
+    "attention.k_norm": "~attn.norm_k attention.norm_k",
     "feed_forward.w1": "~feed_forward.linear_1",
     "feed_forward.w2": "~feed_forward.linear_2",
     "feed_forward.w3": "~feed_forward.linear_3",
@@ -78,4 +81,5 @@ LUMINA_2 = transformer(
         "final_layer.adaLN_modulation.1": "~norm_out.linear_1",
         "final_layer.linear": "~norm_out.linear_2",
     },
+    theirs_read_as=_READ_AS,
 )

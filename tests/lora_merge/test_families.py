@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from lcm_kit.lora_merge import Lora, merge, merge_with_account
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
-from lcm_kit.lora_merge.merging.one_naming import split, stacked, turned
+from lcm_kit.lora_merge.files.one_naming import split, stacked, turned
 from lcm_kit.lora_merge.naming import flux, names, z_image
-from lcm_kit.lora_merge.naming.families import FAMILIES, family_of
+from lcm_kit.lora_merge.naming.families import FAMILIES, family_by_shapes, family_of
 from lcm_kit.lora_merge.naming.family import Rows
 from lcm_kit.lora_merge.naming.unet import Layout
 from lcm_kit.lora_merge.updates.layer import LoraLayer
@@ -258,7 +258,9 @@ def test_stacked_slices_do_not_mix():
 RECOGNISED = {
     "text encoder": ["lora_te1_text_model_encoder_layers_0_mlp_fc1"],
     "Stable Diffusion UNet": ["lora_unet_input_blocks_1_1_proj_in"],
-    "Flux": ["lora_unet_double_blocks_0_img_attn_proj", "lora_unet_img_in"],
+    "Flux": ["lora_unet_double_blocks_0_img_mod_lin", "lora_unet_img_in"],
+    "Flux 2": ["lora_unet_double_blocks_0_img_attn_proj", "lora_unet_double_stream_modulation_img_lin"],
+    "Chroma": ["lora_unet_double_blocks_0_img_attn_proj", "lora_unet_distilled_guidance_layer_layers_0_in_layer"],
     "HunyuanVideo": ["lora_unet_double_blocks_0_img_attn_proj", "lora_unet_img_in_proj"],
     "Qwen-Image": ["lora_unet_transformer_blocks_0_img_mlp_net_2"],
     "Z-Image": ["lora_unet_layers_0_attention_to_q"],
@@ -308,6 +310,18 @@ def test_names_that_mean_other_weights_in_other_families_tell_none():
     assert family_of([["lora_transformer_transformer_blocks_0_attn1_to_q"]]) is None
     assert family_of([["lora_transformer_transformer_blocks_0_attn1_to_q"], RECOGNISED["PixArt"]]).name == "PixArt"
     assert family_of([["lora_transformer_transformer_blocks_0_attn1_to_q", "lora_unet_patchify_proj"]]).name == "LTX"
+
+
+def test_models_of_like_names_are_told_by_their_shapes():
+    """Flux 1 and 2 have one name for linear1; diffusers has slices of the one and the whole of the other."""
+    for rows, columns, wanted in ((7 * H, H, flux.FAMILY), (9 * H, H, flux.FLUX_2)):
+        found = family_by_shapes({"lora_unet_single_blocks_0_linear1": (rows, columns)})
+        assert found.parts("lora_unet_single_blocks_0_linear1", (rows, columns)) == wanted.parts(
+            "lora_unet_single_blocks_0_linear1", (rows, columns)
+        )
+        assert len(found.parts("lora_unet_single_blocks_0_linear1", (rows, columns))) == (4 if rows == 7 * H else 1)
+    assert family_by_shapes({"lora_unet_single_blocks_0_linear2": (H, 4 * H)}).name == "Flux 2"
+    assert family_by_shapes({"lora_unet_stages_0_mixer_win": (H, H)}) is None
 
 
 # ---- the way back

@@ -3,10 +3,13 @@
 Where diffusers itself is wrong, test_flaws_of_diffusers.py shows it.
 """
 
+import math
+
 import pytest
 import torch
 
 from lcm_kit.samplers.multistep import sample_lcm
+from lcm_kit.samplers.preset import Preset
 from lcm_kit.samplers.schedule import custom_timesteps, lcm_timesteps
 from lcm_kit.tests.samplers.parity import (
     BETAS,
@@ -189,3 +192,34 @@ def test_flow_models_equal_flow_match_lcm_scheduler(strength, steps, shift):
     source = tape(SEED, sigmas)
     ours = sample_lcm(as_flow_denoiser, x, sigmas, noise=source, noise_scaling=rectified_flow, disable=True)
     assert difference(ours, theirs) <= TOLERANCE
+
+
+def flow_run(scheduler, sigmas, gamma):
+    """Difference of the finished latents: the scheduler's on its own levels and ours on these, the same noise."""
+    noise, image = drawn(11), drawn(33)
+    theirs = rectified_flow(scheduler.sigmas[0], noise, image)
+    x = rectified_flow(sigmas[0], noise, image)
+    for step, timestep in enumerate(scheduler.timesteps):
+        velocity = toy_network(theirs, timestep.item())
+        theirs = scheduler.step(velocity, timestep, theirs, generator=step_generator(SEED, step)).prev_sample
+    ours = sample_lcm(
+        as_flow_denoiser, x, sigmas, noise=tape(SEED), gamma=gamma, noise_scaling=rectified_flow, disable=True
+    )
+    return difference(ours, theirs)
+
+
+@pytest.mark.parametrize(("kind", "gamma"), [("FlowMatchLCMScheduler", 1.0), ("FlowMatchEulerDiscreteScheduler", 0.0)])
+@pytest.mark.parametrize("levels", [1000, 10_000])
+@pytest.mark.parametrize(("shift", "mu"), [(1.0, None), (3.0, None), (8.0, None), (math.exp(1.15), 1.15)])
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_a_flow_models_own_schedule_equals_diffusers_on_tables_of_any_length(kind, gamma, levels, shift, mu, strength):
+    """Levels and all, from a table as ComfyUI has it. mu: diffusers' resolution-dependent shift, log of ours."""
+    times = torch.arange(1, levels + 1) / levels
+    table = shift * times / (1 + (shift - 1) * times)
+    scheduler = getattr(diffusers(), kind)(shift=1.0 if mu else shift, use_dynamic_shifting=mu is not None)
+    for steps in (1, 2, 3, 4, 6, 8, 25):
+        even = [strength * (1 - step / steps) for step in range(steps)]
+        scheduler.set_timesteps(sigmas=even, **({} if mu is None else {"mu": mu}))
+        sigmas = Preset("", steps, 1.0, gamma).levels(table, strength=strength)
+        assert difference(sigmas, scheduler.sigmas) <= 2e-5, f"{steps} steps"
+        assert flow_run(scheduler, sigmas, gamma) <= TOLERANCE, f"{steps} steps"

@@ -1,5 +1,6 @@
 """The settings of published few-step models."""
 
+import math
 import re
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from lcm_kit.samplers.preset import Preset, needs_in_words, settings_in_words
-from lcm_kit.samplers.presets import PRESETS, trailing_timesteps
+from lcm_kit.samplers.presets import PRESETS, shifted_levels, trailing_timesteps, trigflow_levels
 from lcm_kit.samplers.renoise import gamma_per_step
 from lcm_kit.samplers.schedule import lcm_timesteps
 from lcm_kit.tests.samplers.toy import diffusers
@@ -54,10 +55,55 @@ def test_a_preset_has_as_many_levels_as_it_makes_calls(name, strength):
     assert levels[-1] == 0
 
 
+def test_a_timestep_of_pure_noise_is_told_where_it_is_not_the_last():
+    assert PRESETS["DMD2 1 step"].noise_timestep == 399
+    assert [PRESETS[name].noise_timestep for name in ("DMD2", "LCM", "Turbo", "Flux.2 Turbo")] == [None] * 4
+
+
+def flow_times(name, strength=1.0, steps=0):
+    """Of a flow model whose levels are its times."""
+    return PRESETS[name].with_steps(steps).levels(FLOW_TABLE, strength=strength).tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "strength", "steps", "expected"),
+    [
+        ("DMD2", 1.0, 0, [1, 0.75, 0.5, 0.25, 0]),
+        ("DMD2", 0.2, 0, [0.2, 0.15, 0.1, 0.05, 0]),
+        ("DMD2 1 step", 0.5, 0, [0.2, 0]),
+        ("Turbo", 1.0, 2, [1, 0.5, 0]),
+        ("Turbo", 0.3, 2, [0.3, 0.15, 0]),
+        ("Lightning 4 steps", 0.6, 0, [0.6, 0.4, 0.2, 0]),
+        ("LCM", 0.05, 8, [0.05 * (8 - i) / 8 for i in range(9)]),
+        ("Wan 2.2 lightx2v", 0.5, 0, [0.5, 0.375, 0.25, 0.125, 0]),
+        ("LTX-2 second stage", 0.5, 0, [0.4546875, 0.3625, 0.2109375, 0]),
+        ("HiDream fast", 1.0, 3, [1, 0.5005, 0.001, 0]),
+        ("Boogu turbo", 0.5, 2, [0.5, 0.25025, 0]),
+    ],
+)
+def test_levels_on_a_model_that_knows_every_time(name, strength, steps, expected):
+    assert flow_times(name, strength, steps) == pytest.approx(expected, abs=1e-6)
+
+
+def test_levels_that_a_rule_lists():
+    assert shifted_levels(4, 3.0) == pytest.approx((1.0, 0.9, 0.75, 0.5))
+    assert trigflow_levels(math.atan(80.0), math.pi / 4) == pytest.approx((80 / 81, 0.5))
+
+
 def test_settings_in_words():
     assert settings_in_words(PRESETS["DMD2"]) == "4 steps, cfg 1, gamma 1, timesteps 999, 749, 499, 249"
     assert settings_in_words(PRESETS["Turbo"]) == "1 steps, cfg 1, gamma 1, of the timesteps 999, 749, 499, 249"
     assert settings_in_words(Preset("own", 2, 1.5, (0.0, 1.0))) == "2 steps, cfg 1.5, gamma 0, 1, 50 original steps"
+    even = "evenly spaced through the model's own shift"
+    assert settings_in_words(PRESETS["Wan 2.2 lightx2v"]) == f"4 steps, cfg 1, gamma 0, {even}"
+    assert settings_in_words(PRESETS["HiDream fast"]).endswith(", normal spaced through the model's own shift")
+    assert settings_in_words(PRESETS["LTX-2 second stage"]).endswith(", sigmas 0.9094, 0.725, 0.4219")
+    assert needs_in_words(PRESETS["Wan 2.2 lightx2v"]) == [
+        "shift 5",
+        "LoRA at strength 1",
+        "the first 2 steps by the high-noise model",
+    ]
+    assert needs_in_words(PRESETS["Flux.2 Turbo"]) == ["LoRA at strength 1", "FluxGuidance 2.5"]
     assert needs_in_words(PRESETS["LCM"]) == ["LoRA at strength 1"]
     assert needs_in_words(PRESETS["DMD2"]) == []
 

@@ -40,6 +40,7 @@ if "lcm_kit" not in sys.modules:  # tests/conftest.py does the same
     sys.modules["lcm_kit"] = importlib.util.module_from_spec(spec)
 
 from lcm_kit.lora_merge import METHODS, Lora, describe, describe_merge, load, merge_with_account, resize, save
+from lcm_kit.lora_merge.files.formats import named_for
 from lcm_kit.lora_merge.recognise.identity import identify
 from lcm_kit.tests.lora_merge.make import factors, kohya
 from lcm_kit.tests.soak.lora_files import MODULES, random_file
@@ -249,6 +250,7 @@ def check_round_trip(lora: Lora, path: Path, draw: random.Random, seen: Counter[
         return
     seen["round trips"] += 1
     again = load(path)
+    lora = named_for(lora, format)[0]  # transformers get the names of the format
     if len(again.spellings) != len(lora.spellings) or (
         format == "kohya" and again.spellings.keys() != lora.spellings.keys()
     ):

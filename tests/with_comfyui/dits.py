@@ -19,6 +19,21 @@ _HUNYUAN = _FLUX | {
     "theta": 256, "patch_size": [1, 2, 2], "byt5": False, "meanflow": False, "use_cond_type_embedding": False,
     "vision_in_dim": None, "meanflow_sum": False,
 }  # fmt: skip
+_FLUX_2 = _FLUX | {
+    "mlp_ratio": 3.0, "vec_in_dim": None, "qkv_bias": False, "ops_bias": False, "global_modulation": True,
+    "mlp_silu_act": True,
+}  # fmt: skip
+_CHROMA = _FLUX | {"in_dim": 8, "out_dim": 16, "hidden_dim": 16, "n_layers": 2}
+_HUNYUAN_1_5 = _HUNYUAN | {
+    "vec_in_dim": None, "guidance_embed": False, "depth_single_blocks": 0, "byt5": True, "vision_in_dim": 8,
+    "use_cond_type_embedding": True,
+}  # fmt: skip
+_HUNYUAN_IMAGE = _HUNYUAN | {"vec_in_dim": None, "patch_size": [1, 1], "meanflow": True, "byt5": True}
+_COSMOS = {
+    "max_img_h": 8, "max_img_w": 8, "max_frames": 1, "in_channels": 4, "out_channels": 4, "patch_spatial": 2,
+    "patch_temporal": 1, "model_channels": 32, "num_blocks": 2, "num_heads": 2, "crossattn_emb_channels": 8,
+    "pos_emb_cls": "rope3d", "use_adaln_lora": True, "adaln_lora_dim": 8,
+}  # fmt: skip
 _LUMINA = {
     "patch_size": 2, "in_channels": 4, "dim": 24, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
     "multiple_of": 16, "ffn_dim_multiplier": 1.0, "qk_norm": True, "cap_feat_dim": 8, "axes_dims": [4, 4, 4],
@@ -46,6 +61,10 @@ _LTX = {
 _WAN = {
     "dim": 24, "ffn_dim": 32, "freq_dim": 8, "text_dim": 8, "num_heads": 2, "num_layers": 2, "in_dim": 4, "out_dim": 4,
 }  # fmt: skip
+_LTX_2 = _LTX | {
+    "audio_in_channels": 8, "audio_cross_attention_dim": 16, "audio_attention_head_dim": 8, "audio_num_attention_heads": 2,
+}  # fmt: skip
+_VACE = _WAN | {"vace_layers": 2, "vace_in_dim": 4}
 _AURA = {
     "in_channels": 4, "dim": 16, "n_layers": 3, "n_double_layers": 2, "n_heads": 2, "global_conddim": 16,
     "cond_seq_dim": 8, "max_seq": 16,
@@ -87,14 +106,22 @@ _ACE15 = {"in_channels": 12, "hidden_size": 16, "text_hidden_dim": 8, "timbre_hi
 # Name -> class in comfy.model_base, module and class in comfy.ldm, configuration, and the class of the latter if it is one.
 MODELS = {
     "Flux": ("Flux", "flux.model", "Flux", _FLUX, "FluxParams"),
+    "Flux 2": ("Flux2", "flux.model", "Flux", _FLUX_2, "FluxParams"),
+    "Chroma": ("Chroma", "chroma.model", "Chroma", _CHROMA, "ChromaParams"),
     "Qwen-Image": ("QwenImage", "qwen_image.model", "QwenImageTransformer2DModel", _QWEN, None),
     "Z-Image": ("Lumina2", "lumina.model", "NextDiT", _LUMINA | {"z_image_modulation": True}, None),
-    "Lumina 2": ("Lumina2", "lumina.model", "NextDiT", _LUMINA, None),
+    "Lumina 2": ("Lumina2", "lumina.model", "NextDiT", _LUMINA | {"n_kv_heads": 1}, None),
     "HunyuanVideo": ("HunyuanVideo", "hunyuan_video.model", "HunyuanVideo", _HUNYUAN, "HunyuanVideoParams"),
+    "HunyuanVideo 1.5": ("HunyuanVideo15", "hunyuan_video.model", "HunyuanVideo", _HUNYUAN_1_5, "HunyuanVideoParams"),
+    "HunyuanImage 2.1": ("HunyuanImage21", "hunyuan_video.model", "HunyuanVideo", _HUNYUAN_IMAGE, "HunyuanVideoParams"),
+    "Cosmos Predict 2": ("CosmosPredict2", "cosmos.predict2", "MiniTrainDIT", _COSMOS, None),
+    "Anima": ("Anima", "anima.model", "Anima", _COSMOS, None),
     "SD3": ("SD3", "modules.diffusionmodules.mmdit", "MMDiT", _SD3, None),
     "SD3.5 medium": ("SD3", "modules.diffusionmodules.mmdit", "MMDiT", _SD3 | {"x_block_self_attn_layers": [0], "qk_norm": "rms"}, None),
     "HiDream": ("HiDream", "hidream.model", "HiDreamImageTransformer2DModel", _HIDREAM, None),
     "LTX-Video": ("LTXV", "lightricks.model", "LTXVModel", _LTX, None),
+    "LTX-2": ("LTXAV", "lightricks.av_model", "LTXAVModel", _LTX_2, None),
+    "Wan VACE": ("WAN21_Vace", "wan.model", "VaceWanModel", _VACE, None),
     "Wan": ("WAN21", "wan.model", "WanModel", _WAN, None),
     "Wan I2V": ("WAN21", "wan.model", "WanModel", _WAN | {"model_type": "i2v"}, None),
     "AuraFlow": ("AuraFlow", "aura.mmdit", "MMDiT", _AURA, None),

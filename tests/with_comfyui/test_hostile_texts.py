@@ -11,6 +11,7 @@ from lcm_kit.tests.with_comfyui.random_graphs import Maker
 INPUTS = [
     ("LCMKitKSampler", "gammas"),
     ("LCMKitSampler", "gammas"),
+    ("LCMKitAnyKSampler", "gammas"),
     ("LCMKitScheduler", "timesteps"),
     ("LCMKitMergeLoRA", "block_strengths"),
     ("LCMKitSaveLoRA", "filename_prefix"),

@@ -182,7 +182,7 @@ CONTRACT = {
             ("lora", "LORA_MODEL", None),
             ("filename_prefix", "STRING", "LCMKit/merged"),
             ("dtype", "COMBO", "fp16"),
-            ("format", "COMBO", "kohya"),
+            ("format", "COMBO", "auto"),
             ("output_name_mode", "COMBO", "increment"),
         ],
         [("title", "STRING", ""), ("author", "STRING", ""), ("trigger_words", "STRING", "")],

@@ -2,6 +2,7 @@
 
 import logging
 
+import comfy.sample
 import pytest
 import torch
 from comfy.model_base import ModelType
@@ -107,6 +108,8 @@ def test_every_preset_samples_and_its_nodes_agree(model, flow_model, name):
 def test_a_preset_says_its_timesteps():
     assert "timesteps 999, 749, 499, 249" in LCMPreset.execute("DMD2", 0).result[3]
     assert "8 steps, cfg 1, gamma 0.3, 50 original steps" in LCMPreset.execute("TCD", 8).result[3]
+    assert "Below denoise 1 fewer steps are run" in LCMPreset.execute("Lightning 4 steps", 0).result[3]
+    assert "Below denoise 1" not in LCMPreset.execute("DMD2", 0).result[3]
     wan = LCMPreset.execute("Wan 2.2 lightx2v", 0).result[3]
     assert "4 steps, cfg 1, gamma 0, evenly spaced through the model's own shift." in wan
     assert "It also asks for: shift 5; LoRA at strength 1; the first 2 steps by the high-noise model." in wan
@@ -126,15 +129,18 @@ def test_a_preset_of_none_is_no_preset(model, denoise):
     assert torch.equal(with_sampler(model, sampler, scheduled(model)), expected)
 
 
-@pytest.mark.parametrize("node", NODES)
+TAKE_A_PRESET = {
+    node: [entry for entry in node.define_schema().inputs if entry.get_io_type() == "LCM_PRESET"] for node in NODES
+}
+
+
+@pytest.mark.parametrize("node", [node for node, entries in TAKE_A_PRESET.items() if entries])
 def test_every_node_that_takes_a_preset_takes_none(node):
     """As a loader gives for a file it does not know; the door lets it pass."""
-    taking = [entry for entry in node.define_schema().inputs if entry.get_io_type() == "LCM_PRESET"]
-    for entry in taking:
+    for entry in TAKE_A_PRESET[node]:
         assert entry.optional
         assert list(faults_of(entry, None)) == []
         assert list(faults_of(entry, "LCM")) != []
-    assert bool(taking) is (node.__name__ in {"LCMKSampler", "LCMScheduler", "LCMSampler"})
 
 
 # ---- what holds of gamma, gammas and a preset
@@ -239,3 +245,53 @@ def test_timesteps_off_the_training_grid_are_named_once_with_the_nearest(model, 
 def test_nothing_is_warned_of_where_every_timestep_was_trained(model, caplog, inputs):
     scheduled(model, **inputs)
     assert warnings_of(caplog) == []
+
+
+# ---- pure noise told to be less
+
+
+def first_input(model):
+    """A clone of the MODEL, and a list that gets the latent and the level of its first call."""
+    model, seen = model.clone(), []
+
+    def wrapper(apply_model, args):
+        seen.append((args["input"].clone(), args["timestep"].clone()))
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(wrapper)
+    return model, seen
+
+
+OF_PURE_NOISE = [name for name, own in PRESETS.items() if own.timesteps and own.timesteps[0] < 999]
+
+
+def test_the_models_that_are_told_less_than_their_noise():
+    assert OF_PURE_NOISE == ["DMD2 1 step", "Hyper-SD 1 step UNet"]
+
+
+@pytest.mark.parametrize("name", OF_PURE_NOISE)
+@pytest.mark.parametrize("kind", [ModelType.EPS, ModelType.V_PREDICTION])
+def test_a_run_from_noise_hands_the_network_noise_of_unit_variance_as_its_authors_do(name, kind):
+    """They hand over torch.randn and tell the network timestep 399 or 800. Core would mix in that level's noise only,
+    0.76 and 0.98 of it over an empty picture.
+    """
+    model, seen = first_input(tiny.small_model(kind))
+    chosen, empty = preset(name), tiny.latent()
+    lcm(model, preset=chosen, latent_image=empty)
+    level = model.get_model_object("model_sampling").sigmas[chosen.timesteps[0]]
+    noise = comfy.sample.prepare_noise(empty["samples"], SEED)
+    torch.testing.assert_close(seen[0][0], noise * (1 + level**2).sqrt())
+    assert seen[0][1] == level
+    sampler = LCMSampler.execute(1.0, -1, preset=chosen).result[0]
+    sigmas = scheduled(model, preset=chosen)
+    custom.SamplerCustom.execute(model, True, SEED, 1.0, tiny.cond(1), tiny.cond(2), sampler, sigmas, empty)
+    assert torch.equal(seen[1][0], seen[0][0])
+
+
+@pytest.mark.parametrize("name", [*OF_PURE_NOISE, "DMD2", "Turbo"])
+def test_below_denoise_one_a_picture_gets_the_noise_of_its_level(name):
+    model, seen = first_input(tiny.small_model())
+    picture = tiny.latent(seed=9)
+    lcm(model, preset=preset(name), latent_image=picture, denoise=0.6)
+    noise, level = comfy.sample.prepare_noise(picture["samples"], SEED), seen[0][1]
+    torch.testing.assert_close(seen[0][0], model.model.process_latent_in(picture["samples"]) + level * noise)

@@ -3,14 +3,19 @@
 The numbers are written from the sources, apart from the table they are held against.
 """
 
+import inspect
 import logging
 import math
 
+import comfy.model_base
+import comfy.samplers
+import comfy.supported_models
 import pytest
 import torch
 from comfy.model_base import ModelType
 from comfy_extras import nodes_flux, nodes_model_advanced
 
+from lcm_kit.host.sampling.experts import WAN_BOUNDARY, steps_above
 from lcm_kit.nodes.scheduling import LCMPreset, LCMScheduler
 from lcm_kit.samplers.presets import PRESETS
 from lcm_kit.tests.with_comfyui.levels import Sampled, shifted
@@ -43,12 +48,16 @@ FAMILIES = {
     "Wan": (ModelType.FLOW, {"shift": 8.0}, unpatched, 8.0),
     "Wan, shift 5": (ModelType.FLOW, {"shift": 8.0}, sd3(5.0), 5.0),
     "SD3.5": (ModelType.FLOW, {"shift": 3.0}, unpatched, 3.0),
-    "HiDream, shift 6": (ModelType.FLOW, {"shift": 3.0}, sd3(6.0), 6.0),
+    "HiDream, shift 6": (ModelType.FLOW, {}, sd3(6.0), 6.0),
     "HunyuanVideo": (ModelType.FLOW, {"shift": 7.0}, unpatched, 7.0),
     "FastHunyuan, shift 17": (ModelType.FLOW, {"shift": 7.0}, sd3(17.0), 17.0),
     "MiniMax-H3": (ModelType.FLOW, {"shift": 12.0}, unpatched, 12.0),
     "HiDream-O1": (ModelType.FLOW, {"shift": 3.0, "noise_scale": 8.0}, unpatched, 3.0),
+    "HiDream": (ModelType.FLOW, {}, unpatched, 1.0),
+    "HiDream, shift 3": (ModelType.FLOW, {}, sd3(3.0), 3.0),
     "Z-Image": (ModelType.FLOW, {"multiplier": 1.0, "shift": 3.0}, unpatched, 3.0),
+    "Boogu": (ModelType.FLOW, {"multiplier": 1.0, "shift": 3.16}, unpatched, 3.16),
+    "ERNIE-Image": (ModelType.FLOW, {"multiplier": 1000.0, "shift": 3.0}, unpatched, 3.0),
     "Stable Audio 3": (ModelType.FLOW, {"multiplier": 1.0, "shift": 2.0}, unpatched, 2.0),
     "Flux schnell": (ModelType.FLOW, {"multiplier": 1.0, "shift": 1.0}, unpatched, 1.0),
     "PiD": (ModelType.FLOW, {"shift": 1.5}, unpatched, 1.5),
@@ -61,6 +70,38 @@ FAMILIES = {
     "Qwen-Image, shift 3.1": (ModelType.FLUX, {"multiplier": 1.0, "shift": 1.15}, aura(3.1), 3.1),
     "Wan VACE, shift 8": (ModelType.FLOW, {"shift": 8.0}, sd3(8.0), 8.0),
 }
+
+
+# Class in comfy/supported_models.py, class in comfy/model_base.py, family.
+CORE_CLASSES = [
+    ("WAN21_T2V", "WAN21", "Wan"),
+    ("SD3", "SD3", "SD3.5"),
+    ("HiDream", "HiDream", "HiDream"),
+    ("HunyuanVideo", "HunyuanVideo", "HunyuanVideo"),
+    ("MiniMaxH3", "MiniMaxH3", "MiniMax-H3"),
+    ("HiDreamO1", "HiDreamO1", "HiDream-O1"),
+    ("ZImage", "Lumina2", "Z-Image"),
+    ("Anima", "Anima", "Z-Image"),
+    ("ACEStep15", "ACEStep15", "Z-Image"),
+    ("Boogu", "Boogu", "Boogu"),
+    ("ErnieImage", "ErnieImage", "ERNIE-Image"),
+    ("StableAudio3", "StableAudio3", "Stable Audio 3"),
+    ("PiD", "PiD", "PiD"),
+    ("Flux", "Flux", "Flux"),
+    ("Flux2", "Flux2", "Flux.2"),
+    ("LTXV", "LTXV", "LTX"),
+    ("QwenImage", "QwenImage", "Qwen-Image"),
+    ("Krea2", "Krea2", "Qwen-Image"),
+]
+
+
+@pytest.mark.parametrize(("config", "model", "family"), CORE_CLASSES)
+def test_the_families_are_set_up_as_comfyui_does(config, model, family):
+    if not hasattr(comfy.supported_models, config):
+        pytest.skip(f"this ComfyUI has no {config} yet")
+    kind, settings, *_ = FAMILIES[family]
+    assert getattr(comfy.supported_models, config).sampling_settings == settings
+    assert inspect.signature(getattr(comfy.model_base, model).__init__).parameters["model_type"].default == kind
 
 
 def model_of(family):
@@ -107,13 +148,14 @@ LISTS = {
     "Flux.2 Klein": ("Flux.2", [1, 0.9674, 0.9081, 0.7672]),
     "SD3.5 Turbo": ("SD3.5", FOUR_AT_3),
     "HiDream dev": ("HiDream, shift 6", None),
-    "HiDream fast": ("SD3.5", None),
+    "HiDream fast": ("HiDream, shift 3", None),
     "HiDream-O1 dev": ("HiDream-O1", None),
     "Anima turbo": ("Z-Image", EIGHT_AT_3),
     "Krea 2 turbo": ("Flux", EIGHT_OF_FLUX),
-    "ERNIE-Image turbo": ("SD3.5", EIGHT_AT_3),
+    "ERNIE-Image turbo": ("ERNIE-Image", EIGHT_AT_3),
+    # In no ComfyUI that is tested here; any family's shift will do.
     "FIBO 2 turbo": ("Flux", shifted(math.exp(1.15), even(4))),
-    "Boogu turbo": ("Flux", None),
+    "Boogu turbo": ("Boogu", None),
     "PiD": ("PiD", [1, 0.8181818, 0.6, 0.3333333]),
     "LTX-2 distilled": ("LTX", [1, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875]),
     "LTX-2 second stage": ("LTX", [0.909375, 0.725, 0.421875]),
@@ -149,8 +191,6 @@ def test_a_preset_gives_the_list_of_its_source_without_a_warning(name, caplog):
 
 @pytest.mark.parametrize("name", CORE_SCHEDULER)
 def test_a_preset_of_a_core_scheduler_gives_its_levels(name, caplog):
-    import comfy.samplers
-
     model = model_of(LISTS[name][0])
     expected = comfy.samplers.calculate_sigmas(model.model_sampling, CORE_SCHEDULER[name], PRESETS[name].steps)
     torch.testing.assert_close(levels(model, name), expected, rtol=0, atol=1e-4)
@@ -217,6 +257,13 @@ def test_the_presets_of_stable_diffusion_on_flow_models_start_from_noise(name, f
     expected = torch.tensor([*shifted(shift, times), 0.0])
     torch.testing.assert_close(levels(model_of(family), name), expected, rtol=0, atol=1e-4)
     assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("name", [name for name in FLOW_PRESETS if PRESETS[name].first_expert])
+def test_the_experts_of_a_preset_divide_its_steps_where_the_boundary_does(name):
+    model = model_of(LISTS[name][0])
+    sigmas = levels(model, name)
+    assert steps_above(model.model_sampling, sigmas, WAN_BOUNDARY) == PRESETS[name].first_expert
 
 
 # ---- where they do not fit

@@ -10,10 +10,15 @@ import pytest
 import torch
 from comfy.k_diffusion.sampling import get_sigmas_karras
 from comfy.model_base import ModelType
+from comfy_extras import nodes_custom_sampler as custom
 
+from lcm_kit.host.sampling.tables import sigma_table
+from lcm_kit.nodes.sampling import LCMSampler
 from lcm_kit.nodes.scheduling import LCMPreset, LCMScheduler
 from lcm_kit.samplers.presets import PRESETS
+from lcm_kit.samplers.renoise import noise_kept
 from lcm_kit.tests.samplers.toy import diffusers
+from lcm_kit.tests.with_comfyui import tiny
 from lcm_kit.tests.with_comfyui.levels import Sampled, shifted
 
 STEPPED = [name for name, preset in PRESETS.items() if preset.timesteps]
@@ -252,3 +257,23 @@ def test_continuous_levels_at_every_denoise(name, steps):
         assert bool((levels.diff() < 0).all())
         starts.append(float(levels[0]))
     assert starts == sorted(starts)
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_gamma_between_counts_the_time_of_continuous_levels_as_the_schedule_does(name):
+    """TCD's s = (1 - gamma) t, in thousandths of Karras' levels; the share of old noise is sigma_s / sigma_t."""
+    model = Sampled(*CONTINUOUS[name])
+    levels, table = sigmas(model, steps=4), sigma_table(model.model_sampling)
+    found = noise_kept(levels, 0.3, table=table)
+    expected = [float(table[int(0.7 * t)] / table[t]) for t in (749, 499, 249)]
+    assert found[:3] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [ModelType.EPS, ModelType.FLOW, ModelType.EDM])
+def test_core_gives_the_latent_back_on_the_schedule_of_denoise_zero(kind):
+    model, latent = tiny.small_model(kind), tiny.latent(seed=9)
+    empty = LCMScheduler.execute(model, 4, 0.0, 50, "").result[0]
+    sampler = LCMSampler.execute(1.0, -1).result[0]
+    for noisy in (True, False):
+        result = custom.SamplerCustom.execute(model, noisy, 5, 1.0, tiny.cond(1), tiny.cond(2), sampler, empty, latent)
+        assert torch.equal(result.result[0]["samples"], latent["samples"])

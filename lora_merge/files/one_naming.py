@@ -9,11 +9,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..files.lora import Lora
 from ..naming.aliases import text_encoder
 from ..naming.families import family_of, written
 from ..naming.family import Family, Part, Rows
 from ..updates.layer import Layer, LoraLayer, is_safe
+from .lora import Lora
 
 Place = tuple[str, Rows]
 Shape = tuple[int, ...]
@@ -39,11 +39,11 @@ def are_read(loras: Iterable[Lora]) -> bool:
     return family is None or all(family.reads(lora.spellings[name]) for lora in loras for name in _of_model(lora))
 
 
-def in_own_naming(loras: Sequence[Lora]) -> list[Lora] | None:
+def in_own_naming(loras: Sequence[Lora], *, whole: bool = False) -> list[Lora] | None:
     """The LoRAs with the canonical names of their model's own naming, so that the same weights meet.
 
     Slices become part of the fused weight where another LoRA changes that or ComfyUI has no name for them, and stay
-    slices elsewhere. All modules of the model are spelled in one naming: dotted if any of the own names had dots.
+    slices elsewhere unless `whole` is wanted. All modules of the model are spelled in one naming: dotted if any of the own names had dots.
     None unless each LoRA is recognised as of one and the same family.
     """
     family = family_of_loras(loras)
@@ -55,7 +55,7 @@ def in_own_naming(loras: Sequence[Lora]) -> list[Lora] | None:
     named = [_renamed(lora, one) for lora, one in zip(loras, new, strict=True)]
     shapes = {module: layer.shape for lora in named for module, layer in lora.modules.items()}
     dots = _has_dots(loras, family)
-    return [_spelled(_fused(lora, family, shapes), family, dots) for lora in named]
+    return [_spelled(_fused(lora, family, shapes, whole), family, dots) for lora in named]
 
 
 def _of_model(lora: Lora) -> list[str]:
@@ -130,12 +130,13 @@ def _spelled(lora: Lora, family: Family, dots: bool) -> Lora:
     return replace(lora, spellings={module: spelling(module, known) for module, known in lora.spellings.items()})
 
 
-def _fused(lora: Lora, family: Family, shapes: Mapping[str, Shape]) -> Lora:
-    """The LoRA with slices put together of weights that another LoRA has whole, or that ComfyUI knows no slices of.
+def _fused(lora: Lora, family: Family, shapes: Mapping[str, Shape], every: bool) -> Lora:
+    """The LoRA with slices put together of weights that another LoRA has whole, or that ComfyUI knows no slices of; or of
+    every one.
 
     shapes: of all weights in the LoRAs, by their names.
     """
-    shapes = {**_whole_shapes(lora, family), **shapes}
+    shapes = {**_whole_shapes(lora, family, every), **shapes}
     found: dict[str, list[Place]] = {}
     for module, layer in lora.modules.items():
         if (place := _place(module, layer, family, shapes)) is not None and place[0] not in lora.spellings:
@@ -149,11 +150,11 @@ def _fused(lora: Lora, family: Family, shapes: Mapping[str, Shape]) -> Lora:
     return replace(lora, modules=modules, spellings=dict(lora.spellings) | {whole: whole for whole in found})
 
 
-def _whole_shapes(lora: Lora, family: Family) -> dict[str, Shape]:
-    """Shapes of fused weights that are told by their slices alone, as far as ComfyUI reads none of these."""
+def _whole_shapes(lora: Lora, family: Family, every: bool) -> dict[str, Shape]:
+    """Shapes of fused weights that are told by their slices alone, as far as ComfyUI reads none of these; or of every one."""
     slices: dict[str, dict[str, Shape]] = {}
     for module, layer in lora.modules.items():
-        if (holders := family.fused(module)) and family.slice_name(module) is None:
+        if (holders := family.fused(module)) and (every or family.slice_name(module) is None):
             for whole in holders:
                 slices.setdefault(whole, {})[module] = layer.shape
     shapes = {whole: family.whole_shape(whole, known) for whole, known in slices.items()}
@@ -173,25 +174,50 @@ def _place(module: str, layer: Layer, family: Family, shapes: Mapping[str, Shape
 
 
 def stacked(parts: Sequence[tuple[Rows, Layer]], shape: Shape) -> LoraLayer:
-    """The update of a fused weight that consists of updates of its slices: (out, in) of `shape`, of scale 1, float32.
+    """The update of a fused weight that consists of updates of its slices: (out, in) of `shape`, of scale 1.
 
-    Ranks add up; each slice's up stands in its own rows and columns, so nothing of them mixes.
+    In the slices' own dtype where that holds every number, else float32.
+
+    Ranks add up; each slice's up stands in its own rows and columns, so nothing of them mixes. Slices of one and the same
+    down, as `split` makes them, share its columns: what was split comes back as it was.
     """
     ups: list[Tensor] = []
     downs: list[Tensor] = []
     for rows, layer in parts:
         up, down = layer.factors()
-        column = up.new_zeros(shape[0], up.shape[1])
-        column[rows.start : rows.start + rows.length] = up * layer.scale
-        ups.append(column)
-        downs.append(down)
-    return LoraLayer(torch.cat(ups, 1), torch.cat(downs))
+        known = (number for number, other in enumerate(downs) if torch.equal(other, down))
+        if (number := next(known, len(downs))) == len(downs):
+            ups.append(up.new_zeros(shape[0], up.shape[1]))
+            downs.append(down)
+        ups[number][rows.start : rows.start + rows.length] = up * layer.scale
+    up, down = torch.cat(ups, 1), torch.cat(downs)
+    dtypes = {
+        part.dtype
+        for _, layer in parts
+        for part in (layer.parts().get("up"), layer.parts().get("down"))
+        if part is not None
+    }
+    if len(dtypes) == 1 and all(
+        torch.equal(one.to(dtype := next(iter(dtypes))).to(one.dtype), one) for one in (up, down)
+    ):
+        return LoraLayer(up.to(dtype), down.to(dtype))
+    return LoraLayer(up, down)
 
 
 def split(layer: LoraLayer, parts: Sequence[Part]) -> dict[str, LoraLayer]:
     """The update of a weight as diffusers has it: name -> the update of those rows. parts: Family.parts of the weight.
 
-    down, alpha and rank are the same in all; up is cut by rows. Exact, in the dtype it came in.
+    down is the same in all; up is cut by rows. Exact, in the dtype it came in. What `stacked` put together comes back at the
+    rank that it had.
     """
-    return {name: replace(layer, up=torch.cat([layer.up[one.start : one.start + one.length] for one in rows]))
-            for name, rows in parts}  # fmt: skip
+    pieces = {name: torch.cat([layer.up[one.start : one.start + one.length] for one in rows]) for name, rows in parts}
+    return {name: _without_idle(replace(layer, up=up)) for name, up in pieces.items()}
+
+
+def _without_idle(layer: LoraLayer) -> LoraLayer:
+    """The same update without the ranks whose column of up is zero, at the same scale."""
+    used = layer.up.flatten(1).any(dim=0)
+    if layer.mid is not None or bool(used.all()) or not bool(used.any()):
+        return layer
+    alpha = None if layer.alpha is None else layer.scale * int(used.sum())
+    return LoraLayer(layer.up[:, used], layer.down[used], alpha)

@@ -1,0 +1,114 @@
+"""The command convert, and the modules of one LoRA that another has or has not."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lcm_kit.lora_merge import load
+from lcm_kit.lora_merge.__main__ import main
+from lcm_kit.lora_merge.files.shared import only
+from lcm_kit.lora_merge.merging.merge import merge
+from lcm_kit.tests.lora_merge.make import factors, kohya
+
+WIDTH = 6
+QKV, PROJ = "lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_double_blocks_0_img_attn_proj"
+SINGLE = "lora_unet_single_blocks_0_linear1"
+KOHYA = {QKV: 3 * WIDTH, PROJ: WIDTH, SINGLE: 7 * WIDTH}
+
+
+def flux(alpha=1, dtype=torch.float16):
+    state = {}
+    for seed, (module, rows) in enumerate(KOHYA.items()):
+        state |= kohya(module, *factors(rows, 2, WIDTH, seed=seed), alpha=alpha)
+    return {key: tensor if key.endswith("alpha") else tensor.to(dtype) for key, tensor in state.items()}
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_file(flux(), tmp_path / "flux.safetensors")
+    return tmp_path / "flux.safetensors"
+
+
+def convert(file, *more):
+    out = file.with_name("out.safetensors")
+    status = main(["convert", str(file), "-o", str(out), *map(str, more)])
+    return status, out
+
+
+def test_to_diffusers_and_back_is_the_same_file(file):
+    status, out = convert(file, "--format", "diffusers")
+    assert status == 0
+    there = load_file(out)
+    name = "transformer.single_transformer_blocks.0.proj_mlp.lora_B.weight"
+    assert there[name].shape == (4 * WIDTH, 2)
+    assert there[name].dtype == torch.float16
+    # alpha 1 of rank 2 is a scale of 1/2, which is exact in a factor.
+    up = load_file(file)[f"{SINGLE}.lora_up.weight"]
+    assert torch.equal(there[name], up[3 * WIDTH :] * 0.5)
+    back = out.with_name("back.safetensors")
+    assert main(["convert", str(out), "-o", str(back), "--format", "kohya"]) == 0
+    again = load_file(back)
+    assert again.keys() == load_file(file).keys()
+    for module in KOHYA:
+        assert torch.equal(load(back).delta(module), load(file).delta(module))
+        assert again[f"{module}.lora_down.weight"].shape == (2, WIDTH)
+
+
+def test_a_scale_that_is_no_power_of_two_is_kept_in_float32(tmp_path, capsys):
+    file = tmp_path / "odd.safetensors"
+    save_file(flux(alpha=0.6), file)
+    status, out = convert(file, "--format", "comfy")
+    assert status == 0
+    assert "3 of them as fp32" in capsys.readouterr().out
+    assert {tensor.dtype for tensor in load_file(out).values()} == {torch.float32}
+    for module in KOHYA:
+        wanted = load(file).delta(module)
+        assert float((load(out).delta(module) - wanted).abs().max()) <= 2e-7 * float(wanted.abs().max())
+
+
+def test_kohyas_format_keeps_every_number(file):
+    _, out = convert(file, "--format", "kohya")
+    before, after = load_file(file), load_file(out)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize(("which", "kept"), [("shared", {QKV}), ("unique", {PROJ, SINGLE})])
+def test_only_the_modules_that_another_has_or_has_not(file, which, kept):
+    other = file.with_name("other.safetensors")
+    state = {}
+    for name in ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.norm.linear"):
+        up, down = factors(WIDTH, 2, WIDTH)
+        state |= {f"transformer.{name}.lora_B.weight": up, f"transformer.{name}.lora_A.weight": down}
+    save_file(state, other)
+    status, out = convert(file, "--format", "kohya", "--only", which, "--against", other)
+    assert status == 0
+    assert {key.split(".")[0] for key in load_file(out)} == kept
+    for module in kept:
+        assert torch.equal(load(out).delta(module), load(file).delta(module))
+
+
+def test_shared_and_unique_are_the_whole(file):
+    one, other = load(file), load(file)
+    other = type(other)(modules={PROJ: other.modules[PROJ]}, spellings=other.spellings)
+    parts = [only(one, other, which) for which in ("shared", "unique")]
+    whole = merge([(part, 1.0) for part in parts])
+    assert whole.modules.keys() == one.modules.keys()
+    for module in KOHYA:
+        torch.testing.assert_close(whole.delta(module), one.delta(module), rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="nothing is left"):
+        only(one, one, "unique")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--only", "shared"], "--only and --against go together"),
+        (["--against", "x.safetensors"], "--only and --against go together"),
+        (["--meta", "nonsense"], "--meta"),
+    ],
+)
+def test_what_is_asked_wrongly_is_said_and_nothing_is_written(file, more, message, capsys):
+    status, out = convert(file, *more)
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
