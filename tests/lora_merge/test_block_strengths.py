@@ -288,6 +288,17 @@ def test_blocks_of_transformers_are_named_by_their_own_names(base):
     assert {whole.factor(name) for name in modules} == {0.5}
 
 
+@pytest.mark.parametrize("base", TRANSFORMERS, ids=lambda base: base.name)
+def test_attention_and_feed_forward_of_transformers_are_known_as_such(base):
+    words = {"attention": ("attn", "attention"), "ff": ("mlp", "ffn", "feed_forward", "_ff_")}
+    for name in base.modules:
+        kinds = [
+            kind for kind, found in words.items() if any(word in name for word in found) and "modulation" not in name
+        ]
+        if len(kinds) == 1 and "_mod_" not in name:
+            assert place(f"lora_unet_{name}").kind == kinds[0]
+
+
 def test_blocks_of_a_branch_are_no_blocks_of_the_model():
     modules = [
         "lora_unet_blocks_0_self_attn_q",
