@@ -9,15 +9,15 @@ import folder_paths
 from ...lora_merge import describe_merge, merge_with_account, resize_with_account
 from ...lora_merge.files.dtypes import DTYPES
 from ...lora_merge.methods.table import find_method
-from ...lora_merge.one_module.protect import which_protected
+from ...lora_merge.one_module.protect import protected_of, which_protected
 from ...lora_merge.recognise.identity import sha256_of
 from ...lora_merge.settings.strengths import for_inputs
 from ..progress import watched
 from .files import lora_names
-from .identity import KnownWeights
-from .slots import LORA, NUMBERS, connected
+from .identity import KnownWeights, identity_of
+from .slots import LORA, NUMBERS, Slot, connected
 from .targets import meeting_in
-from .weights import LoraWeights, from_lora, to_lora
+from .weights import LoraWeights, from_lora, named, to_lora
 
 PROTECT = ("auto", "none", *(f"{LORA}{number}" for number in NUMBERS))
 AIMS = ("keep", "retain", "max_mb")
@@ -39,7 +39,7 @@ def merge(slots: Mapping[str, object], *, method: str, block_strengths: str, pro
         lambda **more: merge_with_account(
             inputs,
             method=method,
-            protect=which_protected(protect, labels),
+            protect=_protected(protect, used, labels),
             block_strengths=for_inputs(block_strengths, labels),
             parameters={name: slots[name] for name in find_method(method).parameters if name in slots},
             **_given(choices),
@@ -47,6 +47,15 @@ def merge(slots: Mapping[str, object], *, method: str, block_strengths: str, pro
         ),
     )
     return from_lora(merged), describe_merge(account, merged)
+
+
+def _protected(protect: str, used: list[Slot], labels: list[str]):
+    """As which_protected, but `auto` finds LoRAs that are known by their files' hashes too."""
+    which = which_protected(protect, labels)
+    if which != "auto":
+        return which
+    found = protected_of([identity_of(named(slot.weights)) for slot in used], [slot.strength for slot in used])
+    return which if found is None else found
 
 
 def resize(lora, *, dtype: str, **choices) -> tuple[LoraWeights, str]:

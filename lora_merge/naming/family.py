@@ -12,7 +12,7 @@ _KIND_WORDS = (
     ("norm", re.compile(r"norm|_ln_|layer_norm")),
     ("embedding", re.compile(r"emb(edding|_layers)?_|time_emb|_embed|token_embedding|position_embedding|label_emb")),
     ("attention", re.compile(r"attn|attention(?!s_)|to_[qkv]\b|qkv|proj_in$|proj_out$|self_attn")),
-    ("ff", re.compile(r"(?:^|_)ff_|mlp|fc[12]$|feed_forward")),
+    ("ff", re.compile(r"(?:^|_)ffn?_|mlp|fc[12]$|feed_forward")),
     ("conv", re.compile(r"conv|resnets|in_layers_2|out_layers_3|skip_connection|_op$")),
 )
 # All that stands before the first number of a path: `vace_blocks_0_` is no `blocks_0_`.
