@@ -10,7 +10,7 @@ from ...samplers.schedule import off_grid, parse_timesteps
 from .experts import staged
 from .guidance import FirstStepsGuider
 from .latents import fitted, given_out
-from .runs import WHOLE, run
+from .runs import WHOLE, Section, run
 from .sampler import Relay, chosen_gamma, lcm_sampler
 from .tables import sigmas_of, trained_sigma_table
 
@@ -87,17 +87,18 @@ def sample(
 
     preset: a Preset, which replaces steps, cfg, gamma and original_steps, or None.
     section: the steps of the schedule that are run.
-    experts: (MODEL, boundary) of the model for the levels below the boundary, or None; see experts.high_steps.
+    experts: (MODEL, boundary) of the model for the levels below the boundary, or None; see experts.steps_above.
     Where no step is left to run, the latent as it is.
     """
     schedule = lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps, preset=preset)
     gamma = chosen_gamma(gamma, gammas, preset)
     cfg = cfg if preset is None else preset.cfg
-    if negative is None and not math.isclose(cfg, 1.0) and cfg_steps != 0:
-        raise ValueError(
-            f"cfg is {cfg:g}, which compares the prompt with a negative prompt, but none is connected. Connect one, "
-            "or set cfg to 1: an LCM-LoRA has its guidance built in."
-        )
+    _check_cfg(cfg, negative, cfg_steps)
+    sigmas = section.of(schedule)
+    _say_what_is_left(section, schedule, sigmas, latent)
+    if len(sigmas) < 2:
+        latent = fitted(model, latent)
+        return given_out(latent, latent["samples"])
 
     def guider(patcher):
         made = FirstStepsGuider(patcher)
@@ -105,14 +106,6 @@ def sample(
         made.set_cfg(cfg, _last_guided_sigma(schedule, cfg_steps))
         return made
 
-    sigmas = section.of(schedule)
-    if len(sigmas) < 2:
-        logger.warning(
-            "LCM KSampler: no step from %d on and before %d in a run of %d; the latent is given on as it came.",
-            section.start, section.end, len(schedule) - 1,
-        )  # fmt: skip
-        fit = fitted(model, latent)
-        return given_out(fit, fit["samples"])
     stages = [(guider(patcher), levels) for patcher, levels in staged(model, experts, sigmas)]
     relay = Relay() if len(stages) > 1 else None
     return run(
@@ -123,6 +116,31 @@ def sample(
         calls=len(sigmas) - 1,
         add_noise=section.add_noise,
     )
+
+
+def _check_cfg(cfg: float, negative, cfg_steps: int) -> None:
+    if negative is None and not math.isclose(cfg, 1.0) and cfg_steps != 0:
+        raise ValueError(
+            f"cfg is {cfg:g}, which compares the prompt with a negative prompt, but none is connected. Connect one, "
+            "or set cfg to 1: an LCM-LoRA has its guidance built in."
+        )
+
+
+def _say_what_is_left(section: Section, schedule: torch.Tensor, sigmas: torch.Tensor, latent: dict) -> None:
+    """Warnings about a section that does nothing, or that keeps noise in the picture."""
+    if len(sigmas) < 2:
+        logger.warning(
+            "LCM KSampler: no step from %d on and before %d in a run of %d; the latent is given on as it came.",
+            section.start,
+            section.end,
+            len(schedule) - 1,
+        )
+    elif not section.add_noise and latent.get("noise_mask") is not None:
+        logger.warning(
+            "LCM KSampler: add_noise is off and the latent has a noise mask. What the mask keeps stays as it came, with the "
+            "noise of the sampler before, as in KSampler (Advanced). Use one node, which model_low does for two models, "
+            "or paste the picture back with ImageCompositeMasked."
+        )
 
 
 def _last_guided_sigma(sigmas: torch.Tensor, cfg_steps: int) -> float:
