@@ -11,7 +11,7 @@ from lcm_kit.distillation.kept import Kept, key_of
 from lcm_kit.launch.data import find_pictures
 from lcm_kit.launch.latents import AT_ONCE, View, broken_pictures, keys_of, latents_of, told
 from lcm_kit.launch.texts import entries_of, zeros
-from lcm_kit.lora_merge.files import whole
+from lcm_kit.lora_merge.disk import whole
 
 
 def entry(number):
