@@ -158,8 +158,9 @@ class MergeLoRA(Node):
                     "weights.",
                     advanced=True,
                 ),
-                *parameters(besides=["density"]),
                 inputs.model_of_loras(),
+                # Last, so that a new method's come after all there is.
+                *parameters(besides=["density"]),
             ],
             outputs=[
                 io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The merged LoRA. Apply it at strength 1."),
