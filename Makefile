@@ -73,8 +73,9 @@ mutants: setup  ## small changes of the code, one at a time: does a unit test no
 fuzz: setup  ## random and broken LoRA files on the whole way; SECONDS=1800 SEED=1
 	env -u COMFYUI_PATH OMP_NUM_THREADS=1 "$(RUN)" tests/soak/fuzz.py --seconds $(or $(SECONDS),1800) --seed $(or $(SEED),1)
 
-soak: setup  ## kills, races, random workflows and hundreds of prompts; PROMPTS=500 KILLS=200 SAVES=100 GRAPHS=2000
+soak: setup  ## kills, races, random workflows and hundreds of prompts; PROMPTS=500 KILLS=200 SAVES=100 TRAININGS=50 GRAPHS=2000
 	"$(RUN)" tests/soak/kills.py $(or $(KILLS),200)
+	COMFYUI_PATH="$(TREE)" "$(RUN)" tests/soak/trainings.py $(or $(TRAININGS),50)
 	COMFYUI_PATH="$(TREE)" "$(RUN)" tests/soak/save_race.py $(or $(SAVES),100)
 	COMFYUI_PATH="$(TREE)" "$(RUN)" tests/soak/prompts.py $(or $(PROMPTS),500)
 	COMFYUI_PATH="$(TREE)" GRAPHS=$(or $(GRAPHS),2000) "$(RUN)" -m pytest -q tests/with_comfyui/test_random_graphs.py

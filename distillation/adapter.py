@@ -137,6 +137,31 @@ class LoraAdapters(nn.Module):
         finally:
             self.enabled = before
 
+    @torch.no_grad()
+    def start_from(self, factors: Mapping[str, tuple[Tensor, Tensor]], name: str = "the LoRA") -> None:
+        """Begin where another LoRA ended; layers that are not in it stay as they are.
+
+        factors: layer -> (up (out, r), down (r, in * kernel)), whose product is the whole update; r up to the rank here.
+        What is left of the rank adds nothing at first.   name: for messages.
+        Raises ValueError for a layer of a higher rank or another shape; then nothing is changed.
+        """
+        branches = dict(self._pairs())
+        for layer, (up, down) in factors.items():
+            branch = branches[layer]
+            if up.shape[1] > branch.rank:
+                raise ValueError(
+                    f"start_from is {name}, of rank {up.shape[1]} ({layer}), and rank is {branch.rank}. Set rank to "
+                    f"{max(up.shape[1] for up, _ in factors.values())}, or make the LoRA smaller by Resize LoRA."
+                )
+            here = branch.up.shape[0], branch.down[0].numel()
+            if (there := (up.shape[0], down.shape[1])) != here or up.shape[1] != down.shape[0]:
+                raise ValueError(f"start_from is {name}, which has {layer} as {there}, and here it is {here}.")
+        for layer, (up, down) in factors.items():
+            branch, rank = branches[layer], up.shape[1]
+            branch.up.zero_()
+            branch.up[:, :rank] = (up * (branch.rank / branch.alpha)).view_as(branch.up[:, :rank])
+            branch.down[:rank] = down.view_as(branch.down[:rank])
+
     def remove(self) -> None:
         """Take the branches off the network, which is then as it was given. May be called again."""
         for hook in self._hooks:

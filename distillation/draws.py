@@ -14,7 +14,7 @@ from ..samplers.noise import stream_seed
 from .objective import Draws
 
 # Keeps the streams of one seed apart.
-NOISE, ORDER, START, SAMPLES = range(4)
+NOISE, ORDER, START, SAMPLES, VALIDATION, DROPPED, CUTS = range(7)
 WHOLE_RUN = -1
 
 

@@ -9,6 +9,9 @@ from typing import Any, Literal, get_args
 
 Weighting = Literal["x0", "v"]
 Compute = Literal["auto", "bf16", "fp16", "fp32"]
+Optimizer = Literal["adamw", "radam", "nadam", "adafactor", "sgd", "adamw8bit"]
+Fall = Literal["linear", "cosine", "sqrt"]
+PIXELS = 8  # to a side of a latent's cell, at least
 
 
 def _said(
@@ -25,6 +28,8 @@ class Settings:
     cfg: both ends of the guidance, on ComfyUI's scale (the paper's omega + 1; LCM-LoRA: omega fixed at 7.5).
     skip: the paper's k.   original_steps: 0 takes those that the solver visits, one every `skip`. More of them than that
     train the timesteps between its visits as well.
+    warmup, decay, decay_shape: the learning rate rises over the first steps and falls over the last, see rate_at.
+    optimizer: see optimizers.py.   caption_dropout: of what a host calls the negative prompt.
     huber_c: None is L2 too.   weighting: see objective.consistency_loss.
     scale_loss: for float16, whose smallest gradients would vanish otherwise.
     """
@@ -32,14 +37,23 @@ class Settings:
     steps: int = field(default=1000, metadata=_said("optimizer steps", low=1))
     batch: int = field(default=4, metadata=_said("images at once, on each process", low=1))
     accumulate: int = field(default=1, metadata=_said("batches to a step", low=1))
-    learning_rate: float = field(default=1e-4, metadata=_said("of AdamW", low=0.0))
+    learning_rate: float = field(default=1e-4, metadata=_said("of the optimizer", low=0.0))
     warmup: int = field(default=20, metadata=_said("steps until it is reached", low=0, metavar="STEPS"))
     decay: float = field(
         default=0.0,
         metadata=_said("share of all steps, at the end, in which it falls to 0", low=0.0, high=1.0, metavar="SHARE"),
     )
-    weight_decay: float = field(default=0.0, metadata=_said("of AdamW", low=0.0))
-    betas: tuple[float, float] = field(default=(0.9, 0.999), metadata=_said("of AdamW", low=0.0, high=1.0))
+    decay_shape: Fall = field(
+        default="linear", metadata=_said("how it falls; cosine: slowly at first and last; sqrt: fast at first")
+    )
+    optimizer: Optimizer = field(
+        default="adamw",
+        metadata=_said(
+            "adamw8bit needs bitsandbytes; adafactor needs the least memory of the others; sgd wants a far higher rate"
+        ),
+    )
+    weight_decay: float = field(default=0.0, metadata=_said("of the optimizer", low=0.0))
+    betas: tuple[float, float] = field(default=(0.9, 0.999), metadata=_said("of the adams", low=0.0, high=1.0))
     clip: float = field(default=1.0, metadata=_said("largest norm of the gradient"))
     guidance_min: float = field(default=8.5, metadata=_said("guidance that is built in, on the scale of cfg", low=1.0))
     guidance_max: float = field(default=8.5, metadata=_said("above it, each image draws one in between", low=1.0))
@@ -72,6 +86,13 @@ class Settings:
     average_target: bool = field(
         default=True, metadata=_said("whether the average is what the student is compared with, too")
     )
+    caption_dropout: float = field(
+        default=0.0,
+        metadata=_said(
+            "share of the pictures that are learnt with the negative prompt in place of their own", low=0.0, high=1.0,
+            metavar="SHARE",
+        ),
+    )  # fmt: skip
     seed: int = field(default=0, metadata=_said("of all that is drawn"))
     scale_loss: bool = False
 
@@ -81,13 +102,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         low, high = self.cfg
-        for one in fields(self):
-            value, given = getattr(self, one.name), one.metadata
-            if given and (given["low"], given["high"]) != (None, None):
-                ends = "the first", "the second"
-                named = zip(ends, value, strict=True) if isinstance(value, tuple) else [("", value or 0)]
-                for which, number in named:
-                    _check(f"{one.name}: {which}" if which else one.name, number, given["low"], given["high"])
+        _check_all(self)
         if not self.learning_rate > 0 or not self.clip > 0:  # clip may be infinite: then nothing is cut
             raise ValueError(
                 f"learning_rate is {self.learning_rate} and clip is {self.clip}; both must be above 0. "
@@ -102,14 +117,33 @@ class Settings:
             raise ValueError(
                 f"average is {self.average} and betas are {self.betas}; each has to be below 1, or nothing is ever learnt."
             )
-        if self.weighting not in get_args(Weighting):
-            raise ValueError(f"weighting is {self.weighting!r}; it has to be one of {', '.join(get_args(Weighting))}.")
+        for name, kind in (("weighting", Weighting), ("optimizer", Optimizer), ("decay_shape", Fall)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it has to be one of {', '.join(get_args(kind))}.")
 
     def rate_at(self, step: int) -> float:
         """The learning rate of step 0, 1, ..."""
         rising = (step + 1) / self.warmup if self.warmup else 1.0
-        falling = (self.steps - step) / (self.decay * self.steps) if self.decay else 1.0
+        falling = min(1.0, (self.steps - step) / (self.decay * self.steps)) if self.decay else 1.0
+        if self.decay_shape == "cosine":
+            falling = (1 - math.cos(math.pi * falling)) / 2
+        elif self.decay_shape == "sqrt":
+            falling = 1 - math.sqrt(1 - falling)
         return self.learning_rate * min(1.0, rising, falling)
+
+    def hints(self) -> list[str]:
+        """Sentences on what is allowed and hardly meant."""
+        found = []
+        highest = max(self.rate_at(step) for step in {min(self.warmup, self.steps) - 1, 0, self._falls_from()})
+        if highest < self.learning_rate / 2:
+            found.append(
+                f"learning_rate {self.learning_rate:g} was never reached, only {highest:.2g}: warmup is {self.warmup} of "
+                f"{self.steps} steps{f' and decay {self.decay:g}' if self.decay else ''}."
+            )
+        return found
+
+    def _falls_from(self) -> int:
+        return min(self.steps - 1, int(self.steps * (1 - self.decay)))
 
     def kept(self) -> dict[str, Any]:
         """What a resumed run must have as before; a longer run is the same run unless its rate falls at the end."""
@@ -118,7 +152,13 @@ class Settings:
         facts["average_target"] = self.average_target and self.average > 0
         if not self.decay:
             del facts["steps"]
-        for name in ("original_steps", "weighting"):  # earlier checkpoints do not name them
+        for name in (
+            "original_steps",
+            "weighting",
+            "caption_dropout",
+            "optimizer",
+            "decay_shape",
+        ):  # earlier checkpoints do not name them
             if facts[name] == getattr(Settings, name):
                 del facts[name]
         return facts
@@ -128,6 +168,12 @@ class Settings:
         from ..samplers.schedule import training_grid  # late: it needs torch
 
         if self.original_steps:
+            if train_timesteps // self.original_steps > self.skip:
+                raise ValueError(
+                    f"original_steps is {self.original_steps} and skip is {self.skip}: a solver step ends between two trained "
+                    f"timesteps, where the target is untrained. Use original_steps of at least "
+                    f"{-(-train_timesteps // self.skip)}, 0, or a larger skip."
+                )
             return training_grid(self.original_steps, train_timesteps=train_timesteps)
         return skipping_grid(self.skip, train_timesteps)
 
@@ -137,6 +183,7 @@ class Setup:
     """What node and command ask for beside the Settings.
 
     alpha: 0 takes the rank.   samples: only where no pictures are given.   dtype: the LoRA is float32 always.
+    buckets, random_crop, flip, repeats, size_labels: of pictures that are read from files; a node gets latents.
     """
 
     rank: int = field(default=64, metadata=_said("size of the LoRA", low=1))
@@ -146,17 +193,66 @@ class Setup:
     )
     width: int = field(default=512, metadata=_said("pictures are cropped and scaled to it", low=1))
     height: int = field(default=512, metadata=_said("pictures are cropped and scaled to it", low=1))
+    buckets: bool = field(
+        default=False,
+        metadata=_said(
+            "give each picture the shape nearest to its own of as many pixels, in place of width and height"
+        ),
+    )
+    random_crop: bool = field(default=False, metadata=_said("keep a random part of each picture, not its middle"))
+    flip: float = field(
+        default=0.0, metadata=_said("share of the pictures that are mirrored", low=0.0, high=1.0, metavar="SHARE")
+    )
+    repeats: int = field(
+        default=1,
+        metadata=_said(
+            "how often each picture is encoded, each time with a crop and flip of its own", low=1, metavar="N"
+        ),
+    )
+    size_labels: bool = field(
+        default=True, metadata=_said("tell SDXL the size of each picture and what was cut off, as it was trained")
+    )
     dtype: Compute = field(default="auto", metadata=_said("what the network computes in; auto: by the device"))
+    save_every: int = field(
+        default=100,
+        metadata=_said(
+            "steps between two checkpoints, LoRA files, samples and validation losses", low=1, metavar="STEPS"
+        ),
+    )
     gradient_checkpointing: bool = field(
         default=True, metadata=_said("compute layers again in place of keeping them: slower, in less memory")
     )
+
+    tf32: bool = field(
+        default=False, metadata=_said("on a GPU of 2020 or later: float32 products with fewer digits, and much faster")
+    )
+
+    def __post_init__(self) -> None:
+        _check_all(self)
+        for name in ("width", "height"):
+            if (side := getattr(self, name)) % PIXELS:
+                near = sorted({max(PIXELS, side // PIXELS * PIXELS), (side // PIXELS + 1) * PIXELS})
+                raise ValueError(
+                    f"{name} is {side}; it has to be a multiple of {PIXELS}, use {' or '.join(map(str, near))}."
+                )
+
+
+def _check_all(settings: "Settings | Setup") -> None:
+    """Raises ValueError for a field that is not in its range."""
+    for one in fields(settings):
+        value, given = getattr(settings, one.name), one.metadata
+        if given and (given["low"], given["high"]) != (None, None):
+            ends = "the first", "the second"
+            named = zip(ends, value, strict=True) if isinstance(value, tuple) else [("", value or 0)]
+            for which, number in named:
+                _check(f"{one.name}: {which}" if which else one.name, number, given["low"], given["high"])
 
 
 def _check(name: str, value: float, low: float, high: float | None) -> None:
     """Raises ValueError for a setting that is not finite or not from low to high; None is no end."""
     if not math.isfinite(value) or value < low or (high is not None and value > high):
         allowed = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
-        default = getattr(Settings, name, None)
+        default = getattr(Settings, name, getattr(Setup, name, None))
         advice = "" if default is None else f" The default is {default:g}."
         raise ValueError(f"{name} is {value}; it has to be a finite number, {allowed}.{advice}")
 

@@ -1,7 +1,6 @@
 """The training loop of Algorithm 1 (arXiv 2310.04378): steps, checkpoints, resuming; for a node or a command line."""
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,7 +14,9 @@ from . import checkpoint
 from .adapter import Average, LoraAdapters
 from .draws import START, WHOLE_RUN, draw, generator
 from .engine import Alone, Engine
+from .health import IN_A_ROW, Diverged, Health
 from .objective import Batch, ConditionalDenoiser, distillation_loss
+from .optimizers import optimizer_of, restore, state_of
 from .recompute import recomputing
 from .settings import Settings
 
@@ -26,6 +27,9 @@ Source = Callable[[int, Sequence[int]], Batch]
 
 Callback = Callable[[int, float], None]
 """(steps done, loss of the last one). What it raises ends the run."""
+
+# What may be set anew to go on after a divergence from the last sound state.
+REMEDIES = {"learning_rate", "warmup", "decay", "steps", "weight_decay", "betas", "clip", "scale_loss", "decay_shape"}
 
 
 class _Loss(nn.Module):
@@ -45,7 +49,7 @@ class Trainer:
 
     denoise: the network, (x, sigma, cond) -> x0.   source: where latents and conds come from.
     table: (n,) ascending sigmas of all training timesteps, on the network's device.   flow: a flow model.
-    identity: facts about model and data that a resumed run must share.
+    identity: facts about model and data that a resumed run must share.   spread: root mean square of the latents.
     `done` counts finished steps, `losses` has the loss of each.
     """
 
@@ -60,6 +64,7 @@ class Trainer:
         flow: bool = False,
         identity: Mapping[str, Any] | None = None,
         engine: Engine | None = None,
+        spread: float = 1.0,
     ) -> None:
         self.grid = settings.grid(len(table))
         self.denoise, self.source, self.table, self.settings, self.flow = denoise, source, table, settings, flow
@@ -67,21 +72,24 @@ class Trainer:
         self.identity = dict(identity or {})
         self.engine: Engine = engine or Alone()
         self.factors = adapters.factors()
-        self.optimizer = torch.optim.AdamW(
-            self.factors.values(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
-        )
+        self.optimizer = optimizer_of(self.factors.values(), settings)
         self.scaler = GradScaler(table.device.type, enabled=settings.scale_loss)
         self.average = Average([*self.factors.values()], settings.average) if settings.average else None
         self.done = 0
         self.losses: list[float] = []
+        self.health = Health(settings, spread)
         self._updating = False
+        self._kept = 0
+        self._resumed: Path | None = None
+        self._astray = False
+        self._due: Path | None = None  # where a checkpoint goes as soon as the next loss shows that the state is sound
         self._loss = self.engine.prepare(_Loss(adapters, self._compute))
 
     def step(self) -> float:
         """One optimizer step; returns its loss, the mean over all its images.
 
         If anything is raised before the optimizer runs, nothing has changed and the step can be made again.
-        Raises FloatingPointError if the loss is not a number any more.
+        Raises Diverged if the weights lead nowhere any more.
         """
         settings, engine = self.settings, self.engine
         self.optimizer.zero_grad(set_to_none=True)
@@ -94,11 +102,11 @@ class Trainer:
                 engine.backward(self.scaler.scale(loss))
             total += loss.detach()
         value = float(engine.reduce(total, "mean"))
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss of step {self.done + 1} is {value}. Lower learning_rate (now {settings.learning_rate:g}), "
-                "or train in bf16 or fp32."
-            )
+        self._astray = True
+        self.health.check(self.done + 1, [*self.losses[1 - IN_A_ROW :], value])
+        self._astray = False
+        if self._due is not None and self.health.sound(value):
+            self._keep(self._due)
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.factors.values(), settings.clip)
         self._updating = True
@@ -138,15 +146,15 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Write everything that a resumed run needs."""
         tensors: dict[str, Tensor] = {f"lora/{name}": factor for name, factor in self.factors.items()}
-        for name, factor in self.factors.items():
-            for part, value in self.optimizer.state.get(factor, {}).items():
-                tensors[f"{part}/{name}"] = value
+        remembered, numbers = state_of(self.optimizer, self.factors)
+        tensors |= remembered
         if self.average:
             tensors |= {f"average/{name}": value for name, value in zip(self.factors, self.average.values, strict=True)}
         if self.losses:
             tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         scaler = self.scaler.state_dict()
         facts = {"settings": self.settings.kept(), "identity": self.identity, "done": self.done, "scaler": scaler}
+        facts |= {"state": numbers} if numbers else {}
         checkpoint.write(path, tensors, facts)
 
     def load(self, path: Path) -> None:
@@ -157,7 +165,9 @@ class Trainer:
                 f"{path.name} is no checkpoint of a training (it lacks {', '.join(missing)}); it may hold the pictures of "
                 "another. Use another name."
             )
-        wrong = checkpoint.differences(facts["settings"], self.settings.kept())
+        changed = checkpoint.differences(facts["settings"], self.settings.kept())
+        cured = bool(facts.get("diverged")) and all(one.split(":")[0] in REMEDIES for one in changed)
+        wrong = [] if cured else [*changed]
         wrong += checkpoint.differences(facts["identity"], self.identity)
         shapes = {name: list(factor.shape) for name, factor in self.factors.items()}
         there = {n.removeprefix("lora/"): list(tensor.shape) for n, tensor in tensors.items() if n.startswith("lora/")}
@@ -167,14 +177,15 @@ class Trainer:
                 f"{path.name} is the checkpoint of another training ({'; '.join(wrong)}). Set these as they were, or "
                 "use another name to start anew."
             )
-        state: dict[int, dict[str, Tensor]] = {}
-        for number, (name, factor) in enumerate(self.factors.items()):
+        if changed:
+            logger.warning(
+                "The training diverged at step %d; it goes on from step %d, the last sound one that was kept, with %s.",
+                facts["diverged"], facts["done"], "; ".join(changed),
+            )  # fmt: skip
+        for name, factor in self.factors.items():
             factor.data.copy_(tensors[f"lora/{name}"])
-            state[number] = {
-                p: tensors[f"{p}/{name}"] for p in ("step", "exp_avg", "exp_avg_sq") if f"{p}/{name}" in tensors
-            }
-        whole = self.optimizer.state_dict()
-        self.optimizer.load_state_dict(whole | {"state": {n: parts for n, parts in state.items() if parts}})
+        parts = {key: value for key, value in tensors.items() if not key.startswith(("lora/", "average/"))}
+        restore(self.optimizer, self.factors, parts | facts.get("state", {}))
         if self.average:
             for name, value in zip(self.factors, self.average.values, strict=True):
                 value.copy_(tensors[f"average/{name}"])
@@ -182,37 +193,82 @@ class Trainer:
         self.done = facts["done"]
         self.losses = tensors["losses"].tolist() if "losses" in tensors else []
 
+    @property
+    def sound(self) -> bool:
+        """Whether the LoRA is fit to be used and to go on from, as far as its losses tell."""
+        return not self._updating and not self._astray and all(map(self.health.sound, self.losses[-1:]))
+
+    def resume(self, path: Path | None) -> None:
+        """Go on from that checkpoint, if it is there, as `run` does. Raises as `run` does."""
+        if path is not None:
+            checkpoint.check_writable(path)
+            if path.exists():
+                self.load(path)
+        self._resumed = path
+
     def run(self, *, save_to: Path | None = None, save_every: int = 100, callback: Callback | None = None) -> None:
         """All steps that are left. With `save_to`, goes on from that checkpoint if it is there and keeps it up to date.
 
         On any exception, also an interrupt, the last finished step is saved and the exception raised again. A checkpoint
         that cannot be written is warned of, and the training goes on: what was learnt is not thrown away for it.
+        Only a state that the loss after it shows to be sound is kept by the way, and none after a divergence: the one
+        before stays, and a lower learning rate goes on from it.
         Raises ValueError or FileExistsError, before anything is trained, if `save_to` is of another run or no checkpoint.
         """
-        main = self.engine.process_index == 0
-        if save_to is not None:
-            checkpoint.check_writable(save_to)
-            if save_to.exists():
-                self.load(save_to)
-        started = saved = self.done
+        keeps = save_to is not None and self.engine.process_index == 0
+        if save_to != self._resumed:
+            self.resume(save_to)
+        self._resumed = None  # a second call looks again
+        started = self._kept = self.done
         try:
             while self.done < self.settings.steps:
                 loss = self.step()
                 if callback:
                     callback(self.done, loss)
-                if save_to is not None and main and self.done % save_every == 0:
-                    self._keep(save_to)
-                    saved = self.done
-        finally:
-            # Half an update is no state to go on from; then the checkpoint before it stays.
-            if save_to is not None and main and self.done > max(saved, started) and not self._updating:
-                self._keep(save_to)
+                if keeps and self.done % save_every == 0:
+                    self._due = save_to
+        except Diverged as error:
+            self._due = None
+            # At once, and nothing was kept since: then it is the kept state that leads there.
+            at_once = self.done == started
+            if keeps and save_to is not None and save_to.exists():
+                self._mark(save_to)
+            told = Diverged(f"{error}{_way_out(save_to, self._kept, at_once)}")
+            told.kept = 0 if at_once else self._kept
+            raise told from error
+        except BaseException:
+            self._keep_last(save_to if keeps else None)
+            raise
+        self._keep_last(save_to if keeps else None)
+
+    def _keep_last(self, path: Path | None) -> None:
+        # Half an update is no state to go on from; then the checkpoint before it stays.
+        if path is not None and self.done > self._kept and not self._updating:
+            self._keep(path)
 
     def _keep(self, path: Path) -> None:
+        self._due = None
         try:
             self.save(path)
+            self._kept = self.done
         except OSError as error:
             logger.warning("No checkpoint of step %d: %s", self.done, error)
+
+    def _mark(self, path: Path) -> None:
+        """Writes into the last checkpoint that the training diverged after it: then it may go on with other settings."""
+        try:
+            tensors, facts = checkpoint.read(path)
+            checkpoint.write(path, tensors, facts | {"diverged": self.done + 1})
+        except (OSError, ValueError) as error:
+            logger.warning("%s could not be marked as one before a divergence: %s", path.name, error)
+
+
+def _way_out(path: Path | None, kept: int, at_once: bool) -> str:
+    if path is None or not kept:
+        return ""
+    if at_once:
+        return f" If it stays so, the state that {path.name} keeps is past help: remove that file, or use another name."
+    return f" It then goes on from step {kept}, the last one that {path.name} keeps."
 
 
 @contextmanager

@@ -98,6 +98,14 @@ def load(checkpoint: str, vae: str | None, loras: Sequence[str]) -> tuple[Any, A
     return model, clip, own
 
 
+def lora_weights(name: str) -> Any:
+    """The LORA_MODEL in a file, as Load LoRA gives it. Raises ValueError or OSError."""
+    from ..host.lora.weights import from_lora
+    from ..lora_merge import load as load_lora
+
+    return from_lora(load_lora(path_of("loras", name)))
+
+
 def _patches(model: Any) -> int:
     return sum(map(len, model.patches.values()))
 

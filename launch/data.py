@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
-
-SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp")
+SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff")
 
 
 @dataclass(frozen=True)
@@ -110,24 +104,6 @@ def captions_of(pictures: Sequence[Picture], captions: Sequence[str] | None) -> 
             "for each picture in the order of their names."
         )
     return [*captions] * (len(pictures) if len(captions) == 1 else 1)
-
-
-def pixels(picture: Picture, width: int, height: int) -> Tensor:
-    """(height, width, 3) in [0, 1]: the middle of the picture, scaled. Transparent parts are white.
-
-    Raises ValueError for what is no picture.
-    """
-    with open(picture.file, "rb") as file:
-        file.seek(picture.offset)
-        content = file.read(picture.size)
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{picture.file}: {picture.name} cannot be read as a picture ({error}).") from error
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)
 
 
 def listing(pictures: Sequence[Picture]) -> str:

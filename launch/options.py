@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from ..distillation.settings import Settings, Setup
+from .loggers import LOGGERS
+
+# argparse presets none of these: their texts say what holds.
+SWITCHES = [one.name for one in dataclasses.fields(Setup) if isinstance(one.default, bool)]
 
 _DESCRIPTION = """Make an LCM-LoRA from a checkpoint: latent consistency distillation (arXiv 2311.05556), in your own ComfyUI.
 
@@ -25,6 +29,9 @@ Captions and latents stay in main memory: about 0.3 MB for each caption of SD1.5
 _EPILOG = """examples:
   python -m lcm_kit.distillation --checkpoint sd15.safetensors --prompts captions.txt -o lcm.safetensors
     alone, without pictures; --checkpoint is a path, or a name in ComfyUI's folder of checkpoints.
+  python -m lcm_kit.distillation --checkpoint sd15.safetensors --lora style.safetensors --prompts captions.txt \\
+      --samples 400 --start-from lcm-lora.safetensors -o fast-style.safetensors
+    a style's own acceleration: the model with the style on it is the teacher, an LCM-LoRA the beginning.
   accelerate launch --multi_gpu --num_processes 4 -m lcm_kit.distillation --checkpoint sdxl.safetensors \\
       --pictures photos -o lcm.safetensors --width 1024 --height 1024 --batch 4 --zero-negative
     four GPUs: every step takes 4 * 4 pictures. Data parallel; each GPU needs the memory of one. --multi_gpu says that
@@ -35,7 +42,11 @@ _EPILOG = """examples:
     the run (--resume) has to be one that both see.
 In a clone, `python -m distillation` in its folder does the same. More than one process needs the package accelerate.
 
-A run that was stopped goes on with the same command; with more --steps, so does a finished one.
+A run that was stopped goes on with the same command; with more --steps, so does a finished one. In the folder of the run are
+  lora.safetensors   the LoRA so far, for use at any time
+  losses.csv         loss, learning rate and seconds of each step, and a validation loss every --save-every steps
+  samples            what the LoRA makes, as often
+  kept               captions, latents and the model's own pictures, none of which is made twice
 Exit status: 0 done, 2 bad input, 130 stopped."""
 
 
@@ -50,10 +61,11 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     training = parser.add_argument_group("training")
     _settings(training, Settings)
     _settings(training, Setup, "rank", "alpha")
+    _course(parser.add_argument_group("watching it"))
     memory = parser.add_argument_group("memory and speed")
-    _settings(memory, Setup, "dtype", "gradient_checkpointing")
+    _settings(memory, Setup, "dtype", "gradient_checkpointing", "tf32")
     memory.add_argument("--cpu", action="store_true", help="use no GPU")
-    parser.set_defaults(gradient_checkpointing=Setup.gradient_checkpointing)
+    parser.set_defaults(**{name: getattr(Setup, name) for name in SWITCHES})
     options = parser.parse_args(arguments)
     if options.prompts is None and not options.pictures:
         parser.error("nothing to learn from: give --prompts FILE, or --pictures FOLDER or SHARD.tar")
@@ -64,6 +76,9 @@ def _files(add: argparse._ArgumentGroup) -> None:
     add.add_argument("--checkpoint", required=True, metavar="FILE", help="the model that is distilled")
     add.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="a LoRA that is distilled "
                      "along with it, such as a style; may be repeated")  # fmt: skip
+    add.add_argument(
+        "--start-from", metavar="FILE", help="an LCM-LoRA to begin with, of --rank or less; default: a new one"
+    )
     add.add_argument("--vae", metavar="FILE", help="encodes the pictures; default: the checkpoint's own")
     add.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="the LCM-LoRA, .safetensors")
     add.add_argument(
@@ -75,23 +90,34 @@ def _files(add: argparse._ArgumentGroup) -> None:
         "--save-dtype", choices=["fp16", "bf16", "fp32"], default="fp16", help="of the output; default: fp16"
     )
     add.add_argument("--picture", type=Path, metavar="FILE.png", help="write the loss and samples in 4 steps there")
-    add.add_argument("--resume", type=Path, metavar="FOLDER", help="keeps latents and checkpoints, from which the same "
-                     "command goes on; default: OUTPUT without its ending, and .run")  # fmt: skip
-    add.add_argument("--save-every", type=_positive, default=100, metavar="STEPS", help="default: 100")
+    add.add_argument("--resume", type=Path, metavar="FOLDER", help="keeps latents, captions and checkpoints, from which "
+                     "the same command goes on; default: OUTPUT without its ending, and .run")  # fmt: skip
     add.add_argument("--comfyui", type=Path, metavar="FOLDER", help="your ComfyUI; default: COMFYUI_PATH, or the ComfyUI "
                      "in whose custom_nodes this is")  # fmt: skip
     add.add_argument("--custom-nodes", action="append", default=[], type=Path, metavar="FOLDER", help="a node pack to "
                      "load first, if the model needs one; may be repeated")  # fmt: skip
 
 
+def _course(add: argparse._ArgumentGroup) -> None:
+    _settings(add, Setup, "save_every")
+    add.add_argument("--validation", type=Path, metavar="FILE", help="prompts of the samples, one on each line; default: those "
+                     "of the first pictures")  # fmt: skip
+    add.add_argument("--keep-loras", action="store_true", help="keep the LoRA file of every --save-every steps, not the "
+                     "latest only")  # fmt: skip
+    add.add_argument("--log-with", nargs="+", default=[], choices=LOGGERS, metavar="NAME", help=f"{' and '.join(LOGGERS)}, if "
+                     "installed, beside losses.csv")  # fmt: skip
+
+
 def _data(add: argparse._ArgumentGroup) -> None:
     add.add_argument("--prompts", type=Path, metavar="FILE", help="captions, one on each line")
     add.add_argument("--pictures", type=Path, nargs="+", default=[], metavar="PATH", help="folders and .tar files")
+    add.add_argument("--leave-out-broken", action="store_true", help="go on without pictures that cannot be read, after "
+                     "naming them")  # fmt: skip
     add.add_argument(
         "--negative", default="", metavar="TEXT", help="what guidance moves away from; default: an empty prompt"
     )
     add.add_argument("--zero-negative", action="store_true", help="zeros in its place, as LCM-LoRA for SDXL was made")
-    _settings(add, Setup, "samples", "width", "height")
+    _settings(add, Setup, "samples", "width", "height", "buckets", "random_crop", "flip", "repeats", "size_labels")
 
 
 def _settings(add: argparse._ArgumentGroup, owner: type, *names: str) -> None:

@@ -7,43 +7,27 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..distillation import checkpoint
 from ..distillation.engine import Engine
-from ..distillation.settings import Settings
-from ..distillation.trainer import Trainer
+from ..distillation.kept import Kept
+from ..distillation.optimizers import check_optimizer
+from ..distillation.settings import Settings, Setup
 from ..lora_merge import Lora, save
 from ..lora_merge.disk.file_names import name_trouble, shown
 from ..lora_merge.disk.pictures import check_picture, write_picture
 from ..lora_merge.files.dtypes import DTYPES
 from ..lora_merge.files.load_save import check_output
 from . import comfyui as launch_comfyui
-from . import data as launch_data
+from .gathering import Texts, gathered, texts_asked
+from .loggers import check_writers, writers
 from .processes import check_same, first_of_a_machine, has_accelerator, processes
-
-# Pictures handed to the VAE; ComfyUI makes that as few as fit. Not --batch: latents differ with it in their last digits.
-AT_ONCE = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """What there is to learn, as text. captions: all different ones.   which: of them, the one of each picture.
-
-    pictures: empty where the model makes its own.
-    """
-
-    captions: list[str]
-    which: list[int]
-    pictures: list[launch_data.Picture]
 
 
 def run(options: argparse.Namespace) -> str:
@@ -52,9 +36,11 @@ def run(options: argparse.Namespace) -> str:
     Raises ValueError or OSError for bad input, before anything is trained; FloatingPointError for a loss that is no
     number any more, MemoryError where the device is too small.
     """
-    settings, texts = _settings(options), _texts(options)
+    settings, setup, texts = _settings(options), _setup(options), texts_asked(options)
     comfyui, folder = launch_comfyui.find(options.comfyui), _folder(options)
     check_output(options.output, options.overwrite)
+    check_optimizer(settings)
+    check_writers(options.log_with)
     if options.picture:
         check_picture(options.picture, options.overwrite)
     cpu = options.cpu or not has_accelerator()
@@ -68,7 +54,7 @@ def run(options: argparse.Namespace) -> str:
             logging.getLogger().setLevel(logging.ERROR)  # one of them warns
             comfy.utils.set_progress_bar_enabled(False)
         try:
-            return _distil(options, settings, texts, folder, engine)
+            return _distil(options, setup, settings, texts, folder, engine)
         except comfy.model_management.OOM_EXCEPTION as error:
             first = str(error).splitlines()[0]
             raise MemoryError(
@@ -87,17 +73,9 @@ def _settings(options: argparse.Namespace) -> Settings:
     return dataclasses.replace(settings, huber_c=settings.huber_c or None)
 
 
-def _texts(options: argparse.Namespace) -> Texts:
-    captions = None if options.prompts is None else launch_data.read_captions(options.prompts)
-    pictures = launch_data.find_pictures(options.pictures)
-    if pictures:
-        wanted = launch_data.captions_of(pictures, captions)
-    else:
-        assert captions is not None
-        wanted = [captions[number % len(captions)] for number in range(options.samples)]
-    different = list(dict.fromkeys(wanted))
-    places = {caption: place for place, caption in enumerate(different)}
-    return Texts(different, [places[caption] for caption in wanted], pictures)
+def _setup(options: argparse.Namespace) -> Setup:
+    """Raises ValueError for what makes no sense."""
+    return Setup(**{one.name: getattr(options, one.name) for one in dataclasses.fields(Setup)})
 
 
 def _folder(options: argparse.Namespace) -> Path:
@@ -109,29 +87,39 @@ def _folder(options: argparse.Namespace) -> Path:
     return folder
 
 
-def _distil(options: argparse.Namespace, settings: Settings, texts: Texts, folder: Path, engine: Engine) -> str:
+def _prepared(
+    options: argparse.Namespace, setup: Setup, settings: Settings, texts: Texts, folder: Path, engine: Engine
+) -> tuple[Any, Any, Any, list[str]]:
+    """(Work, VAE, rough previewer, sentences on the data) of a run; the VAE only if it is needed still."""
     # ComfyUI is there only now.
     from ..host.training.loan import compute_type
-    from ..host.training.run import Work, sigma_table, training
+    from ..host.training.run import Work, sigma_table
     from ..host.training.strip import rough_previewer
 
-    started, kept = time.monotonic(), folder / "run.safetensors"
     with torch.no_grad():
         model, clip, vae = launch_comfyui.load(options.checkpoint, options.vae, options.lora)
-        table, dtype = sigma_table(model), compute_type(model, options.dtype)
+        start = launch_comfyui.lora_weights(options.start_from) if options.start_from else None
+        table, dtype = sigma_table(model), compute_type(model, setup.dtype, setup.tf32)
         rough = rough_previewer(model.get_model_object("latent_format"))
         settings = dataclasses.replace(settings, scale_loss=dtype == torch.float16)
-        conds = [_encoded(clip, caption) for caption in texts.captions]
-        uncond = _zeros(conds[0]) if options.zero_negative else _encoded(clip, options.negative)
-        del clip
         with first_of_a_machine(engine):
-            data = _latents(options, settings, texts, model, vae, conds, uncond, folder / "data.safetensors")
-        if not options.picture:
-            del vae
+            data = gathered(options, setup, settings, texts, model, clip, vae, Kept(folder / "kept"))
     work = Work(
-        model, data, conds, [uncond], [(place, 0) for place in texts.which], table=table, settings=settings, dtype=dtype,
-        rank=options.rank, alpha=options.alpha, recompute=options.gradient_checkpointing,
+        model, data.latents, data.conds, data.unconds, data.prompts, table=table, settings=settings, dtype=dtype,
+        rank=setup.rank, alpha=setup.alpha, recompute=setup.gradient_checkpointing, shown=data.shown, names=data.names, start=start,
+        own=not texts.pictures, tf32=setup.tf32,
     )  # fmt: skip
+    return work, vae if options.picture else None, rough, data.remarks
+
+
+def _distil(
+    options: argparse.Namespace, setup: Setup, settings: Settings, texts: Texts, folder: Path, engine: Engine
+) -> str:
+    from ..host.training.run import training
+
+    started, kept = time.monotonic(), folder / "run.safetensors"
+    work, vae, rough, remarks = _prepared(options, setup, settings, texts, folder, engine)
+    settings = work.settings
     together = {"images per step": settings.batch * settings.accumulate * engine.num_processes}
 
     def check(identity: dict[str, Any]) -> None:
@@ -139,100 +127,48 @@ def _distil(options: argparse.Namespace, settings: Settings, texts: Texts, folde
         check_same(engine, identity | {"steps done, by the checkpoint": done, "settings": settings.kept()})
 
     with training(work, engine=engine, facts=together, check=check) as run:
-        _train(run.trainer, kept, options.save_every)
+        strip = run.strip(vae, rough)
+        course = _train(options, run, strip, folder, kept)
         if engine.process_index:
             return ""
         tensors = run.tensors()
-        strip = run.strip(vae, rough) if options.picture else None
-        last = strip.last() if strip else None
-    if strip:
-        pixels = (strip.picture(last)[0] * 255).round().clamp(0, 255).byte()
+    if options.picture:
+        pixels = (strip.picture(course.validation)[0] * 255).round().clamp(0, 255).byte()
         write_picture(Image.fromarray(pixels.numpy()), options.picture, options.overwrite)
     lora = Lora.from_state_dict(tensors, metadata=run.metadata(**together), source=options.output.name)
     save(lora, options.output, dtype=DTYPES[options.save_dtype], overwrite=options.overwrite)
-    lines = run.report(tensors, bool(texts.pictures), time.monotonic() - started)
+    lines = run.report(tensors, time.monotonic() - started, course.validation)
+    lines += remarks
     if engine.num_processes > 1:
         lines.append(f"On {engine.num_processes} processes, {together['images per step']} images to a step together.")
     return "\n".join([*lines, f"Written: {options.output}. {folder} can be removed.", ""])
 
 
-def _train(trainer: Trainer, kept: Path, save_every: int) -> None:
-    steps = trainer.settings.steps
-    with tqdm(total=steps, desc="Distilling", disable=bool(trainer.engine.process_index)) as bar:
+def _train(options: argparse.Namespace, run: Any, strip: Any, folder: Path, kept: Path) -> Any:
+    """Trains, with a bar; returns the Course of it. run: a Training.   strip: a Strip."""
+    from ..host.training.course import Course, write_lora
 
-        def after_step(done: int, loss: float) -> None:
-            bar.update(done - bar.n)
-            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+    trainer, dtype = run.trainer, DTYPES[options.save_dtype]
+    steps, main = trainer.settings.steps, not trainer.engine.process_index
 
-        trainer.run(save_to=kept, save_every=save_every, callback=after_step)
+    def after_step(course: Any, new: bool) -> None:
+        bar.update(trainer.done - bar.n)
+        known = {"validation": f"{course.validation[-1][1]:.4g}"} if course.validation else {}
+        bar.set_postfix({"loss": f"{trainer.losses[-1]:.4g}"} | known, refresh=False)
+        if new and main and (samples := strip.roughly()) is not None:
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            write_picture(samples, folder / "samples" / f"{trainer.done:06}.png", True)
 
+    def save_lora() -> None:
+        lora = run.lora("lora.safetensors")
+        write_lora(lora, folder / "lora.safetensors", dtype)
+        if options.keep_loras:
+            write_lora(lora, folder / "loras" / f"{trainer.done:06}.safetensors", dtype)
 
-def _encoded(clip: Any, text: str) -> Any:
-    """The one entry of the CONDITIONING that CLIPTextEncode makes."""
-    return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
-
-
-def _zeros(entry: Any) -> Any:
-    """What ConditioningZeroOut makes of an entry."""
-    tensor, options = entry
-    pooled = options.get("pooled_output")
-    return [torch.zeros_like(tensor), options | ({} if pooled is None else {"pooled_output": torch.zeros_like(pooled)})]
-
-
-def _latents(
-    options: argparse.Namespace, settings: Settings, texts: Texts, model: Any, vae: Any, conds: Sequence[Any],
-    uncond: Any, cache: Path,
-) -> list[Tensor]:  # fmt: skip
-    """One (1, ...) latent for each place of texts.which, of the pictures or by the model; kept in `cache`."""
-    from ..host.training.data import pictures as as_pictures
-    from ..host.training.run import empty_latent
-    from ..host.training.teacher_pictures import teachers_pictures
-
-    if not texts.pictures:
-        prompts = [(conds[place], uncond) for place in texts.which]
-        empty = empty_latent(model, [], options.width, options.height)
-        with _one_bar("Making pictures", len(prompts)):
-            found: list[Tensor] = teachers_pictures(model, prompts, empty, settings, cache)
-        return found
-    facts = {
-        "pictures": launch_data.listing(texts.pictures),
-        "size": [options.width, options.height],
-        "vae": options.vae,
-    }
-    if cache.exists():
-        latents, then = checkpoint.read(cache)
-        if wrong := checkpoint.differences(then, facts):
-            raise ValueError(
-                f"{cache} holds the latents of another training ({'; '.join(wrong)}). Set these as they were, or use "
-                "another --resume folder."
-            )
-    else:
-        if vae is None:
-            raise ValueError(f"{options.checkpoint} has no VAE to encode pictures with; give one by --vae.")
-        parts: list[Tensor] = []
-        for first in tqdm(range(0, len(texts.pictures), AT_ONCE), desc="Encoding pictures"):
-            chunk = texts.pictures[first : first + AT_ONCE]
-            images = torch.stack([launch_data.pixels(picture, options.width, options.height) for picture in chunk])
-            parts.append(vae.encode(images).float().cpu())
-        latents = {"latents": torch.cat(parts)}
-        checkpoint.write(cache, latents, facts)
-    found = as_pictures(model, [{"samples": latents["latents"]}])
-    if not found:
-        raise ValueError("the VAE makes nothing of these pictures (all latents are 0); is it the one of this model?")
-    return found
-
-
-@contextmanager
-def _one_bar(title: str, total: int) -> Iterator[None]:
-    """ComfyUI's progress as one bar for all, in place of one for every call of a sampler."""
-    import comfy.utils
-
-    enabled, hook = comfy.utils.PROGRESS_BAR_ENABLED, comfy.utils.PROGRESS_BAR_HOOK
-    with tqdm(total=total, desc=title, disable=not enabled) as bar:
-        comfy.utils.set_progress_bar_enabled(False)
-        comfy.utils.set_progress_bar_global_hook(lambda value, *_, **__: bar.update(value - bar.n))
-        try:
-            yield
-        finally:
-            comfy.utils.set_progress_bar_enabled(enabled)
-            comfy.utils.set_progress_bar_global_hook(hook)
+    course = Course(
+        trainer, strip, run.picture, every=options.save_every, table=folder / "losses.csv", shown=after_step,
+        save_lora=save_lora, writers=writers(options.log_with, folder) if main else (),
+    )  # fmt: skip
+    with tqdm(total=steps, desc="Distilling", disable=not main) as bar:
+        course.run(kept)
+    return course

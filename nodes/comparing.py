@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..host.door.node import Node
 from ..host.lora import comparing
-from .inputs import lora_slots
+from .inputs import lora_slots, model_of_loras
 
 CATEGORY = "LCM Kit/LoRA"
 SLOT_TOOLTIPS = {
@@ -34,6 +34,7 @@ class CompareLoRA(Node):
                     tooltip="A rank that you think of cutting their merge to: it is marked in the picture and told in the "
                     "report. 0 marks none.",
                 ),
+                model_of_loras(),
             ],
             outputs=[
                 io.Image.Output(
@@ -46,7 +47,7 @@ class CompareLoRA(Node):
         )
 
     @classmethod
-    def execute(cls, rank, **slots) -> io.NodeOutput:
-        picture, text = comparing.compare_slots(slots, rank)
+    def execute(cls, rank, model=None, **slots) -> io.NodeOutput:
+        picture, text = comparing.compare_slots(slots, rank, model)
         preview = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         return io.NodeOutput(picture, text, ui=preview)

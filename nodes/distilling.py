@@ -143,9 +143,11 @@ class Distill(Node):
                 ),
                 io.String.Input(
                     "resume",
-                    default="",
-                    tooltip="A name keeps checkpoints in the output folder, LCMKit/distilling: after a stop the same name "
-                    "and inputs go on where it was, with more steps a finished training too. Empty keeps none.",
+                    default="auto",
+                    tooltip="Name under which the training is kept: checkpoint and losses in the output folder, "
+                    "LCMKit/distilling, the LoRA so far in LCMKit of the loras folder. After a stop the same name and inputs "
+                    "go on where it was, with more steps a finished training too. auto: a name of its own for each model and "
+                    "settings. Empty keeps nothing.",
                 ),
                 io.Int.Input(
                     "original_steps",
@@ -177,16 +179,67 @@ class Distill(Node):
                     "paper. 0: none, as the published LCM-LoRAs.",
                     advanced=True,
                 ),
+                io.Int.Input(
+                    "save_every",
+                    default=Setup.save_every,
+                    min=1,
+                    max=1_000_000,
+                    optional=True,
+                    tooltip="Steps from one checkpoint, LoRA file, row of samples and validation loss to the next.",
+                    advanced=True,
+                ),
+                io.Conditioning.Input(
+                    "validation",
+                    optional=True,
+                    tooltip="Prompts of the samples that are shown on the way, up to 4; not connected: those of the first "
+                    "pictures.",
+                ),
+                io.Float.Input(
+                    "caption_dropout",
+                    default=Settings.caption_dropout,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Share of the pictures that are learnt with the negative prompt in place of their own, so that "
+                    "the LoRA works without a prompt, too.",
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "optimizer",
+                    options=list(distilling.OPTIMIZERS),
+                    default=Settings.optimizer,
+                    optional=True,
+                    tooltip="adamw as published. adafactor needs the least memory, adamw8bit a quarter of adamw's and the "
+                    "package bitsandbytes; sgd wants a far higher learning_rate.",
+                    advanced=True,
+                ),
+                io.Boolean.Input(
+                    "tf32",
+                    default=Setup.tf32,
+                    optional=True,
+                    tooltip="On a GPU of 2020 or later: float32 products with fewer digits, and much faster. Of use where dtype "
+                    "is fp32.",
+                    advanced=True,
+                ),
+                io.LoraModel.Input(
+                    "start_from",
+                    optional=True,
+                    tooltip="An LCM-LoRA to begin with, through Load LoRA, of this rank or less: refined for a style, it still "
+                    "works without. Not connected: a new one.",
+                ),
             ],
             outputs=[
                 io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The LoRA, for Save LoRA and Apply LoRA."),
-                io.Image.Output(display_name="IMAGE", tooltip="The loss, and samples in 4 steps."),
+                io.Image.Output(display_name="IMAGE", tooltip="The losses, and samples in 4 steps on the way."),
                 io.String.Output(display_name="report", tooltip="What was trained and how the loss fell."),
             ],
             search_aliases=["train lcm lora", "consistency distillation", "lcm lora training"],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent=(), vae=(None,), **widgets) -> io.NodeOutput:
-        lora, picture, text = distilling.distil_lists(positive, negative, latent, vae, model=model, **widgets)
+    def execute(cls, model, positive, negative, latent=(), vae=(None,), validation=(), start_from=(None,), **widgets):
+        lora, picture, text = distilling.distil_lists(
+            positive, negative, latent, vae, validation, model=model, start_from=start_from or (None,), **widgets
+        )
         return io.NodeOutput(lora, picture, text, ui=ui.PreviewText(text))

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..host.lora.slots import LORA, NUMBERS, STRENGTH
 from ..lora_merge.files.dtypes import DTYPES
+from ..samplers.schedule import MOST_STEPS
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 STEPS_TOOLTIP = "Model calls. 4 is the usual choice with an LCM-LoRA, 2 to 8 work; more than 8 rarely looks better."
@@ -37,6 +38,16 @@ def lora_slots(tooltips: Mapping[int, str], strength_tooltip: str) -> list:
             strength(f"{STRENGTH}{number}", strength_tooltip.format(lora)),
         ]
     return inputs
+
+
+def model_of_loras() -> io.Model.Input:
+    """The model that several LoRAs are for, where their names alone do not tell which are of one weight."""
+    return io.Model.Input(
+        "model",
+        optional=True,
+        tooltip="The model that the LoRAs are for. Needed only where they name its weights differently and the report says that "
+        "nothing tells which names are of one weight.",
+    )
 
 
 def wrong_base(optional: bool = False) -> io.Combo.Input:
@@ -84,4 +95,51 @@ def denoise(tooltip: str = DENOISE_TOOLTIP) -> io.Float.Input:
 def original_steps(advanced: bool | None = None) -> io.Int.Input:
     return io.Int.Input(
         "original_steps", default=50, min=1, max=1000, tooltip=ORIGINAL_STEPS_TOOLTIP, advanced=advanced
+    )
+
+
+def section() -> list:
+    """What core's KSamplerAdvanced calls by the same names."""
+    return [
+        io.Int.Input(
+            "start_at_step",
+            default=0,
+            min=0,
+            max=MOST_STEPS,
+            optional=True,
+            advanced=True,
+            tooltip="The first step that is run, counted from 0. The steps before it are those of another LCM KSampler, "
+            "with the same steps and seed, that ended there and left its noise.",
+        ),
+        io.Int.Input(
+            "end_at_step",
+            default=MOST_STEPS,
+            min=0,
+            max=MOST_STEPS,
+            optional=True,
+            advanced=True,
+            tooltip="Steps before this one are run; a number above all steps runs to the end.",
+        ),
+        io.Boolean.Input(
+            "add_noise",
+            default=True,
+            optional=True,
+            advanced=True,
+            tooltip="Off for a latent that comes with the noise of the step it starts from, left by the sampler before.",
+        ),
+        io.Boolean.Input(
+            "return_with_leftover_noise",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="On where another sampler goes on at end_at_step: the latent keeps the noise of that level. Off ends "
+            "in a picture.",
+        ),
+    ]
+
+
+def shaped_noise(name: str, default: float, largest: float, tooltip: str):
+    """As core's SamplerLCM has it by the same name."""
+    return io.Float.Input(
+        name, default=default, min=0.0, max=largest, step=0.01, optional=True, advanced=True, tooltip=tooltip
     )

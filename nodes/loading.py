@@ -69,9 +69,8 @@ class LCMLoader(Node):
         lora, done = stack.load_and_apply(
             model, clip, lora_name, strength, lora_stack, allow_misfit=wrong_base == "warn"
         )
-        steps, cfg = done.preset.steps, done.preset.cfg
         return io.NodeOutput(
-            done.model, done.clip, lora, steps, cfg, done.report, done.preset, ui=ui.PreviewText(done.report)
+            done.model, done.clip, lora, done.steps, done.cfg, done.report, done.preset, ui=ui.PreviewText(done.report)
         )
 
 

@@ -148,6 +148,7 @@ class MergeLoRA(Node):
                     "conv=1, te=0, *attn2*=0.3. For all LoRAs, or on a line of its own for one: lora_2: down=0",
                     advanced=True,
                 ),
+                inputs.model_of_loras(),
             ],
             outputs=[
                 io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The merged LoRA. Apply it at strength 1."),
@@ -158,7 +159,7 @@ class MergeLoRA(Node):
 
     @classmethod
     def execute(
-        cls, method, size, balanced=False, protect="auto", mu=0.0, block_strengths="", **slots
+        cls, method, size, balanced=False, protect="auto", mu=0.0, block_strengths="", model=None, **slots
     ) -> io.NodeOutput:
         merged, text = merging.merge(
             slots,
@@ -168,6 +169,7 @@ class MergeLoRA(Node):
             protect=protect,
             mu=mu,
             block_strengths=block_strengths,
+            model=model,
         )
         return io.NodeOutput(merged, text, ui=ui.PreviewText(text))
 

@@ -38,46 +38,6 @@ def preset_input(replaces: str):
     )
 
 
-def section_inputs() -> list:
-    """What core's KSamplerAdvanced calls by the same names."""
-    return [
-        io.Int.Input(
-            "start_at_step",
-            default=0,
-            min=0,
-            max=MOST_STEPS,
-            optional=True,
-            advanced=True,
-            tooltip="The first step that is run, counted from 0. The steps before it are those of another LCM KSampler, "
-            "with the same steps and seed, that ended there and left its noise.",
-        ),
-        io.Int.Input(
-            "end_at_step",
-            default=MOST_STEPS,
-            min=0,
-            max=MOST_STEPS,
-            optional=True,
-            advanced=True,
-            tooltip="Steps before this one are run; a number above all steps runs to the end.",
-        ),
-        io.Boolean.Input(
-            "add_noise",
-            default=True,
-            optional=True,
-            advanced=True,
-            tooltip="Off for a latent that comes with the noise of the step it starts from, left by the sampler before.",
-        ),
-        io.Boolean.Input(
-            "return_with_leftover_noise",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip="On where another sampler goes on at end_at_step: the latent keeps the noise of that level. Off ends "
-            "in a picture.",
-        ),
-    ]
-
-
 class LCMKSampler(Node):
     @classmethod
     def define_schema(cls):
@@ -131,7 +91,7 @@ class LCMKSampler(Node):
                 inputs.original_steps(advanced=True),
                 gammas_input(),
                 preset_input("steps, cfg, gamma and original_steps"),
-                *section_inputs(),
+                *inputs.section(),
                 io.Model.Input(
                     "model_low",
                     optional=True,
@@ -222,13 +182,42 @@ class LCMSampler(Node):
                     tooltip="For a run in parts (SplitSigmas): the whole schedule, as it was before the split, so that "
                     "gammas counts its steps in every part. Not needed where one gamma holds for all steps.",
                 ),
+                inputs.shaped_noise("s_noise", 1.0, 64.0, "What the fresh noise of the first step is multiplied by."),
+                inputs.shaped_noise(
+                    "s_noise_end",
+                    1.0,
+                    64.0,
+                    "And that of the last step; the steps between go evenly from one to the other.",
+                ),
+                inputs.shaped_noise(
+                    "noise_clip_std",
+                    0.0,
+                    10.0,
+                    "Fresh noise further out than so many of its standard deviations is moved there. 0 leaves it.",
+                ),
             ],
             outputs=[io.Sampler.Output(display_name="SAMPLER")],
             search_aliases=["lcm", "latent consistency", "tcd", "stochastic"],
         )
 
     @classmethod
-    def execute(cls, gamma, seed, gammas="", preset=None, sigmas=None) -> io.NodeOutput:
-        gamma = sampling.chosen_gamma(gamma, gammas, preset)
-        sampler = sampling.lcm_sampler(gamma=gamma, seed=seed, schedule=sigmas)
+    def execute(
+        cls,
+        gamma,
+        seed,
+        gammas="",
+        preset=None,
+        sigmas=None,
+        s_noise=1.0,
+        s_noise_end=1.0,
+        noise_clip_std=0.0,
+    ) -> io.NodeOutput:
+        sampler = sampling.lcm_sampler(
+            gamma=sampling.chosen_gamma(gamma, gammas, preset),
+            seed=seed,
+            schedule=sigmas,
+            s_noise=s_noise,
+            s_noise_end=s_noise_end,
+            noise_clip_std=noise_clip_std,
+        )
         return io.NodeOutput(sampling.from_pure_noise(sampler, preset))

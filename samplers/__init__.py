@@ -11,6 +11,7 @@ editing      change a picture by two prompts without inverting it (DDCM)
 multistep    the sampling loop, k-diffusion's calling protocol
 guidance     the embedding that tells a full LCM its guidance
 attention_guidance  a negative prompt in attention, without a second model call (NAG)
+shaped_noise  step noise limited, scaled, and evened out under a feathered mask
 limits       x0 after guidance, kept within the range that it has without
 noise        fresh noise that depends on seed, batch index and noise level only
 

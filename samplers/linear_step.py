@@ -7,9 +7,35 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .consistency import boundary_scalings
+from .noise import level_numbers
 from .renoise import NoiseScaling, noise_kept, signal_and_noise, variance_exploding
 
 HALF_RESOLUTION = 2.0**-25
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known of a run before it begins: for each step its weights, and the number of the level it returns to."""
+
+    weights: "tuple[StepWeights, ...]"
+    numbers: tuple[int, ...]
+
+
+def plan_run(
+    sigmas: Tensor,
+    *,
+    gamma: float | Sequence[float] = 1.0,
+    timesteps: Tensor | Sequence[int] | None = None,
+    table: Tensor | None = None,
+    noise_scaling: NoiseScaling = variance_exploding,
+) -> Plan:
+    """The plan of a run; the arguments are those of multistep.sample_lcm, and so are the errors.
+
+    A function of its arguments' values alone, so who runs one schedule again and again may keep it.
+    """
+    _check_levels(sigmas)
+    weights = step_weights(sigmas, gamma=gamma, timesteps=timesteps, table=table, noise_scaling=noise_scaling)
+    return Plan(tuple(weights), tuple(level_numbers(sigmas[1:], table)))
 
 
 @dataclass(frozen=True)
@@ -79,6 +105,14 @@ def _weights(
         denoised=(a - kept * a_t) * c_out,
         fresh=b * math.sqrt((1.0 - share) * (1.0 + share)),
     )
+
+
+def _check_levels(sigmas: Tensor) -> None:
+    if sigmas.ndim != 1:
+        raise ValueError(f"sigmas has shape {tuple(sigmas.shape)}; it must be (steps + 1,).")
+    levels = sigmas.tolist()
+    if not all(math.isfinite(level) and level >= 0 for level in levels) or 0.0 in levels[:-1]:
+        raise ValueError(f"sigmas are {levels}; all must be finite and above 0, the last may be 0.")
 
 
 def _scalings(timesteps: Tensor | Sequence[int], steps: int) -> list[tuple[float, float]]:

@@ -1,6 +1,5 @@
 """Multistep consistency sampling: denoise to x0, return to a lower noise level, repeat."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -8,8 +7,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange as tqdm_trange  # type: ignore[import-untyped, unused-ignore]
 
-from .linear_step import step_weights
-from .noise import level_numbers
+from .linear_step import HALF_RESOLUTION, Plan, plan_run
 from .renoise import NoiseScaling, variance_exploding
 
 
@@ -27,6 +25,7 @@ def sample_lcm(
     timesteps: Tensor | Sequence[int] | None = None,
     table: Tensor | None = None,
     noise_scaling: NoiseScaling = variance_exploding,
+    plan: Plan | None = None,
     trange: Callable[..., Iterable[int]] = tqdm_trange,
 ) -> Tensor:
     """Latent of an LCM run at level sigmas[-1], in the shape, dtype and device of x.
@@ -51,6 +50,8 @@ def sample_lcm(
     models with no such scalings (flow models) and for the exact Euler and TCD samplers.
     table: ascending sigmas of all training timesteps. Needed for 0 < gamma < 1; levels are numbered by it if it is given.
     noise_scaling: forward process of the model, for flow models; see renoise.NoiseScaling.
+    plan: what linear_step.plan_run makes of sigmas, gamma, timesteps, table and noise_scaling, where it is known already;
+    the last four are not looked at then.
     trange: makes the progress bar, trange(steps, disable=disable).
 
     Works in float32 or the wider dtype of x; the model and the callback get tensors in the dtype of x, but sigma
@@ -58,14 +59,18 @@ def sample_lcm(
     """
     extra_args = {} if extra_args is None else extra_args
     sigmas = sigmas.to(device=x.device, dtype=torch.float32)
-    _check_levels(sigmas)
-    weights = step_weights(sigmas, gamma=gamma, timesteps=timesteps, table=table, noise_scaling=noise_scaling)
-
-    numbers = level_numbers(sigmas[1:], table)
+    if plan is None:
+        plan = plan_run(sigmas, gamma=gamma, timesteps=timesteps, table=table, noise_scaling=noise_scaling)
+    weights, numbers = plan.weights, plan.numbers
 
     wide = torch.promote_types(x.dtype, torch.float32)
+    # A factor so near 1 that it is 1 in float32. In float64 only 1 itself is.
+    is_one = HALF_RESOLUTION if wide == torch.float32 else 1e-300
     # Split once: an index into a tensor in every step costs more than the step's own arithmetic on small latents.
-    levels, per_image = sigmas.unbind(), sigmas[:, None].expand(-1, x.shape[0]).contiguous().unbind()
+    levels, for_all = sigmas.unbind(), sigmas[:, None]
+    if x.shape[0] != 1:
+        for_all = for_all.expand(-1, x.shape[0]).contiguous()
+    per_image = for_all.unbind()
     hands_over = getattr(noise, "hands_over", False)
     for i in trange(len(weights), disable=disable):
         denoised = model(x, per_image[i], **extra_args)
@@ -74,15 +79,15 @@ def sample_lcm(
         x0 = _in_dtype(denoised, wide)
         weight = weights[i]
         # Only what has a weight is drawn or read: exact ends, and gamma 0 needs no noise source.
+        after = x0 if abs(1.0 - weight.denoised) < is_one else x0 * weight.denoised
         if weight.fresh:
             fresh = noise(numbers[i], x0)
-            if weight.denoised != 1.0:
-                x0 = x0 * weight.denoised
-            after = torch.add(x0, fresh, alpha=weight.fresh, out=fresh if hands_over else None)
-        else:
-            after = x0 * weight.denoised
+            after = torch.add(after, fresh, alpha=weight.fresh, out=fresh if hands_over else None)
         if weight.x:
-            after.add_(_in_dtype(x, wide), alpha=weight.x)
+            # In place where the tensor is this loop's own.
+            after = torch.add(after, _in_dtype(x, wide), alpha=weight.x, out=None if after is x0 else after)
+        elif after is denoised:
+            after = after.clone()
         x = _in_dtype(after, x.dtype)
     return x
 
@@ -90,11 +95,3 @@ def sample_lcm(
 def _in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x.to(dtype), which is slow where there is nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)
-
-
-def _check_levels(sigmas: Tensor) -> None:
-    if sigmas.ndim != 1:
-        raise ValueError(f"sigmas has shape {tuple(sigmas.shape)}; it must be (steps + 1,).")
-    levels = sigmas.tolist()
-    if not all(math.isfinite(level) and level >= 0 for level in levels) or 0.0 in levels[:-1]:
-        raise ValueError(f"sigmas are {levels}; all must be finite and above 0, the last may be 0.")

@@ -23,11 +23,11 @@ def level_numbers(sigmas: Tensor, table: Tensor | None = None) -> list[int]:
     A number belongs to the level alone, not to its place in a run: whoever stops at a level and goes on from it meets
     the numbers of the undivided run, and no two levels of a run share theirs. Level 0 has no noise; its number is 0.
     """
-    levels = sigmas.detach().to(device="cpu", dtype=torch.float32)
-    numbers: list[int] = levels.contiguous().view(torch.int32).tolist()
+    levels = sigmas.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    numbers: list[int] = levels.view(torch.int32).tolist()
     if table is None or not len(levels):
         return numbers
-    entries = table.detach().to(device="cpu", dtype=torch.float32)
+    entries = table.detach().to(device="cpu", dtype=torch.float32).contiguous()
     above = torch.searchsorted(entries, levels).clamp_max(len(entries) - 1)
     candidates = torch.stack([(above - 1).clamp_min(0), above])
     distances = (entries[candidates] - levels).abs()
@@ -76,15 +76,13 @@ class StepNoise:
                 f"the latent holds {like.shape[0]} images but batch_indices has {len(indices)} entries "
                 f"{list(indices)}; give one index per image, or none to count from 0."
             )
-        if len(indices) == 1:  # the usual case: the same numbers for less
-            generator = self._generator.manual_seed(stream_seed(self.seed, indices[0], level))
-            noise = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu")
-        else:
-            noise = torch.empty(like.shape, dtype=torch.float32, device="cpu")
-            for image, index in zip(noise.unbind(), indices, strict=True):
-                image.normal_(generator=self._generator.manual_seed(stream_seed(self.seed, index, level)))
-        # Asked first: for a small latent a conversion to what it is already costs more than the question.
-        alike = like.dtype == torch.float32 and like.device == noise.device
+        # Asked first, and made of it: for a small latent a conversion to what it is already costs more than the question,
+        # and so does naming dtype and device to torch.
+        alike = like.dtype == torch.float32 and like.device.type == "cpu"
+        noise = like.new_empty(like.shape) if alike else torch.empty(like.shape, dtype=torch.float32, device="cpu")
+        images = noise.unbind() if len(indices) > 1 else (noise,)
+        for image, index in zip(images, indices, strict=False):  # an empty batch has no first image
+            image.normal_(generator=self._generator.manual_seed(stream_seed(self.seed, index, level)))
         return noise if alike else noise.to(device=like.device, dtype=like.dtype)
 
 

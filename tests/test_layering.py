@@ -20,7 +20,13 @@ ALLOWED = {
     "samplers": TENSORS,
     "lora_merge": {*TENSORS, "PIL"},
     # One road for all files: whole or not at all, leftovers tidied, read without being mapped.
-    "distillation": {*TENSORS, "PIL", ".samplers", ".lora_merge.disk"},
+    "distillation": {
+        *TENSORS,
+        "PIL",
+        "bitsandbytes",  # an optimiser of it, where it is installed
+        ".samplers",
+        ".lora_merge.disk",
+    },
     "host": {*TENSORS, *HOST, *CORES, "PIL"},
     "nodes": {*CORES, ".host", "comfy_api"},
     "launch": {*TENSORS, *HOST, *CORES, ".host", "PIL", "accelerate"},
@@ -67,6 +73,8 @@ MAX_LINES, MAX_FILES, MAX_FUNCTION = 350, 12, 40
 LONG_FILES: dict[str, str] = {}
 LARGE_WINGS = {
     "lora_merge/naming": "a family of models is a file of tables, and knows none of the others",
+    "distillation": "one question of a training a file: its loss, its draws, what is kept, how it goes",
+    "host/training": "what one training in ComfyUI asks, a question a file",
     "samplers": "one formula or table of the sampling maths a file",
     "host/sampling": "what one run in ComfyUI asks of the maths, a question a file",
     "nodes": "declarations only, a file for the nodes of one subject",

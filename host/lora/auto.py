@@ -10,7 +10,7 @@ import folder_paths
 from ...lora_merge import Lora
 from ...lora_merge.files.load_save import outline
 from ...lora_merge.metadata.about import merged_inputs
-from ...lora_merge.recognise.catalogue import Published, instead
+from ...lora_merge.recognise.catalogue import PUBLISHED, Published, instead
 from ...lora_merge.recognise.identity import SURE, Identity, identify
 from ...lora_merge.recognise.wrong_base import is_other_base
 from . import files
@@ -44,6 +44,11 @@ class Candidate:
     def sure(self) -> bool:
         return self.identity.preset is not None
 
+    def of_other_half(self, half: str | None) -> bool:
+        """Whether it is for the other half of a model in two (Wan 2.2), as far as both are known."""
+        own = self.identity.expert
+        return own is not None and half is not None and own.expert != half
+
     @property
     def order(self) -> tuple:
         """The surest first, LCM before other presets, then by name, so that one folder gives one answer."""
@@ -75,11 +80,15 @@ def find(model) -> tuple[str, list[str]]:
     base, names = base_of(model), files.lora_names()
     looked = list(_look(names))
     candidates = sorted((one for one in looked if one is not None), key=lambda one: one.order)
-    near = [one for one in candidates if not is_other_base(one.identity.bases, base.base) and _fits(one, model)]
+    near = [
+        one
+        for one in candidates
+        if not is_other_base(one.identity.bases, base.base) and not one.of_other_half(base.expert) and _fits(one, model)
+    ]
     fitting = [one for one in near if one.sure]
     left = len(names) - len(looked)
     if not fitting:
-        raise ValueError(_none(base.words, instead(base.base, _PREFERRED) if base.base else None, near, left))
+        raise ValueError(_none(base.words, _to_get(base.base), near, left))
     best, *others = fitting
     lines = [f"auto: {best.name} is the one for this model among {len(names)} files, {best.identity.sure}."]
     if others:
@@ -129,6 +138,13 @@ def _fits(candidate: Candidate, model) -> bool:
     weights = from_lora(candidate.lora)
     known = KnownWeights(dict(weights), name=candidate.name, metadata=weights.metadata, identity=candidate.identity)
     return not case_of(known, candidate.identity, model, None).wrong(demand_all=True)
+
+
+def _to_get(base: str | None) -> Published | None:
+    """The published file for a base: its LCM-LoRA, or the first of another method where there is none."""
+    if base is None:
+        return None
+    return instead(base, _PREFERRED) or next((entry for entry in PUBLISHED if entry.base == base), None)
 
 
 def _none(model: str, published: Published | None, near: list[Candidate], left: int) -> str:

@@ -31,7 +31,7 @@ def by_step(model, weights, strengths: Sequence[float], conditionings: Sequence)
     told = ", ".join(
         f"{strength:g} {f'from {100 * start:.0f} %' if start else 'at first'}" for start, strength in frames
     )
-    fitting = f"{len(case.found.placed)} of {case.found.asked} modules"
+    fitting = f"{len(case.found.placed)} of {case.counts.asked} modules"
     lines = [
         f"{weights.name}: {fitting} at strength {told} of the schedule.",
         *applied_lines(case, 1.0, 1.0, None, wrong=False)[1:],

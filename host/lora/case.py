@@ -1,6 +1,8 @@
 """All that is known of a LoRA and a MODEL before anything is patched."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from ...lora_merge.recognise.identity import Identity
 from ...lora_merge.recognise.wrong_base import Counts, is_other_base, is_wrong_base
@@ -29,7 +31,23 @@ class Case:
 
     @property
     def accelerates(self) -> bool:
+        """Whether its structure says so. That of a LoRA for a transformer does not: styles change the same modules."""
         return self.identity is not None and self.identity.structure.accelerates
+
+    @cached_property
+    def absent(self) -> Mapping[str, tuple[str, ...]]:
+        """Branch that the model as a whole is made without -> modules of the LoRA that belong to it."""
+        found: dict[str, list[str]] = {}
+        for module in self.found.homeless:
+            if (branch := self.model.lacking_branch(module)) is not None:
+                found.setdefault(branch, []).append(module)
+        return {branch: tuple(modules) for branch, modules in found.items()}
+
+    @cached_property
+    def homeless(self) -> tuple[str, ...]:
+        """Modules that have no place in the model, and should have one."""
+        absent = {module for modules in self.absent.values() for module in modules}
+        return tuple(module for module in self.found.homeless if module not in absent)
 
     @property
     def other_base(self) -> bool:
@@ -41,7 +59,7 @@ class Case:
         found = self.found
         return Counts(
             placed=len(found.placed),
-            homeless=len(found.homeless),
+            homeless=len(self.homeless),
             clashing=len(found.clashing),
             twice=len(found.twice),
             left=len(self.left),

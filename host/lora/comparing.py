@@ -10,10 +10,16 @@ from ...lora_merge.comparing.picture import draw
 from ...lora_merge.comparing.report import as_text
 from ..progress import watched
 from .slots import connected
+from .targets import meeting_in
 
 
-def compare_slots(slots: Mapping[str, object], rank: int) -> tuple[torch.Tensor, str]:
-    """(IMAGE, report). slots: lora_1, strength_1, lora_2, ... as the node has them; an empty lora slot is left out."""
-    found = compare([(slot.lora, slot.strength) for slot in connected(slots)], progress=watched())
+def compare_slots(slots: Mapping[str, object], rank: int, model=None) -> tuple[torch.Tensor, str]:
+    """(IMAGE, report). slots: lora_1, strength_1, lora_2, ... as the node has them; an empty lora slot is left out.
+
+    model: tells which names are of one weight, where nothing else does.
+    """
+    used = connected(slots)
+    loras = meeting_in([slot.lora for slot in used], model)
+    found = compare([(lora, slot.strength) for lora, slot in zip(loras, used, strict=True)], progress=watched())
     pixels = np.asarray(draw(found, rank), dtype=np.float32) / 255.0
     return torch.from_numpy(pixels)[None], as_text(found, rank)

@@ -14,6 +14,7 @@ import folder_paths
 
 from ...lora_merge import load, save
 from ...lora_merge.disk.file_names import path_trouble
+from ...lora_merge.disk.tensor_file import SERVER_MAPPED_ABOVE
 from ...lora_merge.files.dtypes import DTYPES
 from ...lora_merge.files.formats import SAVE_FORMATS as FORMATS
 from ...lora_merge.recognise.identity import identify, sha256_of, worth_hashing
@@ -113,7 +114,7 @@ def _read(path: str, size: int) -> KnownWeights:
         if worth_hashing(size):
             pool.submit(sha256_of, path)
         # As core's own loader, which looks at this while it runs.
-        lora = load(path, mapping=not comfy.utils.DISABLE_MMAP)
+        lora = load(path, mapping=not comfy.utils.DISABLE_MMAP, mapped_above=SERVER_MAPPED_ABOVE)
         weights = from_lora(lora)
     identity = identify(lora, path)
     return KnownWeights(dict(weights), name=weights.name, metadata=weights.metadata, identity=identity)

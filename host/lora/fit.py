@@ -51,7 +51,7 @@ def fit(weights: Mapping[str, torch.Tensor], model, clip=None) -> Fit:
     if clip is not None:
         shapes |= clip.cond_stage_model.state_dict()
         homes = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, homes)
-    lora = comfy.lora_convert.convert_lora(dict(weights))
+    lora = _modulations(comfy.lora_convert.convert_lora(dict(weights)), homes)
     lora = without_cores(lora, modules(lora))
     unread = unread_keys(lora)
     # A LoRA of rank 0 beside an alpha would stop load_lora.
@@ -79,6 +79,18 @@ def fit(weights: Mapping[str, torch.Tensor], model, clip=None) -> Fit:
             taken |= dict.fromkeys(targets, module)
     patches = {target: _in_shape(patch, target, shapes) for target, patch in patches.items() if target in taken}
     return Fit(patches, *map(tuple, (placed, homeless, clashing, twice, waiting, sorted(unread))))
+
+
+def _modulations(lora: dict[str, torch.Tensor], homes: Mapping) -> dict[str, torch.Tensor]:
+    """The same LORA_MODEL with `x.diff_m` as `x.modulation.diff`, where the model has such a parameter: a difference of
+    a Wan block's modulation, for which those who extract LoRAs have a name of their own and ComfyUI has none.
+    """
+    renamed = {}
+    for key, tensor in lora.items():
+        block = key.removesuffix(".diff_m")
+        known = block != key and f"{block}.modulation" in homes
+        renamed[f"{block}.modulation.diff" if known else key] = tensor
+    return renamed
 
 
 def modules(lora: Mapping[str, torch.Tensor]) -> dict[str, dict[str, str]]:

@@ -46,6 +46,6 @@ def identity_of(weights: LoraWeights) -> Identity | None:
         return None
 
 
-def preset_of(identity: Identity | None) -> Preset:
-    """The sampling settings that go with a LoRA; LCM's for one that is not known."""
-    return PRESETS.get(identity.preset or "LCM", PRESETS["LCM"]) if identity else PRESETS["LCM"]
+def preset_of(identity: Identity | None) -> Preset | None:
+    """The sampling settings that go with a LoRA; None for one that is not known, or whose settings are not."""
+    return PRESETS.get(identity.preset or "") if identity else None

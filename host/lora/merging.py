@@ -9,13 +9,14 @@ import folder_paths
 
 from ...lora_merge import describe_merge, merge_with_account, resize_with_account
 from ...lora_merge.files.dtypes import DTYPES
-from ...lora_merge.one_module.protect import which_protected
+from ...lora_merge.one_module.protect import protected_of, which_protected
 from ...lora_merge.recognise.identity import sha256_of
 from ...lora_merge.settings.strengths import for_inputs
 from ..progress import watched
 from .files import lora_names
-from .identity import KnownWeights
+from .identity import KnownWeights, identity_of
 from .slots import LORA, NUMBERS, Slot, connected
+from .targets import meeting_in
 from .weights import LoraWeights, from_lora, named, to_lora
 
 PROTECT = ("auto", "none", *(f"{LORA}{number}" for number in NUMBERS))
@@ -41,12 +42,14 @@ def merge_used(
     protect: str = "auto",
     balanced: bool = False,
     mu: float = 0.0,
+    model=None,
 ):
     """(merged, report). One LoRA alone becomes its strength times itself by every method.
 
     numbers: of all slots; what is said of one that is not used is left out, and the report says so.
     method: under "method" its name, and its own parameters, with seed and dense where it has them.
     size: under "size" its name, and its amount under the name that merge_with_account has for it.
+    model: tells which names are of one weight, where nothing else does.
     """
     parameters = dict(method)
     name = parameters.pop("method")
@@ -65,21 +68,23 @@ def merge_used(
         protect=protect,
         balanced=balanced,
         mu=mu,
+        model=model,
         **elsewhere,
         **{key: amount for key, amount in size.items() if key != "size"},
     )
     return merged, "\n".join([report, *notes])
 
 
-def _merge(used: Sequence[Slot], *, block_strengths: str, protect: str, **choices):
+def _merge(used: Sequence[Slot], *, block_strengths: str, protect: str, model, **choices):
     """(merged, report). choices: of merge_with_account."""
     labels = [str(slot.number) for slot in used]
-    inputs = [(slot.lora, slot.strength) for slot in used]
+    loras = meeting_in([slot.lora for slot in used], model)
+    inputs = [(lora, slot.strength) for lora, slot in zip(loras, used, strict=True)]
     merged, account = _watched(
         [slot.weights for slot in used],
         lambda **more: merge_with_account(
             inputs,
-            protect=which_protected(protect, labels),
+            protect=_protected(protect, used, labels),
             block_strengths=for_inputs(block_strengths, labels),
             **choices,
             **more,
@@ -107,6 +112,15 @@ def _for_used(empty: Collection[str], protect: str, mu: float, text: str, notes:
         else:
             kept.append(line)
     return protect, mu, "\n".join(kept)
+
+
+def _protected(protect: str, used: Sequence[Slot], labels: list[str]):
+    """As which_protected, but `auto` finds LoRAs that are known by their files' hashes too."""
+    which = which_protected(protect, labels)
+    if which != "auto":
+        return which
+    found = protected_of([identity_of(named(slot.weights)) for slot in used], [slot.strength for slot in used])
+    return which if found is None else found
 
 
 def resize(lora, *, dtype: str, **choices) -> tuple[LoraWeights, str]:

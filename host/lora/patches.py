@@ -3,6 +3,8 @@
 import logging
 from dataclasses import dataclass
 
+from comfy_execution.graph_utils import ExecutionBlocker
+
 from ...lora_merge.metadata.about import remarks
 from ...lora_merge.metadata.adapter_config import peft_remarks
 from ...lora_merge.recognise.identity import Identity
@@ -21,13 +23,29 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Applied:
     """model, clip: clones with the patches, or what was given where there was nothing to do.
-    preset: the sampling settings that go with the LoRA, LCM's if it is not known.
+    preset: the sampling settings that go with the LoRA, None if they are not known.   name: of the LoRA.
     """
 
     model: object
     clip: object
     report: str
-    preset: Preset
+    preset: Preset | None
+    name: str
+
+    @property
+    def steps(self) -> int | ExecutionBlocker:
+        """For an output that others take a number from: whoever does is told that there is none."""
+        return self._no_settings("steps") if self.preset is None else self.preset.steps
+
+    @property
+    def cfg(self) -> float | ExecutionBlocker:
+        return self._no_settings("cfg") if self.preset is None else self.preset.cfg
+
+    def _no_settings(self, output: str) -> ExecutionBlocker:
+        return ExecutionBlocker(
+            f"LCM-LoRA Loader has no {output} to give: {self.name} is no acceleration LoRA whose settings are known. "
+            f"Disconnect {output}, and set it as the LoRA's page says."
+        )
 
 
 def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=False, allow_misfit=False) -> Applied:
@@ -40,19 +58,25 @@ def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=Fal
     identity = identity_of(weights)
     preset = preset_of(identity)
     if strength_model == 0 and (clip is None or strength_clip == 0):
-        return Applied(model, clip, f"{weights.name}: not applied, its strength is 0.", preset)
+        return Applied(model, clip, f"{weights.name}: not applied, its strength is 0.", preset, weights.name)
     case = case_of(weights, identity, model, clip)
     found, wrong = case.found, case.wrong(demand_all)
     if wrong and not allow_misfit:
         raise ValueError(refusal(case))
-    lines = applied_lines(case, strength_model, strength_clip, clip, wrong=wrong) + remarks(weights.metadata)
+    lines = applied_lines(case, strength_model, strength_clip, clip, wrong=wrong, for_sampling=demand_all)
+    lines += remarks(weights.metadata)
     lines += [f"Note: {remark}." for remark in peft_remarks(weights.metadata)]
     # Text-encoder modules wait by choice, everything else that is left out is news.
-    (logger.info if found.complete and not wrong else logger.warning)("%s", " ".join(lines))
+    complete = len(found.placed) == case.counts.asked > 0
+    (logger.info if complete and not wrong else logger.warning)("%s", " ".join(lines))
     for_model = {target: patch for target, patch in found.patches.items() if weight_of(target) in case.model.weights}
     for_clip = {target: patch for target, patch in found.patches.items() if target not in for_model}
     return Applied(
-        _patched(model, for_model, strength_model), _patched(clip, for_clip, strength_clip), "\n".join(lines), preset
+        _patched(model, for_model, strength_model),
+        _patched(clip, for_clip, strength_clip),
+        "\n".join(lines),
+        preset,
+        weights.name,
     )
 
 

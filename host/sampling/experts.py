@@ -27,9 +27,10 @@ def steps_above(model_sampling, sigmas: torch.Tensor, boundary: float) -> int:
     boundary: [0, 1], a share of the highest time that the model can be told: sigma itself for a flow model, timestep /
     999 for Stable Diffusion. Wan 2.2 takes its first expert for times of 0.875 and more (text to video) or 0.9.
     """
-    told = model_sampling.timestep(sigmas[:-1]) / model_sampling.timestep(model_sampling.sigma_max)
+    # A number: the model's own levels may be on another device than the schedule.
+    highest = float(model_sampling.timestep(model_sampling.sigma_max))
     # 1e-6: float32 of a level that is the boundary itself.
-    return int((told >= boundary - 1e-6).sum())
+    return int((model_sampling.timestep(sigmas[:-1]) / highest >= boundary - 1e-6).sum())
 
 
 def _check_kin(high, low) -> None:

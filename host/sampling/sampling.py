@@ -9,7 +9,7 @@ from .experts import staged
 from .guidance import FirstStepsGuider
 from .latents import fitted, given_out
 from .pure_noise import from_pure_noise
-from .runs import WHOLE, run
+from .runs import WHOLE, Section, run
 from .sampler import Relay, chosen_gamma, lcm_sampler
 from .schedules import lcm_sigmas
 
@@ -39,7 +39,7 @@ def sample(
 
     preset: a Preset, which replaces steps, cfg, gamma and original_steps, or None.
     section: the steps of the schedule that are run.
-    experts: (MODEL, boundary) of the model for the levels below the boundary, or None; see experts.high_steps.
+    experts: (MODEL, boundary) of the model for the levels below the boundary, or None; see experts.steps_above.
     watch: see runs.run.   Where no step is left to run, the latent as it is.
     """
     schedule = lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps, preset=preset)
@@ -47,6 +47,11 @@ def sample(
         return latent
     gamma = chosen_gamma(gamma, gammas, preset)
     cfg = _possible_cfg(cfg if preset is None else preset.cfg, negative, cfg_steps)
+    sigmas = section.of(schedule)
+    _say_what_is_left(section, schedule, sigmas, latent)
+    if len(sigmas) < 2:
+        latent = fitted(model, latent)
+        return given_out(latent, latent["samples"])
 
     def guider(patcher):
         made = FirstStepsGuider(patcher)
@@ -54,14 +59,6 @@ def sample(
         made.set_cfg(cfg, _last_guided_sigma(schedule, cfg_steps))
         return made
 
-    sigmas = section.of(schedule)
-    if len(sigmas) < 2:
-        logger.warning(
-            "LCM KSampler: no step from %d on and before %d in a run of %d; the latent is given on as it came.",
-            section.start, section.end, len(schedule) - 1,
-        )  # fmt: skip
-        fit = fitted(model, latent)
-        return given_out(fit, fit["samples"])
     stages = [(guider(patcher), levels) for patcher, levels in staged(model, experts, sigmas)]
     relay = Relay() if len(stages) > 1 else None
     return run(
@@ -92,6 +89,23 @@ def _possible_cfg(cfg: float, negative, cfg_steps: int) -> float:
         cfg,
     )
     return 1.0
+
+
+def _say_what_is_left(section: Section, schedule: torch.Tensor, sigmas: torch.Tensor, latent: dict) -> None:
+    """Warnings about a section that does nothing, or that keeps noise in the picture."""
+    if len(sigmas) < 2:
+        logger.warning(
+            "LCM KSampler: no step from %d on and before %d in a run of %d; the latent is given on as it came.",
+            section.start,
+            section.end,
+            len(schedule) - 1,
+        )
+    elif not section.add_noise and latent.get("noise_mask") is not None:
+        logger.warning(
+            "LCM KSampler: add_noise is off and the latent has a noise mask. What the mask keeps stays as it came, with the "
+            "noise of the sampler before, as in KSampler (Advanced). Use one node, which model_low does for two models, "
+            "or paste the picture back with ImageCompositeMasked."
+        )
 
 
 def _last_guided_sigma(sigmas: torch.Tensor, cfg_steps: int) -> float:

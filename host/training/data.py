@@ -9,7 +9,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 
-from ...distillation.draws import ORDER, WHOLE_RUN, generator, shuffled
+from ...distillation.draws import DROPPED, ORDER, WHOLE_RUN, generator, shuffled
 from ...distillation.objective import Batch
 from ..sampling.latents import fitted
 
@@ -56,12 +56,14 @@ def entries(conditionings: Sequence[list], name: str) -> list:
     return found
 
 
-def encoded(patcher, conditioning: list, like: torch.Tensor, kind: str) -> list[dict]:
+def encoded(patcher, conditioning: list, like: torch.Tensor, kind: str, known: dict | None = None) -> list[dict]:
     """What apply_model takes for each entry of a CONDITIONING, one row each, on the CPU.
 
     The model's own extra_conds does it, so SDXL's pooled text and sizes, guidance and the like come along.
-    like: (1, ...) latent of the size to train at.   kind: "positive" or "negative".
+    like: (1, ...) latent of the size to train at.   kind: "positive" or "negative".   known: what was encoded before,
+    for this call to add to; equal tensors are in memory once, as those of one caption with many size labels.
     """
+    known = {} if known is None else known
     device = patcher.load_device
     conds = comfy.sampler_helpers.convert_cond(conditioning)
     like = like.to(device)
@@ -70,7 +72,7 @@ def encoded(patcher, conditioning: list, like: torch.Tensor, kind: str) -> list[
     )
     return [
         {
-            name: moved(value.process_cond(batch_size=1, area=None, device=device), "cpu")
+            name: _once(moved(value.process_cond(batch_size=1, area=None, device=device), "cpu"), known)
             for name, value in cond["model_conds"].items()
         }
         for cond in conds
@@ -85,6 +87,12 @@ def moved(cond, device):
     if isinstance(value, list):
         return cond._copy_with([part.to(device, copy=True) for part in value])
     return cond
+
+
+def _once(cond, known: dict):
+    if not isinstance(cond.cond, torch.Tensor):
+        return cond
+    return cond._copy_with(known.setdefault((type(cond), fingerprint(cond.cond)), cond).cond)
 
 
 def fingerprint(*parts) -> str:
@@ -148,11 +156,19 @@ class Batches:
     """A distillation.trainer.Source: goes through all items in a new order each time.
 
     Items of different size, or whose conditionings cannot be joined, never meet in a batch: each step takes one kind.
-    per_step: items that one optimizer step takes.
+    per_step: items that one optimizer step takes.   dropout: share of them that have their uncond for a cond, too.
+    Raises ValueError if that is above 0 and they cannot be joined.
     """
 
-    def __init__(self, items: Sequence[Item], *, seed: int, per_step: int, device: torch.device) -> None:
-        self.items, self.seed, self.per_step, self.device = list(items), seed, per_step, device
+    def __init__(
+        self, items: Sequence[Item], *, seed: int, per_step: int, device: torch.device, dropout: float = 0.0
+    ) -> None:
+        self.items, self.seed, self.per_step, self.device, self.dropout = list(items), seed, per_step, device, dropout
+        if dropout and not all(comfy.samplers.cond_equal_size(item.cond, item.uncond) for item in self.items):
+            raise ValueError(
+                f"caption_dropout is {dropout:g}, but a positive prompt is of another length than the negative one, so that "
+                "they cannot be in one batch. Set it to 0, or write prompts of the same length."
+            )
         self.kinds: list[list[int]] = []
         for number, item in enumerate(self.items):
             for kind in self.kinds:
@@ -163,7 +179,15 @@ class Batches:
                 self.kinds.append([number])
 
     def __call__(self, step: int, numbers: Sequence[int]) -> Batch:
-        return self.batch(self.chosen(step, numbers))
+        indices = self.chosen(step, numbers)
+        if not self.dropout:
+            return self.batch(indices)
+        return self.batch(indices, [self.drops(step, number) for number in numbers])
+
+    def drops(self, step: int, number: int) -> bool:
+        """Whether the item for this place of a step is learnt without its prompt."""
+        draw = torch.rand((), generator=generator(self.seed, step, number, DROPPED), dtype=torch.float64)
+        return float(draw) < self.dropout
 
     def chosen(self, step: int, numbers: Sequence[int]) -> list[int]:
         """Indices of the items for these places of a step."""
@@ -178,15 +202,24 @@ class Batches:
         ]
         return [kind[int(draw)] for draw in draws]
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """These items, joined, on the device."""
+    def batch(self, indices: Sequence[int], dropped: Sequence[bool] = ()) -> Batch:
+        """These items, joined, on the device. dropped: which of them are without their prompt; none if not given."""
         items = [self.items[index] for index in indices]
-        conds, unconds = [item.cond for item in items], [item.uncond for item in items]
+        unconds = [item.uncond for item in items]
+        drops = dropped or [False] * len(items)
+        conds = [item.uncond if drop else item.cond for item, drop in zip(items, drops, strict=True)]
         both = None
         if comfy.samplers.cond_equal_size(conds[0], unconds[0]):
             both = self._joined([*conds, *unconds], 0, 1)
         z0 = torch.cat([item.latent for item in items]).to(self.device)
         return Batch(z0, self._joined(conds, 0), self._joined(unconds, 1), both)
+
+    def alone(self, likes: Sequence[Item], conds: Sequence[dict]) -> list[Batch]:
+        """A batch for each of these conds, with the size and the uncond of the item beside it."""
+        return [
+            Batch(like.latent.to(self.device), self._joined([cond], 0), self._joined([like.uncond], 1))
+            for like, cond in zip(likes, conds, strict=True)
+        ]
 
     def _joined(self, conds: list[dict], *parts: int) -> Rows:
         rows = [{name: moved(value, self.device) for name, value in cond.items()} for cond in conds]

@@ -12,16 +12,19 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ...distillation.precision import check_tf32
 from ...distillation.recompute import replaced_forwards
 from ...lora_merge.files.dtypes import DTYPES
 from .data import Rows
 
 
-def compute_type(model, choice: str) -> torch.dtype:
+def compute_type(model, choice: str, tf32: bool = False) -> torch.dtype:
     """The dtype to compute in: the one asked for, or for "auto" the one that suits the device.
 
-    bf16 where it is fast, it needs no loss scaling; then fp16; on a CPU fp32.
+    bf16 where it is fast, it needs no loss scaling; then fp16; on a CPU fp32. Raises ValueError for tf32 where it has none.
     """
+    if tf32:
+        check_tf32(model.load_device)
     if choice != "auto":
         return DTYPES[choice]
     device = model.load_device

@@ -8,7 +8,7 @@ from PIL import Image
 from ...lora_merge.comparing.canvas import INK, PAPER, Axes, Canvas
 
 WIDTH, HEIGHT, MARGIN, LABEL = 768, 256, 24, 18
-STEPS = (190, 205, 235)
+STEPS, RED = (190, 205, 235), (200, 60, 40)
 
 
 def smooth(values: Sequence[float], share: float = 0.02) -> list[float]:
@@ -22,26 +22,33 @@ def smooth(values: Sequence[float], share: float = 0.02) -> list[float]:
     return result
 
 
-def loss_curve(losses: Sequence[float]) -> Image.Image:
-    """Loss over steps, logarithmic: each step pale, their running mean dark. Without losses, empty axes."""
-    curves = [_logs(losses), _logs(smooth(losses))]
-    low, high = (min(curves[0].values()), max(curves[0].values())) if curves[0] else (-1.0, 0.0)
+def loss_curve(losses: Sequence[float], validation: Sequence[tuple[int, float]] = ()) -> Image.Image:
+    """Loss over steps, logarithmic: each step pale, their running mean dark, (step, validation loss) red.
+
+    Without losses, empty axes.
+    """
+    fixed = {step: math.log10(max(loss, 1e-12)) for step, loss in validation if math.isfinite(loss)}
+    curves = [(_logs(losses), STEPS, 2), (_logs(smooth(losses)), INK, 2), (fixed, RED, 3)]
+    every = [*curves[0][0].values(), *fixed.values()]
+    low, high = (min(every), max(every)) if every else (-1.0, 0.0)
     flat = 0.0 if high > low else 0.1
-    canvas = Canvas(WIDTH, HEIGHT)
     axes = Axes(
-        canvas,
+        canvas := Canvas(WIDTH, HEIGHT),
         (MARGIN, 8, WIDTH - MARGIN, HEIGHT - 4),
-        (1, max(len(losses), 2)),
+        (min([1, *fixed]), max(len(losses), 2)),
         (low - flat, high + flat),
         title=f"loss {losses[-1]:.3g} after {len(losses)} steps" if losses else "no loss",
         across="step",
         up=f"each step, and their running mean; lowest {min(losses):.3g}, highest {max(losses):.3g}" if losses else "",
         tell=lambda log: f"{10**log:.2g}",
     )
-    for curve, colour in zip(curves, (STEPS, INK), strict=True):
+    for curve, colour, width in curves:
         points = list(curve.items())
         # One step is drawn as a line too.
-        axes.curve(points if len(points) != 1 else [*points, (points[0][0] + 1, points[0][1])], colour)
+        axes.curve(points if len(points) != 1 else [*points, (points[0][0] + 1, points[0][1])], colour, width)
+    if fixed:
+        words = f"validation loss {validation[-1][1]:.3g}, at first {validation[0][1]:.3g}"
+        canvas.text((WIDTH - MARGIN, 8), words, 13, RED, anchor="ra")
     return canvas.image()
 
 
@@ -61,6 +68,15 @@ def row(images: Sequence[Image.Image], label: str) -> Image.Image:
     for place, image in enumerate(scaled):
         picture.paste(image, (place * side, LABEL))
     return picture
+
+
+def named(names: Sequence[str]) -> Image.Image:
+    """A line of text with a name over each column of a row of as many images; of a longer one the middle is left out."""
+    canvas, side = Canvas(WIDTH, LABEL), WIDTH // max(1, len(names))
+    for place, name in enumerate(names):
+        text = name.encode("latin-1", "replace").decode("latin-1")
+        canvas.text((place * side + 3, 2), text.replace("\n", " "), 12, width=side - 6)
+    return canvas.image()
 
 
 def stacked(pictures: Sequence[Image.Image]) -> Image.Image:

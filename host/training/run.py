@@ -1,6 +1,7 @@
 """A training of a LoRA on a MODEL, from latents and conditionings to its tensors: for the node and the command line."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,20 +9,31 @@ from typing import Any
 
 import comfy.utils
 import torch
-from comfy.quant_ops import QuantizedTensor
 
+from ...distillation.adapter import LoraAdapters
 from ...distillation.engine import Alone, Engine
+from ...distillation.objective import Batch
+from ...distillation.precision import tf32
 from ...distillation.settings import Settings
 from ...distillation.trainer import Trainer, adapters_on
+from ...distillation.validation import DRAWS
+from ...lora_merge import Lora
 from ...lora_merge.metadata.fields import ARCHITECTURE
 from ...lora_merge.recognise.identity import ARCHITECTURES
 from ..lora.bases import base_of
+from ..lora.weights import named
 from ..sampling.latents import fitted
 from ..sampling.tables import is_distilled, trained_sigma_table
+from .advice import advice_for
+from .beginning import factors_of
+from .course import validation_words
 from .data import Batches, Item, encoded, fingerprint
+from .identity import some
 from .loan import Denoiser, casting_again, lent
-from .strip import Strip
+from .strip import PICTURES, Strip
 from .teacher_pictures import is_flow
+
+logger = logging.getLogger(__name__)
 
 TRAIN_TIMESTEPS = 1000
 
@@ -32,7 +44,10 @@ class Work:
 
     latents: (1, ...) each, as the graph has them.   conds, unconds: entries of CONDITIONINGs.   prompts: for each latent,
     which of conds and which of unconds.   table: sigma_table(model).   alpha: 0 takes the rank.
-    recompute: gradient checkpointing.
+    recompute: gradient checkpointing.   shown: entries to make samples of; none takes those of the first pictures.
+    names: what to call these, or the pictures; empty if nothing is known.
+    start: the LORA_MODEL to begin with; None begins anew.   own: whether the model made the pictures itself.
+    tf32: see distillation.precision.
     """
 
     model: Any
@@ -46,17 +61,42 @@ class Work:
     rank: int
     alpha: float
     recompute: bool
+    shown: Sequence = ()
+    names: Sequence[str] = ()
+    start: Mapping[str, torch.Tensor] | None = None
+    own: bool = False
+    tf32: bool = False
 
 
 class Training:
-    """`trainer` is ready to run, on the lent MODEL."""
+    """`trainer` is ready to run, on the lent MODEL.   remarks: sentences for the report."""
 
-    def __init__(self, work: Work, patcher, batches: Batches, trainer: Trainer, denoise: Denoiser) -> None:
+    def __init__(
+        self, work: Work, patcher, batches: Batches, trainer: Trainer, denoise: Denoiser, remarks: Sequence[str] = ()
+    ) -> None:
         self.work, self.patcher, self.batches, self.trainer, self.denoise = work, patcher, batches, trainer, denoise
+        self.remarks = remarks
 
     def strip(self, vae, rough) -> Strip:
         """Sample strips of this training. vae: decodes them, or None.   rough: see strip.rough_previewer."""
-        return Strip(self.patcher, self.denoise, self.batches, self.trainer, vae, rough)
+        kind = max(self.batches.kinds, key=len)  # the commonest size
+        shown = None
+        if self.work.shown:
+            shown = encoded(self.patcher, self.work.shown, self.batches.items[kind[0]].latent, "positive")
+        names = self.work.names if shown or not self.work.names else [self.work.names[place] for place in kind]
+        return Strip(
+            self.patcher, self.denoise, self.batches.batch(kind[:PICTURES]),
+            self.batches.alone([self.batches.items[kind[0]]] * len(shown), shown) if shown else None,
+            self.trainer, vae, rough, names=names[:PICTURES], begun=self.work.start is not None,
+        )  # fmt: skip
+
+    def picture(self, number: int) -> Batch:
+        """A batch of one picture, for draw `number` of the validation loss: of all that is learnt from, evenly."""
+        return self.batches.batch([number * len(self.batches.items) // DRAWS])
+
+    def lora(self, name: str, **more) -> Lora:
+        """The LoRA as it is now, to be saved. more: see metadata."""
+        return Lora.from_state_dict(self.tensors(), metadata=self.metadata(**more), source=name)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The LoRA as it is now, in the keys of the published LCM-LoRAs where the model has such."""
@@ -74,22 +114,25 @@ class Training:
         known = {ARCHITECTURE: architecture} if architecture else {}
         return known | {"modelspec.title": "LCM-LoRA", "lcm_kit.distillation": json.dumps(facts | more, sort_keys=True)}
 
-    def report(self, tensors: Mapping[str, torch.Tensor], given: bool, seconds: float) -> list[str]:
-        """Lines for the user. tensors: the LoRA.   given: whether the pictures are the user's.   seconds: it took."""
+    def report(
+        self, tensors: Mapping[str, torch.Tensor], seconds: float, validation: Sequence[tuple[int, float]]
+    ) -> list[str]:
+        """Lines for the user. tensors: the LoRA.   seconds: it took.   validation: see Course."""
         settings, losses = self.trainer.settings, self.trainer.losses
         modules = sum(key.endswith(".alpha") for key in tensors)
         size = sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(".alpha"))
         low, high = settings.cfg
         tenth = max(1, len(losses) // 10)
-        return [
+        lines = [
             f"LCM-LoRA with {modules} modules, {size:,} parameters ({size * 2 / 1e6:.1f} MB in fp16).",
             f"{self.trainer.done} steps of {settings.batch * settings.accumulate} images from {len(self.work.latents)} "
-            f"pictures{'' if given else ' that the model made itself'}; guidance "
+            f"pictures{' that the model made itself' if self.work.own else ''}; guidance "
             f"{f'{low:g}' if low == high else f'{low:g} to {high:g}'}, skip {settings.skip}, "
             f"{str(self.work.dtype).split('.')[-1]}.",
             f"Loss {sum(losses[:tenth]) / tenth:.4g} in the first tenth, {sum(losses[-tenth:]) / tenth:.4g} in the last; "
             f"{seconds:.0f} seconds.",
         ]
+        return [*lines, *validation_words(validation), *self.remarks, *settings.hints()]
 
 
 @contextmanager
@@ -111,8 +154,8 @@ def training(
         device, network = patcher.load_device, patcher.model.diffusion_model
         items = items_of(patcher, work.latents, work.conds, work.unconds, work.prompts)
         per_step = settings.batch * settings.accumulate * engine.num_processes
-        batches = Batches(items, seed=settings.seed, per_step=per_step, device=device)
-        with casting_again(network, not work.recompute), adapters_on(
+        batches = Batches(items, seed=settings.seed, per_step=per_step, device=device, dropout=settings.caption_dropout)
+        with tf32(work.tf32, device), casting_again(network, not work.recompute), adapters_on(
             network, work.rank, work.alpha or None, seed=settings.seed, recompute=work.recompute, device=device
         ) as adapters:  # fmt: skip
             identity = {
@@ -121,13 +164,26 @@ def training(
                 "rank": work.rank,
                 "alpha": work.alpha or work.rank,
             } | dict(facts or {})  # fmt: skip
+            remarks = advice_for(work.model, settings, len(items), work.own)
+            if work.start is not None:
+                identity["start"], lost = _begin(work.start, patcher, adapters)
+                remarks += lost
+            for remark in remarks if engine.process_index == 0 else ():
+                logger.warning("%s", remark)
             check(identity)
-            denoise = Denoiser(patcher)
             trainer = Trainer(
-                denoise, adapters, batches, work.table.to(device), settings, flow=is_flow(work.model), identity=identity,
-                engine=engine,
+                (denoise := Denoiser(patcher)), adapters, batches, work.table.to(device), settings,
+                flow=is_flow(work.model), identity=identity, engine=engine, spread=_spread(items),
             )  # fmt: skip
-            yield Training(work, patcher, batches, trainer, denoise)
+            yield Training(work, patcher, batches, trainer, denoise, remarks)
+
+
+def _begin(start: Mapping[str, torch.Tensor], patcher, adapters: LoraAdapters) -> tuple[str, list[str]]:
+    """Begins with a LORA_MODEL; returns (what tells it from another, sentences on what of it is lost)."""
+    lora = named(start)
+    factors, lost = factors_of(lora, patcher, adapters.names, lora.name)
+    adapters.start_from(factors, lora.name)
+    return fingerprint(factors), lost
 
 
 def sigma_table(model) -> torch.Tensor:
@@ -154,33 +210,29 @@ def empty_latent(model, latents: Sequence[dict], width: int, height: int) -> tor
 def items_of(patcher, latents, conds: list, unconds: list, prompts: Sequence[tuple[int, int]]) -> list[Item]:
     """Latents in the network's scale beside their encoded conditionings, each encoded once for each size. See Work."""
     known: dict[torch.Size, tuple[list[dict], list[dict]]] = {}
+    tensors: dict = {}
     items = []
     for latent, (cond, uncond) in zip(latents, prompts, strict=True):
         # Cloned: the graph's tensors were made in inference mode.
         latent = patcher.model.process_latent_in(latent.clone())
         if latent.shape not in known:
             known[latent.shape] = (
-                encoded(patcher, conds, latent, "positive"),
-                encoded(patcher, unconds, latent, "negative"),
+                encoded(patcher, conds, latent, "positive", tensors),
+                encoded(patcher, unconds, latent, "negative", tensors),
             )
         encoded_conds, encoded_unconds = known[latent.shape]
         items.append(Item(latent, encoded_conds[cond], encoded_unconds[uncond]))
     return items
 
 
-# Numbers of a weight that tell it from another: its first ones, and as many spread over it.
-FIRST, SPREAD = 8, 64
+def _spread(items: Sequence[Item]) -> float:
+    """Root mean square of all latents."""
+    return float(torch.stack([item.latent.float().square().mean() for item in items]).mean().sqrt())
 
 
 def _fingerprint_of_weights(network: torch.nn.Module) -> str:
     """Of all weights as they are used, with patches: a LoRA may change any of them, and any part of one."""
-    return fingerprint([[name, tuple(weight.shape), _some(weight)] for name, weight in network.named_parameters()])
-
-
-def _some(weight: torch.Tensor) -> torch.Tensor:
-    numbers = (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).detach().flatten()
-    spread = numbers[:: max(1, len(numbers) // SPREAD)]
-    return torch.cat([numbers[:FIRST].float(), spread.float()])
+    return fingerprint([[name, tuple(weight.shape), some(weight)] for name, weight in network.named_parameters()])
 
 
 def _published_names(model) -> dict[str, str]:

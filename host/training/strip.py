@@ -1,79 +1,129 @@
 """Sample strips of a LoRA that is being trained: a few pictures in 4 steps, always of the same noise."""
 
+from collections.abc import Sequence
+
 import latent_preview
 import numpy as np
 import torch
 from PIL import Image
 
 from ...distillation.draws import SAMPLES, WHOLE_RUN, generator
+from ...distillation.objective import Batch
 from ...distillation.trainer import Trainer
 from ...samplers.multistep import sample_lcm
 from ...samplers.noise import StepNoise
 from ...samplers.schedule import lcm_timesteps, sigmas_at
-from .data import Batches
-from .picture import loss_curve, row, stacked
+from .picture import WIDTH, loss_curve, named, row, stacked
 
 PICTURES, STEPS = 4, 4
+ROWS = 4  # of samples, in the final picture
 
 
 class Strip:
-    """patcher: the lent MODEL.   vae: decodes if there is one; else `rough` does, ComfyUI's preview, or None."""
+    """patcher: the lent MODEL.   vae: decodes if there is one; else `rough` does, ComfyUI's preview, or None.
 
-    def __init__(self, patcher, denoise, batches: Batches, trainer: Trainer, vae, rough) -> None:
+    batch: some of what is learnt from.   shown: batches of one, whose prompts samples are made of; None takes those of
+    `batch`.   names: what the samples are called, empty if that is not known.   begun: whether the training began with
+    another LoRA.
+    """
+
+    def __init__(
+        self, patcher, denoise, batch: Batch, shown: Sequence[Batch] | None, trainer: Trainer, vae, rough, *,
+        names: Sequence[str] = (), begun: bool = False,
+    ) -> None:  # fmt: skip
         self.model, self.denoise, self.trainer, self.vae = patcher.model, denoise, trainer, vae
-        kind = max(batches.kinds, key=len)  # the commonest size
-        self.batch = batches.batch(kind[:PICTURES])
-        self.rough = rough
+        self.batch, self.groups = batch, [batch] if shown is None else [*shown][:PICTURES]
+        self.rough, self.names, self.begun = rough, names, begun
+        # (steps done, latents): of step 0, and of some on the way.
+        self.course: list[tuple[int, torch.Tensor]] = []
 
     @torch.no_grad()
-    def preview(self):
-        """What ComfyUI's progress bar takes for a picture, or None where nothing can be shown."""
-        images = self._images(self._samples(), self.rough)
-        picture = row(images, f"{STEPS} steps, after {self.trainer.done}") if images else None
-        return None if picture is None else ("JPEG", picture, latent_preview.MAX_PREVIEW_RESOLUTION)
-
-    @torch.no_grad()
-    def last(self) -> torch.Tensor:
-        """Latents of the finished LoRA, as the network sees them, on the CPU."""
+    def take(self, *, first: bool = False) -> None:
+        """Samples of the LoRA as it is now.   first: without it, too, if the training is on its way already."""
+        done = self.trainer.done
+        if self.rough is None and self.vae is None:
+            return
+        if first and done and not self.begun:
+            with self.trainer.adapters.disabled():
+                self.course.append((0, self._samples().cpu()))
+        self.course = [pair for pair in self.course if pair[0] != done]
         with self.trainer.result():
-            return self._samples().cpu()
+            self.course.append((done, self._samples().cpu()))
+        if len(self.course) > 2 * ROWS:  # the first one and the latest stay
+            del self.course[1:-1:2]
 
-    def picture(self, last: torch.Tensor | None) -> torch.Tensor:
-        """IMAGE (1, height, width, 3): the loss, what was learnt from, and what the LoRA makes in 4 steps."""
-        rows = [loss_curve(self.trainer.losses)]
-        for latents, label in ((self.batch.z0.cpu(), "trained on"), (last, f"the LoRA in {STEPS} steps, cfg 1")):
-            images = [] if latents is None else self._decoded(latents)
+    def preview(self, validation: Sequence[tuple[int, float]] = ()):
+        """What ComfyUI's progress bar takes for a picture: the curve, the first samples and the latest."""
+        return "JPEG", self._drawn(self._first_and_last(), self._rough, validation), WIDTH
+
+    def roughly(self) -> Image.Image | None:
+        """The latest samples as ComfyUI's preview has them; None where there are none, or no colours for them."""
+        done, latents = self.course[-1] if self.course else (0, torch.empty(0))
+        images = self._rough(latents)
+        rows = [named(self.names)] if self.names and images else []
+        return stacked([*rows, row(images, _label(done))]) if images else None
+
+    def picture(self, validation: Sequence[tuple[int, float]] = ()) -> torch.Tensor:
+        """IMAGE (1, height, width, 3): the loss, what was learnt from, and what the LoRA makes in 4 steps on the way."""
+        whole = self._drawn(self._spread(), self._decoded, validation)
+        return torch.from_numpy(np.asarray(whole).astype(np.float32) / 255)[None]
+
+    def _first_and_last(self) -> list[tuple[int, torch.Tensor]]:
+        return self.course[:1] + self.course[1:][-1:]
+
+    def _spread(self) -> list[tuple[int, torch.Tensor]]:
+        """ROWS of the course at most, the first and the last among them."""
+        last = len(self.course) - 1
+        places = sorted({round(number * last / (ROWS - 1)) for number in range(ROWS)})
+        return [self.course[place] for place in places] if self.course else []
+
+    def _drawn(self, course, decode, validation) -> Image.Image:
+        rows = [loss_curve(self.trainer.losses, validation)]
+        shown = [(self.batch.z0.cpu(), "trained on"), *((latents, _label(done)) for done, latents in course)]
+        for latents, label in shown:
+            images = decode(latents)
             rows += [row(images, label)] if images else []
-        return torch.from_numpy(np.asarray(stacked(rows)).astype(np.float32) / 255)[None]
+        if self.names and len(rows) > 2:
+            rows.insert(2, named(self.names))  # over the samples
+        return stacked(rows)
 
     def _samples(self) -> torch.Tensor:
-        table, settings, z0 = self.trainer.table, self.trainer.settings, self.batch.z0
+        return torch.cat([self._sampled(batch, number) for number, batch in enumerate(self.groups)])
+
+    def _sampled(self, batch, first: int) -> torch.Tensor:
+        """first: number of the first one, of which its noise is made."""
+        table, settings, z0 = self.trainer.table, self.trainer.settings, batch.z0
         points = len(self.trainer.grid)
         timesteps = lcm_timesteps(min(STEPS, points), original_steps=points, train_timesteps=len(table))
         sigmas = sigmas_at(timesteps, table)
         noise = torch.stack([
             torch.randn(z0.shape[1:], generator=generator(settings.seed, WHOLE_RUN, number, SAMPLES))
-            for number in range(len(z0))
+            for number in range(first, first + len(z0))
         ]).to(z0)  # fmt: skip
         sampling = self.model.model_sampling
         x = sampling.noise_scaling(sigmas[:1].to(z0), noise, torch.zeros_like(z0), not self.trainer.flow)
         return sample_lcm(
-            lambda x, sigma: self.denoise(x, sigma, self.batch.cond), x, sigmas, disable=True,
+            lambda x, sigma: self.denoise(x, sigma, batch.cond), x, sigmas, disable=True,
             noise=StepNoise(settings.seed), timesteps=None if self.trainer.flow else torch.tensor(timesteps),
             table=table, noise_scaling=sampling.noise_scaling,
         )  # fmt: skip
 
     def _decoded(self, latents: torch.Tensor) -> list[Image.Image]:
         if self.vae is None:
-            return self._images(latents, self.rough)
+            return self._rough(latents)
         images = self.vae.decode(self.model.process_latent_out(latents))
         images = images.reshape(-1, *images.shape[-3:])  # frames of a video follow each other
         return [Image.fromarray((image * 255).clamp(0, 255).byte().cpu().numpy()) for image in images[: 2 * PICTURES]]
 
-    def _images(self, latents: torch.Tensor, previewer) -> list[Image.Image]:
-        if previewer is None:
+    def _rough(self, latents: torch.Tensor) -> list[Image.Image]:
+        if self.rough is None:
             return []
-        return [previewer.decode_latent_to_preview(latent) for latent in latents.float().cpu().split(1)]
+        parts = latents.float().cpu().split(1) if len(latents) else []
+        return [self.rough.decode_latent_to_preview(latent) for latent in parts]
+
+
+def _label(done: int) -> str:
+    return f"in {STEPS} steps at cfg 1, " + (f"after {done} training steps" if done else "before the training")
 
 
 def rough_previewer(latent_format):

@@ -1,22 +1,24 @@
 """Data without pictures: the MODEL's own, made by ComfyUI's sampler, once."""
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import comfy.model_sampling
 import comfy.sample
 import comfy.utils
 import torch
 
-from ...distillation import checkpoint
 from ...distillation.draws import SAMPLES, generator
+from ...distillation.kept import Kept, key_of
 from ...distillation.settings import Settings
 from ..page import show
 from .data import fingerprint
+from .identity import identity_of
+from .prompts import chunks, joined
 
 STEPS = 25
 
-# The last pictures: another learning rate must not cost them again. fingerprint -> latents.
-_made: dict[str, list[torch.Tensor]] = {}
+# The last pictures of a training that keeps nothing: another learning rate must not cost them again.
+_memory = Kept()
 
 
 def is_flow(model) -> bool:
@@ -24,52 +26,55 @@ def is_flow(model) -> bool:
     return isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
 
 
-def teachers_pictures(model, prompts: list[tuple], empty: torch.Tensor, settings: Settings, cache: Path | None) -> list:
+def teachers_pictures(
+    model, prompts: Sequence[tuple], empty: torch.Tensor, settings: Settings, kept: Kept | None
+) -> list[torch.Tensor]:
     """One (1, ...) latent for each prompt, as the graph has latents, on the CPU.
 
     prompts: (entry of positive, entry of negative) for each.   empty: (1, ...) zeros.   settings: batch, seed and cfg,
-    of whose range the middle is used.   cache: file that keeps the latents for a run that is resumed, or None.
-    Raises ValueError for a file from other inputs.
+    of whose range the middle is used.   kept: where each is looked for and left as soon as it is made; None for memory,
+    which has those of the last call.
     """
     cfg = sum(settings.cfg) / 2
-    inputs = {"prompts": fingerprint(prompts), "shape": list(empty.shape), "cfg": cfg, "seed": settings.seed}
-    if cache is not None and cache.exists():
-        kept, facts = checkpoint.read(cache)
-        if wrong := checkpoint.differences(facts, inputs):
-            raise ValueError(
-                f"{cache.name} holds pictures that the model made for another training ({'; '.join(wrong)}). Set these "
-                "as they were, or use another resume name."
-            )
-        return list(kept["latents"].split(1))
-    identity = fingerprint(inputs, str(model.patches_uuid), id(model.model))
-    if identity not in _made:
-        made = _sampled(model, prompts, empty, settings, cfg)
-        _made.clear()
-        _made[identity] = made
-    if cache is not None:
-        checkpoint.write(cache, {"latents": torch.cat(_made[identity])}, inputs)
-    return _made[identity]
-
-
-def _sampled(model, prompts, empty, settings, cfg) -> list[torch.Tensor]:
     sampler, scheduler = ("euler", "simple") if is_flow(model) else ("dpmpp_2m", "sgm_uniform")
-    alike: dict[tuple[int, int], list[int]] = {}
-    for number, (positive, negative) in enumerate(prompts):
-        alike.setdefault((id(positive), id(negative)), []).append(number)
-    results: dict[int, torch.Tensor] = {}
-    progress = comfy.utils.ProgressBar(len(prompts))
-    for numbers in alike.values():
-        positive, negative = prompts[numbers[0]]
-        for first in range(0, len(numbers), settings.batch):
-            chunk = numbers[first : first + settings.batch]
-            noise = torch.cat([
-                torch.randn(empty.shape, generator=generator(settings.seed, 0, number, SAMPLES)) for number in chunk
-            ])  # fmt: skip
-            made = comfy.sample.sample(
-                model, noise, STEPS, cfg, sampler, scheduler, [positive], [negative], torch.zeros_like(noise),
-                disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=settings.seed,
-            )  # fmt: skip
-            results |= {number: one.float().cpu() for number, one in zip(chunk, made.split(1), strict=True)}
-            progress.update_absolute(len(results))
-            show(f"the model has made {len(results)} of {len(prompts)} pictures to learn from")
-    return [results[number] for number in range(len(prompts))]
+    table = model.get_model_object("model_sampling").sigmas
+    made_by = identity_of(model), fingerprint(table), STEPS, sampler, scheduler, cfg, settings.seed, [*empty.shape]
+    known: dict[int, str] = {}
+    for pair in prompts:
+        if id(pair[0]) not in known or id(pair[1]) not in known:
+            known |= {id(entry): fingerprint(entry) for entry in pair}
+    # The number of a picture is that of its noise.
+    keys = [key_of(*made_by, known[id(one)], known[id(two)], number) for number, (one, two) in enumerate(prompts)]
+    if kept is None:
+        kept = _memory
+        if not all(key in kept for key in keys):
+            kept.clear()
+
+    def made(numbers: list[int]) -> list[torch.Tensor]:
+        noise = torch.cat([
+            torch.randn(empty.shape, generator=generator(settings.seed, 0, number, SAMPLES)) for number in numbers
+        ])  # fmt: skip
+        positive, negative = (joined([prompts[number][side] for number in numbers]) for side in (0, 1))
+        latents = comfy.sample.sample(
+            model, noise, STEPS, cfg, sampler, scheduler, [positive], [negative], torch.zeros_like(noise),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=settings.seed,
+        )  # fmt: skip
+        return [one.float().cpu() for one in latents.split(1)]
+
+    if not all(key in kept for key in keys):
+        _make(chunks(model, prompts, empty, settings.batch), keys, made, kept)
+    found = kept.get(keys)
+    return [found[key]["latent"] for key in keys]
+
+
+def _make(
+    places: list[list[int]], keys: list[str], made: Callable[[list[int]], list[torch.Tensor]], kept: Kept
+) -> None:
+    progress, done = comfy.utils.ProgressBar(len(keys)), 0
+    for chunk in places:
+        if missing := [number for number in chunk if keys[number] not in kept]:
+            latents = made(missing)
+            kept.add({keys[number]: {"latent": latent} for number, latent in zip(missing, latents, strict=True)})
+        done += len(chunk)
+        progress.update_absolute(done)
+        show(f"the model has made {done} of {len(keys)} pictures to learn from")

@@ -20,7 +20,9 @@ _COLOURS: tuple[Colour, ...] = (
 _STRONG, _WITH, _AGAINST = (0, 90, 150), (0, 135, 100), (200, 50, 20)
 _TOP, _MAP, _CHART = 88, 470, 300
 _LEAST_ROW, _MOST_ROW = 24, 42
-_MOST_ROWS = 30
+_SMALL_ROW = 15  # where there are more than _FEW_ROWS; every block of the deepest models has one of its own
+_FEW_ROWS, _MOST_ROWS = 30, 64
+_NAME = (110, 178)  # width of the column of names, at least and at most
 _NAMED = 2
 _LEAST_SHARE = 1e-4  # the spectrum's axis ends there
 
@@ -32,7 +34,8 @@ def draw(comparison: Comparison, rank: int = 0, *, swept: int = 0) -> Image.Imag
     """
     rows = _rows(comparison)
     # Room for two charts on the right; few blocks share that height, many take more.
-    each = min(_MOST_ROW, max(_LEAST_ROW, (2 * _CHART - 94) // max(len(rows), 1)))
+    least = _LEAST_ROW if len(rows) <= _FEW_ROWS else _SMALL_ROW
+    each = min(_MOST_ROW, max(least, (2 * _CHART - 94) // max(len(rows), 1)))
     height = _TOP + max(2 * _CHART + 16, 46 + each * len(rows) + 64) + 12
     canvas = Canvas(WIDTH, height)
     _title(canvas, comparison)
@@ -89,9 +92,9 @@ def _rows(c: Comparison) -> list[_Row]:
             break
         every = paired
     rows = [_row(c, blocks) for blocks in every]
+    # The rest is the name that block strengths are given by.
     only_unet = all(row.name.startswith("unet ") for row in rows)
-    return [replace(row, name=row.name.removeprefix("unet ").replace("_blocks", "")) if only_unet else
-            replace(row, name=row.name.replace("_blocks", "")) for row in rows]  # fmt: skip
+    return [replace(row, name=row.name.removeprefix("unet ")) for row in rows] if only_unet else rows
 
 
 def _part(block: Group) -> str:
@@ -113,7 +116,9 @@ def _row(c: Comparison, blocks: list[Group]) -> _Row:
 
 def _heat_map(canvas: Canvas, c: Comparison, rows: list[_Row], each: int) -> None:
     columns = len(c.inputs) + (len(c.inputs) > 1)
-    left, top, names = 16.0, float(_TOP), 118.0
+    left, top, size = 16.0, float(_TOP), 12 if each > _SMALL_ROW else 11
+    longest = max(canvas.length(row.name, size) for row in rows)
+    names = min(max(longest + 14, _NAME[0]), _NAME[1])
     wide = (_MAP - names) / columns
     canvas.text((left, top), "Norm in each block, with alpha and strength", 15)
     heads = [*_keys(c), "cosine"][:columns]
@@ -124,7 +129,7 @@ def _heat_map(canvas: Canvas, c: Comparison, rows: list[_Row], each: int) -> Non
     largest = max(max(row.norms) for row in rows) or 1.0
     for number, row in enumerate(rows):
         y = top + 46 + number * each
-        canvas.text((left + names - 8, y + each / 2), row.name, 12, anchor="rm", width=names - 12)
+        canvas.text((left + names - 8, y + each / 2), row.name, size, anchor="rm", width=names - 12)
         for index in range(columns):
             x = left + names + index * wide
             if index < len(c.inputs):
@@ -139,7 +144,7 @@ def _heat_map(canvas: Canvas, c: Comparison, rows: list[_Row], each: int) -> Non
                 absent = row.cosine is None
             canvas.rectangle((x, y, x + wide - 2, y + each - 2), fill=PAPER if absent else colour, outline=PALE)
             shown, ink = ("-", GREY) if absent else (value, _readable(colour))
-            canvas.text((x + wide / 2 - 1, y + each / 2 - 1), shown, 12, ink, anchor="mm")
+            canvas.text((x + wide / 2 - 1, y + each / 2 - 1), shown, size, ink, anchor="mm")
     y = top + 46 + len(rows) * each + 8
     if len(c.inputs) > 1:
         of = "" if len(c.inputs) == 2 else ", the largest of any two"

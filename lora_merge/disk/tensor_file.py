@@ -7,7 +7,8 @@ A file that is mapped into memory costs nothing until its pages are looked at, b
 trainer that saves to that name, rsync --inplace) ends this process with a SIGBUS that nothing can catch. Reading takes
 0.4 ms of CPU for each MB, 0.05 s for a LoRA of 130 MB, as much memory as the pages that would have been looked at
 anyway, and nothing that happens to the file later matters. Beyond MAPPED_ABOVE the memory would hurt more: the system
-can take back pages of a file, not those of a copy.
+can take back pages of a file, not those of a copy. A server, which has other people's work to lose and keeps its files for
+long, reads up to SERVER_MAPPED_ABOVE; a command that ends so has written its result whole or not at all.
 """
 
 from __future__ import annotations
@@ -26,21 +27,25 @@ from torch import Tensor
 from .hashes import BLANK, Hashes, training
 from .header import DTYPES, Header, check_written, opened
 
-MAPPED_ABOVE = 1 << 30
+SERVER_MAPPED_ABOVE = 1 << 30
+# Windows replaces no file that is mapped, and a result may take its input's place.
+MAPPED_ABOVE = 1 << 28 if os.name == "posix" else SERVER_MAPPED_ABOVE
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Wide numbers first, so that all are aligned, and otherwise as safetensors sorts them: then who loads a file and lets
 # safetensors write it again, as kohya's tools do for a hash, has the same bytes.
 _ORDER = "U64 I64 F64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
 
 
-def read(path: Path, *, mapping: bool = True) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def read(
+    path: Path, *, mapping: bool = True, mapped_above: int | None = None
+) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """(tensors in the order of the file, metadata). Writing into a tensor changes this copy only, never the file.
 
-    mapping: whether a file of more than MAPPED_ABOVE bytes may be mapped instead.
+    mapping: whether a file of more than `mapped_above` bytes, MAPPED_ABOVE if None, may be mapped instead.
     Raises ValueError for a file that check_header refuses, that cannot be read, or that changes meanwhile.
     """
     with opened(path) as (file, header):
-        if mapping and header.size > MAPPED_ABOVE:
+        if mapping and header.size > (MAPPED_ABOVE if mapped_above is None else mapped_above):
             whole = torch.frombuffer(mmap.mmap(file.fileno(), header.size, access=mmap.ACCESS_COPY), dtype=torch.uint8)
             memory = whole[header.begin :]
         else:

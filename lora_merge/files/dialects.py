@@ -1,7 +1,9 @@
-"""Whole files in spellings of their own, which ComfyUI recognises by single keys and renames: Flux Tools' and USO's."""
+"""Files in spellings of their own: Flux Tools' and USO's, which ComfyUI recognises by single keys and renames as a whole, and
+keys of LoRAs extracted from Wan, which it does not know."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -21,6 +23,8 @@ _OF_USO = {
     ".proj_lora.": ".linear2.",
     ".processor.": ".",
 }
+# A difference of a Wan block's modulation, for which those who extract LoRAs have a word of their own.
+_MODULATION = re.compile(r"(.*\bblocks\.\d+|.*\bhead)(\.)diff_m$")
 RESHAPED = "diffusion_model.img_in.reshape_weight"
 
 
@@ -36,7 +40,7 @@ def renamed(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
                 name = name.replace(theirs, ours)
             result[key] = f"diffusion_model.{name}"
         return result
-    return {key: key for key in state_dict}
+    return {key: _MODULATION.sub(r"\1\2modulation.diff", key) for key in state_dict}
 
 
 def added(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -34,10 +34,11 @@ _FEW = 8
 
 
 @named
-def load(path: str | os.PathLike[str], *, mapping: bool = True) -> Lora:
+def load(path: str | os.PathLike[str], *, mapping: bool = True, mapped_above: int | None = None) -> Lora:
     """The LoRA in a safetensors file, in any spelling that naming/names.py and keys.py know.
 
-    mapping: whether a file above 1 GiB may be mapped into memory; whoever cuts such a file off ends this process.
+    mapping: whether a file above `mapped_above` bytes (256 MiB, 1 GiB on Windows, if None) may be mapped into memory;
+    whoever cuts such a file off ends this process.
     For a PEFT folder's `adapter_model.safetensors` the scale is taken from `adapter_config.json` beside it, also for a
     renamed one if ranks and modules are the same.
     Raises FileNotFoundError if there is no such file, ValueError if it is no whole safetensors file of a LoRA, with at
@@ -48,7 +49,7 @@ def load(path: str | os.PathLike[str], *, mapping: bool = True) -> Lora:
         raise FileNotFoundError(f"{path}: there is no such file; check the name and the folder.")
     if path.is_dir():
         raise ValueError(f"{path}: this is a folder; give the .safetensors file in it.")
-    tensors, notes = read(path, mapping=mapping)
+    tensors, notes = read(path, mapping=mapping, mapped_above=mapped_above)
     return Lora.from_state_dict(tensors, metadata=_notes(path, tensors, notes), source=path.name)
 
 

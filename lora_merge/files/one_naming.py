@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import Tensor
 
-from ..naming.aliases import text_encoder
-from ..naming.families import family_of, written
+from ..naming.aliases import body, text_encoder
+from ..naming.families import family_of, one_for_all, written
 from ..naming.family import Family, Part, Rows
 from ..updates.layer import Layer, LoraLayer, is_safe
 from .lora import Lora
@@ -20,8 +20,11 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class _New:
-    """What becomes of one LoRA's modules: their names, and which of them change with their halves the other way about."""
+class Renaming:
+    """What becomes of one LoRA's modules.
+
+    names: old canonical name -> new one.   turned: old names of those that change with their halves the other way about.
+    """
 
     names: Mapping[str, str]
     turned: frozenset[str]
@@ -29,56 +32,77 @@ class _New:
 
 def family_of_loras(loras: Iterable[Lora]) -> Family | None:
     """The one family that each LoRA, as far as it changes the model at all, is recognised as of."""
-    return family_of(filter(None, map(_of_model, loras)))
+    return family_of(filter(None, map(of_model, loras)))
 
 
 def are_read(loras: Iterable[Lora]) -> bool:
     """Whether ComfyUI reads all names of the LoRAs, as far as their family is known."""
     loras = list(loras)
     family = family_of_loras(loras)
-    return family is None or all(family.reads(lora.spellings[name]) for lora in loras for name in _of_model(lora))
+    return family is None or all(family.reads(lora.spellings[name]) for lora in loras for name in of_model(lora))
 
 
 def in_own_naming(loras: Sequence[Lora], *, whole: bool = False) -> list[Lora] | None:
     """The LoRAs with the canonical names of their model's own naming, so that the same weights meet.
 
     Slices become part of the fused weight where another LoRA changes that or ComfyUI has no name for them, and stay
-    slices elsewhere unless `whole` is wanted. All modules of the model are spelled in one naming: dotted if any of the own names had dots.
-    None unless each LoRA is recognised as of one and the same family.
+    slices elsewhere unless `whole` is wanted. All modules of the model are spelled in one naming: dotted if any of the own
+    names had dots. Where names do not tell the family, those that differ in their prefixes alone get one that is read in
+    each of the families. None if no family has all of the names.
     """
     family = family_of_loras(loras)
     if family is None:
-        return None
+        return _behind_one_prefix(loras)
     new = [_new_names(lora, family) for lora in loras]
     if any(len(set(one.names.values())) < len(one.names) for one in new):
         return None
-    named = [_renamed(lora, one) for lora, one in zip(loras, new, strict=True)]
-    shapes = {module: layer.shape for lora in named for module, layer in lora.modules.items()}
+    own = [renamed(lora, one) for lora, one in zip(loras, new, strict=True)]
+    shapes = {module: layer.shape for lora in own for module, layer in lora.modules.items()}
     dots = _has_dots(loras, family)
-    return [_spelled(_fused(lora, family, shapes, whole), family, dots) for lora in named]
+    return [_spelled(_fused(lora, family, shapes, whole), family, dots) for lora in own]
 
 
-def _of_model(lora: Lora) -> list[str]:
+def _behind_one_prefix(loras: Sequence[Lora]) -> list[Lora] | None:
+    first: dict[str, str] = {}
+    spellings: dict[str, list[str]] = {}
+    news = []
+    for lora in loras:
+        new = {module: first.setdefault(body(module), module) for module in of_model(lora)}
+        if len(set(new.values())) < len(new):
+            return None
+        for module, name in new.items():
+            spellings.setdefault(name, []).append(lora.spellings[module])
+        news.append(new)
+    # What one spelling alone names stays as it came.
+    every = [module for new in news for module in new]
+    shared = one_for_all(every, {name: given for name, given in spellings.items() if len(set(given)) > 1})
+    if shared is None:
+        return None
+    made = [renamed(lora, Renaming(new, frozenset())) for lora, new in zip(loras, news, strict=True)]
+    return [replace(one, spellings={m: shared.get(m, s) for m, s in one.spellings.items()}) for one in made]
+
+
+def of_model(lora: Lora) -> list[str]:
     return [module for module, spelled in lora.spellings.items() if text_encoder(spelled) is None]
 
 
-def _new_names(lora: Lora, family: Family) -> _New:
+def _new_names(lora: Lora, family: Family) -> Renaming:
     shapes: dict[str, set[Shape]] = {}
     for module, _, shape in lora.shapes():
         shapes.setdefault(module, set()).add(shape)
     names, turned = {}, set()
-    for module in _of_model(lora):
+    for module in of_model(lora):
         own = family.own(module)
         others = {family.turn(module, shape) for shape in shapes.get(module, ())}
         if len(others) == 1 and (other := others.pop()) is not None:
             # What cannot be turned keeps diffusers' name.
-            own = other if _can_turn(lora, module) else None
+            own = other if can_turn(lora, module) else None
             turned |= {module} if own else set()
         names[module] = own or module
-    return _New(names, frozenset(turned))
+    return Renaming(names, frozenset(turned))
 
 
-def _can_turn(lora: Lora, module: str) -> bool:
+def can_turn(lora: Lora, module: str) -> bool:
     layer = lora.modules.get(module)
     return module not in lora.carried and (layer is None or (isinstance(layer, LoraLayer) and layer.mid is None))
 
@@ -88,7 +112,7 @@ def turned(values: Tensor) -> Tensor:
     return torch.roll(values, values.shape[0] // 2, 0)
 
 
-def _renamed(lora: Lora, new: _New) -> Lora:
+def renamed(lora: Lora, new: Renaming) -> Lora:
     def name(module: str) -> str:
         return new.names.get(module, module)
 
@@ -112,7 +136,7 @@ def _has_dots(loras: Sequence[Lora], family: Family) -> bool:
     own = [
         spelled
         for lora in loras
-        for module in _of_model(lora)
+        for module in of_model(lora)
         if (dots := family.dots(module))
         and (spelled := lora.spellings[module]).endswith((dots, dots.replace(".", "_")))
     ]
@@ -137,9 +161,17 @@ def _fused(lora: Lora, family: Family, shapes: Mapping[str, Shape], every: bool)
     shapes: of all weights in the LoRAs, by their names.
     """
     shapes = {**_whole_shapes(lora, family, every), **shapes}
+    return put_together(lora, lambda module, layer: _place(module, layer, family, shapes), shapes)
+
+
+def put_together(lora: Lora, place_of: Callable[[str, Layer], Place | None], shapes: Mapping[str, Shape]) -> Lora:
+    """The LoRA with the updates of slices as one of the whole weight, which is named canonically.
+
+    place_of: (module, layer) -> the whole weight and the slice's rows; None for what stays as it is. shapes: of the former.
+    """
     found: dict[str, list[Place]] = {}
     for module, layer in lora.modules.items():
-        if (place := _place(module, layer, family, shapes)) is not None and place[0] not in lora.spellings:
+        if (place := place_of(module, layer)) is not None and place[0] not in lora.spellings:
             found.setdefault(place[0], []).append((module, place[1]))
     if not found:
         return lora
@@ -168,9 +200,14 @@ def _place(module: str, layer: Layer, family: Family, shapes: Mapping[str, Shape
         if shape is None or not isinstance(layer, LoraLayer) or not is_safe(layer):
             continue
         rows = family.rows(module, whole, shape)
-        if rows is not None and layer.shape[0] == rows.length and prod(layer.shape[1:]) == prod(shape[1:]):
+        if rows is not None and fits(layer, rows, shape):
             return whole, rows
     return None
+
+
+def fits(layer: Layer, rows: Rows, shape: Shape) -> bool:
+    """Whether an update can be of these rows of a weight of this shape."""
+    return layer.shape[0] == rows.length and prod(layer.shape[1:]) == prod(shape[1:])
 
 
 def stacked(parts: Sequence[tuple[Rows, Layer]], shape: Shape) -> LoraLayer:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..files.keys import unread_text
 from ..files.lora import Lora
-from ..files.one_naming import are_read, in_own_naming
+from ..files.one_naming import Renaming, are_read, in_own_naming, renamed
 from ..files.twice import Named, Pair, pairs_text, slices, twice, undecided
 from ..metadata.adapter_config import peft_remarks
-from ..naming import names, unet
+from ..naming import encoders, names, unet
 from ..naming.unet import Layout
 from ..updates.layer import meeting_shape
 
@@ -47,12 +48,27 @@ def _in_one_naming(loras: list[Lora]) -> list[Lora]:
 
     Raises ValueError if two still name one weight differently, or may do so.
     """
+    loras = _in_one_encoder(loras)
     updates = _updates(loras)
     if twice(updates) or slices(updates) or not are_read(loras):
         if (same := in_own_naming(loras)) is not None and not twice(_updates(same)) and not _clashes(same):
             loras = same
     _check_one_naming(loras)
     return loras
+
+
+def _in_one_encoder(loras: list[Lora]) -> list[Lora]:
+    """The LoRAs with one name for each module of a text encoder, where their names tell that they mean the same one."""
+    same = encoders.meeting(spelling for lora in loras for spelling in lora.spellings.values())
+    if not same:
+        return loras
+    made = []
+    for lora in loras:
+        new = {module: names.canonical(same[s], Layout()) for module, s in lora.spellings.items() if s in same}
+        own = {new[module]: same[s] for module, s in lora.spellings.items() if s in same}
+        one = renamed(lora, Renaming(new, frozenset()))
+        made.append(replace(one, spellings={module: own.get(module, s) for module, s in one.spellings.items()}))
+    return made
 
 
 def _updates(loras: Sequence[Lora]) -> list[Named]:
@@ -74,7 +90,8 @@ def _check_one_naming(loras: Sequence[Lora]) -> None:
         return
     raise ValueError(
         f"{_sources(loras)} spell their modules differently: {pairs_text(pairs, sources)} {names_them}. Use files of one "
-        "spelling (convert one of them), or apply the LoRAs one after the other, each in a loader of its own."
+        "spelling (convert one of them), connect the model that they are for to the node, or apply the LoRAs one after the "
+        "other, each in a loader of its own."
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from .tables import Stack
 from .transformer import transformer
 
-_ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out"
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_CROSS = (*_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _BLOCKS = Stack(
     own="transformer_blocks",
     depth=24,
     same=" ".join([
-        *(f"{attn}.{name}" for attn in ("attn", "cross_attn") for name in _ATTENTION.split()),
+        *(f"attn.{name}" for name in _ATTENTION),
+        *(f"cross_attn.{name}" for name in _CROSS),
         *("ff.inverted_conv.conv", "ff.depth_conv.conv", "ff.point_conv.conv"),
     ]),
     parameters={"scale_shift_table": "scale_shift_table"},

@@ -2,7 +2,8 @@
 
 The lists of 12, 17, 20, 26, 30 and 61 numbers are those of sd-webui-lora-block-weight and the mergers that follow it
 (BASE, IN00 ..., M00, OUT00 ...; CLIP, T5, IN, D00 ..., S00 ..., OUT for Flux); 57 are Flux's blocks alone. Any other
-number is that of the blocks of a model that has one kind of block (Wan 14B 40, Qwen-Image 60, ...).
+number is that of the blocks of a model that has one kind of block (Wan 14B 40, Qwen-Image 60, ...), or two, the double
+ones first (Klein 9B 8 + 24, HunyuanVideo 20 + 40, ...); a number that fits both is told by the names of the blocks.
 """
 
 from __future__ import annotations
@@ -44,6 +45,14 @@ _LISTS: dict[int, list[tuple[str, ...]]] = {
     61: [("te1",), ("te2", "te3"), _FLUX_IN, *_DOUBLE, *_SINGLE, _FLUX_OUT],
 }
 _ONE_KIND = ("layers", "blocks", "transformer_blocks", "joint_blocks")
+# Number of blocks -> (kind, how many) of the models that have two: Flux.2 and Klein, HunyuanVideo, HiDream.
+_TWO_KINDS: dict[int, tuple[tuple[str, int], tuple[str, int]]] = {
+    25: (("double_blocks", 5), ("single_blocks", 20)),
+    32: (("double_blocks", 8), ("single_blocks", 24)),
+    48: (("double_stream_blocks", 16), ("single_stream_blocks", 32)),
+    56: (("double_blocks", 8), ("single_blocks", 48)),
+    60: (("double_blocks", 20), ("single_blocks", 40)),
+}
 
 
 def names_of_list(values: int) -> list[tuple[str, ...]]:
@@ -59,12 +68,17 @@ def names_of_list(values: int) -> list[tuple[str, ...]]:
             f"same with convolutions), 57 and 61 (Flux), and one number a block ({MIN_VALUES} to {MAX_VALUES}); or write "
             "NAME=NUMBER, for example down=0.5."
         )
-    return [tuple(f"{kind}_{number}" for kind in _ONE_KIND) for number in range(values)]
+    two = [f"{kind}_{number}" for kind, many in _TWO_KINDS.get(values, ()) for number in range(many)]
+    each = [tuple(f"{kind}_{number}" for kind in _ONE_KIND) for number in range(values)]
+    return [(*names, *two[index : index + 1]) for index, names in enumerate(each)]
 
 
 def is_complete(values: int, blocks: set[str]) -> bool:
     """Whether a list of one number a block has a number for each of these blocks ("layers.29")."""
     if values in _LISTS:
         return True
+    depths = dict.fromkeys(_ONE_KIND, values) | dict(_TWO_KINDS.get(values, ()))
+    # Of a model with two kinds a list for another of its kind has too few numbers, or counts on where this one ends.
+    depths |= {kind: 0 for two in _TWO_KINDS.values() for kind, _ in two if kind not in depths}
     numbered = [block.rpartition(".") for block in blocks]
-    return all(int(number) < values for side, _, number in numbered if side in _ONE_KIND)
+    return all(int(number) < depths[side] for side, _, number in numbered if side in depths)

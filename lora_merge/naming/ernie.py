@@ -22,6 +22,6 @@ FAMILY = transformer(
             for n, place in ((1, 0), (2, 2))
         },
     },
-    own_read_as=("transformer.",),
+    own_read_lately=("transformer.",),
     theirs_behind_kohya=True,
 )

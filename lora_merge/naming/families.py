@@ -60,7 +60,8 @@ def family_of(loras: Iterable[Collection[str]]) -> Family | None:
     families know all of the names and some name means another weight in one than in another.
     """
     loras = [[*names] for names in loras]
-    if not loras:
+    # A few names are a UNet's and a transformer's.
+    if not loras or any(all(map(_is_of_unet, names)) for names in loras):
         return None
     of_each = [[family for family in TRANSFORMERS if family.recognises(names)] for names in loras]
     common = [family for family in of_each[0] if all(family in known for known in of_each)]
@@ -73,10 +74,32 @@ def family_of(loras: Iterable[Collection[str]]) -> Family | None:
     return common[0]
 
 
+def _is_of_unet(canonical: str) -> bool:
+    return unet.FAMILY.recognises([canonical.removesuffix("_bias")])
+
+
 def _agree(one: Family, other: Family, names: Iterable[str]) -> bool:
     if one is other:
         return True
     return all(one.own(name) == other.own(name) and one.fused(name) == other.fused(name) for name in names)
+
+
+def one_for_all(names: Collection[str], spellings: Mapping[str, Collection[str]]) -> dict[str, str] | None:
+    """A spelling for each weight of LoRAs whose family is not told.
+
+    names: all canonical ones of the LoRAs.   spellings: canonical name -> how the LoRAs spell it.
+    The spelling is one of the given ones that ComfyUI reads in every family that has all the names, as far as it reads any
+    of them there. None where there is no such spelling, or no such family.
+    """
+    known = [family for family in TRANSFORMERS if family.recognises(names)]
+    found = {}
+    for name, given in spellings.items():
+        read = [{s for s in given if family.reads(s) or family.reads_lately(s)} for family in known]
+        every = set(given).intersection(*filter(None, read))
+        if not known or not every:
+            return None
+        found[name] = min(every, key=[*given].index)
+    return found
 
 
 def family_by_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
@@ -84,6 +107,8 @@ def family_by_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
 
     None if none is known, or several that call a weight differently there.
     """
+    if all(map(_is_of_unet, shapes)):
+        return None
     known = [family for family in TRANSFORMERS if family.recognises(shapes)]
     known = [family for family in known if all(family.suits(_own(family, n), shape) for n, shape in shapes.items())]
     if not known or not all(_agree(known[0], other, shapes) for other in known[1:]):

@@ -12,7 +12,7 @@ _KIND_WORDS = (
     ("norm", re.compile(r"norm|_ln_|layer_norm")),
     ("embedding", re.compile(r"emb(edding|_layers)?_|time_emb|_embed|token_embedding|position_embedding|label_emb")),
     ("attention", re.compile(r"attn|attention(?!s_)|to_[qkv]\b|qkv|proj_in$|proj_out$|self_attn")),
-    ("ff", re.compile(r"(?:^|_)ff_|mlp|fc[12]$|feed_forward")),
+    ("ff", re.compile(r"(?:^|_)ffn?_|mlp|fc[12]$|feed_forward")),
     ("conv", re.compile(r"conv|resnets|in_layers_2|out_layers_3|skip_connection|_op$")),
 )
 # All that stands before the first number of a path: `vace_blocks_0_` is no `blocks_0_`.
@@ -103,6 +103,7 @@ class Family:
     saved_fused: the same for fused weights, which in diffusers' slices would be larger: "comfy" or "kohya".
     reads: spelling -> whether every ComfyUI, as far as it has the model, reads it.
     suits: (canonical own name, shape) -> whether a weight of the family may have that shape.
+    reads_lately: spelling -> whether newer versions of ComfyUI read it, besides those that every one reads.
     templates: () -> ((stack, module), own name, fused weights) of every name known, with {} for the block's number.
     """
 
@@ -125,6 +126,7 @@ class Family:
     parts: Callable[[str, tuple[int, ...]], tuple[Part, ...]] = lambda own, shape: ()
     slice_name: Callable[[str], str | None] = _none
     reads: Callable[[str], bool] = lambda spelling: True
+    reads_lately: Callable[[str], bool] = lambda spelling: False
     templates: Callable[[], Iterable[tuple[tuple[str, str], str, tuple[str, ...]]]] = lambda: ()
     suits: Callable[[str, tuple[int, ...]], bool] = lambda own, shape: True
     saved: Literal["comfy", "diffusers"] = "comfy"

@@ -62,4 +62,5 @@ FAMILY = transformer(
     },
     parameters=("scale_shift_table", "audio_scale_shift_table", "audio_embeddings_connector.learnable_registers",
                 "video_embeddings_connector.learnable_registers"),
+    own_read_lately=("",),
 )  # fmt: skip

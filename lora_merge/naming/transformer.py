@@ -245,6 +245,13 @@ class Tables:
                     return True
         return False
 
+    def reads_behind(self, spelling: str, prefixes: Collection[str]) -> bool:
+        """Whether it is an own name behind one of these prefixes."""
+        return any(
+            spelling.startswith(prefix) and self.reads(f"{_DOTTED}{spelling.removeprefix(prefix)}")
+            for prefix in prefixes
+        )
+
     def suits(self, own: str, shape: tuple[int, ...], ratios: Mapping[str, float]) -> bool:
         found = self._parse(own)
         ratio = ratios.get(found[0].own) if found else None
@@ -266,6 +273,7 @@ def transformer(
     turned: Mapping[str, str] | None = None,
     parameters: Collection[str] = (),
     own_read_as: Collection[str] = (),
+    own_read_lately: Collection[str] = (),
     theirs_read_as: Collection[str] = (),
     theirs_behind_kohya: bool = False,
     ratios: Mapping[str, float] | None = None,
@@ -280,6 +288,7 @@ def transformer(
     parameters: own names in `outside` that are no module's weight.
     own_read_as, theirs_read_as: what every ComfyUI reads before an own name, besides `diffusion_model.` and `lora_unet_`,
         and before one of diffusers', the one to write first.
+    own_read_lately: what newer versions alone read before an own name with dots.
     theirs_behind_kohya: whether trainers write diffusers' names behind `lora_unet_` or `diffusion_model.`.
     ratios: template of an own name -> rows for each column, where that tells the family from one with like names.
     sure, saved, saved_fused: see Family.
@@ -299,6 +308,7 @@ def transformer(
         parts=tables.parts,
         slice_name=tables.slice_name,
         reads=tables.reads,
+        reads_lately=lambda spelling: tables.reads_behind(spelling, own_read_lately),
         templates=tables.templates,
         suits=lambda own, shape: tables.suits(own, shape, ratios or {}),
         sure=sure,

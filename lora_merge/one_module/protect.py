@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..files.lora import Lora
-from ..recognise.identity import identify
+from ..recognise.identity import Identity, identify
 from ..updates.layer import Layer, LoraLayer, Term, whole_factors
 
 
@@ -88,13 +88,18 @@ def _projected(layer: Layer, directions: Tensor, share: float) -> LoraLayer:
 
 
 def protected_input(loras: Sequence[Lora], strengths: Sequence[float]) -> int | None:
-    """Number of the input that is recognised as an acceleration LoRA (recognise/identity.py), None if there is none.
+    """Number of the input that is recognised as an acceleration LoRA (recognise/identity.py), None if there is none."""
+    return protected_of([identify(lora) for lora in loras], strengths)
 
-    Of several the first; one that covers what acceleration LoRAs cover goes before one that only says so.
+
+def protected_of(identities: Sequence[Identity | None], strengths: Sequence[float]) -> int | None:
+    """The same for inputs of which it is known what they are, also by the hash of a file.
+
+    Of several the first; one that is a published file or covers what acceleration LoRAs cover goes before one that only
+    says so.
     """
     found = []
-    for index, (lora, strength) in enumerate(zip(loras, strengths, strict=True)):
-        identity = identify(lora)
-        if identity.preset is not None and strength != 0:
-            found.append((not identity.structure.accelerates, index))
+    for index, (identity, strength) in enumerate(zip(identities, strengths, strict=True)):
+        if identity is not None and identity.preset is not None and strength != 0:
+            found.append((not (identity.published or identity.structure.accelerates), index))
     return min(found)[1] if found else None

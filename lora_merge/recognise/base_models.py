@@ -159,11 +159,13 @@ class Recognised:
     bases: names of every base they can be for, () if they fit none of BASES.
     complete: whether they cover that base in the kinds of modules that they touch, so that it is no larger one.
     kinds: the kinds of modules they touch, as `kind_of` names them.
+    branches: of a transformer, the parts they touch that only some models of that base have.
     """
 
     bases: tuple[str, ...]
     complete: bool
     kinds: frozenset[str]
+    branches: tuple[str, ...] = ()
 
 
 def kind_of(module: str) -> str | None:

@@ -6,9 +6,13 @@ Where the facts come from:
 - sha256 of LCM-LoRA SSD-1B, VegaRT, TCD, the other Hyper-SD files and PCM, and of Lightning 2 steps: one list each.
   That list of PCM gives steps and guidance, not names: of the guidance-free 4-step files, those that stand in the row
   of the small-cfg files are taken for these, and the one beside it for the LCM-like file.
+- sha256 and bytes of the LoRAs for Wan, Qwen-Image, Flux.2 and LTX-2: what the repository that publishes them, or a copy
+  of it, states of its large files, and public download lists, most of them several that agree. Kijai's and lightx2v's
+  own copies of one LoRA are different files. One file of lightx2v's stands in two of its repositories, as the Wan 2.1
+  I2V LoRA and as the low-noise half of a Wan 2.2 pair; it is listed as the first.
 - modules, rank, alpha, parameters: counted from the UNets' configurations, with the rank of the released training
   script and the alpha of its published adapter configuration; Table 1 of arXiv 2311.05556 rounds the same counts.
-Bytes and structure that nobody states are None. Files whose hash nobody states (Lightning 8 steps, TDD, AnimateLCM,
+Bytes and structure that nobody states are None; `about` stands for a size that was stated rounded. Files whose hash nobody states (Lightning 8 steps, TDD, AnimateLCM,
 TCD for SD2.1) are not listed; they are recognised as acceleration LoRAs by structure.
 """
 
@@ -16,15 +20,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+Expert = Literal["high", "low"]
+# A rounded size is that of the file to so much.
+_ROUNDED = 0.01
 
 
 @dataclass(frozen=True)
 class Published:
     """One published file.
 
-    name: what to call it.   base: name of a base in base_models.py.   preset: name of the sampling settings it was made for.
+    name: what to call it.   base: name of a base in base_models.py or transformers.py.
+    preset: name of the sampling settings it was made for.
     sha256: of the file, lower case.   repository: owner/name on huggingface.co.   file: its name there.
     bytes, modules, rank, alpha, parameters: None where unknown; parameters counts values of all factors.
+    about: bytes, rounded to three digits.   steps: model calls it was distilled for, where the preset does not say it.
+    expert: of a model in two halves (Wan 2.2 A14B) the half that it is for, the high noise or the low.
     """
 
     name: str
@@ -38,6 +50,15 @@ class Published:
     rank: int | None = None
     alpha: float | None = None
     parameters: int | None = None
+    about: int | None = None
+    steps: int | None = None
+    expert: Expert | None = None
+
+    def may_have(self, size: int) -> bool | None:
+        """Whether a file of so many bytes can be it; None where nobody states its size."""
+        if self.bytes is not None:
+            return self.bytes == size
+        return None if self.about is None else abs(size - self.about) <= _ROUNDED * self.about
 
     @property
     def link(self) -> str:
@@ -48,6 +69,12 @@ _HYPER = "ByteDance/Hyper-SD"
 _LIGHTNING = "ByteDance/SDXL-Lightning"
 _DMD2 = "tianweiy/DMD2"
 _PCM = "wangfuyun/PCM_Weights"
+_KIJAI = "Kijai/WanVideo_comfy"
+_REPACKAGED_WAN = "Comfy-Org/Wan_2.2_ComfyUI_Repackaged"
+
+# Presets by the name that they have in samplers/presets.py.
+_WAN_21, _WAN_22 = "Wan 2.1 lightx2v", "Wan 2.2 lightx2v"
+_FLUX2_TURBO, _LTX2_DISTILLED = "Flux.2 Turbo", "LTX-2 distilled"
 
 
 def _lcm(base: str, sha256: str, repository: str, size: int | None, modules: int, parameters: int) -> Published:
@@ -67,6 +94,37 @@ def _pcm(base: str, kind: str, preset: str, *hashes: str) -> list[Published]:
     folder = {"SD1.5": "sd15", "SDXL": "sdxl"}[base]
     file = f"{folder}/pcm_{folder}_{kind}_converted.safetensors"
     return [Published(f"PCM {base} {kind.replace('_', ' ')}", base, preset, sha256, _PCM, file) for sha256 in hashes]
+
+
+def _qwen(
+    kind: str, steps: int, version: str, sha256: str, size: int | None = None, about: int | None = None
+) -> Published:
+    """kind: what stands before "Lightning" in the file's name, version behind the steps. By DMD, in lightx2v's framework."""
+    name = f"{kind}-Lightning-{steps}steps-{version}"
+    repository = f"lightx2v/{kind}-Lightning" if "2511" in kind else "lightx2v/Qwen-Image-Lightning"
+    folder = f"{kind}/" if "2509" in kind else ""
+    return Published(
+        name, "Qwen-Image", f"Qwen-Image-Lightning {steps} steps", sha256, repository, f"{folder}{name}.safetensors",
+        bytes=size, about=about, steps=steps,
+    )  # fmt: skip
+
+
+def _wan(
+    name: str,
+    preset: str,
+    sha256: str,
+    repository: str,
+    file: str,
+    size: int | None = None,
+    *,
+    about: int | None = None,
+    expert: Expert | None = None,
+) -> Published:
+    """A LoRA of lightx2v's: 4 steps without guidance, by self-forcing and DMD."""
+    return Published(
+        f"lightx2v {name}", "Wan 2.1/2.2 14B", preset, sha256, repository, file,
+        bytes=size, about=about, steps=4, expert=expert,
+    )  # fmt: skip
 
 
 PUBLISHED: tuple[Published, ...] = (
@@ -160,6 +218,77 @@ PUBLISHED: tuple[Published, ...] = (
           "8f605ffde3616592deb37ed8c6bacb83fe98963c1fd0883c2a4f93787098aa45"),
     *_pcm("SD1.5", "lcmlike_lora", "PCM LCM-like",
           "b80b27dd6504f1c3a7637237dda86bc7e26fa5766da30c4fc853c0a1d46bad31"),
+    _qwen("Qwen-Image", 4, "V1.0", "9526e90d71c4290392feeccf3c2172cb77ab3a489f1faeb956637f97acb4c8b1", 1_698_951_104),
+    _qwen("Qwen-Image", 4, "V1.0-bf16", "3ac242b4ff22f62f3bf195b927ba6d23ce23f08f320b24ccca94fb90ecdf8c84", 849_608_296),
+    _qwen("Qwen-Image", 8, "V1.1-bf16", "fe04c3ec1dd46f361fe29010027da4168c439f93143879731ca8d407935279c8", 849_608_296),
+    _qwen("Qwen-Image", 4, "V2.0", "878c519b75aaa19c5f37ef57b312ac035e936a0a36b14e02269e9dfd53d2c228",
+          about=1_700_000_000),
+    _qwen("Qwen-Image-Edit", 4, "V1.0", "e752ea1553f09626362a47728a43826d22d21f3ea3b19e26b4c6c023ef43cc1b",
+          1_698_951_104),
+    _qwen("Qwen-Image-Edit", 4, "V1.0-bf16", "d8132c32e7df906603dd6b072ff2fb0af88ab15ef0f3ac697a2011c8b47bbeb1",
+          849_608_296),
+    _qwen("Qwen-Image-Edit", 8, "V1.0", "5910104f8922bd3fa359c675ba2a72681327f538cfa768eb33044055bd27a826",
+          1_698_951_104),
+    _qwen("Qwen-Image-Edit-2509", 4, "V1.0-fp32", "6065f62669c999b4516ac4a6e7a120252bf7ff819b407dcb77b868d575e736b1",
+          1_698_951_104),
+    _qwen("Qwen-Image-Edit-2509", 8, "V1.0-fp32", "eece790fc6ac8c0e36ce8e53cb5f78edf370bf2da79918148db037f529f7e841",
+          1_698_951_104),
+    _qwen("Qwen-Image-Edit-2511", 4, "V1.0-bf16", "22226e8d05d354bb356627d428809f5afd7819399b077238a2b70a82883a904f",
+          849_608_296),
+    _wan("Wan 2.2 I2V high noise, v1", _WAN_22, "d176c808d6fc461999b68e321efcb7501b20b8c3797523ed0df14f7d1deff11e",
+         _REPACKAGED_WAN, "split_files/loras/wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors",
+         1_226_977_424, expert="high"),
+    _wan("Wan 2.2 I2V low noise, v1", _WAN_22, "024f21de095bc8fad9809ded3e9e49a2e170dcf27075da8145ba7d60d8aab7f9",
+         _REPACKAGED_WAN, "split_files/loras/wan2.2_i2v_lightx2v_4steps_lora_v1_low_noise.safetensors",
+         1_226_977_424, expert="low"),
+    _wan("Wan 2.2 T2V high noise, v1.1", _WAN_22, "698321cb86bd30c4af06c9b84e656a1048c8cb54e06d50694536fb5de37fde41",
+         _REPACKAGED_WAN, "split_files/loras/wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors",
+         1_226_977_424, expert="high"),
+    _wan("Wan 2.2 T2V low noise, v1.1", _WAN_22, "ec95216e614b3c132c11bfb387b11feedf62163150ccc9068bca8a189771e75a",
+         _REPACKAGED_WAN, "split_files/loras/wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise.safetensors",
+         1_226_977_424, expert="low"),
+    _wan("Wan 2.2 I2V high noise, rank 64, 1022", _WAN_22,
+         "887c3bdeb74e83859c920438e16ca31f39ab18ce189abc5f0e36f8348c5bbb19", "lightx2v/Wan2.2-Distill-Loras",
+         "wan2.2_i2v_A14b_high_noise_lora_rank64_lightx2v_4step_1022.safetensors", 634_645_944, expert="high"),
+    _wan("Wan 2.1 I2V, rank 64 (and Wan 2.2 I2V low noise, 1022)", _WAN_21,
+         "8833bd4fd7c8eabebf0bc8ee5cfaf47f4f310ce116928a02c1adf8941dd4b0f1", "lightx2v/Wan2.1-Distill-Loras",
+         "wan2.1_i2v_lora_rank64_lightx2v_4step.safetensors", 739_472_104),
+    _wan("Wan 2.2 T2V high noise, rank 64, 1217", _WAN_22,
+         "89003385f8a9d53ba58fd6ede647fdc90292e8568a54683fcfe6db5556a31769", "lightx2v/Wan2.2-Distill-Loras",
+         "wan2.2_t2v_A14b_high_noise_lora_rank64_lightx2v_4step_1217.safetensors", about=614_000_000, expert="high"),
+    _wan("Wan 2.2 T2V low noise, rank 64, 1217", _WAN_22,
+         "4df7c206f3189472da2f92c0a42dcf308f04433d9c14302d08d56e99a3f51322", "lightx2v/Wan2.2-Distill-Loras",
+         "wan2.2_t2v_A14b_low_noise_lora_rank64_lightx2v_4step_1217.safetensors", about=614_000_000, expert="low"),
+    _wan("Wan 2.1 T2V, rank 64", _WAN_21,
+         "1c918df9eaa102766d8f99104209ce55fe7a892278a667a63d721c5d1c18efb1", "lightx2v/Wan2.1-Distill-Loras",
+         "wan2.1_t2v_14b_lora_rank64_lightx2v_4step.safetensors", about=631_000_000),
+    _wan("Wan 2.2 I2V low noise (Lightning, fp16)", _WAN_22,
+         "a3d474925042ec908c212c6c4c1e338637e27585c3970253f65b9638a9f5874b", _KIJAI,
+         "Wan22-Lightning/Wan2.2-Lightning_I2V-A14B-4steps-lora_LOW_fp16.safetensors", 613_561_776, expert="low"),
+    _wan("Wan 2.2 I2V high noise, v1030, rank 64", _WAN_22,
+         "2c4d41a22b0c16dc360570dfa12b53b2b5452338935eb8ea24bf40d2ada89bd0", _KIJAI,
+         "Wan_2_2_I2V_A14B_HIGH_lightx2v_4step_lora_v1030_rank_64_bf16.safetensors", 630_697_104, expert="high"),
+    _wan("Wan 2.1 T2V, rank 32 (Kijai's copy)", _WAN_21,
+         "914fafa5dded72e6c470d6f764b97fe4d71567dae7cc01d1181b310efd5c37a6", _KIJAI,
+         "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32.safetensors", about=317_000_000),
+    _wan("Wan 2.1 T2V, v2, rank 128", _WAN_21,
+         "ef33de1ae634c5f583920b38748553cb2e68f4b811be2ccabde20aa9affb5e21", _KIJAI,
+         "Lightx2v/lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank128_bf16.safetensors", 1_253_192_432),
+    _wan("Wan 2.1 I2V 480p, rank 64", _WAN_21,
+         "85c4a61c30e0497aa44b91d93a893b624708461a56fe5485183b28fa07e2dfb3", _KIJAI,
+         "Lightx2v/lightx2v_I2V_14B_480p_cfg_step_distill_rank64_bf16.safetensors", 738_005_744),
+    _wan("Wan 2.1 I2V 480p, rank 128", _WAN_21,
+         "5c324ada09cfa447844f5d9a57240463a515de38270ef40c7513d74be3e64e72", _KIJAI,
+         "Lightx2v/lightx2v_I2V_14B_480p_cfg_step_distill_rank128_bf16.safetensors", 1_466_506_280),
+    Published("Flux.2 dev Turbo", "Flux.2 dev", _FLUX2_TURBO,
+              "011487390b8020baf22a9d543930c90d74a4809b7241bee6b0622777b17b413b", "fal/FLUX.2-dev-Turbo",
+              "comfy/Flux_2-Turbo-LoRA_comfyui.safetensors", 2_760_814_880, steps=8),
+    Published("LTX-2.3 distilled, rank 384", "LTX-2", _LTX2_DISTILLED,
+              "aec1918d71536467cf71f5546c42d6bbe894f0a06115134f2a127d821301c6a4", "Lightricks/LTX-2.3",
+              "ltx-2.3-22b-distilled-lora-384.safetensors", 7_605_507_256, steps=8),
+    Published("LTX-2.3 distilled, rank 384, v1.1", "LTX-2", _LTX2_DISTILLED,
+              "fca5735c41013042a3a32d0d2829e403a5c8b094dbe01312d9d21da0db47dac9", "Lightricks/LTX-2.3",
+              "ltx-2.3-22b-distilled-lora-384-1.1.safetensors", 7_605_507_256, steps=8),
 )  # fmt: skip
 
 

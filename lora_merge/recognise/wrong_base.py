@@ -3,6 +3,8 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from . import base_models, transformers
+
 # Where the base is not known: what a model may lack of the modules that an acceleration LoRA changes.
 FEW = 0.05
 # An acceleration LoRA changes all modules of its kinds; one that leaves more than this share is for a smaller model.
@@ -16,6 +18,7 @@ class Counts:
     """How many modules of a LoRA have which fate on a model, and how many modules of the model it leaves alone.
 
     placed: they fit.   homeless: the model has none of that name.   clashing: it has one of another shape.
+    Those of a branch that this model as a whole is made without are none of these: they say nothing of its base.
     twice: pairs that are one weight of the model.
     left, could: modules of the model that the LoRA does not change, and all of them, in the kinds that it is for.
     """
@@ -41,9 +44,23 @@ class Counts:
 def is_other_base(bases: Collection[str], model: str | None) -> bool:
     """Whether a model's base is known to be none of those that the LoRA can be for.
 
-    bases: names as in base_models, none where it is not known.   model: such a name, or None.
+    bases: names as in base_models or transformers, none where it is not known.   model: such a name, or None.
     """
     return bool(bases) and model is not None and model not in bases
+
+
+def are_kin(bases: Collection[str], model: str | None) -> bool:
+    """Whether a model is made like one of these bases, so that what fits of a LoRA can work on it: all UNets are, but
+    blocks of one name and width can stand in transformers that have nothing else in common.
+    """
+    return any(_kin(base) == _kin(model) for base in bases)
+
+
+def _kin(name: str | None) -> str | None:
+    if name in base_models.BY_NAME:
+        return "UNet"
+    transformer = transformers.BY_NAME.get(name or "")
+    return transformer.kin if transformer else name
 
 
 def is_wrong_base(
@@ -51,15 +68,15 @@ def is_wrong_base(
 ) -> bool:
     """Whether the LoRA was made for another model, or names a weight twice.
 
-    A style LoRA that is for a sister of the model and fits in most of its modules works after a fashion. A model of the
-    right base may be pruned.
+    A style LoRA that is for a sister of the model (are_kin) and fits in most of its modules works after a fashion. A model
+    of the right base may be pruned.
 
     bases, model: see is_other_base.   accelerates: whether the LoRA is of the kind that makes few-step models.
     demand_all: nearly every module needs a place, and a LoRA that accelerates has to cover the model.
     """
     if counts.foreign or counts.twice:
         return True
-    if is_other_base(bases, model) and (accelerates or demand_all):
+    if is_other_base(bases, model) and (accelerates or demand_all or not are_kin(bases, model)):
         return True
     if model in bases or not demand_all:
         return False

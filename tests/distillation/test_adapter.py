@@ -107,3 +107,59 @@ def test_an_alpha_that_scales_nothing_sensible_is_refused(alpha):
 def test_a_network_without_layers_to_adapt_is_refused():
     with pytest.raises(ValueError, match="no layer to adapt"):
         LoraAdapters(nn.Sequential(nn.ReLU()), 4, generator=torch.Generator())
+
+
+# ---- beginning with another LoRA
+
+
+def other_lora(adapters, rank, seed=5):
+    """Layer -> (up, down) of that rank, of the shapes that the adapters have."""
+    source = torch.Generator().manual_seed(seed)
+    return {
+        name: (
+            torch.randn(branch.up.shape[0], rank, generator=source),
+            torch.randn(rank, branch.down[0].numel(), generator=source),
+        )
+        for name, branch in zip(adapters.names, adapters.branches, strict=True)
+    }
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(4, None), (4, 1.0), (3, 6.0), (1, None)])
+def test_a_lora_of_this_rank_or_less_is_begun_with_exactly(rank, alpha):
+    net = network()
+    adapters = LoraAdapters(net, 4, alpha, generator=torch.Generator().manual_seed(0))
+    fresh = adapters.lora_state_dict()
+    other = other_lora(adapters, rank)
+    adapters.start_from(other)
+    for name, branch in zip(adapters.names, adapters.branches, strict=True):
+        delta = branch.up.flatten(1) @ branch.down.flatten(1) * (branch.alpha / branch.rank)
+        torch.testing.assert_close(delta, other[name][0] @ other[name][1])
+        assert not branch.up[:, rank:].any()
+        # What is left of the rank can still be learnt: it has a gradient.
+        assert torch.equal(branch.down[rank:], fresh[f"lora_unet_{name.replace('.', '_')}.lora_down.weight"][rank:])
+    adapters.remove()
+
+
+def test_layers_that_another_lora_lacks_stay_as_they_are():
+    adapters = LoraAdapters(network(), 4, generator=torch.Generator().manual_seed(0))
+    before = adapters.lora_state_dict()
+    first, *rest = adapters.names
+    adapters.start_from({first: other_lora(adapters, 2)[first]})
+    after = adapters.lora_state_dict()
+    changed = {key.split(".")[0] for key in after if not torch.equal(after[key], before[key])}
+    assert changed == {f"lora_unet_{first.replace('.', '_')}"}
+    assert rest
+
+
+def test_a_lora_of_a_higher_rank_or_another_shape_is_refused_and_changes_nothing():
+    adapters = LoraAdapters(network(), 2, generator=torch.Generator().manual_seed(0))
+    before = adapters.lora_state_dict()
+    with pytest.raises(ValueError, match=r"start_from is x, of rank 3 \(.*\), and rank is 2\. Set rank to 3, or make"):
+        adapters.start_from(other_lora(adapters, 3), "x")
+    wrong = other_lora(adapters, 2)
+    last = adapters.names[-1]
+    wrong[last] = wrong[last][0], torch.ones(2, 7)
+    with pytest.raises(ValueError, match=f"start_from is x, which has {last} as"):
+        adapters.start_from(wrong, "x")
+    after = adapters.lora_state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before)

@@ -14,9 +14,11 @@ from lcm_kit.distillation.__main__ import main
 from lcm_kit.distillation.engine import Alone
 from lcm_kit.distillation.settings import Settings, Setup
 from lcm_kit.launch import data as launch_data
+from lcm_kit.launch.gathering import _labelled, texts_asked
 from lcm_kit.launch.options import parsed
+from lcm_kit.launch.pixels import pixels
 from lcm_kit.launch.processes import processes
-from lcm_kit.launch.run import _settings, _texts
+from lcm_kit.launch.run import _settings, _setup
 from lcm_kit.tests.helpers import ROOT
 
 # What the command cannot do without.
@@ -74,7 +76,8 @@ def test_defaults_are_those_of_the_settings():
 OTHERS = {
     "steps": 9, "batch": 9, "accumulate": 9, "learning_rate": 0.5, "warmup": 9, "decay": 0.5, "weight_decay": 0.5,
     "betas": (0.5, 0.7), "clip": 0.5, "guidance_min": 2.5, "guidance_max": 9.5, "skip": 9, "original_steps": 9,
-    "huber_c": 0.5, "weighting": "v", "average": 0.5, "seed": 9,
+    "huber_c": 0.5, "weighting": "v", "average": 0.5, "caption_dropout": 0.5, "seed": 9,
+    "optimizer": "sgd", "decay_shape": "cosine",
 }  # fmt: skip
 
 
@@ -83,6 +86,32 @@ def test_every_setting_has_its_flag(name, value):
     words = map(str, value if isinstance(value, tuple) else [value])
     given = parsed([*LEAST, f"--{name.replace('_', '-')}", *words])
     assert _settings(given) == replace(Settings(), **{name: value})
+
+
+SETUPS = {
+    "rank": 9, "alpha": 0.5, "samples": 9, "width": 72, "height": 72, "dtype": "bf16", "save_every": 9, "flip": 0.5, "repeats": 9,
+}  # fmt: skip
+SWITCHED = {"gradient_checkpointing": False, "buckets": True, "random_crop": True, "size_labels": False, "tf32": True}
+
+
+@pytest.mark.parametrize(("name", "value"), (SETUPS | SWITCHED).items())
+def test_every_part_of_the_setup_has_its_flag(name, value):
+    flag = name.replace("_", "-")
+    words = [f"--{'' if value else 'no-'}{flag}"] if name in SWITCHED else [f"--{flag}", str(value)]
+    assert _setup(parsed([*LEAST, *words])) == replace(Setup(), **{name: value})
+    assert {one.name for one in fields(Setup) if one.metadata} == {*SETUPS, *SWITCHED}
+
+
+def test_labels_multiply_prompts_no_more_than_they_differ():
+    conds, uncond = [["c0", {"a": 1}], ["c1", {}]], ["u", {}]
+    labels = [{"width": 5}, {"width": 5}, {"width": 6}, {"width": 5}]
+    found = _labelled(conds, uncond, [0, 1, 1, 0], labels)
+    assert found == (
+        [["c0", {"a": 1, "width": 5}], ["c1", {"width": 5}], ["c1", {"width": 6}]],
+        [["u", {"width": 5}], ["u", {"width": 6}]],
+        [(0, 0), (1, 0), (2, 1), (0, 0)],
+    )
+    assert _labelled(conds, uncond, [1, 0], []) == (conds, [uncond], [(1, 0), (0, 0)])
 
 
 def test_no_setting_is_left_without_a_flag():
@@ -109,7 +138,7 @@ def test_pictures_of_a_folder_come_by_name_with_their_captions(pictures):
     found = launch_data.find_pictures([pictures])
     assert [picture.name for picture in found] == ["a.png", "b.png"]
     assert launch_data.captions_of(found, None) == ["a lime square", "a red square"]
-    image = launch_data.pixels(found[1], 8, 16)
+    image = pixels(found[1], 8, 16)
     assert image.shape == (16, 8, 3)
     torch.testing.assert_close(image, RED.expand(16, 8, 3))
 
@@ -125,19 +154,19 @@ def test_samples_of_a_tar_go_together_by_what_is_before_the_first_dot(tmp_path):
         ("0.tar/a/1.png", "blue"),
         ("0.tar/a/2.png", "red"),
     ]
-    torch.testing.assert_close(launch_data.pixels(found[1], 2, 2), RED.expand(2, 2, 3))
+    torch.testing.assert_close(pixels(found[1], 2, 2), RED.expand(2, 2, 3))
 
 
 def test_transparent_parts_are_white(tmp_path):
     (tmp_path / "a.png").write_bytes(png((255, 0, 0, 0), mode="RGBA"))
-    assert launch_data.pixels(launch_data.find_pictures([tmp_path])[0], 2, 2).min() == 1
+    assert pixels(launch_data.find_pictures([tmp_path])[0], 2, 2).min() == 1
 
 
 def test_each_caption_is_held_once(pictures):
     captions = str(pictures.parent / "captions.txt")
-    data_free = _texts(parsed(command(pictures, "--prompts", captions, "--samples", "5")))
+    data_free = texts_asked(parsed(command(pictures, "--prompts", captions, "--samples", "5")))
     assert (data_free.captions, data_free.which, data_free.pictures) == (["one", "two"], [0, 1, 0, 1, 0], [])
-    with_pictures = _texts(parsed(command(pictures, "--prompts", captions, "--pictures", str(pictures))))
+    with_pictures = texts_asked(parsed(command(pictures, "--prompts", captions, "--pictures", str(pictures))))
     assert (with_pictures.captions, with_pictures.which) == (["one", "two"], [0, 1])
 
 
@@ -182,7 +211,7 @@ def test_nothing_to_learn_from_is_told(tmp_path, capsys):
 def test_what_is_no_picture_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"a\.png cannot be read as a picture"):
-        launch_data.pixels(launch_data.find_pictures([tmp_path])[0], 8, 8)
+        pixels(launch_data.find_pictures([tmp_path])[0], 8, 8)
 
 
 @pytest.mark.parametrize("several", [True, False])
@@ -206,5 +235,5 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     picture.save(tmp_path / "a.png", exif=exif)
-    image = launch_data.pixels(launch_data.find_pictures([tmp_path])[0], 1, 2)
+    image = pixels(launch_data.find_pictures([tmp_path])[0], 1, 2)
     torch.testing.assert_close(image[:, 0], torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_kit.host.training.picture import HEIGHT, LABEL, MARGIN, WIDTH, loss_curve, row, smooth, stacked
+from lcm_kit.host.training.picture import HEIGHT, LABEL, MARGIN, RED, WIDTH, loss_curve, named, row, smooth, stacked
 from lcm_kit.lora_merge.comparing.canvas import INK
 
 
@@ -30,6 +30,16 @@ def test_the_shortest_flattest_and_broken_runs_are_drawn_too(losses):
     assert loss_curve(losses).size == (WIDTH, HEIGHT)
 
 
+def test_validation_losses_lie_where_their_steps_are():
+    """A falling line of three points on a log scale is straight."""
+    image = np.asarray(loss_curve([1.0] * 101, [(1, 10.0), (51, 1.0), (101, 0.1)])).astype(int)
+    red = (abs(image - RED).max(-1) < 40)[60 : HEIGHT - 40]
+    columns = [MARGIN + 60 + round(across * (WIDTH - 2 * MARGIN - 70)) for across in (0.2, 0.5, 0.8)]
+    left, middle, right = (np.flatnonzero(red[:, x]).mean() for x in columns)
+    assert right - middle == pytest.approx(middle - left, abs=3)
+    assert right - left > 50
+
+
 def test_the_running_mean_of_a_constant_is_that_constant():
     assert smooth([2.0] * 300) == pytest.approx([2.0] * 300)
     assert smooth([1.0, 3.0], share=1.0) == pytest.approx([1.0, (1.0 * 0.5 + 3.0) / 1.5])
@@ -42,6 +52,15 @@ def test_a_row_shows_its_images_in_order_over_the_whole_width():
     assert [picture.getpixel((WIDTH // 8 + place * WIDTH // 4, LABEL + 5)) for place in range(4)] == [
         image.getpixel((0, 0)) for image in images
     ]
+
+
+def test_names_stand_over_their_columns_and_are_cut_where_the_next_begins():
+    picture = np.asarray(named(["cat", "", "x" * 500, "\u732b\n"]))
+    assert picture.shape == (LABEL, WIDTH, 3)
+    side = WIDTH // 4
+    inked = [(picture[:, place * side : (place + 1) * side] < 128).any() for place in range(4)]
+    assert inked == [True, False, True, True]
+    assert (picture[:, 3 * side : 3 * side + 3] > 128).all()
 
 
 def test_pictures_are_stacked_from_top_to_bottom():

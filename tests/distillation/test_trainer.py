@@ -2,10 +2,12 @@
 
 import dataclasses
 import errno
+import importlib.util
 import math
 import os
 import stat
 from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from torch import nn
 from lcm_kit.distillation import checkpoint
 from lcm_kit.distillation.adapter import Average
 from lcm_kit.distillation.draws import draw
+from lcm_kit.distillation.health import Diverged, Health
 from lcm_kit.distillation.objective import distillation_loss
+from lcm_kit.distillation.optimizers import optimizer_of
 from lcm_kit.distillation.settings import Settings, skipping_grid
 from lcm_kit.distillation.trainer import Trainer, adapters_on
 from lcm_kit.lora_merge.disk import whole
@@ -37,6 +41,9 @@ from lcm_kit.tests.distillation.toy import (
 SHORT = Settings(
     steps=12, batch=4, learning_rate=0.02, warmup=0, guidance_min=1.0, guidance_max=3.0, skip=STRIDE, seed=3
 )
+
+
+needs_bitsandbytes = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="needs bitsandbytes")
 
 
 def trainer_of(adapters, network, settings=SHORT, **options):
@@ -154,7 +161,14 @@ def test_the_average_forgets_its_start_and_follows():
 
 @pytest.mark.parametrize("stop", [1, 5, 11])
 @pytest.mark.parametrize(
-    "change", [{}, {"average": 0.9, "average_target": True, "decay": 0.5, "accumulate": 2}, {"scale_loss": True}]
+    "change",
+    [
+        {},
+        {"average": 0.9, "average_target": True, "decay": 0.5, "accumulate": 2},
+        {"scale_loss": True},
+        *({"optimizer": name, "weight_decay": 0.01} for name in ("radam", "nadam", "adafactor", "sgd")),
+        pytest.param({"optimizer": "adamw8bit"}, marks=needs_bitsandbytes),
+    ],
 )
 def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(tmp_path, stop, change):
     settings = dataclasses.replace(SHORT, warmup=3, **change)
@@ -382,6 +396,71 @@ def test_the_learning_rate_rises_and_falls():
     )
 
 
+@pytest.mark.parametrize(
+    ("shape", "fall"),
+    [
+        ("linear", lambda x: x),
+        ("cosine", lambda x: (1 - math.cos(math.pi * x)) / 2),
+        ("sqrt", lambda x: 1 - (1 - x) ** 0.5),
+    ],
+)
+def test_every_fall_begins_at_the_rate_and_ends_near_nothing(shape, fall):
+    settings = Settings(steps=100, learning_rate=1.0, warmup=10, decay=0.5, decay_shape=shape)
+    rates = [settings.rate_at(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[9:51] == [1.0] * 42
+    assert rates[50:] == pytest.approx([fall((100 - step) / 50) for step in range(50, 100)])
+    assert all(one >= other for one, other in pairwise(rates[9:]))
+    assert dataclasses.replace(settings, decay=0.0).rate_at(99) == 1.0
+
+
+OWN = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam, "nadam": torch.optim.NAdam, "adafactor": torch.optim.Adafactor,
+       "sgd": torch.optim.SGD}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_an_optimizer_is_torchs_own_and_pulls_weights_towards_nothing_apart_from_the_gradient(name):
+    """Without a gradient a step leaves 1 - rate * decay of a weight: Loshchilov and Hutter 2019, algorithm 2."""
+    settings = dataclasses.replace(SHORT, optimizer=name, learning_rate=0.1, weight_decay=0.5)
+    factor = nn.Parameter(torch.tensor([[2.0, 4.0]]))
+    optimizer = optimizer_of([factor], settings)
+    assert type(optimizer) is OWN[name]
+    factor.grad = torch.zeros_like(factor)
+    optimizer.step()
+    # SGD's decay is a gradient: with Nesterov's momentum its first step is 1.9 as long.
+    torch.testing.assert_close(factor.detach(), torch.tensor([[2.0, 4.0]]) * (1 - 0.05 * (1.9 if name == "sgd" else 1)))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_optimizer_learns(name):
+    """A fifth of the way from the teacher to the solution of the ODE, or more, in 60 steps."""
+    settings = dataclasses.replace(
+        SHORT, steps=60, batch=16, decay=1.0, optimizer=name, huber_c=0.1, guidance_max=1.0,
+        learning_rate={"sgd": 0.3, "adafactor": 0.1}.get(name, 0.03),
+    )  # fmt: skip
+    network, sigma = Gains(), TABLE[GRID[-1]].expand(64)
+    x = sigma[:, None] * torch.randn(64, SIZE, generator=torch.Generator().manual_seed(9))
+
+    def error():
+        with torch.no_grad():
+            return float((network(x, sigma) - perfect_jump(x, sigma)).square().mean().sqrt())
+
+    with adapters_on(network, SIZE, seed=settings.seed) as adapters:
+        before = error()
+        trainer_of(adapters, network, settings).run()
+        assert error() < 0.8 * before
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_an_optimizer_that_is_not_installed_is_told_with_its_package():
+    network = Gains()
+    with adapters_on(network, 2) as adapters:
+        with pytest.raises(
+            ValueError, match="optimizer adamw8bit needs the package bitsandbytes: pip install bitsandbytes"
+        ):
+            trainer_of(adapters, network, dataclasses.replace(SHORT, optimizer="adamw8bit"))
+
+
 def test_a_loss_that_is_no_number_ends_the_run():
     network = Gains()
     with adapters_on(network, 2) as adapters:
@@ -416,6 +495,8 @@ def test_a_loss_that_is_no_number_ends_the_run():
         ({"average": math.nan}, "average is nan"),
         ({"original_steps": -1}, "original_steps is -1"),
         ({"average": 1.0}, "average is 1.0"),
+        ({"optimizer": "lion"}, "optimizer is 'lion'; it has to be one of adamw, radam"),
+        ({"decay_shape": "step"}, "decay_shape is 'step'; it has to be one of linear, cosine, sqrt"),
         ({"weighting": "eps"}, "weighting is 'eps'; it has to be one of x0, v"),
     ],
 )
@@ -455,3 +536,107 @@ def test_the_toy_is_what_it_says():
     noisy = z0 + 0.7 * torch.randn(200_000, 1, generator=generator)
     slope = (z0 * noisy).mean() / noisy.square().mean()  # of the best linear guess
     assert slope == pytest.approx(perfect_denoiser(torch.ones(1, 1), torch.tensor([0.7])).item(), abs=0.005)
+
+
+# ---- divergence
+
+
+def test_what_diverges_is_noticed_long_before_it_is_no_number():
+    """At a rate of 10 the losses go to the thousands, where the data has a spread of 0.5."""
+    with pytest.raises(Diverged, match=r"the loss of step \d+ is .* over 1000 times the data's spread. Lower learning"):
+        trained(dataclasses.replace(SHORT, steps=200, learning_rate=10.0), spread=SPREAD)
+
+
+@pytest.mark.parametrize("huber_c", [0.001, None])
+def test_ten_steps_far_off_are_a_divergence_and_nine_are_none(huber_c):
+    health = Health(dataclasses.replace(SHORT, huber_c=huber_c), 0.5)
+    far = 11 * 0.5 if huber_c else (11 * 0.5) ** 2
+    near = 9 * 0.5 if huber_c else (9 * 0.5) ** 2
+    health.check(100, [near] * 100)
+    health.check(9, [far] * 9)
+    health.check(19, [far] * 9 + [near] + [far] * 9)
+    with pytest.raises(Diverged, match=r"10 steps, up to step 12, .* over 10 times the data's spread"):
+        health.check(12, [near] * 2 + [far] * 10)
+    assert health.sound(near)
+    assert not health.sound(far)
+
+
+def hopeless_after(step, network, calls):
+    """A source whose data blows up from `step` on, unless the learning rate is low."""
+
+    def source(number, items):
+        batch = data(number, items)
+        calls.append(number)
+        return dataclasses.replace(batch, z0=batch.z0 * (torch.inf if number >= step else 1))
+
+    return source
+
+
+@pytest.mark.parametrize("save_every", [1, 4, 100])
+def test_a_divergence_leaves_the_last_sound_checkpoint_and_a_lower_rate_goes_on(tmp_path, save_every, caplog):
+    """The advice works under the same name, and the sound steps are not made again."""
+    path, fatal, calls = tmp_path / "run.safetensors", 6, []
+    network = Gains()
+    with adapters_on(network, 2, seed=SHORT.seed) as adapters:
+        trainer = Trainer(denoiser(network), adapters, hopeless_after(fatal, network, calls), TABLE, SHORT)
+        with pytest.raises(Diverged, match=r"loss of step 7 is nan\. Lower learning_rate \(now 0\.02\)\.") as told:
+            trainer.run(save_to=path, save_every=save_every)
+    kept = (fatal - 1) // save_every * save_every
+    if save_every > fatal:
+        assert not path.exists()
+    else:
+        assert f"It then goes on from step {kept}, the last one that run.safetensors keeps." in str(told.value)
+        assert told.value.kept == kept
+        tensors, facts = checkpoint.read(path)
+        assert facts["done"] == kept == len(tensors["losses"])
+        assert facts["diverged"] == fatal + 1
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+    network, calls = Gains(), []
+    with adapters_on(network, 2, seed=SHORT.seed) as adapters:
+        lower = dataclasses.replace(SHORT, learning_rate=0.001, warmup=2)
+        trainer = Trainer(denoiser(network), adapters, hopeless_after(99, network, calls), TABLE, lower)
+        trainer.run(save_to=path)
+    assert calls == list(range(0 if save_every > fatal else kept, SHORT.steps))
+    assert ("goes on from step" in caplog.text) == (save_every < fatal)
+    assert "diverged" not in checkpoint.read(path)[1]
+
+
+def test_after_a_divergence_the_data_and_the_guidance_stay_what_they_were(tmp_path):
+    path, network = tmp_path / "run.safetensors", Gains()
+    with adapters_on(network, 2, seed=SHORT.seed) as adapters:
+        trainer = Trainer(denoiser(network), adapters, hopeless_after(6, network, []), TABLE, SHORT)
+        with pytest.raises(Diverged):
+            trainer.run(save_to=path, save_every=2)
+        for change in ({"skip": 100}, {"guidance_max": 4.0}, {"learning_rate": 1e-3, "seed": 5}):
+            other = trainer_of(adapters, network, dataclasses.replace(SHORT, **change))
+            with pytest.raises(ValueError, match="is the checkpoint of another training"):
+                other.load(path)
+
+
+def test_a_kept_state_that_leads_astray_at_once_is_told_to_be_past_help(tmp_path):
+    path, network = tmp_path / "run.safetensors", Gains()
+    with adapters_on(network, 2, seed=SHORT.seed) as adapters:
+        trainer_of(adapters, network, dataclasses.replace(SHORT, steps=3)).run(save_to=path)
+        trainer = Trainer(denoiser(network), adapters, hopeless_after(3, network, []), TABLE, SHORT)
+        with pytest.raises(
+            Diverged, match=r"run\.safetensors keeps is past help: remove that file, or use another name"
+        ):
+            trainer.run(save_to=path)
+
+
+def test_a_learning_rate_that_is_never_reached_is_told():
+    assert Settings(steps=100, warmup=20).hints() == []
+    assert Settings(steps=20, warmup=20).hints() == []
+    assert Settings(steps=100, warmup=20, decay=0.5).hints() == []
+    (said,) = Settings(steps=100, warmup=500).hints()
+    assert said == "learning_rate 0.0001 was never reached, only 2e-05: warmup is 500 of 100 steps."
+    assert Settings(steps=100, decay=1.0).hints() == []
+    assert "and decay 1." in Settings(steps=100, warmup=80, decay=1.0).hints()[0]
+
+
+def test_solver_steps_that_end_between_trained_timesteps_are_refused():
+    with pytest.raises(ValueError, match="original_steps is 50 and skip is 1: a solver step ends between two trained"):
+        Settings(original_steps=50, skip=1).grid(1000)
+    for points, skip in ((8, 125), (50, 20), (33, 30), (50, 200), (3, 333)):
+        Settings(original_steps=points, skip=skip).grid(1000)

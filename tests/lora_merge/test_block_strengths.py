@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lcm_kit.lora_merge import Lora, merge, merge_with_account, parse_block_strengths
 from lcm_kit.lora_merge.naming import globs
 from lcm_kit.lora_merge.naming.blocks import Place, place
+from lcm_kit.lora_merge.recognise.transformers import TRANSFORMERS
 
 
 @pytest.mark.parametrize(
@@ -250,6 +251,63 @@ def test_a_list_of_one_number_a_block_needs_one_for_every_block():
     assert factors(",".join(map(str, numbers)), *modules) == numbers
     with pytest.raises(ValueError, match="the list of 30 numbers is no place"):
         factors(",".join("1" * 30), *modules)
+
+
+def two_kinds(base):
+    return [kind for kind in base.stacks if kind.startswith(("double_", "single_"))]
+
+
+# Flux.1, and Chroma, have lists of their own.
+@pytest.mark.parametrize(
+    "base",
+    [base for base in TRANSFORMERS if len(two_kinds(base)) == 2 and base.kin != "Flux.1"],
+    ids=lambda base: base.name,
+)
+def test_a_list_for_two_kinds_of_blocks_has_the_double_ones_first(base):
+    kinds = two_kinds(base)
+    modules = [f"diffusion_model.{kind}.{n}.a" for kind in kinds for n in range(len(base.stacks[kind]))]
+    numbers = [0.5 + number / 64 for number in range(len(modules))]
+    assert factors(",".join(map(str, numbers)), *modules) == numbers
+    # Of another model, with more blocks than there are numbers for.
+    with pytest.raises(ValueError, match="is no place"):
+        factors(",".join(map(str, numbers)), *modules, f"diffusion_model.{kinds[0]}.{len(base.stacks[kinds[0]])}.a")
+
+
+@pytest.mark.parametrize("base", TRANSFORMERS, ids=lambda base: base.name)
+def test_blocks_of_transformers_are_named_by_their_own_names(base):
+    """Each block alone, in the name that compare shows; nothing else of a longer or shorter name moves with it."""
+    modules = [f"lora_unet_{name}" for name in base.modules]
+    for stack, blocks in base.stacks.items():
+        for number in {0, len(blocks) // 2, len(blocks) - 1} - {n for n, block in enumerate(blocks) if not block}:
+            strengths = parse_block_strengths(f"{stack}.{number}=0")
+            changed = {name for name in modules if strengths.factor(name) == 0}
+            assert changed == {f"lora_unet_{stack}_{number}_{module}" for module in blocks[number]}
+        for module in blocks[-1]:
+            assert place(f"lora_unet_{stack}_{len(blocks) - 1}_{module}").block == f"{stack}.{len(blocks) - 1}"
+    whole = parse_block_strengths(", ".join(f"{stack}=0.5" for stack in base.stacks))
+    assert {whole.factor(name) for name in modules} == {0.5}
+
+
+@pytest.mark.parametrize("base", TRANSFORMERS, ids=lambda base: base.name)
+def test_attention_and_feed_forward_of_transformers_are_known_as_such(base):
+    words = {"attention": ("attn", "attention"), "ff": ("mlp", "ffn", "feed_forward", "_ff_")}
+    for name in base.modules:
+        kinds = [
+            kind for kind, found in words.items() if any(word in name for word in found) and "modulation" not in name
+        ]
+        if len(kinds) == 1 and "_mod_" not in name:
+            assert place(f"lora_unet_{name}").kind == kinds[0]
+
+
+def test_blocks_of_a_branch_are_no_blocks_of_the_model():
+    modules = [
+        "lora_unet_blocks_0_self_attn_q",
+        "lora_unet_vace_blocks_0_self_attn_q",
+        "lora_unet_blocks_0_cross_attn_k_img",
+    ]
+    assert [parse_block_strengths("blocks.0=0").factor(name) for name in modules] == [0, 1, 0]
+    assert [parse_block_strengths("vace_blocks=0").factor(name) for name in modules] == [1, 0, 1]
+    assert [parse_block_strengths("*_img=0").factor(name) for name in modules] == [1, 1, 0]
 
 
 def test_block_strengths_survive_their_text():

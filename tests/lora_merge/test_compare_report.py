@@ -5,12 +5,14 @@ import json
 import pytest
 from PIL import Image
 
-from lcm_kit.lora_merge import Lora, load, save
+from lcm_kit.lora_merge import Lora, load, parse_block_strengths, save
 from lcm_kit.lora_merge.__main__ import main
 from lcm_kit.lora_merge.comparing.canvas import Canvas, _round
 from lcm_kit.lora_merge.comparing.compare import compare
-from lcm_kit.lora_merge.comparing.picture import WIDTH, draw
+from lcm_kit.lora_merge.comparing.picture import WIDTH, _rows, draw
 from lcm_kit.lora_merge.comparing.report import as_csv, as_json, as_text
+from lcm_kit.lora_merge.naming.unet import Layout
+from lcm_kit.lora_merge.recognise import transformers
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
 BLOCKS = [f"lora_unet_double_blocks_{n}_img_attn_qkv" for n in range(40)]
@@ -59,8 +61,33 @@ def test_the_picture_is_as_wide_as_promised_and_not_taller_than_a_screen(count):
     image = draw(found, 4)
     assert image.mode == "RGB"
     assert image.width == WIDTH == 1024
-    assert image.height < 1000  # 40 blocks share rows
+    assert image.height < 1000
     assert len(image.resize((256, 180)).getcolors(256 * 180)) > 50  # charts, not an empty sheet
+
+
+@pytest.mark.parametrize("name", ["Qwen-Image", "Wan 2.1/2.2 14B", "Flux.1", "HunyuanVideo", "Z-Image"])
+def test_every_block_of_a_deep_model_has_a_row_of_its_own_under_the_name_that_strengths_take(name):
+    base = transformers.BY_NAME[name]
+    firsts = [
+        f"lora_unet_{stack}_{n}_{next(iter(block))}"
+        for stack, blocks in base.stacks.items()
+        for n, block in enumerate(blocks)
+    ]
+    found = compare([(lora(seed, firsts), 1.0) for seed in (1, 2)])
+    rows = [row.name for row in _rows(found)]
+    assert sorted(rows) == sorted(f"{stack}.{n}" for stack, blocks in base.stacks.items() for n in range(len(blocks)))
+    for row in rows:
+        assert parse_block_strengths(f"{row}=0").met(firsts, Layout()) == {row}
+    assert 600 < draw(found).height < 1200
+    told = as_text(found)
+    assert all(f" {row} " in told for row in rows)
+
+
+def test_more_blocks_than_fit_share_rows():
+    many = [f"lora_unet_layers_{n}_a" for n in range(150)]
+    found = compare([(lora(1, many), 1.0)])
+    assert [row.name for row in _rows(found)][:2] == ["layers.0-3", "layers.4-7"]
+    assert draw(found).height < 1200
 
 
 def test_the_sweep_and_the_cut_are_in_the_picture():

@@ -305,6 +305,13 @@ def test_loras_of_two_families_have_none_in_common():
     assert family_of([RECOGNISED["Flux"], RECOGNISED["Flux"]]) is flux.FAMILY
 
 
+def test_a_unets_modules_are_no_transformers():
+    """Ernie-Image has a timestep embedding of the same name, in diffusers' spelling."""
+    one = Lora.from_state_dict(kohya("diffusion_model.time_embed.0", *factors(6, 2, 5)))
+    assert known(merge([(one, 1.0)])) == known(one) == {"lora_unet_time_embed_0"}
+    assert family_of([one.modules]) is None
+
+
 def test_names_that_mean_other_weights_in_other_families_tell_none():
     """A whole weight in Cosmos Predict 2, a slice in PixArt, ComfyUI's own name in LTX."""
     assert family_of([["lora_transformer_transformer_blocks_0_attn1_to_q"]]) is None

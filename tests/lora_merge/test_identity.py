@@ -11,10 +11,13 @@ from lcm_kit.lora_merge import Lora, load, merge, save
 from lcm_kit.lora_merge.recognise import identity
 from lcm_kit.lora_merge.recognise.base_models import BY_NAME
 from lcm_kit.lora_merge.recognise.catalogue import PUBLISHED, Published, instead
-from lcm_kit.lora_merge.recognise.identity import identify, sha256_of, worth_hashing
+from lcm_kit.lora_merge.recognise.identity import half_by_name, identify, sha256_of, worth_hashing
+from lcm_kit.lora_merge.recognise.transformers import BY_NAME as TRANSFORMERS
 from lcm_kit.samplers.presets import PRESETS
 from lcm_kit.tests.lora_merge import full_size
 from lcm_kit.tests.lora_merge.make import factors, kohya
+
+WAN = "Wan 2.1/2.2 14B"
 
 
 def lora(base, metadata=None, **options):
@@ -195,6 +198,80 @@ def test_metadata_decides_between_the_bases_that_modules_leave():
     assert identify(lora("SD1.5", metadata={"ss_base_model_version": "sdxl_base_v1-0"})).bases == ("SD1.5",)
 
 
+@pytest.mark.parametrize(
+    ("name", "half"),
+    [
+        ("wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors", "high"),
+        ("wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors", "low"),
+        ("Wan2_2-I2V-A14B-HIGH_bf16.safetensors", "high"),
+        ("Wan2.2-Lightning_I2V-A14B-4steps-lora_LOW_fp16.safetensors", "low"),
+        ("mystyle_low.safetensors", "low"),
+        ("mystyle-high-v2.safetensors", "high"),
+        ("BounceLow.safetensors", "low"),
+        ("DancingHighNoise_e20.safetensors", "high"),
+        ("wan22_t2v_low_q4_k_m.gguf", "low"),
+        ("LowNoise Dancer", "low"),
+        ("low_poly_style.safetensors", None),
+        ("high_quality_wan_v2.safetensors", None),
+        ("highlights.safetensors", None),
+        ("slow.safetensors", None),
+        ("yellow_v1.safetensors", None),
+        ("high_noise_and_low_noise.safetensors", None),
+        ("wan2.1_t2v_14b.safetensors", None),
+        ("", None),
+    ],
+)
+def test_halves_by_their_names(name, half):
+    assert half_by_name(name) == half
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank64.safetensors", "lightx2v"),
+        ("Qwen-Image-Lightning-4steps-V9.safetensors", "Lightning"),
+        ("Hyper-FLUX.1-dev-8steps-lora.safetensors", "Hyper"),
+        ("FLUX.1-Turbo-Alpha.safetensors", "Turbo"),
+        ("my_lcm_thing.safetensors", "lcm"),
+        ("style_4steps.safetensors", "4steps"),
+        ("ink_style.safetensors", None),
+        ("hyperrealism.safetensors", None),
+        ("turbocharged_cars.safetensors", None),
+        ("welcome.safetensors", None),
+    ],
+)
+def test_a_name_that_sounds_like_an_acceleration_lora_gives_no_settings(name, word):
+    found = identify(Lora.from_state_dict(small(), source=name))
+    assert (found.looks_like, found.preset, found.how, found.kind) == (word, None, "unknown", "LoRA")
+
+
+def test_a_published_half_is_known_by_its_hash_and_a_style_by_what_it_is_called(tmp_path):
+    path = tmp_path / "renamed_low_noise.safetensors"
+    shapes = {name: shape for name, shape in TRANSFORMERS[WAN].modules.items() if "_self_attn_" in name}
+    tensors = {}
+    for name, (out, into) in shapes.items():
+        tensors[f"lora_unet_{name}.lora_up.weight"] = torch.zeros(()).expand(out, 1)
+        tensors[f"lora_unet_{name}.lora_down.weight"] = torch.zeros(()).expand(1, into)
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    entry = row(path, base=WAN, expert="high", preset="Wan 2.2 lightx2v", bytes=None, about=path.stat().st_size + 100)
+    found = identify(load(path), path, catalogue=[entry])
+    assert (found.how, found.expert.expert, found.expert.source) == ("sha256", "high", "its sha256")
+    assert (found.bases, found.preset) == ((WAN,), "Wan 2.2 lightx2v")
+    styled = identify(load(path), path, catalogue=[])
+    assert (styled.expert.expert, styled.expert.source, styled.bases) == ("low", "its file name", (WAN,))
+    titled = Lora.from_state_dict(tensors, source="a.safetensors", metadata={"ss_output_name": "dance_high"})
+    assert (identify(titled).expert.expert, identify(titled).expert.source) == ("high", "its metadata ss_output_name")
+    assert identify(Lora.from_state_dict(small(), source="style_low.safetensors")).expert is None
+
+
+def test_a_rounded_size_is_that_of_files_within_a_hundredth():
+    entry = Published("a", WAN, "b", "0" * 64, "c/d", about=614_000_000)
+    assert entry.may_have(614_453_000)
+    assert not entry.may_have(634_645_944)
+    assert worth_hashing(614_453_000, [entry])
+    assert Published("a", WAN, "b", "0" * 64, "c/d").may_have(7) is None
+
+
 # ---- the catalogue
 
 
@@ -205,8 +282,19 @@ def test_every_row_is_a_hash_of_its_own_for_a_known_base():
         assert len(entry.sha256) == 64
         assert int(entry.sha256, 16) > 0
         assert entry.sha256 == entry.sha256.lower()
-        assert entry.base in BY_NAME
+        assert entry.base in BY_NAME or entry.base in TRANSFORMERS
         assert entry.preset in PRESETS
+        assert entry.steps is None or entry.steps == PRESETS[entry.preset].steps
+
+
+def test_halves_of_a_pair_are_different_files_that_say_so():
+    halves = [entry for entry in PUBLISHED if entry.expert]
+    assert {entry.base for entry in halves} == {WAN}
+    for entry in halves:
+        assert half_by_name(entry.file.rsplit("/", 1)[-1]) == entry.expert
+    for entry in PUBLISHED:
+        if entry.base == WAN and entry.expert is None:
+            assert half_by_name(entry.file) is None
 
 
 def test_the_official_rows_count_what_the_unets_have():

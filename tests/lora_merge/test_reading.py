@@ -26,7 +26,7 @@ def plain():
         ("unet.x.lora_B.default.bias", "LoRA with a bias of its own"),
         ("unet.x.lora_embedding_A", "LoRA of an embedding"),
         ("base_model.model.x.modules_to_save.default.weight", "weights that PEFT saves whole"),
-        ("diffusion_model.blocks.0.diff_m", "difference that is no weight's or bias's"),
+        ("diffusion_model.stages.0.diff_m", "difference that is no weight's or bias's"),
         (f"{MODULE}.scalar", "scale that is a tensor of its own"),
         ("emb_params", "unknown"),
         ("something.else", "unknown"),
@@ -47,6 +47,18 @@ def test_what_has_no_effect_in_comfyui_is_listed_and_all_else_is_read(key, name)
     assert warning in describe_merge(account, merged)
     # Another reader may know it, so that a file that is only saved again keeps it; a scale of nothing nobody can use.
     assert (key in lora.to_state_dict(torch.float16)) is (name != "scale of nothing")
+
+
+def test_a_difference_of_a_wan_blocks_modulation_is_read_as_one():
+    """Both names of it meet, and what is written is the one that ComfyUI has."""
+    block = "diffusion_model.blocks.3"
+    linear = kohya(f"{block}.self_attn.q", *factors(6, 2, 6))
+    first = Lora.from_state_dict(linear | {f"{block}.diff_m": torch.ones(1, 6, 6)})
+    second = Lora.from_state_dict(linear | {f"{block}.modulation.diff": torch.full((1, 6, 6), 3.0)})
+    assert first.keys.unread == ()
+    merged = merge_with_account([(first, 1.0), (second, 0.5)])[0].to_state_dict()
+    assert torch.equal(merged[f"{block}.modulation.diff"], torch.full((1, 6, 6), 2.5))
+    assert not any("diff_m" in key for key in merged)
 
 
 def test_one_line_names_all_formats_and_counts():

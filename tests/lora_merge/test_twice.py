@@ -34,11 +34,7 @@ SAME = [
     ("transformer.transformer_blocks.7.ff.linear_in", "transformer.transformer_blocks.7.ff.net.0.proj"),
     ("lora_unet_final_layer_linear", "transformer.proj_out"),
     # text encoders
-    ("lora_te2_encoder_block_0_layer_0_SelfAttention_q", "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"),
     ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", "lora_te2_encoder_block_0_layer_0_SelfAttention_q"),
-    ("lora_te_layers_0_self_attn_q_proj", "text_encoders.qwen3_06b.transformer.model.layers.0.self_attn.q_proj"),
-    ("text_encoders.transformer.model.layers.0.mlp.up_proj", "text_encoders.llama.transformer.model.layers.0.mlp.up_proj"),
-    ("lora_te1_encoder_layer_0_attention_self_query", "text_encoders.hydit_clip.transformer.bert.encoder.layer.0.attention.self.query"),
     ("lora_te_text_model_encoder_layers_0_mlp_fc1", "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1"),
 ]  # fmt: skip
 
@@ -84,6 +80,55 @@ def test_two_names_of_one_weight_meet_where_the_family_is_known(pair, swap):
     assert relative(merged.delta(name), first + 0.8 * second) < 1e-6
     with pytest.raises(ValueError, match="two spellings of one"):
         Lora.from_state_dict(kohya(pair[0], *factors(6, 2, 5)) | kohya(pair[1], *factors(6, 2, 5)))
+
+
+ENCODERS = [
+    ("lora_te2_encoder_block_0_layer_0_SelfAttention_q", "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"),
+    ("lora_te_layers_0_self_attn_q_proj", "text_encoders.qwen3_06b.transformer.model.layers.0.self_attn.q_proj"),
+    ("text_encoders.transformer.model.layers.0.mlp.up_proj", "text_encoders.llama.transformer.model.layers.0.mlp.up_proj"),
+    ("lora_te1_encoder_layer_0_attention_self_query", "text_encoders.hydit_clip.transformer.bert.encoder.layer.0.attention.self.query"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(("first", "second"), ENCODERS)
+def test_a_text_encoder_by_number_and_by_word_is_one(first, second, swap):
+    """Written by ComfyUI's word, which every version reads."""
+    pair = (second, first) if swap else (first, second)
+    loras = [one(name, seed=seed) for seed, name in enumerate(pair)]
+    merged = merge([(lora, strength) for lora, strength in zip(loras, (1.0, 0.8), strict=True)])
+    assert list(merged.spellings.values()) == [second]
+    assert relative(merged.delta(second), loras[0].delta(pair[0]) + 0.8 * loras[1].delta(pair[1])) < 1e-6
+
+
+def test_a_word_beside_two_numbers_tells_nothing():
+    body = "encoder_block_0_layer_0_SelfAttention_q"
+    names = (
+        f"lora_te2_{body}",
+        f"lora_te3_{body}",
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
+    )
+    assert "two spellings of one weight" in refused(*(one(name) for name in names))
+    assert "two spellings of one weight" in refused(*(one(name) for name in names[:2]))
+
+
+# Of modules that several families call so, and how many of the two spellings ComfyUI reads in each of them.
+IN_ALL = [
+    ("transformer.transformer_blocks.7.attn.to_add_out", "transformer_blocks.7.attn.to_add_out", 1),
+    ("lycoris_transformer_blocks_7_attn_to_add_out", "transformer_blocks.7.attn.to_add_out", 1),
+    ("transformer.transformer_blocks.7.attn.to_add_out", "lycoris_transformer_blocks_7_attn_to_add_out", 2),
+]
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(("first", "second", "read"), IN_ALL)
+def test_names_that_differ_by_prefix_meet_where_one_is_read_in_every_family(first, second, read, swap):
+    pair = (second, first) if swap else (first, second)
+    loras = [one(name, seed=seed) for seed, name in enumerate(pair)]
+    merged = merge([(lora, strength) for lora, strength in zip(loras, (1.0, 0.8), strict=True)])
+    assert list(merged.spellings.values()) == [first if read == 1 else pair[0]]
+    total = loras[0].delta(pair[0]) + 0.8 * loras[1].delta(pair[1])
+    assert relative(merged.delta(first), total) < 1e-6
 
 
 OTHERS = [
@@ -134,6 +179,12 @@ def test_a_bias_is_a_weight_of_its_own(first, second):
         assert f"{name}.bias" in refused(lora, other)
     else:
         assert len(merge([(lora, 1.0), (other, 1.0)]).diffs) == 2
+
+
+def test_prefixes_of_which_one_family_reads_one_and_one_the_other_are_refused():
+    """SD3's slice is read behind `transformer.`, ACE-Step's own name without."""
+    pair = "transformer_blocks.7.attn.to_q", "transformer.transformer_blocks.7.attn.to_q"
+    assert "two spellings of one weight" in refused(*(one(name) for name in pair))
 
 
 def test_namings_of_which_nothing_is_known_are_refused_unless_they_are_one():

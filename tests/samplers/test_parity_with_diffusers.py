@@ -203,7 +203,7 @@ def flow_run(scheduler, sigmas, gamma):
         velocity = toy_network(theirs, timestep.item())
         theirs = scheduler.step(velocity, timestep, theirs, generator=step_generator(SEED, step)).prev_sample
     ours = sample_lcm(
-        as_flow_denoiser, x, sigmas, noise=tape(SEED), gamma=gamma, noise_scaling=rectified_flow, disable=True
+        as_flow_denoiser, x, sigmas, noise=tape(SEED, sigmas), gamma=gamma, noise_scaling=rectified_flow, disable=True
     )
     return difference(ours, theirs)
 

@@ -179,6 +179,8 @@ def shape_at(name, spelled):
     shape = shapes(name).get(weight)
     if shape is None or part is None:
         return shape
+    if part[1] + part[2] > shape[part[0]]:
+        return None  # a slice of Z-Image, which has the key map's names in common with Lumina 2
     shape = list(shape)
     shape[part[0]] = part[2]
     return tuple(shape)

@@ -151,3 +151,9 @@ def test_an_outline_says_what_the_whole_file_is_in_a_part_of_its_time(official, 
     assert seconds < 5  # 0.1 s where nothing else runs
     with pytest.raises((NotImplementedError, RuntimeError)):
         torch.stack([layer.up.sum() for layer in list(hollow.modules.values())[:2]]).item()
+
+
+def test_where_a_base_has_no_lcm_lora_a_file_of_another_method_is_named():
+    assert auto._to_get("SDXL").preset == "LCM"
+    assert auto._to_get("Qwen-Image").base == "Qwen-Image"
+    assert auto._to_get("of nobody") is auto._to_get(None) is None

@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -174,6 +175,20 @@ def test_a_missing_lora_file_is_named_before_anything_runs(client, server, graph
     assert f"({node_type}): Custom validation failed" in str(rejected.value)
     assert str(server.home) not in str(rejected.value)
     assert "Value not in list" not in str(rejected.value)
+
+
+def test_a_style_in_the_lcm_loader_gives_no_settings_and_whoever_asks_for_them_is_told(client):
+    graph = with_file(lcm_only(TINY, SHOT), TINY.style)
+    asked = rf"LCM-LoRA Loader has no (steps|cfg) to give: {re.escape(TINY.style)} is no acceleration LoRA"
+    with pytest.raises(ExecutionFailed, match=asked) as failed:
+        client.run(graph, timeout=120)
+    assert failed.value.node_type == "LCMKitKSampler"
+    # With settings of its own the sampler runs; an empty preset is as one that is not connected.
+    (loader,), sampler = nodes_of(graph, "LCMKitLoader"), settings_of(graph, "LCMKitKSampler")
+    sampler |= {"steps": 4, "cfg": 1.0}
+    plain = picture(client, graph)
+    sampler["preset"] = [loader, 6]
+    assert np.array_equal(picture(client, graph), plain)
 
 
 def with_file(workflow, name):

@@ -1,6 +1,8 @@
 """`python -m lcm_kit.distillation` on the embedded model: a stop and going on, two processes, captions alone."""
 
+import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from lcm_kit.demo.prompts import FIGURE
 from lcm_kit.distillation import checkpoint
 from lcm_kit.distillation.__main__ import main
+from lcm_kit.distillation.log import read_table
 from lcm_kit.lora_merge import load
 from lcm_kit.tests.helpers import ROOT
 
@@ -148,7 +151,9 @@ def test_captions_alone_and_the_picture_of_the_course(in_process, tmp_path, caps
     with Image.open(tmp_path / "course.png") as picture:
         assert picture.width == 768
         assert picture.height > 256
-    assert load_file(tmp_path / "lcm.run" / "data.safetensors")["latents"].shape[::2] == (2, 8)
+    shards = [load_file(file) for file in (tmp_path / "lcm.run" / "kept").iterdir()]
+    latents = [tensor for shard in shards for name, tensor in shard.items() if name.endswith("/latent")]
+    assert [tensor.shape[::2] for tensor in latents] == [(1, 8), (1, 8)]
 
     assert in_process(*arguments) == 2  # the output is there
     assert "lcm.safetensors" in capsys.readouterr().err
@@ -156,6 +161,77 @@ def test_captions_alone_and_the_picture_of_the_course(in_process, tmp_path, caps
     assert "is the checkpoint of another training (" in capsys.readouterr().err
     assert in_process(*arguments, "--overwrite", "--lora", MODELS / "vae" / "tiny_emoji_vae.safetensors") == 2
     assert "changes nothing in" in capsys.readouterr().err
+
+
+def test_broken_pictures_are_named_at_once_and_may_be_left_out(in_process, whole, pictures, tmp_path, capsys):
+    """What is learnt then is what the rest alone teaches."""
+    folder = tmp_path / "some broken"
+    shutil.copytree(pictures, folder)
+    for name in ("00", "9"):  # before the first and behind the last
+        (folder / f"{name}.png").write_bytes((pictures / "0.png").read_bytes()[:40])
+        (folder / f"{name}.txt").write_text("a caption of nothing")
+    arguments = ["--pictures", folder, *VAE, "--steps", 3, "--batch", 2, "-o", tmp_path / "lcm.safetensors"]
+    assert in_process(*arguments) == 2
+    said = capsys.readouterr().err
+    assert "error: 2 of 6 pictures cannot be read: 00.png (" in said
+    assert "leave them out by --leave-out-broken" in said
+    assert not (tmp_path / "lcm.run").exists()  # nothing was encoded
+    assert in_process(*arguments, "--leave-out-broken") == 0
+    assert "2 of 6 pictures cannot be read: 00.png (" in capsys.readouterr().out
+    actual, expected = load_file(tmp_path / "lcm.safetensors"), load_file(whole)
+    assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
+
+
+def test_shapes_crops_flips_and_repeats_and_what_is_seen_on_the_way(in_process, tmp_path, capsys):
+    folder, run = tmp_path / "pictures", tmp_path / "lcm.run"
+    folder.mkdir()
+    for number, size in enumerate([(64, 64), (200, 64), (190, 60), (40, 40)]):
+        Image.linear_gradient("L").resize(size).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(FIGURE[number % 2])
+    (tmp_path / "shown.txt").write_text("a\nb\nc\n")
+    assert in_process(
+        "--pictures", folder, *VAE, "--steps", 4, "--batch", 2, "--buckets", "--flip", 0.5, "--random-crop", "--repeats", 3,
+        "--caption-dropout", 0.2, "--validation", tmp_path / "shown.txt", "--save-every", 2, "--keep-loras",
+        "-o", tmp_path / "lcm.safetensors", "--picture", tmp_path / "course.png",
+    ) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    assert "4 steps of 2 images from 12 pictures" in said
+    assert "1 of 4 pictures are smaller than what is learnt of them (3.png) and were scaled up" in said
+    assert "Validation loss, always of the same pictures and noise:" in said
+    shards = [load_file(file) for file in (run / "kept").iterdir()]
+    shapes = [tensor.shape[2:] for shard in shards for name, tensor in shard.items() if name.endswith("/latent")]
+    assert sorted(map(tuple, shapes)) == [(4, 13)] * 6 + [(8, 8)] * 6
+    assert sorted(file.name for file in (run / "loras").iterdir()) == ["000002.safetensors", "000004.safetensors"]
+    assert sorted(file.name for file in (run / "samples").iterdir()) == ["000002.png", "000004.png"]
+    last, so_far, output = (
+        load(file)
+        for file in (run / "loras" / "000004.safetensors", run / "lora.safetensors", tmp_path / "lcm.safetensors")
+    )
+    for name, layer in output.modules.items():
+        assert torch.equal(layer.delta(), last.modules[name].delta())
+        assert torch.equal(layer.delta(), so_far.modules[name].delta())
+    assert [row["step"] for row in read_table(run / "losses.csv")] == [0, 1, 2, 3, 4]
+
+
+def test_a_training_begins_with_the_published_file(in_process, pictures, tmp_path, capsys):
+    """At a rate of almost nothing the output is that LoRA, in the same names; a lower rank is refused."""
+    published, output = MODELS / "loras" / "tiny_emoji_lcm_lora.safetensors", tmp_path / "lcm.safetensors"
+    arguments = ["--pictures", pictures, *VAE, "--steps", 1, "--start-from", published, "-o", output]
+    assert in_process(*arguments) == 2
+    assert "error: start_from is tiny_emoji_lcm_lora.safetensors, of rank 32" in capsys.readouterr().err
+    assert in_process(*arguments, "--rank", 32, "--learning-rate", 1e-7) == 0
+    given, begun = load(published), load(output)
+    assert begun.modules.keys() == given.modules.keys()
+    for name, layer in begun.modules.items():
+        torch.testing.assert_close(layer.delta(), given.modules[name].delta(), atol=1e-5, rtol=1e-4)
+
+
+def test_loggers_that_are_not_installed_are_told_before_anything_is_loaded(in_process, pictures, tmp_path, capsys):
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    output = tmp_path / "lcm.safetensors"
+    assert in_process("--pictures", pictures, "-o", output, "--log-with", "wandb") == 2
+    assert "error: --log-with wandb needs the package wandb: pip install wandb" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,21 @@ from comfy.model_base import ModelType
 
 from lcm_kit.distillation.adapter import LoraAdapters
 from lcm_kit.distillation.draws import draw
+from lcm_kit.distillation.health import Diverged
+from lcm_kit.distillation.kept import Kept
+from lcm_kit.distillation.log import read_table
 from lcm_kit.distillation.objective import distillation_loss
 from lcm_kit.distillation.settings import Settings, Setup
 from lcm_kit.host.training import distilling, strip, teacher_pictures
+from lcm_kit.host.training.advice import advice_for
 from lcm_kit.host.training.data import Batches, Item, encoded, moved
+from lcm_kit.host.training.identity import identity_of
 from lcm_kit.host.training.loan import Denoiser, lent
+from lcm_kit.host.training.picture import HEIGHT, LABEL, WIDTH
+from lcm_kit.host.training.prompts import chunks
 from lcm_kit.host.training.run import _fingerprint_of_weights
 from lcm_kit.host.training.strip import Strip
-from lcm_kit.lora_merge import Lora
+from lcm_kit.lora_merge import Lora, load
 from lcm_kit.nodes.distilling import Distill
 from lcm_kit.tests.distillation.live_memory import LiveMemory
 from lcm_kit.tests.with_comfyui import tiny
@@ -299,7 +306,8 @@ def test_the_nodes_defaults_are_those_of_settings_and_command():
             name: value for name, value in defaults.items() if name in node
         }, owner
     # What the node does not ask for.
-    absent = {"warmup", "decay", "weight_decay", "betas", "clip", "huber_c", "average_target"}
+    absent = {"warmup", "decay", "weight_decay", "betas", "clip", "huber_c", "average_target", "decay_shape"}
+    absent |= {"buckets", "random_crop", "flip", "repeats", "size_labels"}  # it is given latents
     assert {*known[Settings], *known[Setup]} - node.keys() == absent
 
 
@@ -402,16 +410,88 @@ def test_a_run_stopped_in_the_node_goes_on_to_the_same_lora(model, comfy_home, m
         comfy.utils.set_progress_bar_global_hook(hook)
     assert (3, 4) not in seen
     folder = comfy_home / "output" / "LCMKit" / "distilling"
-    assert sorted(file.name for file in folder.iterdir()) == ["stopped.latents.safetensors", "stopped.safetensors"]
-    teacher_pictures._made.clear()
-    monkeypatch.setattr(teacher_pictures, "_sampled", None)  # the pictures come from their file
+    assert sorted(file.name for file in folder.iterdir()) == ["pictures", "stopped.csv", "stopped.safetensors"]
+    so_far = comfy_home / "models" / "loras" / "LCMKit" / "stopped.safetensors"
+    assert '"steps": 2' in load(so_far).metadata["lcm_kit.distillation"]
+    monkeypatch.setattr(teacher_pictures, "_make", None)  # the pictures come from their files
     actual, _, report = distilled(model, positive=positive, latent=[], resume="stopped")
     assert_same_lora(actual, expected)
-    assert "Checkpoint: LCMKit/distilling/stopped.safetensors" in report
+    assert "Checkpoint: LCMKit/distilling/stopped.safetensors in the output folder (" in report
+    assert "LoRA so far: LCMKit/stopped.safetensors in the loras folder" in report
+    assert "Pictures: 2 that models made, in LCMKit/distilling/pictures (" in report
+    assert '"steps": 4' in load(so_far).metadata["lcm_kit.distillation"]
     with pytest.raises(ValueError, match=r"stopped.safetensors is the checkpoint of another training \(learning_rate"):
         distilled(model, positive=positive, latent=[], resume="stopped", learning_rate=0.5)
-    with pytest.raises(ValueError, match="made for another training"):
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"stopped.safetensors is the checkpoint of another training \(data"):
         distilled(model, positive=[tiny.cond(8)], latent=[], resume="stopped")
+
+
+def test_pictures_from_before_a_stop_are_not_made_again(model, comfy_home, monkeypatch):
+    monkeypatch.setattr(teacher_pictures, "STEPS", 3)
+    inputs = {"positive": [[[tiny.cond(1)[0][0] + 0.01, {}]]], "latent": [], "samples": 4, "batch": 1, "steps": 1}
+    whole = distilled(model, **inputs)[0]
+    counted, seen = tiny.count_calls(model)
+    hook = comfy.utils.PROGRESS_BAR_HOOK
+
+    def stop(done, total, preview, **others):
+        if (done, total) == (3, 4):  # of the pictures
+            comfy.model_management.interrupt_current_processing()
+
+    comfy.utils.set_progress_bar_global_hook(stop)
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            distilled(counted, **inputs, resume="some made")
+    finally:
+        comfy.utils.set_progress_bar_global_hook(hook)
+    assert len(seen.conds) in (9, 10)  # three pictures, and what the stop lets through
+    assert not (comfy_home / "output" / "LCMKit" / "distilling" / "some made.safetensors").exists()
+    before = len(seen.conds)
+    actual = distilled(counted, **inputs, resume="some made")[0]
+    assert_same_lora(actual, whole)
+    assert len(seen.conds) - before == 3 + 3  # the fourth picture, and a step's teacher, target and student
+
+
+def test_the_name_of_a_run_is_made_of_model_and_inputs(model, comfy_home):
+    def names(**changed):
+        report = distilled(model, steps=1, resume="auto", **changed)[2]
+        return re.search(r"LCMKit/distilling/(auto-\S+)\.safetensors", report)[1]
+
+    first = names()
+    assert re.fullmatch(r"auto-TinyConfig-[0-9a-f]{8}", first)
+    assert names(positive=[[[tiny.cond(1)[0][0].clone(), {}]]]) == first  # equal, and not the same
+    assert names(latent=[tiny.latent(4, seed=2)]) != first
+    assert names(learning_rate=1e-4) != first
+    assert json.loads(load(comfy_home / "models" / "loras" / "LCMKit" / f"{first}.safetensors").metadata[
+        "lcm_kit.distillation"
+    ])["steps"] == 1  # fmt: skip
+
+
+def test_a_divergence_under_a_made_name_says_how_to_go_on(model, comfy_home):
+    """The rate rises over the first steps, of which the earliest are sound."""
+    wild = {"steps": 40, "learning_rate": 1.0, "save_every": 5, "resume": "auto"}
+    with pytest.raises(
+        Diverged, match=r"Lower learning_rate.*For that, write (auto-TinyConfig-\w+) into resume"
+    ) as told:
+        distilled(model, **wild)
+    name = re.search(r"auto-TinyConfig-\w+", str(told.value))[0]
+    report = distilled(model, steps=told.value.kept + 2, learning_rate=1e-4, resume=name)[2]
+    assert f"{told.value.kept + 2} steps of 2 images" in report
+
+
+def test_samples_and_validation_losses_come_every_so_many_steps(model, comfy_home):
+    plain = distilled(model)[0]
+    lora, picture, report = distilled(
+        model, save_every=2, resume="watched", validation=tiny.cond(5) + tiny.cond(6) + tiny.cond(7)
+    )
+    assert_same_lora(lora, plain)
+    assert re.search(r"Validation loss, .*: \S+ at step 0, \S+ at the end; lowest \S+ at step [024]\.", report)
+    rows = read_table(comfy_home / "output" / "LCMKit" / "distilling" / "watched.csv")
+    assert [(row["step"], "validation_loss" in row) for row in rows] == [
+        (0, True), (1, False), (2, True), (3, False), (4, True)
+    ]  # fmt: skip
+    assert all(row["learning_rate"] == pytest.approx(3e-3 * row["step"] / 20) for row in rows[1:])
+    assert picture.shape[1] == 256  # this format has no colours: the curve alone
 
 
 @pytest.mark.parametrize(
@@ -425,15 +505,13 @@ def test_a_run_stopped_in_the_node_goes_on_to_the_same_lora(model, comfy_home, m
         "CON",
         "con.x",
         "COM1",
-        "x.latents",
-        "x.LATENTS",
         "x.",
         "é" * 130,
         "a\nb",
     ],
 )
 def test_a_resume_name_that_leads_elsewhere_is_refused(model, name):
-    with pytest.raises(ValueError, match=r"resume is .*(write a plain name|Write another name)"):
+    with pytest.raises(ValueError, match=r"resume is .*write a plain name"):
         distilled(model, resume=name)
 
 
@@ -444,16 +522,78 @@ def test_without_pictures_the_model_makes_them_once(model, monkeypatch):
     monkeypatch.setattr(teacher_pictures, "STEPS", 3)
     positive = [tiny.cond(1), tiny.cond(3)]
     counted, seen = tiny.count_calls(model)
-    teacher_pictures._made.clear()
+    teacher_pictures._memory.clear()
     distilled(counted, positive=positive, latent=[], samples=4, steps=1)
     first = seen.calls
     distilled(counted, positive=positive, latent=[tiny.latent()], samples=4, steps=1, learning_rate=1e-3)
-    (made,) = teacher_pictures._made.values()
+    made = [tensors["latent"] for tensors in teacher_pictures._memory._memory.values()]
     assert len(made) == 4
     assert made[0].shape == (1, 4, 8, 8)
     assert not torch.equal(made[0], made[2])  # same prompt, other noise
-    # 3 steps with two prompts, cond and uncond, less: only the training step and the final strip are left.
+    # 3 steps for two batches of both prompts, cond and uncond, less: only the training step and the strip are left.
     assert seen.calls - first == first - 3 * 2 * 2
+
+
+def sampled(model, prompts, batch):
+    settings = Settings(batch=batch, seed=5, guidance_min=2.0, guidance_max=2.0)
+    return torch.cat(teacher_pictures.teachers_pictures(model, prompts, tiny.latent()["samples"], settings, Kept()))
+
+
+def test_pictures_of_different_prompts_are_made_in_one_batch_as_they_are_alone(model, monkeypatch):
+    monkeypatch.setattr(teacher_pictures, "STEPS", 3)
+    negative, entries = tiny.cond(2)[0], [tiny.cond(n)[0] for n in (1, 3, 4)]
+    prompts = [(entries[number % 3], negative) for number in range(5)]
+    apart = sampled(model, prompts, 1)
+    counted, seen = tiny.count_calls(model)
+    together = sampled(counted, prompts, 5)
+    assert seen.conds == [[0, 1]] * 3
+    # Sums in another order, at a noise of 14 spreads.
+    torch.testing.assert_close(together, apart, atol=1e-3, rtol=1e-4)
+
+
+def test_prompts_of_other_length_or_kind_are_not_joined(model):
+    long = [torch.cat([tiny.cond(1)[0][0]] * 2, 1), {}]
+    odd = [tiny.cond(1)[0][0], {"odd": object()}]
+    plain, other = tiny.cond(1)[0], tiny.cond(3)[0]
+    negative = tiny.cond(2)[0]
+    prompts = [(one, negative) for one in (plain, long, odd, other, long, plain)]
+    assert chunks(model, prompts, tiny.latent()["samples"], 4) == [[0, 3, 5], [1, 4], [2]]
+    assert chunks(model, prompts, tiny.latent()["samples"], 2) == [[0, 3], [1, 4], [2], [5]]
+
+
+def test_prompts_that_a_model_counts_together_are_not_joined(model, monkeypatch):
+    """As Lumina 2 counts the words of all rows."""
+    extra = comfy.model_base.BaseModel.extra_conds
+
+    def counting(self, **kwargs):
+        words = comfy.conds.CONDConstant(kwargs["cross_attn"].shape[0])
+        return extra(self, **kwargs) | {"num_tokens": words}
+
+    monkeypatch.setattr(comfy.model_base.BaseModel, "extra_conds", counting)
+    prompts = [(tiny.cond(n)[0], tiny.cond(2)[0]) for n in (1, 3)]
+    prompts += prompts
+    assert chunks(model, prompts, tiny.latent()["samples"], 4) == [[0, 2], [1, 3]]
+
+
+def test_what_a_model_is_does_not_hang_on_being_loaded(model):
+    patched, _ = comfy.sd.load_lora_for_models(model, None, tiny.lora(model), 0.5, 0)
+    again, _ = comfy.sd.load_lora_for_models(calm_model(), None, tiny.lora(model), 0.5, 0)
+    weaker, _ = comfy.sd.load_lora_for_models(model, None, tiny.lora(model), 0.25, 0)
+    known = identity_of(patched)
+    assert identity_of(again) == known
+    assert len({known, identity_of(model), identity_of(weaker)}) == 3
+    comfy.model_management.load_models_gpu([patched], force_full_load=True)
+    assert identity_of(patched) == known
+
+
+def test_what_a_model_is_tells_patches_of_its_attention_apart(model):
+    def with_patch(strength):
+        changed = model.clone()
+        changed.set_model_attn1_output_patch(lambda out, options: out * strength)
+        return identity_of(changed)
+
+    assert with_patch(0.5) == with_patch(0.5)
+    assert len({with_patch(0.5), with_patch(0.25), identity_of(model)}) == 3
 
 
 def captured(model):
@@ -473,7 +613,7 @@ def test_every_picture_keeps_its_own_prompt_and_size(model):
     prompts = [tiny.cond(n)[0] for n in (11, 12, 13)]
     latents = [tiny.latent(seed=1), tiny.latent(height=16, seed=2), tiny.latent(seed=3)]
     rows = {float(one["samples"].flatten()[0]) * 0.5: prompt[0] for one, prompt in zip(latents, prompts, strict=True)}
-    distilled(watched, positive=[prompts], latent=latents, steps=8)
+    distilled(watched, positive=[prompts], latent=latents, steps=16)
     sizes = {tuple(call["input"].shape[2:]) for call in calls}
     assert sizes == {(8, 8), (16, 8)}
     prompts_at = {
@@ -496,6 +636,26 @@ def test_teacher_rows_are_cond_then_uncond_and_patches_are_told(model):
     assert torch.equal(context[2:], tiny.cond(2)[0][0].expand(2, -1, -1))
     assert torch.equal(teacher["input"][:2], teacher["input"][2:])
     assert torch.equal(student["input"], teacher["input"][:2])
+
+
+def test_dropped_captions_are_learnt_with_the_negative_prompt(model):
+    latents = torch.zeros(1, 4, 8, 8)
+    with torch.inference_mode(False), lent(model, torch.float32) as patcher:
+        cond, uncond = (encoded(patcher, tiny.cond(n), latents, "positive")[0] for n in (1, 2))
+        items = [Item(latents, cond, uncond)] * 4
+        plain, half = (Batches(items, seed=3, per_step=4, device=CPU, dropout=rate) for rate in (0.0, 0.5))
+        drops = [[half.drops(step, number) for number in range(4)] for step in range(100)]
+        rows = half(7, range(4)).cond.values["c_crossattn"]
+        for row, dropped in zip(rows, drops[7], strict=True):
+            assert torch.equal(row[None], (uncond if dropped else cond)["c_crossattn"].cond)
+        assert torch.equal(plain(7, range(4)).cond.values["c_crossattn"][0], cond["c_crossattn"].cond[0])
+        # 400 draws: an error of 0.025.
+        assert sum(map(sum, drops)) / 400 == pytest.approx(0.5, abs=0.1)
+        assert half.chosen(7, range(4)) == plain.chosen(7, range(4))
+        # Core repeats the shorter one up to four times.
+        long = encoded(patcher, [[torch.cat([tiny.cond(1)[0][0]] * 5, 1), {}]], latents, "positive")[0]
+        with pytest.raises(ValueError, match=r"caption_dropout is 0\.5, but a positive prompt is of another length"):
+            Batches([Item(latents, long, uncond)], seed=3, per_step=1, device=CPU, dropout=0.5)
 
 
 def test_sdxl_gets_its_pooled_text_and_its_sizes():
@@ -525,6 +685,20 @@ def test_sdxl_gets_its_pooled_text_and_its_sizes():
     assert not y[2:, :1280].any()
 
 
+def test_a_text_with_many_labels_is_in_memory_once(model):
+    text = tiny.cond(1)[0][0]
+    with torch.inference_mode(False), lent(model, torch.float32) as patcher:
+        known = {}
+        entries = [[[text, {"width": width}]] for width in (100, 200)] + [tiny.cond(2)]
+        one, same, other = (
+            encoded(patcher, entry, torch.zeros(1, 4, 8, 8), "positive", known)[0]["c_crossattn"].cond
+            for entry in entries
+        )
+    assert one is same
+    assert one is not other
+    assert one.data_ptr() != text.data_ptr()
+
+
 def test_tensors_of_conditionings_are_copies():
     value = torch.ones(1, 2)
     assert moved(comfy.conds.CONDRegular(value), "cpu").cond.data_ptr() != value.data_ptr()
@@ -550,6 +724,26 @@ def test_the_lcm_patch_of_core_is_refused(model):
     (patched,) = ModelSamplingDiscrete().patch(model, "lcm", False)
     with pytest.raises(ValueError, match="Remove that node for distilling"):
         distilled(patched)
+
+
+def test_few_pictures_and_another_familys_guidance_are_told(model):
+    few = Settings(steps=100, batch=4)
+    assert advice_for(model, few, 64, False) == []
+    assert advice_for(model, few, 300, True) == advice_for(model, few, 41, True) == []
+    assert advice_for(model, few, 40, True)[0].startswith(
+        "Few pictures: the model made 40, and each is learnt about 10 times"
+    )
+    flow = calm_model(ModelType.FLOW, sampling_settings={"shift": 3.0})
+    (said,) = advice_for(flow, Settings(), 64, False)
+    assert said.startswith(
+        "Guidance 8.5 is Stable Diffusion 1.5's, and this model is another (TinyConfig). Set guidance_min"
+    )
+    assert advice_for(flow, Settings(guidance_min=5.0, guidance_max=5.0), 64, False) == []
+    type(flow.model.model_config).__name__, before = "WAN21_T2V", type(flow.model.model_config).__name__
+    try:
+        assert "(WAN21_T2V); templates have 3.5 to 6 for WAN." in advice_for(flow, Settings(), 64, False)[0]
+    finally:
+        type(flow.model.model_config).__name__ = before
 
 
 # ---- resuming: another model
@@ -584,9 +778,26 @@ def test_the_strip_is_ready_before_pictures_are_made(model, monkeypatch):
     monkeypatch.setattr(strip.latent_preview, "Latent2RGBPreviewer", NoPreviewer)
     monkeypatch.setattr(tiny.TinyLatent, "latent_rgb_factors", [[0.1, 0.2, 0.3]] * 4, raising=False)
     model = calm_model()
-    monkeypatch.setattr(teacher_pictures, "_sampled", None)
+    monkeypatch.setattr(teacher_pictures, "_make", None)
     with pytest.raises(Boom):
         distilled(model, latent=[])
+
+
+def test_the_picture_has_the_samples_from_before_on_the_way_and_the_end(monkeypatch, comfy_home):
+    """Under the curve a row of what is learnt from, and rows of samples; the same in a run that was stopped between."""
+    monkeypatch.setattr(tiny.TinyLatent, "latent_rgb_factors", [[0.1, 0.2, 0.3]] * 4, raising=False)
+    model = calm_model()
+    row_height = LABEL + WIDTH // 4
+    whole = distilled(model, save_every=2)[1][0]
+    assert whole.shape == (HEIGHT + 4 * row_height, WIDTH, 3)
+    rows = [whole[HEIGHT + n * row_height + LABEL :][: WIDTH // 4] for n in range(4)]
+    before, middle, end = rows[1:]
+    assert not torch.equal(before, middle)
+    assert not torch.equal(middle, end)
+    distilled(model, steps=2, save_every=2, resume="rows")
+    later = distilled(model, save_every=2, resume="rows")[1][0]
+    assert torch.equal(later[HEIGHT:], whole[HEIGHT:])
+    assert torch.equal(later[:HEIGHT], whole[:HEIGHT])  # the validation losses from its table, too
 
 
 def test_previews_of_every_latent_format_can_be_made():

@@ -40,7 +40,7 @@ def files(server):
     """The server's loras folder and its folder of checkpoints; what the test wrote there is removed."""
     loras, checkpoints = server.home / "models" / "loras", server.home / "output" / "LCMKit" / "distilling"
     yield loras, checkpoints
-    for file in [*loras.glob("test_*"), *checkpoints.glob("test*")]:
+    for file in [*loras.glob("test_*"), *loras.glob("LCMKit/test*"), *checkpoints.glob("test*")]:
         file.unlink()
 
 

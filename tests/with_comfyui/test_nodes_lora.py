@@ -12,9 +12,12 @@ import folder_paths
 import pytest
 import safetensors.torch
 import torch
+from comfy_execution.graph_utils import ExecutionBlocker
 
+from lcm_kit.nodes import NODES
 from lcm_kit.nodes.loading import ApplyLoRA, LCMLoader, LoadLoRA
 from lcm_kit.nodes.merging import MergeLoRA, SaveLoRA
+from lcm_kit.nodes.scheduling import LCMScheduler
 from lcm_kit.samplers.presets import PRESETS
 from lcm_kit.tests.with_comfyui import tiny
 
@@ -144,7 +147,8 @@ def test_load_reports_what_is_in_the_file(model, put):
 
 def test_lcm_loader_applies_and_gives_settings(model, put):
     tensors = tiny.lora(model)
-    result = LCMLoader.execute(model, put("lcm.safetensors", tensors), 1.0, "refuse").result
+    name = put("a.safetensors", tensors, {"lcm_kit.preset": "LCM"})
+    result = LCMLoader.execute(model, name, 1.0, "refuse").result
     assert_same_weights(result[0], by_comfyui(model, (tensors, 1.0)))
     count = len(tiny.modules(model))
     assert result[3:5] == (4, 1.0)
@@ -187,15 +191,73 @@ def test_all_three_nodes_say_the_same_about_a_lora(model, put):
         ("Lightning 8 steps", (8, 1.0)),
         ("Hyper-SD 8 steps CFG", (8, 5.0)),
         ("PCM normal cfg 16 steps", (16, 7.5)),
-        ("one nobody knows", (4, 1.0)),
     ],
 )
 def test_settings_are_those_of_the_preset(model, put, preset, settings):
     name = put("a.safetensors", tiny.lora(model), {"lcm_kit.preset": preset})
     *_, steps, cfg, report, chosen = LCMLoader.execute(model, name, 1.0, "refuse").result
     assert (steps, cfg) == settings == (chosen.steps, chosen.cfg)
-    assert chosen is PRESETS.get(preset, PRESETS["LCM"])
-    assert ("as a guess" in report) is (preset not in PRESETS)
+    assert chosen is PRESETS[preset]
+    assert f"Settings ({preset}): " in report
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "words"),
+    [
+        ("ink.safetensors", {}, "No acceleration LoRA recognised: no preset, steps or cfg are given."),
+        ("ink.safetensors", {"modelspec.title": "Ink"}, "No acceleration LoRA recognised: "),
+        ("x-lightning-4steps.safetensors", {}, "Its name says lightning, but it is none of the files known here: no preset"),
+        ("a.safetensors", {"lcm_kit.preset": "one nobody knows"},
+         "It is one, but its settings (one nobody knows) are none of those known here: no preset"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("strength", [1.0, 0.0])
+def test_what_is_not_known_gets_no_settings_and_whoever_asks_for_them_is_told(
+    model, put, name, metadata, words, strength
+):
+    """Never those of another method: such a picture would look like an answer."""
+    *_, steps, cfg, report, chosen = LCMLoader.execute(
+        model, put(name, style(model), metadata), strength, "refuse"
+    ).result
+    assert chosen is None
+    for blocked, what in ((steps, "steps"), (cfg, "cfg")):
+        assert isinstance(blocked, ExecutionBlocker)
+        assert blocked.message.startswith(f"LCM-LoRA Loader has no {what} to give: {name} is no acceleration LoRA")
+        assert f"Disconnect {what}" in blocked.message
+    assert (words in report) is (strength != 0)
+    assert "Settings (" not in report
+
+
+def style(model):
+    """It changes attention alone, as most do."""
+    return {key: tensor for key, tensor in tiny.lora(model).items() if "_attn" in key}
+
+
+def test_an_acceleration_lora_by_its_modules_that_is_not_known_gets_no_settings_either(model, put):
+    for node in (
+        lambda name: LCMLoader.execute(model, name, 1.0, "refuse").result[5],
+        lambda name: LoadLoRA.execute(name).result[1],
+    ):
+        report = node(put("a.safetensors", tiny.lora(model)))
+        assert "It changes what acceleration LoRAs change, but which one it is is not known: no preset" in report
+        assert "Settings (" not in report
+
+
+def test_a_style_lora_in_the_other_nodes_is_not_asked_for_settings(model, put):
+    name = put("ink.safetensors", style(model))
+    assert "acceleration" not in applied(model, loaded(name))[2]
+    assert "acceleration" not in LoadLoRA.execute(name).result[1]
+
+
+def test_nodes_that_take_a_preset_do_without_where_the_loader_has_none(model, put):
+    *_, preset = LCMLoader.execute(model, put("ink.safetensors", style(model)), 1.0, "refuse").result
+    assert preset is None
+    inputs = {"model": model, "steps": 3, "denoise": 1.0, "original_steps": 50, "timesteps": ""}
+    with_none = LCMScheduler.execute(**inputs, preset=preset).result[0]
+    assert torch.equal(with_none, LCMScheduler.execute(**inputs).result[0])
+    takers = [entry for node in NODES for entry in node.define_schema().inputs if entry.get_io_type() == "LCM_PRESET"]
+    assert len(takers) >= 3
+    assert all(entry.optional for entry in takers)
 
 
 @pytest.mark.parametrize("node", ["loader", "apply"])
@@ -714,15 +776,26 @@ def test_no_message_tells_where_the_loras_folder_is(model, loras_folder):
 
 def test_core_can_forbid_files_to_be_mapped(loras_folder, put, model, monkeypatch):
     """--disable-mmap; a small file is never mapped."""
+    from lcm_kit.host.lora import files
     from lcm_kit.lora_merge.disk import tensor_file
 
-    monkeypatch.setattr(tensor_file, "MAPPED_ABOVE", 100)
     put("style.safetensors", tiny.lora(model))
     mapped = []
-    monkeypatch.setattr(tensor_file.mmap, "mmap", lambda *_, **__: mapped.append(1) or (_ for _ in ()).throw(OSError()))
-    monkeypatch.setattr(comfy.utils, "DISABLE_MMAP", True)
+    monkeypatch.setattr(
+        tensor_file.mmap, "mmap", lambda *_, **__: mapped.append(1) or (_ for _ in ()).throw(OSError("a map"))
+    )
+    # Small for a server, large for a command.
+    monkeypatch.setattr(tensor_file, "MAPPED_ABOVE", 100)
     assert loaded("style.safetensors")
     assert mapped == []
+    monkeypatch.setattr(files, "SERVER_MAPPED_ABOVE", 100)
+    files._cache.clear()
+    with pytest.raises(OSError, match="a map"):
+        loaded("style.safetensors")
+    assert mapped == [1]
+    monkeypatch.setattr(comfy.utils, "DISABLE_MMAP", True)
+    assert loaded("style.safetensors")
+    assert mapped == [1]
 
 
 # ---- merging

@@ -13,10 +13,13 @@ import pytest
 import safetensors.torch
 import torch
 
+from lcm_kit.host.lora.identity import KnownWeights
 from lcm_kit.host.lora.weights import LoraWeights, to_lora
 from lcm_kit.lora_merge import METHODS, load, merge, resize
 from lcm_kit.lora_merge.merging.reproduce import reproduce
 from lcm_kit.lora_merge.methods.table import Method, Parameter
+from lcm_kit.lora_merge.recognise.catalogue import Published
+from lcm_kit.lora_merge.recognise.identity import identify
 from lcm_kit.nodes.loading import ApplyLoRA, LoadLoRA
 from lcm_kit.nodes.merging import MergeLoRA, ResizeLoRA, SaveLoRA
 from lcm_kit.tests.with_comfyui import tiny
@@ -180,6 +183,28 @@ def test_each_widget_reaches_the_merge(pair, widgets, keywords):
     ours, _ = merged((pair[0], 0.8), (pair[1], 1.0), **widgets)
     wanted = merge([(to_lora(pair[0]), 0.8), (to_lora(pair[1]), 1.0)], **keywords)
     assert same(ours, wanted.to_state_dict())
+
+
+def test_auto_protects_a_lora_that_only_its_files_hash_tells(pair, tmp_path):
+    """Those for transformers look like any other; a changed one is known no more."""
+    style, lcm = pair
+    path = tmp_path / "renamed.safetensors"
+    safetensors.torch.save_file(lcm, path)
+    entry = Published(
+        "Test", "SDXL", "three", hashlib.sha256(path.read_bytes()).hexdigest(), "a/b", about=path.stat().st_size
+    )
+    known = KnownWeights(lcm, name=path.name, metadata={}, identity=identify(load(path), path, catalogue=[entry]))
+    assert known.identity.how == "sha256"
+    auto, named, plain = (
+        merged((style, 1.0), (known, 1.0), protect=protect, mu=mu)[0]
+        for protect, mu in (("auto", 1.0), ("lora_2", 1.0), ("none", 0.0))
+    )
+    assert same(auto, named)
+    assert not same(auto, plain)
+    changed = known.again()
+    changed[next(iter(changed))] = torch.zeros_like(next(iter(changed.values())))
+    report = merged((style, 1.0), (changed, 1.0), protect="auto", mu=1.0)[1]
+    assert "no input is recognised as an acceleration LoRA" in report
 
 
 def test_protect_counts_slots_and_not_connected_loras(pair):

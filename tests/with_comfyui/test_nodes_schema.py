@@ -67,7 +67,14 @@ CONTRACT = {
     "LCMKitSampler": (
         "LCM Multistep Sampler",
         [("gamma", "FLOAT", 1.0), ("seed", "INT", -1)],
-        [("gammas", "STRING", ""), ("preset", "LCM_PRESET", None), ("sigmas", "SIGMAS", None)],
+        [
+            ("gammas", "STRING", ""),
+            ("preset", "LCM_PRESET", None),
+            ("sigmas", "SIGMAS", None),
+            ("s_noise", "FLOAT", 1.0),
+            ("s_noise_end", "FLOAT", 1.0),
+            ("noise_clip_std", "FLOAT", 0.0),
+        ],
         ["SAMPLER"],
     ),
     "LCMKitPreset": (
@@ -163,6 +170,7 @@ CONTRACT = {
             ("protect", "COMBO", "auto"),
             ("mu", "FLOAT", 0.0),
             ("block_strengths", "STRING", ""),
+            ("model", "MODEL", None),
         ],
         ["LORA_MODEL", "STRING"],
     ),
@@ -209,7 +217,7 @@ CONTRACT = {
     "LCMKitCompareLoRA": (
         "Compare LoRAs",
         [*STRENGTHS, ("rank", "INT", 0)],
-        LORAS,
+        [*LORAS, ("model", "MODEL", None)],
         ["IMAGE", "STRING"],
     ),
     "LCMKitExtractLoRA": (
@@ -264,7 +272,7 @@ CONTRACT = {
             ("height", "INT", 512),
             ("dtype", "COMBO", "auto"),
             ("gradient_checkpointing", "BOOLEAN", True),
-            ("resume", "STRING", ""),
+            ("resume", "STRING", "auto"),
         ],
         [
             ("latent", "LATENT", None),
@@ -272,6 +280,12 @@ CONTRACT = {
             ("original_steps", "INT", 0),
             ("weighting", "COMBO", "x0"),
             ("average", "FLOAT", 0.0),
+            ("save_every", "INT", 100),
+            ("validation", "CONDITIONING", None),
+            ("caption_dropout", "FLOAT", 0.0),
+            ("optimizer", "COMBO", "adamw"),
+            ("tf32", "BOOLEAN", False),
+            ("start_from", "LORA_MODEL", None),
         ],
         ["LORA_MODEL", "IMAGE", "STRING"],
     ),

@@ -136,7 +136,10 @@ def test_no_noise_is_drawn_twice_however_a_run_is_divided(monkeypatch):
 
 def test_a_list_of_gammas_needs_the_whole_schedule_where_a_run_goes_on():
     sigmas = levels("epsilon", 4)
-    with pytest.raises(ValueError, match=r"noise input is off.*Connect the whole schedule.*sigmas input"):
+    with pytest.raises(
+        ValueError,
+        match=r"gammas has a number for each step.*noise input is off.*Connect the whole schedule.*sigmas input",
+    ):
         one_after_another("epsilon", [sigmas[:3], sigmas[2:]], gammas="0, 0, 1")
     # Not for one that says the same of all steps.
     settings = {"gammas": "1, 1"}

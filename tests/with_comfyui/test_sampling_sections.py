@@ -120,6 +120,17 @@ def test_a_section_at_gamma_zero_is_cores_ksampler_advanced_with_euler(start, en
     assert relative(result, core) < 1e-5
 
 
+def test_a_mask_in_a_section_that_goes_on_keeps_the_noise_as_in_core_and_that_is_said(caplog):
+    (masked,) = SetLatentNoiseMask().set_mask(picture(), torch.eye(8))
+    halfway = masked | {"samples": ksampler(epsilon(), masked, end_at_step=2, **FIRST)}
+    assert not caplog.records
+    finished = ksampler(epsilon(), halfway, start_at_step=2, **GOES_ON)
+    kept = (torch.eye(8) == 0).expand(1, 4, 8, 8)
+    assert torch.equal(finished[kept], halfway["samples"][kept])
+    assert relative(finished[kept], picture()["samples"][kept]) > 0.1
+    assert caplog.text.count("What the mask keeps stays as it came, with the noise") == 1
+
+
 def test_nodes_that_draw_do_the_same_in_every_run_of_a_section_but_not_in_every_section():
     drawn = []
     model = tiny.small_model()

@@ -1,0 +1,162 @@
+"""Bases of transformers by names and shapes, against the models that diffusers builds, and each against all others."""
+
+import warnings
+
+import pytest
+import torch
+
+from lcm_kit.lora_merge.recognise.by_blocks import base_of, make_of, recognise
+from lcm_kit.lora_merge.recognise.transformers import BY_NAME, TRANSFORMERS
+from lcm_kit.lora_merge.recognise.wrong_base import Counts, are_kin, is_other_base, is_wrong_base
+
+NAMES = [base.name for base in TRANSFORMERS]
+
+
+def modules_of(base, only=lambda name: True):
+    return {f"lora_unet_{name}": shape for name, shape in BY_NAME[base].modules.items() if only(name)}
+
+
+def inside(one, other):
+    """Whether nearly all that one base has is in the other too, and no stack of that is deeper."""
+    mine, theirs = BY_NAME[one], BY_NAME[other]
+    same = sum(theirs.modules.get(name) == shape for name, shape in mine.modules.items()) >= 0.95 * len(mine.modules)
+    return same and all(
+        len(theirs.stacks[name]) == len(mine.stacks[name]) for name in mine.stacks if name in theirs.stacks
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_base_is_itself_and_no_other(name):
+    base = BY_NAME[name]
+    assert base_of(base.modules).name == name
+    assert base_of(dict.fromkeys(base.modules)) is not None
+    assert make_of(base.modules).branches == base.branches
+    found = recognise(modules_of(name)).bases
+    assert name in found
+    assert all(inside(name, other) for other in found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pruned_model_is_its_base_until_a_tenth_is_missing(name):
+    modules = dict(BY_NAME[name].modules)
+    names = sorted(modules)
+    for one in names[: len(names) // 11]:
+        del modules[one]
+    assert base_of(modules).name == name
+    for one in names[: len(names) // 5]:
+        modules.pop(one, None)
+    assert base_of(modules) is None or base_of(modules).name != name
+
+
+def counts_on(lora, model):
+    """What becomes of a LoRA of every module of one base on a model of another."""
+    mine, theirs = BY_NAME[lora].modules, BY_NAME[model].modules
+    fits = sum(theirs.get(name) == shape for name, shape in mine.items())
+    there = len(mine.keys() & theirs.keys())
+    return Counts(placed=fits, homeless=len(mine) - there, clashing=there - fits)
+
+
+@pytest.mark.parametrize("lora", NAMES)
+@pytest.mark.parametrize("model", NAMES)
+def test_a_lora_is_taken_by_the_models_of_its_base_alone(lora, model):
+    """Every pair. It may be for another base as well where that one holds all that it changes."""
+    bases = recognise(modules_of(lora)).bases
+    counts = counts_on(lora, model)
+    taken = model in bases
+    assert taken is (lora == model or inside(lora, model))
+    assert is_wrong_base(counts, bases, model, accelerates=False, demand_all=True) is not taken
+    if not taken and not are_kin(bases, model):
+        assert is_wrong_base(counts, bases, model, accelerates=False, demand_all=False)
+
+
+def test_hunyuan_video_and_flux_have_blocks_of_one_shape_and_are_told_by_their_number():
+    """38 of Flux' blocks' shapes, 19 + 38 of HunyuanVideo's 20 + 40: by counts alone nearly all of it fits."""
+    counts = counts_on("Flux.1", "HunyuanVideo")
+    assert counts.placed == counts.asked
+    assert recognise(modules_of("Flux.1")).bases == ("Flux.1",)
+    # Some blocks in the middle are those of both.
+    few = modules_of("Flux.1", lambda name: name.split("_")[2] in ("7", "12"))
+    assert set(recognise(few).bases) >= {"Flux.1", "HunyuanVideo"}
+    assert not is_other_base(recognise(few).bases, "HunyuanVideo")
+
+
+def test_what_says_nothing_of_a_transformer():
+    assert recognise({}).bases == ()
+    assert recognise({"lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (768, 768)}).bases == ()
+    assert recognise({"lora_unet_img_in": (3072, 64)}).bases == ()
+    assert recognise({"lora_unet_blocks_0_self_attn_q": (7, 7)}).bases == ()
+    assert base_of({"img_in": (3072, 64)}) is None
+    assert make_of([]) is None
+    assert make_of(["down_blocks_0_attentions_0_proj_in"]) is None
+
+
+@pytest.mark.parametrize(
+    ("base", "module", "branch"),
+    [
+        ("Wan 2.1/2.2 14B", "blocks_0_cross_attn_k_img", "image branch"),
+        ("Wan 2.1/2.2 14B", "blocks_39_cross_attn_norm_k_img", "image branch"),
+        ("Wan 2.1/2.2 14B", "img_emb_proj_1", "image branch"),
+        ("Wan 2.1/2.2 14B", "vace_blocks_0_self_attn_q", "VACE blocks"),
+        ("Wan 2.1/2.2 14B", "vace_patch_embedding", "VACE blocks"),
+        ("Wan 2.1/2.2 14B", "blocks_0_cross_attn_k", None),
+        ("Flux.1", "guidance_in_in_layer", "guidance input"),
+        ("LTX-2", "transformer_blocks_3_attn1_to_gate_logits", "attention gates"),
+        ("Qwen-Image", "blocks_0_cross_attn_k_img", None),
+    ],
+)
+def test_branches(base, module, branch):
+    assert BY_NAME[base].branch(module) == branch
+    assert module not in BY_NAME[base].modules or branch is None
+
+
+def test_an_image_branch_beside_the_rest_says_nothing_against_a_base():
+    modules = modules_of("Wan 2.1/2.2 14B")
+    modules |= {f"lora_unet_blocks_{n}_cross_attn_{kind}_img": (5120, 5120) for n in range(40) for kind in "kv"}
+    found = recognise(modules)
+    assert (found.bases, found.branches) == (("Wan 2.1/2.2 14B",), ("image branch",))
+
+
+# Class in diffusers -> base. Its defaults are the published model, or these are.
+DIFFUSERS = {
+    "FluxTransformer2DModel": ("Flux.1", {"guidance_embeds": True}),
+    "Flux2Transformer2DModel": ("Flux.2 dev", {}),
+    "ChromaTransformer2DModel": ("Chroma", {}),
+    "QwenImageTransformer2DModel": ("Qwen-Image", {}),
+    "LTXVideoTransformer3DModel": ("LTX-Video 2B", {}),
+    "LTX2VideoTransformer3DModel": ("LTX-2", {}),
+}
+SIZES = {
+    "Flux2Transformer2DModel": {
+        "Flux.2 Klein 9B": {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
+        "Flux.2 Klein 4B": {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+    },
+}  # fmt: skip
+CASES = [(cls, base, options) for cls, (base, options) in DIFFUSERS.items()]
+CASES += [(cls, base, options) for cls, bases in SIZES.items() for base, options in bases.items()]
+
+
+@pytest.mark.parametrize(("cls", "base", "options"), CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_lora_on_diffusers_own_model_is_for_the_base(cls, base, options):
+    """Names of PEFT files, where one fused weight of the model is three or four layers, at the size that diffusers has."""
+    import diffusers
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = getattr(diffusers, cls)(**options)
+    kinds = ("attn", "ff", "norm1", "norm.linear", "proj_mlp", "proj_out", "mlp", "mod")
+    modules = {
+        f"lora_transformer_{name.replace('.', '_')}": tuple(layer.weight.shape)
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and "blocks." in name and any(kind in name for kind in kinds)
+    }
+    found = recognise(modules).bases
+    assert base in found
+    assert all(inside(base, other) for other in found)
+
+
+def test_slices_have_the_rows_that_the_fused_weight_gives_them():
+    qkv = {"lora_transformer_single_transformer_blocks_37_attn_to_q": (3072, 3072),
+           "lora_transformer_transformer_blocks_18_attn_to_q": (3072, 3072)}  # fmt: skip
+    assert "Flux.1" in recognise(qkv).bases
+    wide = dict.fromkeys(qkv, (9216, 3072))
+    assert "Flux.1" not in recognise(wide).bases

@@ -1,0 +1,95 @@
+"""LoRAs whose names no table knows meet by the weights of a connected MODEL: Merge LoRAs and Compare LoRAs."""
+
+import comfy.model_patcher
+import pytest
+import torch
+
+from lcm_kit.host.lora.weights import LoraWeights
+from lcm_kit.lora_merge import Lora, merge
+from lcm_kit.lora_merge.merging.by_target import Target, by_target
+from lcm_kit.nodes.comparing import CompareLoRA
+from lcm_kit.nodes.merging import MergeLoRA
+from lcm_kit.tests.with_comfyui import dits, tiny
+from lcm_kit.tests.with_comfyui.test_one_weight_twice import by_core, lora
+
+# Of one module each that is called so in several families, so that names alone do not tell: whole weights, slices, and one
+# that diffusers has with its halves the other way about.
+PAIRS = [
+    ("Qwen-Image", "transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_q"),
+    ("Flux", "lora_unet_double_blocks_0_img_attn_proj", "transformer.transformer_blocks.0.attn.to_out.0"),
+    ("Flux", "diffusion_model.double_blocks.0.img_attn.qkv", "transformer.transformer_blocks.0.attn.to_k"),
+    ("Flux", "lora_transformer_transformer_blocks_0_attn_to_k", "transformer.transformer_blocks.0.attn.to_k"),
+    ("AuraFlow", "lora_unet_modF_1", "transformer.norm_out.linear"),
+    ("PixArt", "base_model.model.transformer_blocks.0.attn2.to_q", "transformer.transformer_blocks.0.attn2.to_q"),
+]
+
+
+def patcher(name):
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(dits.model(name), load_device=cpu, offload_device=cpu)
+
+
+def slots(*loras, strengths=(1.0, 0.8)):
+    rest = {f"strength_{n}": 1.0 for n in range(3, 5)} | {f"lora_{n}": None for n in range(3, 5)}
+    return rest | {
+        key: value
+        for n, (one, strength) in enumerate(zip(loras, strengths, strict=True), 1)
+        for key, value in ((f"lora_{n}", one), (f"strength_{n}", strength))
+    }
+
+
+def merged(model, *loras):
+    return MergeLoRA.execute(method="linear", size="exact", model=model, **slots(*loras)).result
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(("name", "first", "second"), PAIRS)
+def test_names_that_tell_nothing_meet_by_the_models_weights(name, first, second, swap):
+    if name not in dits.KNOWN:
+        pytest.skip(f"this ComfyUI has no {name}")
+    pair = (second, first) if swap else (first, second)
+    homes, weights = dits.homes(name), dits.shapes(name)
+    states = [lora(s, dits.shape_at(name, s), seed) for seed, s in enumerate(pair)]
+    result, _ = merged(patcher(name), *states)
+    modules = {key.rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in result}
+    assert modules <= homes.keys()
+    assert len(modules) == 1
+    ours, one, two = (by_core(state, homes, weights) for state in (result, *states))
+    (weight,) = ours
+    wanted = one[weight] + 0.8 * two[weight]
+    assert float((ours[weight] - wanted).abs().max() / wanted.abs().max()) <= 1e-5
+    text = CompareLoRA.execute(rank=0, model=patcher(name), **slots(*states)).result[1]
+    assert "1 modules shared" in text
+    assert "Note" not in text
+
+
+def test_a_model_changes_nothing_where_names_tell_all():
+    model = tiny.tiny_model()
+    style, lcm = tiny.lora(model, seed=1), tiny.lora(model, seed=2)
+    plain, _ = merged(None, style, lcm)
+    with_model, _ = merged(model, style, lcm)
+    assert plain.keys() == with_model.keys()
+    assert all(torch.equal(plain[key], with_model[key]) for key in plain)
+
+
+def test_a_model_that_a_lora_is_not_for_is_named():
+    style = LoraWeights(lora("transformer.transformer_blocks.0.attn.to_q", (16, 16)), name="style.safetensors")
+    with pytest.raises(
+        ValueError, match=r"style\.safetensors: none of its 1 modules has a place in the connected model"
+    ):
+        merged(tiny.tiny_model(), style, style)
+
+
+def test_two_names_of_one_weight_in_one_lora_are_refused_by_the_model():
+    names = "transformer.stages.0.win", "diffusion_model.stages.0.w.in"
+    both = Lora.from_state_dict(lora(names[0], (6, 5)) | lora(names[1], (6, 5)))
+    target = Target("diffusion_model.stages.0.w.in.weight")
+    with pytest.raises(ValueError, match="are one weight of the connected model"):
+        by_target([both], dict.fromkeys(names, target), {target.weight: (6, 5)})
+    one, two = (Lora.from_state_dict(lora(name, (6, 5), seed)) for seed, name in enumerate(names))
+    with pytest.raises(ValueError, match="nothing here tells"):
+        merge([(one, 1.0), (two, 1.0)])
+    met = by_target([one, two], dict.fromkeys(names, target), {target.weight: (6, 5)})
+    found = merge([(lora, 1.0) for lora in met])
+    torch.testing.assert_close(found.delta(names[1]), one.delta(names[0]) + two.delta(names[1]))
+    assert list(found.spellings.values()) == [names[1]]
