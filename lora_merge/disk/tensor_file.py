@@ -15,10 +15,10 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -102,9 +102,37 @@ def _tensor(memory: Tensor, dtype: torch.dtype, shape: tuple[int, ...], start: i
     return aligned.view(dtype).view(shape)
 
 
-def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, hashed: bool = False) -> None:
+class Content(Protocol):
+    """A tensor, or what says how large one will be."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class ToFill(Content, Protocol):
+    """A tensor that is made on its way into the file. fill: writes it into memory of that dtype and shape."""
+
+    @property
+    def fill(self) -> Callable[[Tensor], None]: ...
+
+
+def write(
+    file: BinaryIO,
+    tensors: Mapping[str, Tensor | ToFill],
+    metadata: Mapping[str, str],
+    *,
+    hashed: bool = False,
+    ahead: Callable[..., Iterable[Any]] = map,
+) -> None:
     """A whole safetensors file, by kind of number and then by name.
 
+    ahead: as `map`, and free to make the next pieces while one is written.
     hashed: adds the file's hashes (hashes.py) to the metadata, made in the one pass over the tensors, for which one has to
         be able to go back in the file. Raises ValueError, before anything is written, where `read` would refuse it.
     Raises OSError where the disk is full.
@@ -118,8 +146,7 @@ def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     start = file.tell() if hashes else 0
     file.write(head)
     # Many small writes: in pieces of megabytes Linux looks for as large pages, at five times the cost when memory is full.
-    for name in names:
-        data = _bytes(tensors[name])
+    for data in ahead(_bytes, [tensors[name] for name in names]):
         file.write(data)
         if hashes:
             hashes.add(data)
@@ -129,7 +156,7 @@ def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
         file.seek(0, 2)
 
 
-def _head(names: Sequence[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def _head(names: Sequence[str], tensors: Mapping[str, Content], metadata: Mapping[str, str]) -> bytes:
     """The header with its length before it."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -142,7 +169,11 @@ def _head(names: Sequence[str], tensors: Mapping[str, Tensor], metadata: Mapping
     return len(header).to_bytes(8, "little") + header
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _bytes(tensor: Tensor | ToFill) -> memoryview:
+    if not isinstance(tensor, Tensor):
+        memory = torch.empty(tensor.shape, dtype=tensor.dtype)
+        tensor.fill(memory)
+        tensor = memory
     # By way of numpy, which has no bfloat16 but has bytes.
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return data.data

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..algebra.threads import on_one_core
+from ..algebra.threads import Item, Result, in_order, on_one_core
 from ..disk import json_text
 from ..disk.header import check_header
 from ..disk.overwriting import Overwrite, guard
@@ -23,7 +23,7 @@ from ..metadata.adapter_config import CONFIG_KEY, misfit, of_config
 from .dtypes import DTYPES
 from .lora import FORMATS, Format, Lora
 from .new_metadata import for_file
-from .readable import check_readable
+from .readable import check_readable, stand_ins
 
 # As PEFT itself names them; the scale is nowhere in such a file.
 _PEFT = re.compile(r"base_model\.model\.(.+)\.lora_A(?:\.[^.]+)?\.weight")
@@ -79,14 +79,21 @@ def save(
     wanted = fields.given(metadata)
     lora = replace(lora, metadata=fields.changed(lora.metadata, wanted))
     # Nobody else sees these tensors, so what needs no conversion needs no copy.
-    tensors = on_one_core(lambda: lora.to_state_dict(dtype, format=format, copy=False))
+    pieces = on_one_core(lambda: lora.pieces(dtype, format=format, copy=False))
     notes = for_file(lora, path.stem, format)
-    check_readable(lora, tensors, notes, _peft_config(path, tensors))
+    check_readable(lora, stand_ins(pieces), notes, _peft_config(path, stand_ins(pieces)))
     try:
         fields.check(notes)
-        write_whole(path, lambda file: write(file, tensors, notes, hashed=True), guard(overwrite, _is_ours))
+        write_whole(
+            path, lambda file: write(file, pieces, notes, hashed=True, ahead=_ahead), guard(overwrite, _is_ours)
+        )
     except ValueError as error:
         raise ValueError(f"{lora.source}: {error}") from None
+
+
+def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """The pieces are made while those before them are hashed and written."""
+    return in_order(work, items, 1)
 
 
 def check_output(path: Path, overwrite: Overwrite) -> None:

@@ -280,6 +280,6 @@ def _products_of_one(term: Term) -> tuple[Tensor, Tensor]:
 
 def _moved(layer: Layer, device: torch.device) -> Layer:
     """The layer with its tensors on a device."""
-    if all(part.device.type == device.type for part in layer.parts().values()):
+    if layer.device.type == device.type:
         return layer
     return layer.with_parts({name: part.to(device) for name, part in layer.parts().items()})
