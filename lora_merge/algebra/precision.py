@@ -186,16 +186,17 @@ def holds(layer: LoraLayer) -> bool:
 def _holds_components(factor: Tensor, number: float, rank_dim: int) -> bool:
     """`holds` for number * factor in float16, where a component of its own can be lost."""
     # Without the bounds themselves: what is there may have been rounded to them, and 0 may have been a small number.
-    bounds = torch.finfo(torch.float16)
-    if not float(_rounded(_largest(factor), number, torch.float16)) < bounds.max:
+    bounds, by = torch.finfo(torch.float16), abs(number)
+    top, small = largest(factor), _SMALL * bounds.tiny
+    # As a rule a few entries of each component show that it is large enough, far from where rounding decides.
+    few = factor.narrow(1 - rank_dim, 0, min(_FEW, factor.shape[1 - rank_dim])).float()
+    clear = float(few.abs().movedim(rank_dim, 0).flatten(1).amax(dim=1).min()) * by
+    if clear > 2 * small and top * by < bounds.max / 2:
+        return True
+    if not float(_rounded(torch.tensor(top, dtype=factor.dtype), number, torch.float16)) < bounds.max:
         return False
-    # As a rule a few entries of each component show that it is large enough.
-    few = factor.narrow(1 - rank_dim, 0, min(_FEW, factor.shape[1 - rank_dim]))
     # float32: torch takes up to ten times as long over columns of float16, not over rows.
-    return any(
-        bool((_rounded(component_maxima(some.float(), rank_dim), number, torch.float16) > _SMALL * bounds.tiny).all())
-        for some in (few, factor)
-    )
+    return bool((_rounded(component_maxima(factor.float(), rank_dim), number, torch.float16) > small).all())
 
 
 def _largest(factor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..algebra.threads import Item, Result, in_order, on_one_core
 from ..disk import json_text
+from ..disk.garbage import uncollected
 from ..disk.header import check_header
 from ..disk.overwriting import Overwrite, guard
 from ..disk.tensor_file import read, write
@@ -30,6 +31,7 @@ _PEFT = re.compile(r"base_model\.model\.(.+)\.lora_A(?:\.[^.]+)?\.weight")
 
 
 @named
+@uncollected()
 def load(path: str | os.PathLike[str], *, mapping: bool = True) -> Lora:
     """The LoRA in a safetensors file, in any spelling that naming/names.py and keys.py know.
 
@@ -50,6 +52,7 @@ def load(path: str | os.PathLike[str], *, mapping: bool = True) -> Lora:
 
 
 @named
+@uncollected()
 def save(
     lora: Lora,
     path: str | os.PathLike[str],

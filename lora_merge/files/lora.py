@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..algebra.precision import COARSE, cast, cast_part, rounding
 from ..algebra.threads import in_order
+from ..disk.garbage import uncollected
 from ..metadata.adapter_config import noted
 from ..naming import names
 from ..naming.aliases import sites
@@ -70,6 +71,7 @@ class Lora:
             object.__setattr__(self, name, MappingProxyType(value))
 
     @classmethod
+    @uncollected()
     def from_state_dict(
         cls, state_dict: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None, source: str = "LoRA"
     ) -> Lora:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from ..disk.garbage import uncollected
 from ..files.lora import Lora
 from ..keywords import named
 from ..metadata.fields import MERGED_FROM, changed, is_computed, is_name
@@ -94,6 +95,7 @@ def merge(
 
 
 @named
+@uncollected()
 def merge_with_account(
     inputs: Sequence[Input],
     *,
