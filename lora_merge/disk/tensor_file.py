@@ -27,6 +27,8 @@ from .hashes import BLANK, Hashes, training
 from .header import DTYPES, Header, check_written, opened
 
 MAPPED_ABOVE = 1 << 30
+# Bytes of what is made at once on its way into a file.
+_BATCH = 1 << 20
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Wide numbers first, so that all are aligned, and otherwise as safetensors sorts them: then who loads a file and lets
 # safetensors write it again, as kohya's tools do for a hash, has the same bytes.
@@ -146,10 +148,11 @@ def write(
     start = file.tell() if hashes else 0
     file.write(head)
     # Many small writes: in pieces of megabytes Linux looks for as large pages, at five times the cost when memory is full.
-    for data in ahead(_bytes, [tensors[name] for name in names]):
-        file.write(data)
-        if hashes:
-            hashes.add(data)
+    for batch in ahead(_all_bytes, _batches([tensors[name] for name in names])):
+        for data in batch:
+            file.write(data)
+            if hashes:
+                hashes.add(data)
     if hashes:
         file.seek(start)
         file.write(_head(names, tensors, {**metadata, **hashes.found()}))
@@ -167,6 +170,23 @@ def _head(names: Sequence[str], tensors: Mapping[str, Content], metadata: Mappin
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
+
+
+def _batches(tensors: Sequence[Tensor | ToFill]) -> Iterator[list[Tensor | ToFill]]:
+    """Neighbours, as many as are worth handing over at once."""
+    batch: list[Tensor | ToFill] = []
+    size = 0
+    for tensor in tensors:
+        batch.append(tensor)
+        size += tensor.nbytes
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _all_bytes(tensors: Sequence[Tensor | ToFill]) -> list[memoryview]:
+    return [_bytes(tensor) for tensor in tensors]
 
 
 def _bytes(tensor: Tensor | ToFill) -> memoryview:
