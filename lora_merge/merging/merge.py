@@ -65,6 +65,8 @@ def merge(
     other input changes the module and its strength is 1, and falls away at strength 0.
     Strengths are multiplied into the updates before a method looks at them, and never normalised. Biases and norms are
     added up by every method.
+    Exact sums of plain LoRAs are made when their factors are read or saved: until then the inputs' tensors have to stay as
+    they are.
     Options: see `MergeOptions` and `merge_with_account`.
     """
     return merge_with_account(
