@@ -21,6 +21,7 @@ Prints Markdown tables, as kept in benchmarks/RESULTS.md.
 import argparse
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ import time
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from setting import comfyui_path, load_lcm_kit, markdown, peak_memory
+from setting import ROOT, comfyui_path, load_lcm_kit, markdown, peak_memory
 
 import merging_peers as peers
 from merging_pair import PARAMETERS, STRENGTHS, error_of, modules_of, write, write_pair
@@ -86,6 +87,40 @@ def ours(folder, out, options):
     return work
 
 
+def command(folder, out, options):
+    """What a user types, after its imports: the inputs hashed for the provenance, the report made."""
+    import contextlib
+    import io
+
+    import lcm_kit.lora_merge.cli.merge  # noqa: F401  main imports it when it is called
+    from lcm_kit.lora_merge.__main__ import main
+
+    def work():
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert main([*_typed(folder, out), "--workers", str(options["workers"])]) == 0
+
+    return work
+
+
+def whole_command(folder, out, options):
+    """The same in a process of its own, the interpreter's start and its imports included."""
+
+    def work():
+        arguments = [*_typed(folder, out), "--workers", str(options["workers"])]
+        subprocess.run([sys.executable, "-m", "lora_merge", *arguments], cwd=ROOT, capture_output=True, check=True)
+
+    return work
+
+
+def _typed(folder, out):
+    return [
+        "merge",
+        *(f"{folder / name}.safetensors:{strength}" for name, strength in STRENGTHS.items()),
+        "-o",
+        str(out),
+    ]
+
+
 def compared(folder, out, options):
     from lcm_kit.lora_merge import load
     from lcm_kit.lora_merge.comparing.compare import compare
@@ -96,7 +131,7 @@ def compared(folder, out, options):
     return work
 
 
-JOBS = {"floor": floor, "ours": ours, "compare": compared} | peers.JOBS
+JOBS = {"floor": floor, "ours": ours, "command": command, "whole": whole_command, "compare": compared} | peers.JOBS
 
 
 def job(name, folder, out, options):
@@ -106,10 +141,16 @@ def job(name, folder, out, options):
 
     torch.set_num_threads(options["workers"])
     work = JOBS[name](folder, out, options)
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), processor_time()
     facts = work()
-    result = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "facts": facts}
+    result = {"wall": time.perf_counter() - wall, "cpu": processor_time() - cpu, "facts": facts}
     print(json.dumps(result | {"rss": peak_memory() / 1e9}))
+
+
+def processor_time():
+    """Of this process and of those that it has waited for."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 # ---- the table
@@ -143,6 +184,10 @@ def least(runs):
 def chosen(base, arguments):
     """(words, job, options) of each row that was asked for."""
     rows = [(f"LCM Kit, {name}", "ours", {"name": name}) for name in OURS]
+    rows[1:1] = [
+        ("LCM Kit, exact, command after import", "command", {}),
+        ("LCM Kit, exact, command whole", "whole", {}),
+    ]
     rows += [("LCM Kit, compare", "compare", {}), *peers.rows(arguments)]
     common = {"workers": arguments.workers, "base": base, "comfyui": arguments.comfyui}
     found = [

@@ -8,39 +8,20 @@ Data takes one road: file or state dict -> Lora (layers under canonical module n
 state dict. Pure torch and safetensors; ComfyUI is not needed.
 """
 
-from .files.load_save import load, save
-from .files.lora import Lora
-from .files.reading import KeyAccount, account_keys
-from .merging.merge import Account, merge, merge_with_account, resize, resize_with_account
-from .merging.report import describe, describe_merge
-from .methods.table import METHODS
-from .settings.block_strengths import BlockStrengths, parse_block_strengths
-from .settings.options import MergeOptions
-from .updates.layer import Layer, LoraLayer
-from .updates.loha import LohaLayer
-from .updates.lokr import LokrLayer
-from .updates.weight_dependent import Carried
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "METHODS",
-    "Account",
-    "BlockStrengths",
-    "Carried",
-    "KeyAccount",
-    "Layer",
-    "LohaLayer",
-    "LokrLayer",
-    "Lora",
-    "LoraLayer",
-    "MergeOptions",
-    "account_keys",
-    "describe",
-    "describe_merge",
-    "load",
-    "merge",
-    "merge_with_account",
-    "parse_block_strengths",
-    "resize",
-    "resize_with_account",
-    "save",
-]
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    # Not before somebody asks: torch takes seconds to import, and `python -m lora_merge --help` needs none of it.
+    api = import_module(".api", __name__) if name == "__all__" or not name.startswith("__") else None
+    if api is None or name not in {"__all__", *api.__all__}:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *import_module(".api", __name__).__all__})

@@ -58,6 +58,18 @@ class Prospect:
         return len(self.priority)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Known:
+    """The part of Directions that has the size of the ranks: the bases' factors, as large as the updates', stand in the
+    inputs already. r_up, r_down: as `basis` gives them; the others as in Directions."""
+
+    r_up: Tensor
+    r_down: Tensor
+    u: Tensor
+    vh: Tensor
+    worth: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Directions:
     """The sum's core and terms' cores in an order of directions in which they can be cut anywhere.
@@ -75,6 +87,12 @@ class Directions:
     worth: Tensor
     singular: bool
     shape: tuple[int, ...]
+
+    def known(self) -> Known | None:
+        """What need not be computed again for the same terms; None where the bases are no combinations of their factors."""
+        if self.up.r is None or self.down.r is None:
+            return None
+        return Known(r_up=self.up.r, r_down=self.down.r, u=self.u, vh=self.vh, worth=self.worth)
 
     def prospect(self) -> Prospect:
         blocks = torch.stack([(self.u.T @ core @ self.vh.T).double().square() for core in (self.total, *self.cores)])
@@ -119,13 +137,13 @@ def directions(terms: Sequence[Term], *, balanced: bool = False) -> Directions:
     return _directions(stacked(terms), balanced)
 
 
-def _directions(whole: Stack, balanced: bool) -> Directions:
-    up, r_up = basis(whole.up)
-    down, r_down = basis(whole.down.T)
+def _directions(whole: Stack, balanced: bool, known: Known | None = None) -> Directions:
+    up, r_up = basis(whole.up) if known is None else (Basis(whole.up, known.r_up), known.r_up)
+    down, r_down = basis(whole.down.T) if known is None else (Basis(whole.down.T, known.r_down), known.r_down)
     ranks = list(whole.ranks)
     cores = [a @ b.T for a, b in zip(torch.split(r_up, ranks, 1), torch.split(r_down, ranks, 1), strict=True)]
     total = r_up @ r_down.T
-    u, vh, worth = _by_importance(total, cores, balanced)
+    u, vh, worth = _by_importance(total, cores, balanced) if known is None else (known.u, known.vh, known.worth)
     return Directions(
         up=up,
         down=down,
@@ -182,10 +200,11 @@ def _singular(total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vh
 
 
-def truncated_sum(terms: Sequence[Term], rank: int, *, balanced: bool = False) -> Truncated:
+def truncated_sum(terms: Sequence[Term], rank: int, *, balanced: bool = False, known: Known | None = None) -> Truncated:
     """The weighted sum of (layer, strength) terms in at most the given rank, see `directions`.
 
     A sum whose ranks add up to no more than `rank` stays exact.
+    known: of `directions` of the same terms, if somebody has computed them.
     Since the kept part is U U^T (sum) V V^T it is the sum of each term projected so, which is what `kept_energy`
     measures: plain truncation keeps the strong terms and may drop most of a weak one.
     Raises ValueError for rank < 1.
@@ -199,7 +218,7 @@ def truncated_sum(terms: Sequence[Term], rank: int, *, balanced: bool = False) -
         return Truncated(
             layer=whole.layer(), energy=energy, lost_energy=0.0, source_energy=energies, kept_energy=energies
         )
-    return _directions(whole, balanced).cut(rank)
+    return _directions(whole, balanced, known).cut(rank)
 
 
 def truncated_matrix(total: Tensor, deltas: Sequence[Tensor], rank: int) -> Truncated:

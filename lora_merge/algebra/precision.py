@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from ..updates.layer import Layer, LoraLayer, exponent, largest
+from ..updates.side_by_side import put
 from .threads import in_order, on_one_core
 
 # Largest entry of a tensor, in the dtype's smallest normal numbers, below which rounding is coarser than the dtype's bits.
 _SMALL = 4
+# Entries of a component that are looked at first.
+_FEW = 64
 # What is below it may be among the subnormal numbers of bfloat16 and float32.
 _NOTHING = 2.0**-100
 # Relative error above which an update is not the same any more; float16's rounding alone makes 0.0003.
@@ -45,13 +48,13 @@ def cast(layer: Layer, dtype: torch.dtype, *, into_alpha: bool = True) -> Cast:
     that, powers of two go from alpha into the factors (into_alpha). LoHa and LoKr are balanced as a whole.
     Raises ValueError if no balance helps.
     """
-    parts = {name: part.detach() for name, part in layer.parts().items()}
-    if {part.dtype for part in parts.values()} == {dtype}:
+    if layer.dtypes == {dtype}:
         return Cast(layer, False)
-    result = layer.with_parts({name: part.to(dtype) for name, part in parts.items()})
-    plain = isinstance(layer, LoraLayer) and layer.mid is None
-    if plain and holds(*result.parts().values()):
+    result = layer.in_dtype(dtype)
+    plain = isinstance(result, LoraLayer) and result.mid is None
+    if isinstance(result, LoraLayer) and plain and holds(result):
         return Cast(result, False)
+    parts = {name: part.detach() for name, part in layer.parts().items()}
     balanced = False
     error = 0.0
     if not _all_fit(parts, dtype, by_component=plain):
@@ -152,8 +155,8 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are numbers; true for a tensor without values, and for integers."""
-    if tensor.numel() == 0 or not tensor.dtype.is_floating_point:
+    """Whether all values are numbers; true for a tensor without values (a meta tensor too), and for integers."""
+    if tensor.numel() == 0 or tensor.is_meta or not tensor.dtype.is_floating_point:
         return True
     tensor = tensor.detach()
     # aminmax hands NaN on and needs no memory: 20 times the speed of isfinite().all(). 8-bit floats have none.
@@ -161,15 +164,50 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(float(low)) and math.isfinite(float(high))
 
 
-def holds(up: Tensor, down: Tensor) -> bool:
-    """Whether factors that were rounded to this dtype lost nothing but the rounding: `cast` would have left them so."""
-    if up.dtype != torch.float16:
-        return all(_NOTHING < largest(factor) < math.inf for factor in (up, down))
-    bound = torch.finfo(torch.float16).max
-    # float32: torch takes up to ten times as long over columns of float16, not over rows.
-    maxima = torch.cat([component_maxima(up.float(), 1), component_maxima(down, 0).float()])
+def holds(layer: LoraLayer) -> bool:
+    """Whether factors that were rounded to this dtype lost nothing but the rounding: `cast` would have left them so.
+
+    Told from the layer's shares, since what is largest before it is multiplied and rounded is so afterwards.
+    """
+    (dtype,) = layer.dtypes
+    sides = [
+        [(share.up, share.above, 1) for share in layer.shares],
+        [(share.down, share.below, 0) for share in layer.shares],
+    ]
+    if dtype == torch.float16:
+        return all(_holds_components(*factor) for side in sides for factor in side)
+    for side in sides:
+        sizes = [float(_rounded(_largest(factor), by, dtype)) for factor, by, _ in side]
+        if not all(size < math.inf for size in sizes) or max(sizes) <= _NOTHING:
+            return False
+    return True
+
+
+def _holds_components(factor: Tensor, number: float, rank_dim: int) -> bool:
+    """`holds` for number * factor in float16, where a component of its own can be lost."""
     # Without the bounds themselves: what is there may have been rounded to them, and 0 may have been a small number.
-    return bool(((maxima > _SMALL * torch.finfo(torch.float16).tiny) & (maxima < bound)).all())
+    bounds, by = torch.finfo(torch.float16), abs(number)
+    top, small = largest(factor), _SMALL * bounds.tiny
+    # As a rule a few entries of each component show that it is large enough, far from where rounding decides.
+    few = factor.narrow(1 - rank_dim, 0, min(_FEW, factor.shape[1 - rank_dim])).float()
+    clear = float(few.abs().movedim(rank_dim, 0).flatten(1).amax(dim=1).min()) * by
+    if clear > 2 * small and top * by < bounds.max / 2:
+        return True
+    if not float(_rounded(torch.tensor(top, dtype=factor.dtype), number, torch.float16)) < bounds.max:
+        return False
+    # float32: torch takes up to ten times as long over columns of float16, not over rows.
+    return bool((_rounded(component_maxima(factor.float(), rank_dim), number, torch.float16) > small).all())
+
+
+def _largest(factor: Tensor) -> Tensor:
+    return torch.tensor(largest(factor), dtype=factor.dtype)
+
+
+def _rounded(sizes: Tensor, number: float, dtype: torch.dtype) -> Tensor:
+    """What multiplying by a number and rounding to a dtype makes of magnitudes."""
+    place = torch.empty(sizes.shape, dtype=dtype)
+    put(sizes, abs(number), place)
+    return place
 
 
 def _fits(part: Tensor, dtype: torch.dtype, rank_dim: int | None = None) -> bool:

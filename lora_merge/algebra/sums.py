@@ -10,7 +10,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..updates.layer import Layer, LoraLayer, Term, exponent, is_safe, largest, meeting_shape, shaped
+from ..updates.layer import Layer, LoraLayer, Share, Term, exponent, is_safe, largest, meeting_shape, shaped
+from ..updates.side_by_side import side_by_side
 from .precision import holds, is_finite
 from .scaling import level, raised
 
@@ -28,15 +29,19 @@ def weighted_sum(terms: Sequence[Term], dtype: torch.dtype = torch.float32) -> L
     result is float32 all the same, for `precision.cast` to balance.
     Numbers near the ends of float32's range are brought to its middle (algebra/scaling.py); the result is float32 then, and
     alpha may differ from the rank.
+    Of plain LoRAs the result is a Sum: its factors are made when somebody asks for them.
     Raises ValueError without terms, if the updates are not of one weight, or if float32 cannot hold the sum.
     """
     if not all(is_safe(layer, strength) for layer, strength in terms):
         middling, power = level(terms)
         return raised(stacked(middling).layer(), power)
-    total = stacked(terms, dtype)
-    if dtype != torch.float32 and not holds(total.up, total.down):
-        total = stacked(terms)
-    return total.layer()
+    shape, shares = _shares(terms)
+    if all(isinstance(layer, LoraLayer) and layer.mid is None for layer, _ in terms) and any(shares):
+        total = side_by_side([share for share in shares if share is not None], shape, dtype)
+        if total.device.type == "cpu" and holds(total):
+            return total
+    made = stacked(terms, dtype).layer()
+    return made if dtype == torch.float32 or holds(made) else stacked(terms).layer()
 
 
 def dense_sum(terms: Sequence[Term], diffs: Sequence[tuple[Tensor, float]]) -> Tensor:
@@ -103,37 +108,31 @@ def stacked(terms: Sequence[Term], dtype: torch.dtype = torch.float32) -> Stack:
 
     Numbers are multiplied in float32 and rounded to the dtype once, each on its way to its place.
     """
+    shape, shares = _shares(terms)
+    used = [share for share in shares if share is not None]
+    ranks = tuple(0 if share is None else share.rank for share in shares)
+    if not used:
+        device = terms[0][0].device
+        up, down = (torch.zeros(size, dtype=dtype, device=device) for size in ((shape[0], 1), (1, prod(shape[1:]))))
+        return Stack(up, down, (1, *ranks[1:]), shape)
+    total = side_by_side(used, shape, dtype)
+    return Stack(total.up.flatten(1), total.down.flatten(1), ranks, shape)
+
+
+def _shares(terms: Sequence[Term]) -> tuple[tuple[int, ...], list[Share | None]]:
+    """(shape of the weight, what each term is in the sum: None where strength or scale is 0)."""
     shape = common_shape([layer for layer, _ in terms])
     scales = []
     for layer, strength in terms:
         if not math.isfinite(strength):
             raise ValueError(f"strength is {strength}, but it has to be a finite number")
         scales.append(strength * layer.scale)
-    ranks = [layer.rank if scale else 0 for (layer, _), scale in zip(terms, scales, strict=True)]
-    device = next(iter(terms[0][0].parts().values())).device
-    if not any(ranks):
-        up, down = (torch.zeros(size, dtype=dtype, device=device) for size in ((shape[0], 1), (1, prod(shape[1:]))))
-        return Stack(up, down, (1, *ranks[1:]), shape)
-    up = torch.empty(shape[0], sum(ranks), dtype=dtype, device=device)
-    down = torch.empty(sum(ranks), prod(shape[1:]), dtype=dtype, device=device)
-    total = Stack(up, down, tuple(ranks), shape)
-    for (layer, _), scale, (up_place, down_place) in zip(terms, scales, total.parts, strict=True):
-        if scale:
-            half = 2.0 ** round(math.log2(abs(scale)) / 2)
-            up, down = layer.stored_factors()
-            _put(up, scale / half, up_place)
-            _put(down, half, down_place)
-    return total
+    return shape, [_share(layer, scale) if scale else None for (layer, _), scale in zip(terms, scales, strict=True)]
 
 
-def _put(factor: Tensor, number: float, place: Tensor) -> None:
-    if factor.dtype == place.dtype:
-        # torch multiplies 16-bit floats by a number in float32.
-        torch.mul(factor, number, out=place)
-    elif place.dtype == torch.float32:
-        place.copy_(factor).mul_(number)
-    else:
-        place.copy_(factor.to(torch.float32) * number)
+def _share(layer: Layer, scale: float) -> Share:
+    half = 2.0 ** round(math.log2(abs(scale)) / 2)
+    return Share(*layer.stored_factors(), above=scale / half, below=half)
 
 
 def common_shape(layers: Sequence[Layer]) -> tuple[int, ...]:

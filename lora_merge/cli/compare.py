@@ -13,7 +13,7 @@ from ..disk.overwriting import Overwrite, guard
 from ..disk.pictures import check_picture, write_picture
 from ..disk.whole import check_place, write_whole
 from ..files.load_save import load
-from .shared import Answer, Commands, add_parser, overwriting, path_and_strength, progress_bar
+from .shared import Answer, overwriting, path_and_strength, progress_bar
 
 _EXAMPLES = """examples:
   python -m lora_merge compare style.safetensors:0.8 lcm.safetensors
@@ -21,9 +21,9 @@ _EXAMPLES = """examples:
   python -m lora_merge compare style.safetensors lcm.safetensors --rank 64 --picture both.png --csv modules.csv"""
 
 
-def add_command(commands: Commands) -> None:
+def add_compare(add: argparse.ArgumentParser) -> None:
     """Sets `run`: parsed arguments -> (exit status, what to print)."""
-    add = add_parser(commands, "compare", "say whether LoRAs will fight, and where", _EXAMPLES)
+    add.epilog = _EXAMPLES
     add.add_argument("loras", nargs="+", metavar="FILE[:STRENGTH]", help="strength is 1 if not given, may be negative")
     add.add_argument("--rank", type=int, default=0, help="of a cut to look at, marked in the picture; default: none")
     add.add_argument("--csv", type=Path, metavar="FILE", help="figures of every module, a row each")

@@ -10,7 +10,7 @@ from ..files.formats import SAVE_FORMATS, exact_in_peft, named_for
 from ..files.load_save import check_output, load, save
 from ..files.lora import Lora
 from ..files.shared import WHICH, only
-from .shared import Answer, Commands, add_meta, add_parser, meta, overwriting
+from .shared import Answer, add_meta, meta, overwriting
 
 _EXAMPLES = """examples:
   python -m lora_merge convert style.safetensors -o style-diffusers.safetensors --format diffusers
@@ -23,9 +23,9 @@ The update stays what it is: another name, rows put together or taken apart. Num
 power of two goes into the factors; these are then written as fp32."""
 
 
-def add_command(commands: Commands) -> None:
+def add_convert(add: argparse.ArgumentParser) -> None:
     """Sets `run`: parsed arguments -> (exit status, what to print)."""
-    add = add_parser(commands, "convert", "give a LoRA the names of other programs, without loss", _EXAMPLES)
+    add.epilog = _EXAMPLES
     add.add_argument("lora", type=Path, metavar="FILE")
     add.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a .safetensors file to write")
     add.add_argument(

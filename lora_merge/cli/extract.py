@@ -13,7 +13,7 @@ from ..extracting.checkpoints import Pairs, pairs
 from ..extracting.extract import Weights, extract
 from ..files.dtypes import DTYPES
 from ..files.load_save import check_output, save
-from .shared import Answer, Commands, add_meta, add_parser, meta, overwriting
+from .shared import Answer, add_meta, meta, overwriting
 
 _EXAMPLES = """examples:
   python -m lora_merge extract lcm-dreamshaper.safetensors dreamshaper.safetensors -o lcm.safetensors --rank 64
@@ -22,9 +22,9 @@ _EXAMPLES = """examples:
     each module as small as holds 95 % of its difference, at most rank 128."""
 
 
-def add_command(commands: Commands) -> None:
+def add_extract(add: argparse.ArgumentParser) -> None:
     """Sets `run`: parsed arguments -> (exit status, what to print)."""
-    add = add_parser(commands, "extract", "make a LoRA out of two models", _EXAMPLES)
+    add.epilog = _EXAMPLES
     add.add_argument("tuned", type=Path, metavar="TUNED", help="a .safetensors checkpoint or diffusion model")
     add.add_argument("base", type=Path, metavar="BASE", help="the model that it was made from, in the same format")
     add.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a .safetensors file to write")

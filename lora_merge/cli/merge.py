@@ -25,7 +25,7 @@ from ..methods.table import METHODS, all_parameters, methods_with
 from ..one_module.protect import which_protected
 from ..recognise.identity import sha256_of
 from ..settings.strengths import for_inputs
-from .shared import Answer, Commands, add_meta, add_parser, meta, overwriting, path_and_strength, progress_bar
+from .shared import Answer, add_meta, meta, overwriting, path_and_strength, progress_bar
 
 _MERGE_EXAMPLES = """examples:
   python -m lora_merge merge style.safetensors:0.8 lcm.safetensors -o fast-style.safetensors
@@ -48,17 +48,9 @@ _INFO_EXAMPLE = """example:
   python -m lora_merge info lcm.safetensors"""
 
 
-def add_commands(commands: Commands) -> None:
-    """Adds the four commands; each sets `run`: parsed arguments -> (exit status, what to print)."""
-    _add_merge(add_parser(commands, "merge", "add LoRAs into one file", _merge_help()))
-    _add_resize(add_parser(commands, "resize", "make a LoRA smaller", _RESIZE_EXAMPLES))
-    _add_reproduce(add_parser(commands, "reproduce", "make a merged file again and compare", _REPRODUCE_EXAMPLE))
-    add = add_parser(commands, "info", "say what is in a LoRA file", _INFO_EXAMPLE)
-    add.add_argument("loras", nargs="+", metavar="FILE")
-    add.set_defaults(run=_info)
-
-
-def _add_merge(add: argparse.ArgumentParser) -> None:
+def add_merge(add: argparse.ArgumentParser) -> None:
+    """Sets `run`: parsed arguments -> (exit status, what to print)."""
+    add.epilog = _merge_help()
     add.add_argument("loras", nargs="+", metavar="FILE[:STRENGTH]", help="strength is 1 if not given, may be negative")
     _output(add)
     _cut(add)
@@ -92,7 +84,9 @@ def _add_merge(add: argparse.ArgumentParser) -> None:
     add.set_defaults(run=_merge)
 
 
-def _add_resize(add: argparse.ArgumentParser) -> None:
+def add_resize(add: argparse.ArgumentParser) -> None:
+    """Sets `run`: parsed arguments -> (exit status, what to print)."""
+    add.epilog = _RESIZE_EXAMPLES
     add.add_argument("lora", type=Path, metavar="FILE")
     _output(add)
     _cut(add)
@@ -100,7 +94,9 @@ def _add_resize(add: argparse.ArgumentParser) -> None:
     add.set_defaults(run=_resize)
 
 
-def _add_reproduce(add: argparse.ArgumentParser) -> None:
+def add_reproduce(add: argparse.ArgumentParser) -> None:
+    """Sets `run`: parsed arguments -> (exit status, what to print)."""
+    add.epilog = _REPRODUCE_EXAMPLE
     add.add_argument("file", type=Path, metavar="FILE", help="what merge or resize wrote")
     add.add_argument(
         "--inputs",
@@ -112,6 +108,13 @@ def _add_reproduce(add: argparse.ArgumentParser) -> None:
     )
     add.add_argument("--workers", type=int, help="threads; default: as many as torch uses")
     add.set_defaults(run=_reproduce)
+
+
+def add_info(add: argparse.ArgumentParser) -> None:
+    """Sets `run`: parsed arguments -> (exit status, what to print)."""
+    add.epilog = _INFO_EXAMPLE
+    add.add_argument("loras", nargs="+", metavar="FILE")
+    add.set_defaults(run=_info)
 
 
 def _parameters(add: argparse.ArgumentParser) -> None:

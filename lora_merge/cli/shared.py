@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -14,14 +13,6 @@ from ..merging.merge import Progress
 from ..metadata.fields import given
 
 Answer = tuple[int, str]
-Commands = Any  # argparse has no public name for what add_subparsers returns.
-
-
-def add_parser(commands: Commands, name: str, what: str, epilog: str) -> argparse.ArgumentParser:
-    """A command: `what` it does, in the list of all; the epilog of its own help is printed as it stands."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=what, epilog=epilog, formatter_class=raw)
-    return parser
 
 
 def overwriting(add: argparse.ArgumentParser) -> None:

@@ -16,10 +16,10 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from .header import DTYPES, Header, check_written, opened
 SERVER_MAPPED_ABOVE = 1 << 30
 # Windows replaces no file that is mapped, and a result may take its input's place.
 MAPPED_ABOVE = 1 << 28 if os.name == "posix" else SERVER_MAPPED_ABOVE
+# Bytes of what is made at once on its way into a file.
+_BATCH = 1 << 20
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Wide numbers first, so that all are aligned, and otherwise as safetensors sorts them: then who loads a file and lets
 # safetensors write it again, as kohya's tools do for a hash, has the same bytes.
@@ -107,9 +109,37 @@ def _tensor(memory: Tensor, dtype: torch.dtype, shape: tuple[int, ...], start: i
     return aligned.view(dtype).view(shape)
 
 
-def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, hashed: bool = False) -> None:
+class Content(Protocol):
+    """A tensor, or what says how large one will be."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class ToFill(Content, Protocol):
+    """A tensor that is made on its way into the file. fill: writes it into memory of that dtype and shape."""
+
+    @property
+    def fill(self) -> Callable[[Tensor], None]: ...
+
+
+def write(
+    file: BinaryIO,
+    tensors: Mapping[str, Tensor | ToFill],
+    metadata: Mapping[str, str],
+    *,
+    hashed: bool = False,
+    ahead: Callable[..., Iterable[Any]] = map,
+) -> None:
     """A whole safetensors file, by kind of number and then by name.
 
+    ahead: as `map`, and free to make the next pieces while one is written.
     hashed: adds the file's hashes (hashes.py) to the metadata, made in the one pass over the tensors, for which one has to
         be able to go back in the file. Raises ValueError, before anything is written, where `read` would refuse it.
     Raises OSError where the disk is full.
@@ -123,18 +153,18 @@ def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     start = file.tell() if hashes else 0
     file.write(head)
     # Many small writes: in pieces of megabytes Linux looks for as large pages, at five times the cost when memory is full.
-    for name in names:
-        data = _bytes(tensors[name])
-        file.write(data)
-        if hashes:
-            hashes.add(data)
+    for batch in ahead(_all_bytes, _batches([tensors[name] for name in names])):
+        for data in batch:
+            file.write(data)
+            if hashes:
+                hashes.add(data)
     if hashes:
         file.seek(start)
         file.write(_head(names, tensors, {**metadata, **hashes.found()}))
         file.seek(0, 2)
 
 
-def _head(names: Sequence[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def _head(names: Sequence[str], tensors: Mapping[str, Content], metadata: Mapping[str, str]) -> bytes:
     """The header with its length before it."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -147,7 +177,28 @@ def _head(names: Sequence[str], tensors: Mapping[str, Tensor], metadata: Mapping
     return len(header).to_bytes(8, "little") + header
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _batches(tensors: Sequence[Tensor | ToFill]) -> Iterator[list[Tensor | ToFill]]:
+    """Neighbours, as many as are worth handing over at once."""
+    batch: list[Tensor | ToFill] = []
+    size = 0
+    for tensor in tensors:
+        batch.append(tensor)
+        size += tensor.nbytes
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _all_bytes(tensors: Sequence[Tensor | ToFill]) -> list[memoryview]:
+    return [_bytes(tensor) for tensor in tensors]
+
+
+def _bytes(tensor: Tensor | ToFill) -> memoryview:
+    if not isinstance(tensor, Tensor):
+        memory = torch.empty(tensor.shape, dtype=tensor.dtype)
+        tensor.fill(memory)
+        tensor = memory
     # By way of numpy, which has no bfloat16 but has bytes.
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return data.data

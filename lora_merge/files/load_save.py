@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..algebra.threads import on_one_core
+from ..algebra.threads import Item, Result, in_order, on_one_core
 from ..disk import json_text
+from ..disk.garbage import uncollected
 from ..disk.header import check_header
 from ..disk.overwriting import Overwrite, guard
 from ..disk.tensor_file import TensorFile, read, tensor_file, write
@@ -24,7 +25,7 @@ from .dtypes import DTYPES
 from .formats import SAVE_FORMATS, SaveFormat, named_for
 from .lora import Lora
 from .new_metadata import for_file
-from .readable import check_readable
+from .readable import check_readable, stand_ins
 
 # As PEFT itself names them; the scale is nowhere in such a file.
 _PEFT = re.compile(r"base_model\.model\.(.+)\.lora_A(?:\.[^.]+)?\.weight")
@@ -34,6 +35,7 @@ _FEW = 8
 
 
 @named
+@uncollected()
 def load(path: str | os.PathLike[str], *, mapping: bool = True, mapped_above: int | None = None) -> Lora:
     """The LoRA in a safetensors file, in any spelling that naming/names.py and keys.py know.
 
@@ -79,6 +81,7 @@ def _notes(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
 
 
 @named
+@uncollected()
 def save(
     lora: Lora,
     path: str | os.PathLike[str],
@@ -110,14 +113,21 @@ def save(
     lora = replace(lora, metadata=fields.changed(lora.metadata, wanted))
     lora, written_in = named_for(lora, format)
     # Nobody else sees these tensors, so what needs no conversion needs no copy.
-    tensors = on_one_core(lambda: lora.to_state_dict(dtype, format=written_in, copy=False))
+    pieces = on_one_core(lambda: lora.pieces(dtype, format=written_in, copy=False))
     notes = for_file(lora, path.stem, written_in)
-    check_readable(lora, tensors, notes, _peft_config(path, tensors))
+    check_readable(lora, stand_ins(pieces), notes, _peft_config(path, stand_ins(pieces)))
     try:
         fields.check(notes)
-        write_whole(path, lambda file: write(file, tensors, notes, hashed=True), guard(overwrite, _is_ours))
+        write_whole(
+            path, lambda file: write(file, pieces, notes, hashed=True, ahead=_ahead), guard(overwrite, _is_ours)
+        )
     except ValueError as error:
         raise ValueError(f"{lora.source}: {error}") from None
+
+
+def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """The pieces are made while those before them are hashed and written."""
+    return in_order(work, items, 1)
 
 
 def check_output(path: Path, overwrite: Overwrite) -> None:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from ..algebra.precision import COARSE, cast, cast_part, rounding
+from ..algebra.threads import in_order
+from ..disk.garbage import uncollected
 from ..metadata.adapter_config import noted
 from ..naming import names
 from ..naming.aliases import sites
 from ..naming.unet import infer_layout
-from ..updates.layer import Layer, LoraLayer
+from ..updates.layer import Layer, LoraLayer, Unmade
 from ..updates.weight_dependent import Carried
 from .keys import BIAS_PARTS, DIFF_PARTS, WEIGHT_PARTS, suffix
 from .reading import KeyAccount, read
@@ -26,6 +29,7 @@ from .twice import Named, named
 
 Format = Literal["kohya", "diffusers", "comfy"]
 FORMATS: tuple[Format, ...] = ("kohya", "diffusers", "comfy")
+Pieces = dict[str, Tensor | Unmade]
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +71,7 @@ class Lora:
             object.__setattr__(self, name, MappingProxyType(value))
 
     @classmethod
+    @uncollected()
     def from_state_dict(
         cls, state_dict: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None, source: str = "LoRA"
     ) -> Lora:
@@ -163,10 +168,17 @@ class Lora:
         too small for it all the same.
         Raises ValueError for what the format cannot name or hold, and for values the dtype cannot hold.
         """
+        pieces = self.pieces(dtype, format=format, copy=copy)
+        with closing(in_order(_made, pieces.values(), torch.get_num_threads())) as made:
+            return dict(zip(pieces, made, strict=True))
+
+    def pieces(self, dtype: torch.dtype | None = None, *, format: Format = "kohya", copy: bool = True) -> Pieces:
+        """`to_state_dict`, where the factors of a sum (updates/side_by_side.py) are unmade: they are finite, and whoever
+        writes them elsewhere needs no memory for them."""
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}, but it has to be one of {', '.join(FORMATS)}")
         spelled = self.diffusers_spellings() if format == "diffusers" else dict(self.spellings)
-        result: dict[str, Tensor] = {}
+        result: Pieces = {}
         if format != "diffusers":
             result |= {key: cast_part(tensor, None, copy=copy) for key, tensor in self.unread.items()}
         balanced, errors = [], {}
@@ -191,32 +203,35 @@ class Lora:
 
     def _written(
         self, module: str, dtype: torch.dtype | None, format: Format, copy: bool
-    ) -> tuple[dict[str, Tensor], bool, float]:
-        """Ending of the key -> new tensor for everything of one module, whether its factors were balanced, and the
+    ) -> tuple[Pieces, bool, float]:
+        """Ending of the key -> new piece for everything of one module, whether its factors were balanced, and the
         largest relative error of a tensor, or of the update, that is too small for the dtype."""
-        result: dict[str, Tensor] = {}
+        result: Pieces = {}
         alpha, balanced, error = None, False, 0.0
         update = self.modules.get(module) or self.carried.get(module)
-        others: dict[str, Tensor] = {}
+        others: Pieces = {}
         pefts = format == "diffusers" or (format == "comfy" and isinstance(update, LoraLayer) and update.mid is None)
         if isinstance(update, Layer) and (dtype is not None or pefts):
             plain = _without_scale(update) if pefts else update
-            converted = cast(plain, dtype or next(iter(update.parts().values())).dtype, into_alpha=not pefts)
-            balanced, error, originals = converted.balanced, converted.error, update.parts()
-            for part, tensor in converted.layer.parts().items():
+            converted = cast(plain, dtype or next(iter(update.pieces().values())).dtype, into_alpha=not pefts)
+            balanced, error, originals = converted.balanced, converted.error, update.pieces()
+            for part, piece in converted.layer.pieces().items():
                 end = suffix(part) if not pefts else {"up": ".lora_B.weight", "down": ".lora_A.weight"}[part]
-                result[end] = _own(tensor, originals.get(part)) if copy else tensor.contiguous()
+                result[end] = _own(piece, originals.get(part)) if copy else _contiguous(piece)
             alpha = converted.layer.written_alpha
         elif update is not None:
-            others = dict(update.parts() if isinstance(update, Layer) else update.parts)
+            others = dict(update.pieces() if isinstance(update, Layer) else update.parts)
             alpha = update.written_alpha
         others |= {part: self.diffs[module, part] for part in DIFF_PARTS if (module, part) in self.diffs}
-        for part, tensor in others.items():
-            written = result[suffix(part)] = cast_part(tensor, dtype, copy=copy)
-            error = max(error, rounding(tensor, written))
+        for part, piece in others.items():
+            if isinstance(piece, Unmade):
+                result[suffix(part)] = piece
+                continue
+            written = result[suffix(part)] = cast_part(piece, dtype, copy=copy)
+            error = max(error, rounding(piece, written))
         if alpha is not None and not pefts:
-            result[suffix("alpha")] = torch.tensor(alpha, dtype=torch.float32)
-            if alpha and not 0 < abs(float(result[suffix("alpha")])) < math.inf:
+            number = result[suffix("alpha")] = torch.tensor(alpha, dtype=torch.float32)
+            if alpha and not 0 < abs(float(number)) < math.inf:
                 raise ValueError(f"alpha is {alpha:g}, and float32 has no such number. Change the scale of this module")
         return result, balanced, error
 
@@ -254,9 +269,19 @@ def _name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _own(tensor: Tensor, original: Tensor | None) -> Tensor:
+def _made(piece: Tensor | Unmade) -> Tensor:
+    return piece.made() if isinstance(piece, Unmade) else piece
+
+
+def _contiguous(piece: Tensor | Unmade) -> Tensor | Unmade:
+    return piece.contiguous() if isinstance(piece, Tensor) else piece
+
+
+def _own(tensor: Tensor | Unmade, original: Tensor | Unmade | None) -> Tensor | Unmade:
     """The tensor, copied if it is still the LoRA's own: who gets a state dict may write into it."""
-    shared = original is not None and tensor.data_ptr() == original.data_ptr()
+    if isinstance(tensor, Unmade):
+        return tensor
+    shared = isinstance(original, Tensor) and tensor.data_ptr() == original.data_ptr()
     return tensor.detach().clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
 
 
@@ -264,7 +289,7 @@ def _without_scale(layer: Layer) -> LoraLayer:
     """The same update as LoRA of scale 1, float32; the scale goes half and half into the factors, or into one if that is
     exact."""
     if isinstance(layer, LoraLayer) and layer.scale == 1 and layer.mid is None:
-        return LoraLayer(layer.up, layer.down)
+        return layer
     up, down = layer.factors()
     kernel = (1 for _ in layer.kernel)
     if layer.scale and math.frexp(layer.scale)[0] in (0.5, -0.5):  # a power of two: exact in one factor

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from ..updates.layer import meeting_shape
+from ..updates.layer import Unmade, meeting_shape
 from .lora import Lora
 
 _SHOWN = 3
@@ -35,6 +36,14 @@ def check_readable(
             f"{lora.source}: cannot be saved, since a loader would read something else: {'; '.join(changed[:_SHOWN])}{more}. "
             "Rename these modules."
         )
+
+
+def stand_ins(pieces: Mapping[str, Tensor | Unmade]) -> dict[str, Tensor]:
+    """Tensors of no values for those that are unmade, which are finite: names, shapes and dtypes are what counts."""
+    return {
+        key: torch.empty(piece.shape, dtype=piece.dtype, device="meta") if isinstance(piece, Unmade) else piece
+        for key, piece in pieces.items()
+    }
 
 
 def _check_names(lora: Lora) -> None:

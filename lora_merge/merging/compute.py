@@ -78,8 +78,8 @@ def _is_norm(loras: Sequence[Lora], module: str) -> bool:
 
 
 def _allocated(plan: Plan, merger: ModuleMerger, biases: Diffs, threads: int, steps: _Steps) -> dict[str, int]:
-    """The first of two passes, where ranks are shared out: by what each would keep. Directions are computed anew in the second, since keeping
-    those of all modules would take as much memory as the inputs in float32."""
+    """The first of two passes, where ranks are shared out: by what each would keep. Of the directions that it finds only
+    what has the size of the ranks is kept for the second, a fifth of the inputs in float32 for an LCM-LoRA and a style."""
     options = plan.options
     if options.aim is None:
         return {}

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from ..disk.garbage import uncollected
 from ..files.lora import Lora
 from ..keywords import named
 from ..metadata.fields import MERGED_FROM, changed, is_computed, is_name
@@ -64,6 +65,8 @@ def merge(
     other input changes the module and its strength is 1, and falls away at strength 0.
     Strengths are multiplied into the updates before a method looks at them, and never normalised. Biases and norms are
     added up by every method.
+    Exact sums of plain LoRAs are made when their factors are read or saved: until then the inputs' tensors have to stay as
+    they are.
     Options: see `MergeOptions` and `merge_with_account`.
     """
     return merge_with_account(
@@ -94,6 +97,7 @@ def merge(
 
 
 @named
+@uncollected()
 def merge_with_account(
     inputs: Sequence[Input],
     *,

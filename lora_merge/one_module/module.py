@@ -13,6 +13,7 @@ from torch import Tensor
 from ..algebra.core_space import core_space
 from ..algebra.lowrank import (
     Directions,
+    Known,
     Prospect,
     directions,
     directions_in,
@@ -38,7 +39,9 @@ _SQUARED = 50
 
 
 class ModuleMerger:
-    """Merges single modules; safe to use from several threads, since it changes nothing of its own.
+    """Merges single modules; safe to use from several threads, a module from one at a time.
+
+    What `prospect` finds of a module is kept until `finish`.
 
     loras: with canonical names that agree.   options: checked, `protect` a number or None.
     dense_modules: those that an input changes by a whole-weight difference.   device: where to compute.
@@ -59,12 +62,16 @@ class ModuleMerger:
         self.values = options.values
         self.dense_modules = dense_modules
         self.device = device
+        self.known: dict[str, Known] = {}
 
     def prospect(self, module: str) -> Prospect:
         """What each rank of the module would keep, of all inputs: 0 of those that do not have the module."""
         with _in_words(module):
             owners, terms, _, power = self._terms(module)
-            found = self._directions(module, owners, terms)[0].prospect()
+            all_found = self._directions(module, owners, terms)[0]
+            if self.method.combine is None and (known := all_found.known()) is not None:
+                self.known[module] = known
+            found = all_found.prospect()
             kept = found.kept.new_zeros(1 + len(self.loras), found.kept.shape[1])
             kept[[0, *(1 + index for index in owners)]] = found.kept
             energy = 4.0**power
@@ -163,7 +170,7 @@ class ModuleMerger:
         if not rank:
             layer = weighted_sum(terms, self.options.out_dtype or torch.float32)
             return _raised(replace(done, layer=layer), power)
-        cut = truncated_sum(terms, rank, balanced=self.options.balanced)
+        cut = truncated_sum(terms, rank, balanced=self.options.balanced, known=self.known.pop(module, None))
         return _raised(replace(done, layer=cut.layer, cut=cut), power)
 
     def _stays(self, whole: Layer, rank: int) -> bool:
@@ -280,6 +287,6 @@ def _products_of_one(term: Term) -> tuple[Tensor, Tensor]:
 
 def _moved(layer: Layer, device: torch.device) -> Layer:
     """The layer with its tensors on a device."""
-    if all(part.device.type == device.type for part in layer.parts().values()):
+    if layer.device.type == device.type:
         return layer
     return layer.with_parts({name: part.to(device) for name, part in layer.parts().items()})

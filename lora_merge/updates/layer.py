@@ -4,13 +4,46 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Unmade:
+    """A tensor that is not there yet. fill: writes it into memory of that dtype and shape."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    fill: Callable[[Tensor], None]
+    device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def made(self) -> Tensor:
+        memory = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        self.fill(memory)
+        return memory
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """A product in a sum: (above * up) @ (below * down), with rank the second dimension of up and the first of down."""
+
+    up: Tensor
+    down: Tensor
+    above: float = 1.0
+    below: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return int(self.down.shape[0])
 
 
 class Layer(ABC):
@@ -44,9 +77,27 @@ class Layer(ABC):
     def parts(self) -> dict[str, Tensor]:
         """The tensors as they came, by the part names of files/keys.py, without alpha."""
 
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of its parts."""
+        return {part.dtype for part in self.parts().values()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parts are."""
+        return next(iter(self.parts().values())).device
+
+    def in_dtype(self, dtype: torch.dtype) -> Layer:
+        """The layer with its parts rounded to a dtype, whatever becomes of numbers beyond its range."""
+        return self.with_parts({name: part.detach().to(dtype) for name, part in self.parts().items()})
+
     def with_parts(self, parts: Mapping[str, Tensor]) -> Layer:
         """The layer with other tensors for some of its `parts`."""
         return replace(self, **{name.removeprefix(self.prefix): part for name, part in parts.items()})  # type: ignore[type-var]
+
+    def pieces(self) -> Mapping[str, Tensor | Unmade]:
+        """`parts`, those that nobody has asked for unmade."""
+        return self.parts()
 
     @abstractmethod
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -143,6 +194,11 @@ class LoraLayer(Layer):
 
     def parts(self) -> dict[str, Tensor]:
         return {"up": self.up, "down": self.down} | ({} if self.mid is None else {"mid": self.mid})
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """What up and down are side by side of, `mid` aside."""
+        return (Share(self.up.detach(), self.down.detach()),)
 
     def stored_factors(self) -> tuple[Tensor, Tensor]:
         if self.mid is not None:

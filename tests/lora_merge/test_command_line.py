@@ -76,6 +76,40 @@ def test_it_runs_as_a_module_from_the_repository():
     assert "merge" in done.stdout
 
 
+COMMANDS = ("merge", "resize", "reproduce", "info", "compare", "extract")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["mege"]])
+def test_what_the_commands_are_is_said_without_torch(arguments):
+    code = (
+        "import sys\nfrom lora_merge.__main__ import main\n"
+        f"try: main({arguments})\nexcept SystemExit: pass\nprint('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.endswith("False\n")
+    if arguments != []:
+        assert all(command in done.stdout + done.stderr for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_how_it_is_used(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert f"usage: python -m lora_merge {command}" in said
+    assert "example" in said
+
+
+def test_the_package_has_what_it_says_and_no_more():
+    import lcm_kit.lora_merge as package
+
+    assert package.load is load
+    assert {"load", "merge", "Lora", "METHODS"} <= set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        _ = package.lode
+
+
 def test_overwriting_is_asked_for_twice_where_somebody_elses_file_would_go(files, capsys):
     """The published file is no file of ours; the merge that takes its place is."""
     before = (files / "lcm.safetensors").read_bytes()

@@ -145,3 +145,28 @@ def test_the_energy_is_the_squared_norm_of_strength_times_delta(strength, alpha)
     layer = LoraLayer(*factors(9, 3, 7), alpha=alpha)
     wanted = (strength * dense(layer.up, layer.down, layer.scale)).square().sum()
     assert energy_of((layer, strength)) == pytest.approx(float(wanted), rel=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_what_is_known_of_the_directions_makes_the_same_cut_bit_for_bit(count, balanced, kernel):
+    terms = [(layer(40, 5 + n, 30, kernel, alpha=2.0, seed=n), 0.5 + n) for n in range(count)]
+    known = directions(terms, balanced=balanced).known()
+    assert known is not None
+    assert {max(part.shape) for part in vars(known).values()} == {sum(one.rank for one, _ in terms)}
+    for rank in (1, 3, 4):
+        anew, again = (
+            truncated_sum(terms, rank, balanced=balanced),
+            truncated_sum(terms, rank, balanced=balanced, known=known),
+        )
+        assert torch.equal(again.layer.up, anew.layer.up)
+        assert torch.equal(again.layer.down, anew.layer.down)
+        figures = [(one.energy, one.lost_energy, one.source_energy, one.kept_energy) for one in (anew, again)]
+        assert figures[0] == figures[1]
+
+
+def test_of_dependent_factors_nothing_is_kept_for_later():
+    """Their bases come from a QR, of the size of the factors."""
+    one = layer(40, 5, 30, seed=1)
+    assert directions([(one, 1.0), (one, 0.5)]).known() is None

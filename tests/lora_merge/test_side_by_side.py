@@ -1,0 +1,152 @@
+"""Sums of plain LoRAs, made when somebody asks for them, and the peace in which files are read."""
+
+import copy
+import gc
+import pickle
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lcm_kit.lora_merge import Lora, LoraLayer, load, merge, save
+from lcm_kit.lora_merge.algebra.precision import holds
+from lcm_kit.lora_merge.algebra.sums import weighted_sum
+from lcm_kit.lora_merge.disk.garbage import uncollected
+from lcm_kit.lora_merge.updates.layer import Share, shaped
+from lcm_kit.lora_merge.updates.side_by_side import Sum, side_by_side
+
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+MODULES = ["lora_unet_down_blocks_0_attentions_0_proj_in", "lora_unet_mid_block_resnets_0_conv1"]
+KERNELS = [(), (3, 3)]
+
+
+def layer(rank, alpha, dtype, seed, kernel=(), by=0.1):
+    g = torch.Generator().manual_seed(seed)
+    up = torch.randn(12, rank, *(1 for _ in kernel), generator=g) * by
+    down = torch.randn(rank, 8, *kernel, generator=g) * by
+    return LoraLayer(up.to(dtype), down.to(dtype), alpha)
+
+
+def made(lora):
+    return [module for module, one in lora.modules.items() if {"up", "down"} & vars(one).keys()]
+
+
+def pair():
+    first = {m: layer(4, 2.0, HALF, 1, k) for m, k in zip(MODULES, KERNELS, strict=True)}
+    second = {m: layer(3, None, FULL, 2, k) for m, k in zip(MODULES, KERNELS, strict=True)}
+    return [(Lora(first, source="first"), 0.8), (Lora(second, source="second"), -1.5)]
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, FULL])
+def test_a_file_is_written_from_a_sum_that_nobody_makes(tmp_path, dtype, format):
+    merged = merge(pair(), out_dtype=dtype)
+    path = tmp_path / "merged.safetensors"
+    save(merged, path, dtype=dtype, format=format)
+    assert all(isinstance(one, Sum) for one in merged.modules.values())
+    assert not made(merged)
+    state = merged.to_state_dict(dtype, format=format)
+    assert not made(merged)
+    found = load_file(path)
+    assert found.keys() == state.keys()
+    for key, tensor in found.items():
+        assert tensor.dtype == state[key].dtype
+        assert torch.equal(tensor, state[key]), key
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, FULL])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_sum_is_its_shares_side_by_side_rounded_once(dtype, kernel):
+    one, other = layer(4, 2.0, HALF, 1, kernel), layer(3, None, FULL, 2, kernel)
+    total = weighted_sum([(one, 0.8), (other, -1.5)], dtype)
+    # 0.8 * 2 / 4 = 0.4 is shared as 0.8 and 0.5, -1.5 as -1.5 and 1 (2 ** round(log2(1.5) / 2)).
+    up = torch.cat([one.up.float() * (0.4 / 0.5), other.up * -1.5], dim=1).to(dtype)
+    down = torch.cat([one.down.float() * 0.5, other.down]).to(dtype)
+    assert (total.rank, total.dim, total.alpha, total.shape) == (7, 7, 7.0, (12, 8, *kernel))
+    assert total.parameters == up.numel() + down.numel()
+    assert total.dtypes == {dtype}
+    assert torch.equal(total.up, up)
+    assert torch.equal(total.down, down)
+    assert total.up is total.up
+
+
+def test_a_copy_of_a_sum_is_a_plain_layer_with_the_same_bits():
+    total = weighted_sum([(layer(4, 2.0, HALF, 1), 0.3), (layer(3, None, HALF, 2), 1.0)], HALF)
+    for again in (copy.deepcopy(total), pickle.loads(pickle.dumps(total)), total.with_parts(total.parts())):
+        assert type(again) is LoraLayer
+        assert again.alpha == total.alpha
+        assert torch.equal(again.up, total.up)
+        assert torch.equal(again.down, total.down)
+    halved = replace(total, alpha=3.5)
+    assert halved.alpha == 3.5
+    assert torch.equal(halved.up, total.up)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, FULL])
+@pytest.mark.parametrize("given", [HALF, FULL])
+@pytest.mark.parametrize("column", [1.0, 0.0, 1e-3, 1e3, float("nan"), float("inf")])
+@pytest.mark.parametrize("by", [1.0, 1e-3, 1e-5, 1e-9, 5e2, 6e5, 1e7])
+def test_what_a_sum_holds_is_told_from_its_shares_as_from_what_they_make(dtype, given, column, by):
+    one, other = layer(4, None, given, 3, by=0.5), layer(2, None, HALF, 4)
+    up = one.up.clone()
+    up[:, 2] *= column
+    total = side_by_side([Share(up, one.down, by, 1.0), Share(other.up, other.down)], (12, 8), dtype)
+    assert holds(total) == holds(shaped(total.up, total.down, (12, 8)))
+
+
+def test_a_row_far_down_that_is_large_enough_counts():
+    up = torch.zeros(200, 2, dtype=HALF)
+    up[150] = 1.0
+    assert holds(LoraLayer(up, torch.ones(2, 200, dtype=HALF)))
+    assert not holds(LoraLayer(up * 0, torch.ones(2, 200, dtype=HALF)))
+
+
+def test_no_collection_happens_while_a_file_is_read_merged_and_written(tmp_path):
+    path = tmp_path / "first.safetensors"
+    save(pair()[0][0], path)
+    seen = []
+
+    def note(phase, info):
+        seen.append(info["generation"])
+
+    before = gc.get_threshold()
+    gc.collect()
+    gc.callbacks.append(note)
+    gc.set_threshold(5, 1, 1)
+    try:
+        lora = load(path)
+        merged = merge([(lora, 1.0)])
+        save(merged, tmp_path / "again.safetensors")
+        # Between the three calls and after them it is as it was.
+        assert len(seen) < 20
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(note)
+
+
+def test_the_last_who_leaves_turns_collection_on_again_and_who_had_it_off_keeps_it_off():
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with uncollected():
+            inside.set()
+            leave.wait(30)
+
+    thread = threading.Thread(target=other)
+    with uncollected():
+        thread.start()
+        assert inside.wait(30)
+    assert not gc.isenabled()
+    leave.set()
+    thread.join()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
