@@ -14,6 +14,7 @@ import torch
 from ...samplers.editing import edit_ddcm
 from ...samplers.noise import StepNoise
 from .guidance import FirstStepsGuider
+from .latents import fitted, given_out
 from .runs import run
 from .schedules import lcm_sigmas
 from .tables import forward_process, sigma_table
@@ -102,7 +103,8 @@ def edit(model, source, target, latent, *, seed, steps, cfg, denoise, original_s
         )
     sigmas = lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps)
     if len(sigmas) == 0:  # denoise 0
-        return latent
+        latent = fitted(model, latent)
+        return given_out(latent, latent["samples"])
     guider = TwoPromptsGuider(model)
     guider.set_conds(source, target)
     guider.set_cfg(cfg)

@@ -44,7 +44,8 @@ def sample(
     """
     schedule = lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps, preset=preset)
     if len(schedule) == 0:  # denoise 0
-        return latent
+        latent = fitted(model, latent)
+        return given_out(latent, latent["samples"])
     gamma = chosen_gamma(gamma, gammas, preset)
     cfg = _possible_cfg(cfg if preset is None else preset.cfg, negative, cfg_steps)
     sigmas = section.of(schedule)

@@ -86,10 +86,9 @@ def _own(lora: Lora, family: Family, format: Format) -> Lora:
 
 def _of_diffusers(lora: Lora) -> Lora:
     """In diffusers' names, every fused weight in its slices."""
-    lora = _in_own_naming(lora)
-    model = {module: layer.shape for module, layer in lora.modules.items() if not text_encoder(lora.spellings[module])}
-    # Families with the same names of their own may have others in diffusers.
-    family = family_by_shapes(model)
+    # Families with the same names of their own may have others in diffusers: the names that came may tell.
+    came, lora = lora, _in_own_naming(lora)
+    family = next(filter(None, map(family_by_shapes, map(_model_shapes, (came, lora)))), None)
     if family is None:
         raise ValueError(
             f"{lora.source}: its modules do not tell which model it is for, so not what diffusers calls them"
@@ -120,6 +119,10 @@ def _in_own_naming(lora: Lora) -> Lora:
     if named is None:
         raise ValueError(f"{lora.source}: two of its modules are one weight; apply it, or save it as kohya, as it is")
     return named[0]
+
+
+def _model_shapes(lora: Lora) -> dict[str, tuple[int, ...]]:
+    return {module: layer.shape for module, layer in lora.modules.items() if not text_encoder(lora.spellings[module])}
 
 
 def _kept(lora: Lora) -> dict[str, str]:

@@ -45,7 +45,9 @@ WATCH = """
 
 
 # Of what may come in plain text when a node runs: numbers only.
-PROGRESS = re.compile(r"step \d+ of \d+, loss [\d.e+-]+|the model has made \d+ of \d+ pictures to learn from")
+PROGRESS = re.compile(
+    r"step \d+ of \d+, loss [\d.e+-]+(; [\d.]+ \w+ a step, [\d:]+ left)?|the model has made \d+ of \d+ pictures to learn from"
+)
 
 
 def harm(page):
