@@ -74,14 +74,15 @@ def enlarged(graph):
     return save, {**inputs, "images": (larger, 0)}
 
 
-# Nodes and note with their titles, groups: x, y, width, height of each; and what the page shows of the graph.
+# Nodes and note with their titles, groups: x, y, width, height of each; and what the page shows of the graph right of its side bar and
+# below its menu.
 DRAWN = """() => {
     const canvas = app.canvas.canvas.getBoundingClientRect();
     const [scale, [x, y]] = [app.canvas.ds.scale, app.canvas.ds.offset];
     return {
         nodes: app.graph.nodes.map(n => [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30, n.type]),
         groups: app.graph.groups.map(g => [...g._bounding, g.title]),
-        view: [-x, -y, canvas.width / scale, canvas.height / scale],
+        view: [60 / scale - x, 60 / scale - y, (canvas.width - 60) / scale, (canvas.height - 60) / scale],
     };
 }"""
 

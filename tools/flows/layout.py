@@ -12,7 +12,8 @@ WIDTH, PICTURE = 340, 400
 _GAP, _MARGIN, _HEAD = 24, 12, 44
 _REPORT = 130  # free below a node whose report appears when it has run
 _VIEW = (1560, 780)  # what the page leaves of a usual screen
-_LINE, _CHARACTER, _NOTE = 26, 8, (820, 420)  # of the note: height, width of a letter, widths above and beside
+_LINE, _BETWEEN, _CHARACTER = 22, 12, 8  # of the note: heights, width of a letter
+_NOTE = (1080, 440)  # its widths above the graph and beside it
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Placed:
     note: Box
 
 
-def place(flow: Flow, sizes: dict[Node, tuple[float, float]], reporting: set[Node]) -> Placed:
-    """sizes: width and height of every node without its title.   reporting: nodes that grow when they have run."""
+def place(flow: Flow, text: str, sizes: dict[Node, tuple[float, float]], reporting: set[Node]) -> Placed:
+    """text: of the note.   sizes: width and height of every node without its title.   reporting: nodes that grow when they have run."""
     nodes, groups = _columns(flow, sizes, reporting)
     right = max(box.x + box.width for box in groups)
     bottom = max(box.y + box.height for box in groups)
-    above, beside = (_note(flow.note, width) for width in _NOTE)
+    above, beside = (_note(text, width) for width in _NOTE)
     high = (max(right, above.width), above.height + _GAP + _HEAD + bottom)
     wide = (beside.width + 2 * _GAP + right, max(bottom, beside.height))
     if _scale(*high) >= _scale(*wide):
@@ -71,8 +72,8 @@ def _columns(
 
 
 def _note(text: str, width: float) -> Box:
-    lines = sum(1 + len(line) * _CHARACTER // int(width - 40) for line in text.splitlines())
-    return Box(0, 0, width, 60 + _LINE * lines)
+    lines = [1 + len(line) * _CHARACTER // int(width - 40) for line in text.splitlines() if line]
+    return Box(0, 0, width, 60 + _LINE * sum(lines) + _BETWEEN * len(lines))
 
 
 def _scale(width: float, height: float) -> float:

@@ -106,7 +106,7 @@ def image_to_image(flow: Flow) -> None:
             "LCMKitKSampler", model=lcm["MODEL"], positive=whole, latent_image=latent, preset=lcm["preset"], seed=1,
             denoise=0.6,
         )  # fmt: skip
-    with flow.group("Inpaint"):
+    with flow.group("Inpaint", below=True):
         masked = flow.add("SetLatentNoiseMask", samples=latent, mask=mask["MASK"])
         inpainted = flow.add(
             "LCMKitKSampler", model=lcm["MODEL"], positive=part, latent_image=masked["LATENT"], preset=lcm["preset"],

@@ -42,7 +42,7 @@ def first(flow: Flow) -> None:
     """
 ## Four few-step methods, one seed
 Each loader knows its file by its hash and sends that method's own steps, noise levels and gamma to its sampler: nothing has
-to be typed. Delete the rows whose file you do not want to download.
+to be typed. Delete the columns whose file you do not want to download.
 """,
 )
 def beside(flow: Flow) -> None:

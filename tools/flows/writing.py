@@ -22,6 +22,7 @@ FOLDER, DEMO = ROOT / "example_workflows", ROOT / "demo" / "workflow.json"
 OWN = "LCMKit"
 _PICTURES = {"SaveImage", "PreviewImage", "LoadImage", "SaveVideo"}
 _BLUE, _BROWN, _DARK_BROWN = "#3f789e", "#653", "#432"
+_TITLE, _MARK = "## ", re.compile(r"## |- |\d+\. ")  # what a line of a note begins with
 _BYPASS = 4  # mode of a node that is switched off
 _OPTIONAL = 7  # the page's shape of a socket that need not be connected
 
@@ -70,7 +71,7 @@ class Document:
     def text(self) -> str:
         sizes = {node: self._size(node) for node in self.flow.nodes}
         reporting = {node for node in self.flow.nodes if "report" in self.known[node.type]["output_name"]}
-        placed = place(self.flow, sizes, reporting)
+        placed = place(self.flow, large(self.flow.note), sizes, reporting)
         self._link()
         nodes = [self._node(node, placed.nodes[node]) for node in self.flow.nodes]
         nodes.append(self._note(placed.note, len(nodes) + 1))
@@ -109,7 +110,7 @@ class Document:
         fields = len(widgets) + sum(bool(g.options.get(CONTROL)) + bool(g.options.get("image_upload")) for g in widgets)
         high = TEXT * sum(bool(given.options.get("multiline")) for given in widgets)
         picture = node.type in _PICTURES
-        return PICTURE if picture else WIDTH, 16 + ROW * rows + WIDGET * fields + high + (PICTURE - 60) * picture
+        return PICTURE if picture else WIDTH, 16 + ROW * rows + WIDGET * fields + high + (PICTURE - 110) * picture
 
     def _node(self, node: Node, box: Box) -> dict[str, Any]:
         into = {(link[3], link[4]): link[0] for link in self.links}
@@ -156,8 +157,27 @@ class Document:
     def _note(self, box: Box, id: int) -> dict[str, Any]:
         made = {"id": id, "type": "MarkdownNote", "title": self.flow.name, "pos": [box.x, box.y]}
         made |= {"size": [box.width, box.height], "flags": {}, "order": id - 1, "mode": 0, "inputs": [], "outputs": []}
-        made |= {"properties": {}, "widgets_values": [self.flow.note], "color": _DARK_BROWN, "bgcolor": _BROWN}
+        made |= {"properties": {}, "widgets_values": [large(self.flow.note)], "color": _DARK_BROWN, "bgcolor": _BROWN}
         return made
+
+
+def large(note: str) -> str:
+    """The same Markdown in the page's larger letters, which only headings have: small ones are lost on a whole graph."""
+    lines: list[str] = []
+    for line in note.splitlines():
+        wrapped = line and lines and lines[-1] and not lines[-1].startswith(_TITLE) and not _MARK.match(line)
+        if wrapped:
+            lines[-1] += " " + line.strip()
+        else:
+            lines.append(line)
+    return "\n".join(line and _larger(line) for line in lines)
+
+
+def _larger(line: str) -> str:
+    if line.startswith(_TITLE):
+        return "# " + line.removeprefix(_TITLE)
+    # An item of a list would stand below its number, so number and bullet become part of the heading.
+    return "## " + re.sub("^- ", "• ", re.sub(r"^(\d+)\. ", r"\1 · ", line))
 
 
 def _corners(box: Box) -> list[float]:
