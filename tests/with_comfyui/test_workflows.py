@@ -2,6 +2,7 @@
 
 import io
 import json
+from urllib.error import HTTPError
 from urllib.parse import quote
 
 import pytest
@@ -20,6 +21,7 @@ WORKFLOWS = [ROOT / "demo" / "workflow.json", *EXAMPLES]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 NOTES = {"MarkdownNote", "Note"}  # known to the page only
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+NOT_THERE = {"value_not_in_list", "custom_validation_failed"}
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 # What the page downloads from.
 SITES = ("https://huggingface.co/", "https://civitai.com/")
@@ -201,6 +203,27 @@ def test_example_that_the_demo_can_draw_has_its_picture(name, server):
     picture = Image.open(io.BytesIO(server.request(f"/api/workflow_templates/{PACK}/{quote(name)}.jpg")))
     assert picture.format == "JPEG"
     assert min(picture.size) >= 256
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
+def test_the_server_asks_for_nothing_but_the_files_to_download(flow, known, server):
+    """Every link fits, every value is in range, nothing is missing: what the server refuses is the models alone."""
+    (server.input / "example.png").unlink(missing_ok=True)
+    graph = writing.prompt(flow, known)
+    body = json.dumps({"prompt": graph}).encode()
+    with pytest.raises(HTTPError) as refused:
+        server.request("/prompt", body, {"Content-Type": "application/json"})
+    with refused.value as answer:
+        errors = json.loads(answer.read())["node_errors"]
+    asked = {(id, error["extra_info"]["input_name"]) for id, node in errors.items() for error in node["errors"]}
+    files = {
+        (str(node.id), name)
+        for node in flow.nodes
+        for name, value in node.inputs.items()
+        if (isinstance(value, ModelFile) or value == "example.png") and not node.bypassed
+    }
+    assert asked == files
+    assert {error["type"] for node in errors.values() for error in node["errors"]} <= NOT_THERE
 
 
 def with_the_embedded_model(graph):

@@ -55,7 +55,7 @@ def merge(flow: Flow) -> None:
     "14 Shrink a LoRA",
     """
 ## A smaller file, before and after
-**Resize LoRA** keeps what matters most: here rank 16 of the LCM-LoRA's 64, a quarter of the file. The report says how much
+**Resize LoRA** keeps what matters most: here rank 16 of the LCM-LoRA's 64, about a quarter of the file. The report says how much
 of it is lost, the two pictures show what that means. **Save LoRA** writes the small one.
 """,
 )
