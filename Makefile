@@ -6,7 +6,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint unit integration mutants fuzz soak floor compatibility presets clean
+.PHONY: help setup demo test lint unit integration mutants fuzz soak floor compatibility presets workflows clean
 
 BASE_PYTHON ?= python3
 # Waiting threads must not spin: on a laptop two ComfyUI threads would fight for the cores.
@@ -85,6 +85,9 @@ compatibility: setup  ## tries everything on one ComfyUI and writes a row of doc
 
 presets: setup  ## writes docs/presets.md from samplers/presets.py
 	@"$(RUN)" tools/presets.py
+
+workflows: setup  ## writes example_workflows/*.json and demo/workflow.json from the descriptions in tools/flows/
+	@COMFYUI_PATH="$(TREE)" "$(RUN)" tools/workflows.py
 
 clean:  ## removes .venv, ComfyUI and everything that tools left behind
 	rm -rf .venv .comfyui .comfyui-floor .comfyui.part .frontends .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info demo/output

@@ -1,7 +1,7 @@
 """ComfyUI workflows in API format ({id: {class_type, inputs}}), as the demo and the tests post them.
 
-`style_in_few_steps` and `lcm_only` are the two workflows that users open as pictures of a graph: demo/workflow.json
-and example_workflows/ hold the same nodes. The others make many pictures at once, with the models loaded once.
+`style_in_few_steps` is what demo/workflow.json shows as a graph, `lcm_only` the shortest way. The others make many
+pictures at once, with the models loaded once.
 """
 
 from __future__ import annotations

@@ -28,7 +28,10 @@ from graphs import TINY
 DEMO = Path(__file__).resolve().parent
 ROOT = DEMO.parent
 MODELS = DEMO / "models"
-THUMBNAILS = {"lcm-lora-in-60-seconds": False, "style-lora-in-4-steps": True}  # workflow -> with the style
+THUMBNAILS = {
+    "1 First picture with an LCM-LoRA": False,
+    "2 Style LoRA and LCM-LoRA": True,
+}  # workflow -> with the style
 
 
 class DemoError(RuntimeError):

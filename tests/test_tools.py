@@ -10,6 +10,11 @@ import pytest
 
 from lcm_kit.samplers.presets import PRESETS
 from lcm_kit.tests.helpers import ROOT
+from lcm_kit.tools.flows.definitions import inputs_of, values_of
+from lcm_kit.tools.flows.descriptions import FLOWS
+from lcm_kit.tools.flows.flow import Flow
+from lcm_kit.tools.flows.layout import place
+from lcm_kit.tools.flows.writing import large
 
 
 def load(name):
@@ -148,3 +153,80 @@ def test_the_page_of_presets_shows_all_that_a_preset_says():
         assert f"{preset.sampler} | " in row
         assert preset.remark in row
         assert all(f" {value:.6g} " in f"{shown[5]} " for value in preset.sigmas or preset.timesteps)
+
+
+METHODS = {  # a node as /object_info has it, with a list whose choices bring fields of their own
+    "input": {
+        "required": {"lora": ["LORA_MODEL", {}], "file": [["a", "b"]]},
+        "optional": {
+            "method": [
+                "COMFY_DYNAMICCOMBO_V3",
+                {
+                    "options": [
+                        {"key": "linear", "inputs": {}},
+                        {"key": "ties", "inputs": {"required": {"density": ["FLOAT", {"default": 0.2}]}}},
+                    ]
+                },
+            ],
+            "seed": ["INT", {"default": 3}],
+        },
+    }
+}
+
+
+@pytest.fixture
+def node():
+    """A function that makes one node with the inputs of METHODS."""
+
+    def make(**inputs):
+        flow = Flow("1 Test", "")
+        with flow.group("group"):
+            lora = flow.add("Load")["LORA"]
+            return flow.add("Merge", **{"lora": lora, **inputs})
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"file": "a", "method": "linear", "seed": 3}),
+        ({"file": "b", "method": "ties"}, {"file": "b", "method": "ties", "method.density": 0.2, "seed": 3}),
+        ({"method": "ties", "method.density": 0.5}, {"file": "a", "method": "ties", "method.density": 0.5, "seed": 3}),
+    ],
+)
+def test_fields_of_a_workflow_stand_in_the_order_of_the_page(node, given, expected):
+    made = node(**given)
+    assert list(values_of(made, inputs_of(METHODS, made.inputs)).items()) == list(expected.items())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"stregnth": 1.0}, "Merge has no input stregnth; it has file, lora, method, seed"),
+        ({"method.density": 0.5}, "Merge has no input method.density"),
+        ({"lora": None}, "Merge: lora is not connected"),
+    ],
+)
+def test_a_description_that_does_not_fit_the_node_is_refused_by_name(node, given, message):
+    made = node(**given)
+    with pytest.raises(ValueError, match=message):
+        values_of(made, inputs_of(METHODS, made.inputs))
+
+
+@pytest.mark.parametrize("height", [20, 90, 700])
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
+def test_nodes_and_note_of_a_workflow_lie_apart_whatever_their_size(flow, height):
+    sizes = {node: (200 + 31 * node.id, height + 17 * (node.id % 5)) for node in flow.nodes}
+    placed = place(flow, flow.note, sizes, set(flow.nodes[::3]))
+    boxes = [*placed.nodes.values(), placed.note]
+    for number, box in enumerate(boxes):
+        for other in boxes[:number]:
+            beside = box.x >= other.x + other.width or other.x >= box.x + box.width
+            below = box.y - 30 >= other.y + other.height or other.y - 30 >= box.y + box.height  # their titles
+            assert beside or below
+
+
+def test_a_note_is_written_in_the_larger_letters_of_headings():
+    note = "## Title\n1. one,\n   wrapped\n2. two\n\nA line\nand its end.\n- item"
+    assert large(note) == "# Title\n## 1 · one, wrapped\n## 2 · two\n\n## A line and its end.\n## • item"

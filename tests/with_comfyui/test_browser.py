@@ -7,10 +7,12 @@ import json
 
 import pytest
 
-from lcm_kit.demo.graphs import SD15, TINY, Shot, lcm_only, style_in_few_steps
+from lcm_kit.demo.graphs import TINY, Shot, lcm_only, style_in_few_steps
 from lcm_kit.tests.helpers import ROOT
 from lcm_kit.tests.with_comfyui.comfy_server import newest_page, pack_server
 from lcm_kit.tests.with_comfyui.web_page import open_graph, opened_page, report_on
+from lcm_kit.tools.flows import writing
+from lcm_kit.tools.flows.descriptions import FLOWS
 
 DEMO = ROOT / "demo" / "workflow.json"
 EXAMPLES = ROOT / "example_workflows"
@@ -72,20 +74,46 @@ def enlarged(graph):
     return save, {**inputs, "images": (larger, 0)}
 
 
-@pytest.mark.parametrize(
-    ("path", "graph"),
-    [
-        (EXAMPLES / "style-lora-in-4-steps.json", style_in_few_steps),
-        (EXAMPLES / "lcm-lora-in-60-seconds.json", lcm_only),
-    ],
-    ids=lambda value: getattr(value, "stem", ""),
-)
-def test_example_workflow_opens_without_a_red_node_and_is_the_tested_graph(page, path, graph):
-    open_workflow(page, path)
+# Nodes and note with their titles, groups: x, y, width, height of each; and what the page shows of the graph right of its side bar and
+# below its menu.
+DRAWN = """() => {
+    const canvas = app.canvas.canvas.getBoundingClientRect();
+    const [scale, [x, y]] = [app.canvas.ds.scale, app.canvas.ds.offset];
+    return {
+        nodes: app.graph.nodes.map(n => [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30, n.type]),
+        groups: app.graph.groups.map(g => [...g._bounding, g.title]),
+        view: [60 / scale - x, 60 / scale - y, (canvas.width - 60) / scale, (canvas.height - 60) / scale],
+    };
+}"""
+
+
+def apart(one, other):
+    x, y, width, height, *_ = one
+    left, top, wide, high, *_ = other
+    return x >= left + wide or left >= x + width or y >= top + high or top >= y + height
+
+
+def inside(box, frame):
+    x, y, width, height, *_ = box
+    left, top, wide, high, *_ = frame
+    return x >= left and y >= top and x + width <= left + wide and y + height <= top + high
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
+def test_example_workflow_opens_whole_in_view_and_is_the_prompt_of_its_description(page, flow):
+    known = page.evaluate("() => fetch('/object_info').then(answer => answer.json())")
+    open_workflow(page, EXAMPLES / f"{flow.name}.json")
     assert missing_nodes(page) == []
-    opened = prompt_of(page)
-    prompt = next(node["inputs"]["text"] for node in opened.values() if node["class_type"] == "CLIPTextEncode")
-    assert tree_of_picture(opened) == tree_of_picture(spare(page, graph(SD15, Shot(prompt, seed=1, steps=4))))
+    page.wait_for_timeout(500)  # the page fits the view after it has opened the graph
+    drawn = page.evaluate(DRAWN)
+    for number, node in enumerate(drawn["nodes"]):
+        assert [other for other in drawn["nodes"][:number] if not apart(node, other)] == [], node
+        assert inside(node, drawn["view"]), (node, drawn["view"])
+        if node[-1] != "MarkdownNote":
+            assert [group for group in drawn["groups"] if inside(node, group)], node
+    sent = page.evaluate("() => app.graphToPrompt().then(prompt => prompt.output)")
+    made = {id: {"class_type": node["class_type"], "inputs": node["inputs"]} for id, node in sent.items()}
+    assert made == writing.prompt(flow, known)
     page.keyboard.press("Escape")  # the dialog that lists the models to download
 
 

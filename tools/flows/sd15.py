@@ -1,0 +1,178 @@
+"""Workflows on SD 1.5."""
+
+from __future__ import annotations
+
+from .files import LCM_SD15, SD15, STYLE
+from .flow import Flow
+from .parts import PROMPT, checkpoint, described, empty, fast, photograph, shown, text
+
+FLOWS: list[Flow] = []
+
+
+@described(
+    FLOWS,
+    "1 First picture with an LCM-LoRA",
+    """
+## A picture in 4 steps
+1. Download the two files that ComfyUI asks for. The LCM-LoRA comes as `pytorch_lora_weights.safetensors`: call it
+   `lcm-lora-sdv1-5.safetensors`, or choose it in the loader under its own name.
+2. Press **R**, then **Run**.
+
+The loader knows the file and sends its settings to the sampler through `preset`. Any fine-tune of SD 1.5 works too.
+""",
+)
+def first(flow: Flow) -> None:
+    with flow.group("Model with LCM-LoRA"):
+        base = checkpoint(flow, SD15)
+        lcm = fast(flow, base["MODEL"], LCM_SD15)
+    with flow.group("Prompt"):
+        prompt = text(flow, base["CLIP"], PROMPT)
+        latent = empty(flow, 512)
+    with flow.group("Four steps"):
+        sampler = flow.add(
+            "LCMKitKSampler", model=lcm["MODEL"], positive=prompt, latent_image=latent, preset=lcm["preset"], seed=1
+        )
+    with flow.group("Picture"):
+        shown(flow, sampler["LATENT"], base["VAE"], "Picture", save=True)
+
+
+@described(
+    FLOWS,
+    "2 Style LoRA and LCM-LoRA",
+    """
+## A style in 4 steps
+Style LoRA x 0.8 + LCM-LoRA x 1.0, as in the LCM-LoRA paper, and beside it the same seed without the style.
+
+- *MoXin* paints in ink. Choose your own style in **Load LoRA**, and move `strength_1` between 0.5 and 1.
+- **Save LoRA** is switched off; Ctrl+B on it writes the sum as one file for any LoRA loader.
+""",
+)
+def style(flow: Flow) -> None:
+    with flow.group("Model and LoRAs"):
+        base = checkpoint(flow, SD15)
+        lcm = fast(flow, base["MODEL"], LCM_SD15)
+        ink = flow.add("LCMKitLoadLoRA", "Style LoRA", lora_name=STYLE)
+    with flow.group("Their sum"):
+        merged = flow.add(
+            "LCMKitMergeLoRA", lora_1=ink["LORA_MODEL"], strength_1=0.8, lora_2=lcm["LORA_MODEL"], strength_2=1.0
+        )
+    with flow.group("Model with the sum"):
+        styled = flow.add("LCMKitApplyLoRA", model=base["MODEL"], clip=base["CLIP"], lora=merged["LORA_MODEL"])
+        flow.add("LCMKitSaveLoRA", lora=merged["LORA_MODEL"], filename_prefix="LCMKit/style-in-4-steps", bypassed=True)
+        latent = empty(flow, 512)
+    with flow.group("With the style"):
+        prompt = text(flow, styled["CLIP"], "ink painting, " + PROMPT)
+        sampler = flow.add(
+            "LCMKitKSampler", model=styled["MODEL"], positive=prompt, latent_image=latent, preset=lcm["preset"], seed=1
+        )
+    with flow.group("Without"):
+        plain = text(flow, base["CLIP"], PROMPT)
+        other = flow.add(
+            "LCMKitKSampler", model=lcm["MODEL"], positive=plain, latent_image=latent, preset=lcm["preset"], seed=1
+        )
+    with flow.group("Pictures"):
+        shown(flow, sampler["LATENT"], base["VAE"], "With the style", save=True)
+        shown(flow, other["LATENT"], base["VAE"], "Without")
+
+
+@described(
+    FLOWS,
+    "3 Image to image and inpaint",
+    """
+## Change a picture in 4 steps
+- **Image to image**: `denoise` says how much changes: 0.3 a little, 0.6 much, 1 all.
+- **Inpaint**: only the masked rectangle changes. For a mask of your own right-click the picture, *Open in MaskEditor*, and
+  connect the MASK of **Load Image** to **Set Latent Noise Mask**.
+
+`denoise` stays the sampler's own while `preset` sets all else.
+""",
+)
+def image_to_image(flow: Flow) -> None:
+    with flow.group("Model with LCM-LoRA"):
+        base = checkpoint(flow, SD15)
+        lcm = fast(flow, base["MODEL"], LCM_SD15)
+    with flow.group("Picture to change"):
+        latent = photograph(flow, base["VAE"])
+    with flow.group("What it becomes"):
+        whole = text(flow, base["CLIP"], "an oil painting of a girl in a pink dress on a green hill", "Whole picture")
+        part = text(flow, base["CLIP"], "a girl in a long white dress on a green hill", "Masked part")
+        everything = flow.add("SolidMask", "All black", value=0.0, width=512, height=512)
+        dress = flow.add("SolidMask", "A white rectangle", value=1.0, width=168, height=232)
+        mask = flow.add(
+            "MaskComposite", destination=everything["MASK"], source=dress["MASK"], x=172, y=212, operation="add"
+        )
+    with flow.group("Image to image"):
+        changed = flow.add(
+            "LCMKitKSampler", model=lcm["MODEL"], positive=whole, latent_image=latent, preset=lcm["preset"], seed=1,
+            denoise=0.6,
+        )  # fmt: skip
+    with flow.group("Inpaint", below=True):
+        masked = flow.add("SetLatentNoiseMask", samples=latent, mask=mask["MASK"])
+        inpainted = flow.add(
+            "LCMKitKSampler", model=lcm["MODEL"], positive=part, latent_image=masked["LATENT"], preset=lcm["preset"],
+            seed=1, denoise=0.9,
+        )  # fmt: skip
+    with flow.group("Pictures"):
+        shown(flow, changed["LATENT"], base["VAE"], "Image to image", save=True)
+        shown(flow, inpainted["LATENT"], base["VAE"], "Inpaint", save=True)
+
+
+@described(
+    FLOWS,
+    "4 Edit by two prompts",
+    """
+## Say what is there, and what should be
+**LCM Edit** changes what the two prompts say differently and keeps the rest; no mask, no inversion. Experimental.
+
+- Describe your picture in *What it shows*, copy that to *What it should show*, and change one thing.
+- Too little changes: lower `keep`. Too much: raise it, or lower `denoise`.
+""",
+)
+def edit(flow: Flow) -> None:
+    with flow.group("Model with LCM-LoRA"):
+        base = checkpoint(flow, SD15)
+        lcm = fast(flow, base["MODEL"], LCM_SD15)
+    with flow.group("Picture to change"):
+        latent = photograph(flow, base["VAE"])
+    with flow.group("The two prompts"):
+        source = text(flow, base["CLIP"], "a drawing of a girl in a pink dress on a green hill", "What it shows")
+        target = text(flow, base["CLIP"], "a drawing of a girl in a red dress on a green hill", "What it should show")
+    with flow.group("Edit"):
+        edited = flow.add(
+            "LCMKitEdit", model=lcm["MODEL"], source=source, target=target, latent_image=latent, seed=1, steps=4
+        )
+    with flow.group("Picture"):
+        shown(flow, edited["LATENT"], base["VAE"], "Edited", save=True)
+
+
+@described(
+    FLOWS,
+    "5 Negative prompt at cfg 1",
+    """
+## A negative prompt that costs no second model call
+At cfg 1 a sampler never asks the model about the negative prompt. **LCM Negative Prompt (NAG)** puts it into the model's
+attention instead. Beside it: the same seed without it.
+
+More `scale` pushes further away; 1 switches it off.
+""",
+)
+def negative_prompt(flow: Flow) -> None:
+    with flow.group("Model with LCM-LoRA"):
+        base = checkpoint(flow, SD15)
+        lcm = fast(flow, base["MODEL"], LCM_SD15)
+    with flow.group("Prompts"):
+        positive = text(flow, base["CLIP"], "a house in the mountains, photograph")
+        negative = text(flow, base["CLIP"], "snow, white", "What it should not show")
+        latent = empty(flow, 512)
+    with flow.group("With the negative prompt"):
+        away = flow.add("LCMKitNegativePrompt", model=lcm["MODEL"], negative=negative)
+        sampler = flow.add(
+            "LCMKitKSampler", model=away["MODEL"], positive=positive, latent_image=latent, preset=lcm["preset"], seed=1
+        )
+    with flow.group("Without"):
+        other = flow.add(
+            "LCMKitKSampler", model=lcm["MODEL"], positive=positive, latent_image=latent, preset=lcm["preset"], seed=1
+        )
+    with flow.group("Pictures"):
+        shown(flow, sampler["LATENT"], base["VAE"], "With the negative prompt", save=True)
+        shown(flow, other["LATENT"], base["VAE"], "Without")

@@ -1,0 +1,45 @@
+"""Writes example_workflows/*.json and demo/workflow.json from the descriptions in tools/flows/, by the node definitions of a real ComfyUI.
+
+make workflows
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "lcm_kit"
+
+
+def package_module(name: str):
+    """A module of this clone as one of the package lcm_kit, whatever its folder is called."""
+    if PACKAGE not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            PACKAGE, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
+        sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+def main() -> int:
+    writing = package_module("tools.flows.writing")
+    comfyui = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".comfyui")
+    server = package_module("demo.comfyui_server").ComfyUIServer
+    with tempfile.TemporaryDirectory() as home, server(comfyui, home, packs={"lcm-kit": ROOT}) as running:
+        texts = writing.texts(running)
+    for path in set(writing.FOLDER.glob("*.json")) - set(texts):
+        path.unlink()
+        print(f"removed {path.relative_to(ROOT)}, which nothing describes")
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    print(f"{len(texts)} workflows in {writing.FOLDER.relative_to(ROOT)} and {writing.DEMO.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
