@@ -22,6 +22,7 @@ imported afresh, since defaults and tables are made then.
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import gc
 import hashlib
@@ -30,10 +31,10 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import CodeType, FunctionType
 
@@ -103,20 +104,11 @@ class Calls:
 
 def tests_by_function(paths: list[str]) -> dict[str, list[str]]:
     """Function -> tests of these files that call it, the quickest first. One run of them where nothing is kept of this state."""
-    state = subprocess.run(
-        ["git", "-C", str(ROOT), "stash", "create"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    head = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout
-    tree = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", f"{state or head.strip()}^{{tree}}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    which = hashlib.sha256("\n".join([tree.stdout.strip(), *paths]).encode()).hexdigest()
-    kept = BUILD / f"calls-{which[:16]}.json"
+    state = hashlib.sha256("\n".join(paths).encode())
+    for folder in (*FOLDERS, "tests"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            state.update(file.read_bytes())
+    kept = BUILD / f"calls-{state.hexdigest()[:16]}.json"
     if not kept.is_file():
         print("seeing which tests call which function (one run of them) ...", flush=True)
         child = os.fork()
@@ -187,6 +179,11 @@ class Rounds:
 
     def pytest_runtestloop(self, session: object) -> bool:
         items = {item.nodeid: item for item in session.items}  # type: ignore[attr-defined]
+        for same in {mutant.file: mutant for mutant in self.mutants}.values():
+            unchanged = replace(same, source=ast.unparse(ast.parse((ROOT / same.file).read_text(encoding="utf-8"))))
+            chosen = [items[name] for name in callers_of(same, self.tests)]
+            if in_a_fork(lambda: _run_swapped(unchanged, session, chosen)):  # noqa: B023 - called at once
+                raise SystemExit(f"mutants: tests of {same.file} fail without a change of it")
         with self.into.open("w") as outcome:
             for mutant in self.mutants:
                 chosen = [items[name] for name in callers_of(mutant, self.tests) if name in items]
@@ -204,11 +201,11 @@ def _run_swapped(mutant: Mutant, session: object, items: list[object]) -> int:
     path = str(ROOT / mutant.file)
     changed = dict(_outermost(compile(mutant.source, path, "exec", dont_inherit=True)))
     for one in gc.get_objects():
-        if isinstance(one, FunctionType) and one.__code__.co_filename == path:
+        if type(one) is FunctionType and one.__code__.co_filename == path:
             code = changed.get(one.__code__.co_qualname)
             if code is not None and code.co_freevars == one.__code__.co_freevars:
                 one.__code__ = code
-        elif isinstance(one, functools._lru_cache_wrapper):
+        elif type(one) is functools._lru_cache_wrapper:
             one.cache_clear()
     for item, following in zip(items, [*items[1:], None], strict=True):
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)  # type: ignore[attr-defined]
@@ -237,8 +234,8 @@ def noticed_in_rounds(mutants: list[Mutant], tests: dict[str, list[str]], paths:
         options = ["-q", "-s", "-p", "no:cacheprovider", "--no-header", "--no-summary", *ignored, *paths]
         os._exit(int(pytest.main(options, plugins=[Rounds(mutants, tests, into)])))
     os.waitpid(child, 0)
-    outcome = dict(json.loads(line) for line in into.read_text().splitlines())
-    into.unlink()
+    outcome = dict(json.loads(line) for line in into.read_text().splitlines()) if into.exists() else {}
+    into.unlink(missing_ok=True)
     if len(outcome) != len({one.name for one in mutants}):
         raise SystemExit("mutants: the tests did not come to their end")
     return {name for name, seen in outcome.items() if seen}
