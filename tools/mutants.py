@@ -15,8 +15,8 @@ such as strict of zip, and the sign of room for rounding (1 - 1e-9).
 
 Only tests that call the changed function are run, the quickest first, and 80 of them where there are more. Which these
 are is seen once, by a run of the tests that is kept in build/mutants. The tests are collected once: each change is put
-into the functions in memory, in a process forked from there. What survives that is tried again with the changed file
-imported afresh, since defaults and tables are made then.
+into the functions in memory, in a process forked from there. What survives that is tried again by up to 400 tests,
+with the changed file imported afresh, since defaults and tables are made then.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -92,6 +93,7 @@ class Calls:
                 if self.files[path] is not None:
                     found.add(f"{self.files[path]} {code.co_name}:{code.co_firstlineno}")
 
+        threading.setprofile(called)  # of threads that begin from now on
         sys.setprofile(called)
 
     def pytest_runtest_logreport(self, report: object) -> None:
@@ -100,6 +102,7 @@ class Calls:
 
     def pytest_runtest_logfinish(self) -> None:
         sys.setprofile(None)
+        threading.setprofile(None)  # type: ignore[arg-type]
 
 
 def tests_by_function(paths: list[str]) -> dict[str, list[str]]:
@@ -135,11 +138,11 @@ def _see_calls(kept: Path, paths: list[str]) -> int:
     return status
 
 
-def some_of(tests: list[str]) -> list[str]:
-    """At most MOST_TESTS of them, in their order: half are the quickest, half are spread over the others."""
-    if len(tests) <= MOST_TESTS:
+def some_of(tests: list[str], most: int) -> list[str]:
+    """At most so many of them, in their order: half are the quickest, half are spread over the others."""
+    if len(tests) <= most:
         return tests
-    half = MOST_TESTS // 2
+    half = most // 2
     others = tests[half:]
     return tests[:half] + [others[index * len(others) // half] for index in range(half)]
 
@@ -193,8 +196,8 @@ class Rounds:
         return True
 
 
-def callers_of(mutant: Mutant, tests: dict[str, list[str]]) -> list[str]:
-    return some_of(tests.get(f"{mutant.file} {mutant.function}", []))
+def callers_of(mutant: Mutant, tests: dict[str, list[str]], most: int = MOST_TESTS) -> list[str]:
+    return some_of(tests.get(f"{mutant.file} {mutant.function}", []), most)
 
 
 def _run_swapped(mutant: Mutant, session: object, items: list[object]) -> int:
@@ -291,7 +294,7 @@ def main() -> int:
     quickly = noticed_in_rounds([one for one in mutants if callers_of(one, tests)], tests, options.tests)
     outcome = {}
     for mutant in mutants:
-        callers = callers_of(mutant, tests)
+        callers = callers_of(mutant, tests, 5 * MOST_TESTS)
         seen = mutant.name in quickly or (callers and noticed(mutant, callers))
         outcome[mutant.name] = result = "noticed" if seen else "survives" if callers else "never called"
         if not seen:
