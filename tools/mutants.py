@@ -4,6 +4,7 @@
     python tools/mutants.py --only samplers         all changes of one folder or file
     python tools/mutants.py --only lora_merge/algebra --tests tests/lora_merge/test_ranks.py tests/lora_merge/test_sums.py
                                                     with these tests alone, which is quicker and stricter
+    python tools/mutants.py --again outcome.json    what was not noticed when --json outcome.json was given
     python tools/mutants.py --show                  lists them
 
 A change that no test notices is a fact that no test states. Those that make no difference, or none that matters, stand
@@ -263,7 +264,7 @@ def _run_changed(mutant: Mutant, tests: list[str]) -> int:
     return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *tests]))
 
 
-def main() -> int:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="folder or file, such as samplers or lora_merge/algebra")
     parser.add_argument("--sample", type=int, default=0, help="so many of them, drawn at random; 0 is all")
@@ -271,8 +272,16 @@ def main() -> int:
     parser.add_argument("--tests", nargs="+", default=TESTS, help="folders or files; all unit tests unless told")
     parser.add_argument("--show", action="store_true", help="list the changes and run nothing")
     parser.add_argument("--json", type=Path, help="write the outcome of each there")
-    options = parser.parse_args()
+    parser.add_argument("--again", type=Path, help="only what was not noticed in this outcome of --json")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = _options()
     mutants = all_mutants(options.only)
+    if options.again:
+        before = json.loads(options.again.read_text())
+        mutants = [one for one in mutants if before.get(one.name, "noticed") != "noticed"]
     if options.sample and options.sample < len(mutants):
         mutants = sorted(
             random.Random(options.seed).sample(mutants, options.sample), key=lambda one: (one.file, one.line)
