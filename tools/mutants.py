@@ -2,34 +2,46 @@
 
     python tools/mutants.py --sample 300            300 of all changes there are, drawn by --seed
     python tools/mutants.py --only samplers         all changes of one folder or file
+    python tools/mutants.py --only lora_merge/algebra --tests tests/lora_merge/test_ranks.py tests/lora_merge/test_sums.py
+                                                    with these tests alone, which is quicker and stricter
+    python tools/mutants.py --again outcome.json    what was not noticed when --json outcome.json was given
     python tools/mutants.py --show                  lists them
 
 A change that no test notices is a fact that no test states. Those that make no difference, or none that matters, stand
 in mutants_known.json with the reason. Exit status 1 if fewer than 95 % of the others were noticed.
 
-Only tests that call the changed function are run, the quickest first, and 80 of them where there are more. Which these are is seen once, by a run of the unit
-tests that is kept in build/mutants. A change is made in memory, in a process of its own that is forked after torch is
-imported, so one takes about a second.
+What is no change by construction is not made (mutations.py): keywords that cost or save time and memory alone, such as
+full_matrices of torch.linalg.svd (a caller that slices gets the same, another one an error), texts for a person, checks
+such as strict of zip, and the sign of room for rounding (1 - 1e-9).
+
+Only tests that call the changed function are run, the quickest first, and 80 of them where there are more. Which these
+are is seen once, by a run of the tests that is kept in build/mutants. The tests are collected once: each change is put
+into the functions in memory, in a process forked from there. What survives that is tried again by up to 400 tests,
+with the changed file imported afresh, since defaults and tables are made then.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import copy
+import functools
+import gc
+import hashlib
 import importlib.machinery
 import json
 import os
 import random
 import signal
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import CodeType, FunctionType
 
-ROOT = Path(__file__).resolve().parents[1]
+from mutations import ROOT, Mutant, mutants_of
+
 FOLDERS = ("samplers", "lora_merge", "distillation")
 # A new process for each test, or a command line around the functions; and where things lie in a picture, which is looked at.
 LEFT_OUT = (
@@ -45,123 +57,6 @@ BUILD = ROOT / "build" / "mutants"
 WANTED = 0.95
 SECONDS = 120  # longer is an endless loop
 MOST_TESTS = 80
-
-COMPARISONS = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-}
-OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult}
-NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "sum": "max"}
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """file: from the root.   function: its name and first line, as code objects have them.   name: what is changed, in
-    words that stay the same when other lines move.   source: the whole changed file."""
-
-    file: str
-    function: str
-    line: int
-    name: str
-    source: str
-
-
-def changes(node: ast.AST) -> Iterator[ast.AST]:
-    """Every node that can stand in the place of this one."""
-    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in COMPARISONS:
-        yield ast.Compare(node.left, [COMPARISONS[type(node.ops[0])]()], node.comparators)
-    elif (
-        isinstance(node, ast.BinOp)
-        and type(node.op) in OPERATORS
-        and not _is_text(node.left)
-        and not _is_text(node.right)
-    ):
-        yield ast.BinOp(node.left, OPERATORS[type(node.op)](), node.right)
-    elif isinstance(node, ast.BoolOp):
-        yield ast.BoolOp(ast.And() if isinstance(node.op, ast.Or) else ast.Or(), node.values)
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
-        yield node.operand
-    elif isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
-        yield ast.Constant(not node.value if isinstance(node.value, bool) else node.value + 1)
-    elif isinstance(node, ast.IfExp):
-        yield node.orelse
-    elif isinstance(node, ast.Call):
-        if isinstance(node.func, ast.Name) and node.func.id in NAMES:
-            yield ast.Call(ast.Name(NAMES[node.func.id], ast.Load()), node.args, node.keywords)
-        for index, keyword in enumerate(node.keywords):
-            if keyword.arg not in (None, "strict"):
-                yield ast.Call(node.func, node.args, node.keywords[:index] + node.keywords[index + 1 :])
-
-
-def _is_text(node: ast.AST) -> bool:
-    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
-
-
-def mutants_of(file: Path) -> Iterator[Mutant]:
-    source = file.read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    name = file.relative_to(ROOT).as_posix()
-    seen: dict[str, int] = {}
-    for function, parent, field, index, node in list(_places(tree)):
-        for other in changes(node):
-            words = f"{name} {function.split(':')[0]}: {_short(node)} -> {_short(other)}"
-            seen[words] = seen.get(words, 0) + 1
-            _put(parent, field, index, ast.copy_location(copy.deepcopy(other), node))
-            changed = ast.unparse(ast.fix_missing_locations(tree))
-            _put(parent, field, index, node)
-            number = f" ({seen[words]})" if seen[words] > 1 else ""
-            yield Mutant(name, function, getattr(node, "lineno", 0), words + number, changed)
-
-
-def _short(node: ast.AST) -> str:
-    text = " ".join(ast.unparse(node).split())
-    return text if len(text) <= 70 else f"{text[:67]}..."
-
-
-def _put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
-    if index is None:
-        setattr(parent, field, node)
-    else:
-        getattr(parent, field)[index] = node
-
-
-def _places(node: ast.AST, function: str = "") -> Iterator[tuple[str, ast.AST, str, int | None, ast.AST]]:
-    """(innermost function, parent, its field, place in it, node) of all that is no message, type or default text."""
-    for field, value in ast.iter_fields(node):
-        if field in (
-            "annotation",
-            "returns",
-            "decorator_list",
-            "msg",
-            "type_params",
-            "keywords" if _is_field(node) else "",
-        ):
-            continue
-        for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            if not isinstance(child, ast.AST) or isinstance(
-                child, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom
-            ):
-                continue
-            if isinstance(child, ast.keyword) and child.arg == "strict":  # of zip: a check of lengths, no more
-                continue
-            inside = function
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-                inside = f"{child.name}:{child.decorator_list[0].lineno if child.decorator_list else child.lineno}"
-            if function or inside:
-                yield inside, node, field, index, child
-            yield from _places(child, inside)
-
-
-def _is_field(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("field", "dataclass")
 
 
 def all_mutants(only: str | None) -> list[Mutant]:
@@ -199,6 +94,7 @@ class Calls:
                 if self.files[path] is not None:
                     found.add(f"{self.files[path]} {code.co_name}:{code.co_firstlineno}")
 
+        threading.setprofile(called)  # of threads that begin from now on
         sys.setprofile(called)
 
     def pytest_runtest_logreport(self, report: object) -> None:
@@ -207,39 +103,32 @@ class Calls:
 
     def pytest_runtest_logfinish(self) -> None:
         sys.setprofile(None)
+        threading.setprofile(None)  # type: ignore[arg-type]
 
 
-def tests_by_function() -> dict[str, list[str]]:
-    """Function -> tests that call it, the quickest first. One run of all unit tests where nothing is kept of this state."""
-    state = subprocess.run(
-        ["git", "-C", str(ROOT), "stash", "create"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    head = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout
-    tree = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", f"{state or head.strip()}^{{tree}}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    kept = BUILD / f"calls-{tree.stdout.strip()[:16]}.json"
+def tests_by_function(paths: list[str]) -> dict[str, list[str]]:
+    """Function -> tests of these files that call it, the quickest first. One run of them where nothing is kept of this state."""
+    state = hashlib.sha256("\n".join(paths).encode())
+    for folder in (*FOLDERS, "tests"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            state.update(file.read_bytes())
+    kept = BUILD / f"calls-{state.hexdigest()[:16]}.json"
     if not kept.is_file():
-        print("seeing which tests call which function (one run of the unit tests) ...", flush=True)
+        print("seeing which tests call which function (one run of them) ...", flush=True)
         child = os.fork()
         if child == 0:
-            os._exit(_see_calls(kept))
+            os._exit(_see_calls(kept, paths))
         if os.waitpid(child, 0)[1] != 0:
             raise SystemExit("mutants: the unit tests fail as they are; mend them first")
     return json.loads(kept.read_text())
 
 
-def _see_calls(kept: Path) -> int:
+def _see_calls(kept: Path, paths: list[str]) -> int:
     import pytest
 
     calls = Calls()
     ignored = [f"--ignore={ROOT / name}" for name in SLOW_TESTS]
-    status = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *ignored, *TESTS], plugins=[calls]))
+    status = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *ignored, *paths], plugins=[calls]))
     tests: dict[str, list[str]] = {}
     for test in sorted(calls.functions, key=lambda one: calls.seconds.get(one, 0.0)):
         for function in calls.functions[test]:
@@ -250,11 +139,11 @@ def _see_calls(kept: Path) -> int:
     return status
 
 
-def some_of(tests: list[str]) -> list[str]:
-    """At most MOST_TESTS of them, in their order: half are the quickest, half are spread over the others."""
-    if len(tests) <= MOST_TESTS:
+def some_of(tests: list[str], most: int) -> list[str]:
+    """At most so many of them, in their order: half are the quickest, half are spread over the others."""
+    if len(tests) <= most:
         return tests
-    half = MOST_TESTS // 2
+    half = most // 2
     others = tests[half:]
     return tests[:half] + [others[index * len(others) // half] for index in range(half)]
 
@@ -262,8 +151,8 @@ def some_of(tests: list[str]) -> list[str]:
 # ---- one change
 
 
-def noticed(mutant: Mutant, tests: list[str]) -> bool:
-    """Whether one of the tests fails, or takes for ever, with the change."""
+def in_a_fork(work: Callable[[], int]) -> bool:
+    """Whether it ends with a status other than 0, or takes for ever."""
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -272,7 +161,7 @@ def noticed(mutant: Mutant, tests: list[str]) -> bool:
             os.dup2(nothing.fileno(), 2)
         status = 1
         try:
-            status = _run_changed(mutant, tests)
+            status = work()
         finally:
             os._exit(status)
     end = time.monotonic() + SECONDS
@@ -284,6 +173,81 @@ def noticed(mutant: Mutant, tests: list[str]) -> bool:
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return True
+
+
+class Rounds:
+    """A pytest plugin: in place of one run of the tests, one for each change, in a fork."""
+
+    def __init__(self, mutants: list[Mutant], tests: dict[str, list[str]], into: Path) -> None:
+        self.mutants, self.tests, self.into = mutants, tests, into
+
+    def pytest_runtestloop(self, session: object) -> bool:
+        items = {item.nodeid: item for item in session.items}  # type: ignore[attr-defined]
+        for same in {mutant.file: mutant for mutant in self.mutants}.values():
+            unchanged = replace(same, source=ast.unparse(ast.parse((ROOT / same.file).read_text(encoding="utf-8"))))
+            chosen = [items[name] for name in callers_of(same, self.tests)]
+            if in_a_fork(lambda: _run_swapped(unchanged, session, chosen)):  # noqa: B023 - called at once
+                raise SystemExit(f"mutants: tests of {same.file} fail without a change of it")
+        with self.into.open("w") as outcome:
+            for mutant in self.mutants:
+                chosen = [items[name] for name in callers_of(mutant, self.tests) if name in items]
+                seen = in_a_fork(lambda: _run_swapped(mutant, session, chosen))  # noqa: B023 - called at once
+                outcome.write(json.dumps([mutant.name, seen]) + "\n")
+                outcome.flush()
+        return True
+
+
+def callers_of(mutant: Mutant, tests: dict[str, list[str]], most: int = MOST_TESTS) -> list[str]:
+    return some_of(tests.get(f"{mutant.file} {mutant.function}", []), most)
+
+
+def _run_swapped(mutant: Mutant, session: object, items: list[object]) -> int:
+    path = str(ROOT / mutant.file)
+    changed = dict(_outermost(compile(mutant.source, path, "exec", dont_inherit=True)))
+    for one in gc.get_objects():
+        if type(one) is FunctionType and one.__code__.co_filename == path:
+            code = changed.get(one.__code__.co_qualname)
+            if code is not None and code.co_freevars == one.__code__.co_freevars:
+                one.__code__ = code
+        elif type(one) is functools._lru_cache_wrapper:
+            one.cache_clear()
+    for item, following in zip(items, [*items[1:], None], strict=True):
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)  # type: ignore[attr-defined]
+        if session.testsfailed:  # type: ignore[attr-defined]
+            return 1
+    return 0
+
+
+def _outermost(code: CodeType) -> Iterator[tuple[str, CodeType]]:
+    """The functions and methods of a module or class by qualified name, without those inside functions."""
+    for one in code.co_consts:
+        if isinstance(one, CodeType) and "<" not in one.co_qualname:
+            yield one.co_qualname, one
+            yield from _outermost(one)
+
+
+def noticed_in_rounds(mutants: list[Mutant], tests: dict[str, list[str]], paths: list[str]) -> set[str]:
+    """Names of those that a test notices when they are put into functions that are imported."""
+    import pytest
+
+    BUILD.mkdir(parents=True, exist_ok=True)
+    into = BUILD / f"rounds-{os.getpid()}.txt"
+    child = os.fork()
+    if child == 0:
+        ignored = [f"--ignore={ROOT / name}" for name in SLOW_TESTS]
+        options = ["-q", "-s", "-p", "no:cacheprovider", "--no-header", "--no-summary", *ignored, *paths]
+        os._exit(int(pytest.main(options, plugins=[Rounds(mutants, tests, into)])))
+    os.waitpid(child, 0)
+    outcome = dict(json.loads(line) for line in into.read_text().splitlines()) if into.exists() else {}
+    into.unlink(missing_ok=True)
+    if len(outcome) != len({one.name for one in mutants}):
+        raise SystemExit("mutants: the tests did not come to their end")
+    return {name for name, seen in outcome.items() if seen}
+
+
+def noticed(mutant: Mutant, tests: list[str]) -> bool:
+    """The same with the changed file imported afresh."""
+    return in_a_fork(lambda: _run_changed(mutant, tests))
 
 
 def _run_changed(mutant: Mutant, tests: list[str]) -> int:
@@ -300,15 +264,24 @@ def _run_changed(mutant: Mutant, tests: list[str]) -> int:
     return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *tests]))
 
 
-def main() -> int:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="folder or file, such as samplers or lora_merge/algebra")
     parser.add_argument("--sample", type=int, default=0, help="so many of them, drawn at random; 0 is all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="folders or files; all unit tests unless told")
     parser.add_argument("--show", action="store_true", help="list the changes and run nothing")
     parser.add_argument("--json", type=Path, help="write the outcome of each there")
-    options = parser.parse_args()
+    parser.add_argument("--again", type=Path, help="only what was not noticed in this outcome of --json")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = _options()
     mutants = all_mutants(options.only)
+    if options.again:
+        before = json.loads(options.again.read_text())
+        mutants = [one for one in mutants if before.get(one.name, "noticed") != "noticed"]
     if options.sample and options.sample < len(mutants):
         mutants = sorted(
             random.Random(options.seed).sample(mutants, options.sample), key=lambda one: (one.file, one.line)
@@ -325,28 +298,21 @@ def main() -> int:
 
     torch.set_num_threads(1)
     known = json.loads(KNOWN.read_text()) if KNOWN.is_file() else {}
-    tests = tests_by_function()
-    survivors, uncalled, counted = [], [], 0
+    mutants, listed = [one for one in mutants if one.name not in known], len(mutants)
+    tests = tests_by_function(options.tests)
+    quickly = noticed_in_rounds([one for one in mutants if callers_of(one, tests)], tests, options.tests)
     outcome = {}
-    for number, mutant in enumerate(mutants, 1):
-        if mutant.name in known:
-            continue
-        counted += 1
-        callers = tests.get(f"{mutant.file} {mutant.function}", [])
-        result = (
-            "noticed" if callers and noticed(mutant, some_of(callers)) else "survives" if callers else "never called"
-        )
-        outcome[mutant.name] = result
-        if result != "noticed":
-            (survivors if callers else uncalled).append(mutant)
-            print(f"[{number}/{len(mutants)}] {result}: {mutant.name}  (line {mutant.line})", flush=True)
+    for mutant in mutants:
+        callers = callers_of(mutant, tests, 5 * MOST_TESTS)
+        seen = mutant.name in quickly or (callers and noticed(mutant, callers))
+        outcome[mutant.name] = result = "noticed" if seen else "survives" if callers else "never called"
+        if not seen:
+            print(f"{result}: {mutant.name}  (line {mutant.line})", flush=True)
     if options.json:
         options.json.write_text(json.dumps(outcome, indent=1))
-    left = len(survivors) + len(uncalled)
-    share = 1 - left / counted if counted else 1.0
-    print(
-        f"mutants: {counted - left} of {counted} noticed ({100 * share:.1f} %), {left} not, {len(mutants) - counted} known"
-    )
+    counted, seen = len(mutants), list(outcome.values()).count("noticed")
+    share = seen / counted if counted else 1.0
+    print(f"mutants: {seen} of {counted} noticed ({100 * share:.1f} %), {counted - seen} not, {listed - counted} known")
     return int(share < WANTED)
 
 

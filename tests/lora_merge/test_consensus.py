@@ -80,3 +80,14 @@ def test_tsv_merge_of_updates_of_full_rank_keeps_an_equal_share_of_each():
 
     wanted = orthonormal(left) @ torch.diag(torch.cat([s[:2] for _, s, _ in triples])) @ orthonormal(right).T
     torch.testing.assert_close(orthogonalised(updates).double(), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_as_many_full_updates_as_there_is_room_for_directions_give_their_largest_one_each(count):
+    """Orthonormal vectors on both sides: the singular values of the merge are those that were kept."""
+    deltas = [
+        torch.randn(count, count + 2, generator=torch.Generator().manual_seed(seed)) * (seed + 1)
+        for seed in range(count)
+    ]
+    largest = sorted((float(torch.linalg.matrix_norm(delta, 2)) for delta in deltas), reverse=True)
+    assert torch.linalg.svdvals(orthogonalised(deltas)).tolist() == pytest.approx(largest, rel=1e-5)

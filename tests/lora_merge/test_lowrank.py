@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcm_kit.lora_merge import LoraLayer
-from lcm_kit.lora_merge.algebra.lowrank import directions, energy_of, truncated_sum
+from lcm_kit.lora_merge.algebra.lowrank import _singular, directions, energy_of, truncated_sum
 from lcm_kit.tests.lora_merge.make import dense, factors, layer, relative
 
 
@@ -170,3 +170,13 @@ def test_of_dependent_factors_nothing_is_kept_for_later():
     """Their bases come from a QR, of the size of the factors."""
     one = layer(40, 5, 30, seed=1)
     assert directions([(one, 1.0), (one, 0.5)]).known() is None
+
+
+@pytest.mark.parametrize("singular", [(1.0, 1.0, 1e-7), (1.0, 1e-7, 0.9e-7), (1.0, 0.5, 0.25)])
+def test_singular_vectors_are_orthonormal_however_far_the_singular_values_are_apart(singular):
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 3, generator=generator).double())[0] for n in (5, 3))
+    u, s, vh = _singular(u * torch.tensor(singular).double() @ v.T)
+    for vectors in (u.T @ u, vh @ vh.T):
+        torch.testing.assert_close(vectors, torch.eye(3).double(), rtol=0, atol=1e-6)  # float32 needs no more
+    torch.testing.assert_close(s, torch.tensor(singular).double(), rtol=1e-6, atol=0)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lcm_kit.lora_merge import Lora, LoraLayer, describe_merge, load, merge, merge_with_account, save
-from lcm_kit.lora_merge.algebra.precision import all_finite, cast
+from lcm_kit.lora_merge.algebra.precision import all_finite, cast, cast_part
 from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import dense, factors, kohya, relative
 
@@ -169,3 +169,33 @@ def test_without_alpha_the_loss_is_told(dtype, caplog):
         f"style: {str(dtype)[6:]} has no numbers small enough for 1 modules: their updates change by up to {100 * error:.3g} %"
         in caplog.text
     )
+
+
+def test_a_part_has_memory_of_its_own_unless_told():
+    part = torch.ones(3)
+    for dtype in (None, torch.float32):
+        assert cast_part(part, dtype).data_ptr() != part.data_ptr()
+        assert cast_part(part, dtype, copy=False).data_ptr() == part.data_ptr()
+
+
+def test_neighbours_of_another_dtype_are_looked_at_in_their_own():
+    """Infinity in float16, 0x7C00, is a tiny number as the lower half of a float32."""
+    memory = torch.zeros(16)
+    whole, half = memory[:2], memory.view(torch.float16)[2:6]
+    half[2] = math.inf
+    assert bool(memory.isfinite().all())
+    assert not all_finite([whole, half])
+
+
+@pytest.mark.parametrize("dead", ["up", "down"])
+def test_what_stands_beside_a_factor_of_zeros_is_zero_after_a_balance(dead):
+    """1e30 in a component that is 0 must not become infinity, and nothing may be divided by it."""
+    parts = {"up": torch.full((4, 2), 1e6), "down": torch.full((2, 3), 1e-5)}
+    for name, part in parts.items():
+        part.movedim(0, 1 if name == "up" else 0)[1] = 0.0 if name == dead else 1e30
+    result = cast(LoraLayer(**parts), torch.float16)
+    assert result.balanced
+    up, down = result.layer.up.float(), result.layer.down.float()
+    assert not up[:, 1].any()
+    assert not down[1].any()
+    torch.testing.assert_close(up @ down, torch.full((4, 3), 10.0), rtol=2e-3, atol=0)

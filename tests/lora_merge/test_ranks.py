@@ -7,7 +7,7 @@ import torch
 
 from lcm_kit.lora_merge import LoraLayer
 from lcm_kit.lora_merge.algebra.lowrank import directions
-from lcm_kit.lora_merge.algebra.ranks import allocate
+from lcm_kit.lora_merge.algebra.ranks import alike, allocate
 from lcm_kit.tests.lora_merge.make import factors
 
 
@@ -109,3 +109,15 @@ def test_of_equal_spectra_the_cheaper_module_gets_its_ranks_first():
     # Room for the narrow one's four ranks, or for a second one of the wide module.
     budget = wide.cost + 4 * narrow.cost + wide.cost - 1
     assert allocate({"wide": wide, "narrow": narrow}, parameters=budget) == {"wide": 1, "narrow": 4}
+
+
+def test_each_source_has_one_whole_to_share_out_over_all_ranks_of_all_modules():
+    shared_out = alike(PROSPECTS)
+    assert {name: tuple(p.priority.shape) for name, p in shared_out.items()} == {name: (7,) for name in PROSPECTS}
+    assert sum(float(p.priority.sum()) for p in shared_out.values()) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.95, 1.0])
+def test_what_a_lone_source_retains_is_what_the_sum_keeps(share):
+    alone = {str(seed): found(seed, 10, 8, (5,), (1.0,)).prospect() for seed in range(3)}
+    assert allocate(alone, retain=share) == allocate(alone, keep=share)

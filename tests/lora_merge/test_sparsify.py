@@ -90,3 +90,10 @@ def test_convolutions_count_as_rows_by_output():
     delta = torch.randn(8, 4, 3, 3, generator=drawn(1))
     flat = by_magnitude_at_random(delta.reshape(8, -1), 0.5, 0.2, drawn(2))
     assert torch.equal(by_magnitude_at_random(delta, 0.5, 0.2, drawn(2)), flat.reshape(delta.shape))
+
+
+def test_of_two_entries_the_larger_stays_for_sure_where_the_spread_is_whole():
+    """Probabilities run from 0.5 - 1 / 2 to 0.5 + 1 / 2 in every row."""
+    delta = torch.tensor([[1.0, -2.0], [3.0, 0.5]])
+    kept = by_magnitude_at_random(delta, 0.5, 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(kept, torch.tensor([[0.0, -2.0], [3.0, 0.0]]))

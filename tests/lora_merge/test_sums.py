@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from lcm_kit.lora_merge import LoraLayer
 from lcm_kit.lora_merge.algebra.precision import cast
-from lcm_kit.lora_merge.algebra.sums import weighted_sum
+from lcm_kit.lora_merge.algebra.sums import is_safe_whole, stacked, weighted_sum
 from lcm_kit.tests.lora_merge.make import dense, factors, layer, relative
 
 
@@ -146,3 +146,23 @@ def test_a_sum_in_another_dtype_leaves_its_terms_alone():
         weighted_sum([(one, 0.3)], dtype)
     assert torch.equal(one.up, before[0])
     assert torch.equal(one.down, before[1])
+
+
+def test_a_whole_difference_is_safe_by_the_size_of_its_product_with_the_strength():
+    large, small = torch.full((2, 2), 2.0**100), torch.full((2, 2), 2.0**-100)
+    assert is_safe_whole(large, 2.0**-100)
+    assert is_safe_whole(small, 2.0**100)
+    assert not is_safe_whole(small, 2.0**-100)
+    assert not is_safe_whole(large, 2.0**100)
+    assert is_safe_whole(torch.zeros(2, 2), 2.0**-100)
+    assert is_safe_whole(small, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_sum_of_nothing_has_the_dtype_and_the_device_of_any_other(dtype):
+    layer = LoraLayer(*factors(6, 2, 5))
+    elsewhere = LoraLayer(layer.up.to("meta"), layer.down.to("meta"))
+    for terms in ([(layer, 0.0)], [(elsewhere, 0.0)]):
+        total = stacked(terms, dtype)
+        assert {total.up.dtype, total.down.dtype} == {dtype}
+        assert {total.up.device, total.down.device} == {terms[0][0].up.device}

@@ -116,3 +116,8 @@ def test_an_error_stops_the_rest_and_leaves_the_workers_fit(workers):
 def test_work_within_work_does_not_wait_for_itself():
     assert list(in_order(lambda n: sum(in_order(abs, range(n), 2)), range(6), 2)) == [0, 0, 1, 3, 6, 10]
     assert on_one_core(lambda: on_one_core(lambda: 5)) == 5
+
+
+def test_several_workers_leave_the_calling_thread_alone():
+    torch.set_num_threads(1)
+    assert threading.get_ident() not in set(in_order(lambda _: threading.get_ident(), range(8), 2))

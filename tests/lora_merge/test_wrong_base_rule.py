@@ -1,13 +1,15 @@
 """What is refused as a LoRA for another base model, by counts and names alone."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lcm_kit.lora_merge.recognise import transformers
 from lcm_kit.lora_merge.recognise.base_models import BY_NAME, kind_of, recognise
-from lcm_kit.lora_merge.recognise.wrong_base import Counts, is_other_base, is_wrong_base
+from lcm_kit.lora_merge.recognise.wrong_base import Counts, are_kin, is_other_base, is_wrong_base
 from lcm_kit.tests.lora_merge import full_size
 
 FATES = ("placed", "homeless", "clashing", "twice", "left", "could")
@@ -102,3 +104,28 @@ def test_the_official_loras_are_taken_by_their_own_base_alone(lora, model):
     )
     assert wrong(counts, recognise(ours).bases, model) is (lora != model)
     assert wrong(counts) is (lora != model)  # also where neither says what it is for
+
+
+@pytest.mark.parametrize("fate", ["placed", "homeless", "clashing", "twice"])
+def test_a_module_of_any_fate_should_have_had_a_place(fate):
+    counts = Counts(placed=3, homeless=3, clashing=3, twice=3)
+    assert replace(counts, **{fate: 4}).asked == counts.asked + 1 == 13
+
+
+def test_a_weight_named_twice_has_a_place():
+    assert not Counts(placed=10, twice=40, homeless=50).foreign
+    assert Counts(placed=10, twice=40, homeless=51).foreign
+
+
+def test_kin_are_all_unets_and_the_transformers_of_one_make():
+    together = {name: one.kin for name, one in transformers.BY_NAME.items()} | dict.fromkeys(BY_NAME, "UNet")
+    assert len(set(together.values())) < len(together)
+    for ours, theirs in itertools.product(together, repeat=2):
+        assert are_kin([ours], theirs) is (together[ours] == together[theirs])
+
+
+def test_one_of_several_bases_is_enough_for_kin_and_none_known_is_not():
+    transformer = next(iter(transformers.BY_NAME))
+    assert are_kin([transformer, "SD1.5"], "SDXL")
+    assert not are_kin([], "SDXL")
+    assert not are_kin(["SD1.5"], None)

@@ -28,7 +28,7 @@ def test_scalings_equal_those_of_diffusers_for_every_timestep():
     torch.testing.assert_close(ours, torch.tensor(theirs).T, rtol=1e-6, atol=0)  # float32 against float64
 
 
-@pytest.mark.parametrize("constants", [{"sigma_data": 0.0}, {"timestep_scaling": -1.0}, {"sigma_data": float("nan")}])
+@pytest.mark.parametrize("constants", [{"sigma_data": 0.0}, {"timestep_scaling": 0.0}, {"sigma_data": float("nan")}])
 def test_constants_that_leave_no_scaling_are_refused(constants):
     with pytest.raises(ValueError, match=r"both must be above 0\. LCM uses 0\.5 and 10"):
         boundary_scalings([0], **constants)

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from lcm_kit.samplers.linear_step import Plan, StepWeights
 from lcm_kit.samplers.multistep import sample_lcm
 from lcm_kit.samplers.noise import StepNoise, level_numbers
 from lcm_kit.samplers.schedule import lcm_timesteps, sigmas_at
@@ -298,3 +299,19 @@ def test_a_noise_source_keeps_its_tensors_unless_it_hands_them_over():
     x = sample_lcm(lambda x, sigma: torch.ones_like(x), torch.zeros(2, 3), SIGMAS, noise=lambda level, like: tape)
     assert torch.equal(tape, before)
     torch.testing.assert_close(x, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_result_shares_no_memory_with_what_the_model_returned(dtype):
+    """A model may keep its tensor, and a host may scale a latent in place."""
+    image = normal(1, 4, 8, 8, seed=1).to(dtype)
+    result = sample_lcm(lambda x, sigma: image, image + SIGMAS[0], SIGMAS, noise=StepNoise(0))
+    assert torch.equal(result, image)
+    assert result.data_ptr() != image.data_ptr()
+
+
+def test_in_float64_a_weight_counts_that_float32_cannot_tell_from_one():
+    plan = Plan((StepWeights(0.0, 1 - 2.0**-30, 0.0),), (0,))
+    image = normal(1, 4, 8, 8, seed=1).double()
+    result = sample_lcm(lambda x, sigma: image, image, torch.tensor([1.0, 0.0]), noise=no_noise, plan=plan)
+    assert torch.equal(result, image * (1 - 2.0**-30))

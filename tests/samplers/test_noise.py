@@ -151,3 +151,23 @@ def test_no_two_levels_of_a_run_share_a_number(levels):
 
 def test_no_levels_have_no_numbers():
     assert level_numbers(torch.ones(0), sigma_table()) == level_numbers(torch.ones(0)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_the_dtype_of_sigmas_or_table_does_not_change_the_numbers(dtype):
+    """Of levels that both dtypes hold exactly."""
+    table = torch.linspace(0.25, 64.0, 256)
+    levels = table[[200, 100, 3]]
+    expected = level_numbers(levels, table)
+    assert level_numbers(levels, table.to(dtype)) == expected
+    assert level_numbers(levels.to(dtype), table) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_noise_is_drawn_on_the_cpu_and_given_where_the_latent_is(dtype):
+    """The device "meta" is the one other device that every machine has."""
+    expected = StepNoise(3)(1, like(2, dtype))
+    with torch.device("meta"):
+        assert torch.equal(StepNoise(3)(1, torch.zeros(2, *LATENT, dtype=dtype, device="cpu")), expected)
+    elsewhere = StepNoise(3)(1, like(2, dtype).to("meta"))
+    assert (elsewhere.device.type, elsewhere.dtype) == ("meta", dtype)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -141,6 +142,19 @@ def test_other_numbers_of_steps():
         PRESETS["LTX-2 second stage"].with_steps(4)
     with pytest.raises(ValueError, match="steps is 5, but Turbo was made for 1 to 4"):
         PRESETS["Turbo"].with_steps(5)
+
+
+def test_the_fewest_and_the_most_steps_of_a_list_are_allowed_and_none_beyond():
+    turbo = PRESETS["Turbo"]
+    assert turbo.with_steps(1).schedule() == [999]
+    assert turbo.with_steps(4).schedule() == list(turbo.timesteps)
+    with pytest.raises(ValueError, match="steps is -1, but Turbo was made for 1 to 4"):
+        turbo.with_steps(-1)
+
+
+def test_a_whole_run_takes_an_uneven_list_as_it_is():
+    uneven = replace(PRESETS["DMD2"], timesteps=(999, 899, 299, 99))
+    assert uneven.levels(FLOW_TABLE).tolist() == pytest.approx([1.0, 0.9, 0.3, 0.1, 0.0], abs=1e-6)
 
 
 def test_strength_cuts_both_kinds_of_schedule():

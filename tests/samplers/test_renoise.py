@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcm_kit.samplers.renoise import gamma_per_step, gammas_of_part, noise_kept, parse_gammas, variance_exploding
-from lcm_kit.samplers.schedule import sigmas_at
+from lcm_kit.samplers.schedule import MOST_STEPS, sigmas_at
 from lcm_kit.tests.samplers.toy import rectified_flow, sigma_table
 
 TABLE = sigma_table()
@@ -150,3 +150,15 @@ def test_without_the_schedule_a_part_is_the_beginning():
 def test_a_level_that_the_schedule_lacks_is_refused():
     with pytest.raises(ValueError, match=r"no step of it starts from 3:.*as it was before it was split"):
         gammas_of_part([0, 1], torch.tensor([3.0, 0.0]), SIGMAS)
+
+
+def test_a_part_is_refused_the_gammas_that_the_undivided_run_has_no_steps_for():
+    assert gammas_of_part([0, 0, 0, 1], SIGMAS[2:], SIGMAS) == [0, 1]
+    with pytest.raises(ValueError, match="gamma has 5 entries but the run has 4 steps"):
+        gammas_of_part([0, 0, 0, 0, 1], SIGMAS[2:], SIGMAS)
+
+
+def test_a_text_may_have_as_many_gammas_as_a_run_has_steps_and_no_more():
+    assert parse_gammas("1 " * MOST_STEPS) == [1.0] * MOST_STEPS
+    with pytest.raises(ValueError, match="has 1,001 entries"):
+        parse_gammas("1 " * (MOST_STEPS + 1))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcm_kit.samplers.schedule import (
+    MOST_STEPS,
     custom_timesteps,
     lcm_timesteps,
     off_grid,
@@ -271,3 +272,14 @@ def test_a_short_table_gives_what_it_can_tell_apart():
     for timesteps in ([999, 998], [999, 3]):
         with pytest.raises(ValueError, match=r"too close together, or too near 0, for this model's table of 100"):
             table_entries(timesteps, 100)
+
+
+def test_an_lcm_is_distilled_on_50_timesteps_of_1000_unless_told():
+    assert training_grid() == list(range(19, 1000, 20))
+
+
+def test_a_text_may_have_as_many_timesteps_as_a_run_has_steps_and_no_more():
+    text = ", ".join(map(str, reversed(range(MOST_STEPS))))
+    assert len(parse_timesteps(text)) == MOST_STEPS
+    with pytest.raises(ValueError, match="has 1,001 entries"):
+        parse_timesteps(f"1000, {text}")
