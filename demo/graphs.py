@@ -136,6 +136,22 @@ def lcm_only(files: Files, shot: Shot, *, batch: int = 1) -> Graph:
     return graph
 
 
+def strength_by_steps(files: Files, prompt: str, seed: int) -> Graph:
+    """One sheet by LCM Grid: the style's strength downwards, steps to the right."""
+    graph = Graph()
+    loaded = load(graph, files)
+    loader = graph.add("LCMKitLoader", model=loaded.model, lora_name=files.lcm, strength=1.0, wrong_base="refuse")
+    style = graph.add("LCMKitLoadLoRA", lora_name=files.style)
+    positive = graph.add("CLIPTextEncode", text=prompt, clip=loaded.clip)
+    latent = graph.add("EmptyLatentImage", width=files.size, height=files.size, batch_size=1)
+    graph.add(
+        "LCMKitGrid", model=[loader, 0], latent_image=[latent, 0], vae=loaded.vae, positive=[positive, 0], lora=[style, 0],
+        row_axis="strength of lora", rows="0:1.2:0.4", column_axis="steps", columns="1, 2, 4, 8", seed=seed, steps=4,
+        cfg=1.0, cell=128,
+    )  # fmt: skip
+    return graph
+
+
 def _finish(
     graph: Graph, model: Link, clip: Link, vae: Link, files: Files, shot: Shot, batch: int, **sampler: Any
 ) -> None:

@@ -23,11 +23,13 @@ import prompts
 from album import Album, make, table
 from comfyui_client import Client, ExecutionFailed, PromptRejected
 from comfyui_server import ComfyUIServer, ServerError
-from graphs import TINY
+from graphs import TINY, strength_by_steps
+from PIL import Image
 
 DEMO = Path(__file__).resolve().parent
 ROOT = DEMO.parent
 MODELS = DEMO / "models"
+SHEET = "strength_by_steps.png"
 THUMBNAILS = {
     "1 First picture with an LCM-LoRA": False,
     "2 Style LoRA and LCM-LoRA": True,
@@ -84,6 +86,7 @@ def run(prompt: str | None, output: Path) -> Album:
     """Makes the pictures, writes the figures into `output` and tells what was made."""
     with server_and_client(output) as (server, client):
         album = make(client, figures.of_prompt(prompt) if prompt else figures.everything())
+        sheet = None if prompt else client.images(client.run(strength_by_steps(TINY, "cat face", 5)))[0]
     print(f"\n{table(album)}\n")
     drawn = (
         {"prompt": figures.draw_prompt(album, prompt)}
@@ -93,6 +96,9 @@ def run(prompt: str | None, output: Path) -> Album:
     for name, picture in drawn.items():
         picture.save(output / f"{name}.png")
         print(f"{name:8}  {os.path.relpath(output / name)}.png")
+    if sheet is not None:
+        (output / SHEET).write_bytes(sheet)
+        print(f"{'sheet':8}  {os.path.relpath(output / SHEET)}")
     print(f"{'log':8}  {os.path.relpath(server.log)}")
     return album
 
@@ -105,6 +111,7 @@ def update_repository(album: Album, output: Path) -> None:
     figures.draw_figure(album).save(docs / "demo_figure3.png", optimize=True)
     for workflow, styled in THUMBNAILS.items():
         figures.draw_thumbnail(album, styled=styled).save(ROOT / "example_workflows" / f"{workflow}.jpg", quality=85)
+    Image.open(output / SHEET).save(docs / SHEET, optimize=True)  # without the graph that is in it
     for name in ("screenshot.png", "loader.png"):
         screenshot = output / name
         if screenshot.exists():
