@@ -95,7 +95,7 @@ def _file_of(model) -> str:
 
 
 def uncovered(found: Fit, model_base: ModelBase, kinds: frozenset[str]) -> tuple[list[str], int]:
-    """(modules of the model that the LoRA does not change, number of modules it could), in the kinds that it is for.
+    """(modules that the LoRA leaves unchanged, how many it could change), among the kinds of modules that it targets.
 
     This is the only trace of a LoRA for a smaller sister of the model: everything in it fits.
     """
