@@ -18,31 +18,10 @@ from lcm_kit.nodes.sampling import LCMKSampler
 from lcm_kit.samplers.noise import StepNoise, level_numbers
 from lcm_kit.samplers.schedule import lcm_timesteps
 from lcm_kit.tests.with_comfyui import tiny
-
-SEED = 5
-CAT, DOG = tiny.cond(1), tiny.cond(2)
-
+from lcm_kit.tests.with_comfyui.sampled import CAT, DOG, SEED, relative
+from lcm_kit.tests.with_comfyui.sampled import edited as edit
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
-
-
-def edit(model, latent, **changed):
-    """LCM Edit from CAT to DOG, every change made; the samples it returns."""
-    inputs = {
-        "source": CAT,
-        "target": DOG,
-        "seed": SEED,
-        "steps": 4,
-        "cfg": 1.0,
-        "denoise": 1.0,
-        "original_steps": 50,
-        "keep": 0.0,
-    }
-    return LCMEdit.execute(model=model, latent_image=latent, **inputs | changed).result[0]["samples"]
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 # ---- the edit
