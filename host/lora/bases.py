@@ -54,7 +54,7 @@ class ModelBase:
         """The branch of such models that a LoRA's module is of, if this model has nothing of that branch."""
         if self.make is None or not self.make.branches:
             return None
-        branch = self.make.branch(by_blocks.body_of(names.canonical(names.spelling(module), Layout())))
+        branch = self.make.branch(by_blocks.body_of(names.canonical(names.kohya_name(module), Layout())))
         if branch is None or any(self.make.branches[branch].fullmatch(mine) for mine in self.modules):
             return None
         return branch

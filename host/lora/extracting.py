@@ -155,7 +155,7 @@ def _unet_names(patcher) -> dict[str, str]:
     result = {}
     for key in patcher.model_state_dict(MODEL_PREFIX):
         module = key.removesuffix(".weight")
-        if module != key and known.get(spelled := names.spelling(module)) == key:
+        if module != key and known.get(spelled := names.kohya_name(module)) == key:
             result[key] = spelled
     return result
 

@@ -168,7 +168,7 @@ def places(key: str, prefix: str) -> list[tuple[str, tuple[float, float]]]:
         return [(f"{key}{NAMELESS}", whole)]
     name = f"diffusion_model.{key.removeprefix(_MODEL)}" if key.startswith(_MODEL) else key
     module, _, part = name.rpartition(".")
-    spelled = names.spelling(module)
+    spelled = names.kohya_name(module)
     if prefix and spelled == module:
         spelled = prefix + module
     return [(f"{spelled}.{part}", whole)]

@@ -243,7 +243,7 @@ def _as_norms(diffs: dict[tuple[str, str], Tensor]) -> None:
 
 def _lora(layers: dict[str, Layer], diffs: dict[tuple[str, str], Tensor], source: str) -> Lora:
     modules = dict.fromkeys([*layers, *(module for module, _ in diffs)])
-    spelled = {module: names.spelling(module) for module in modules}
+    spelled = {module: names.kohya_name(module) for module in modules}
     bodies = names.unet_bodies(spelled.values())
     layout = infer_layout(bodies)
     mixed = any(map(unet.is_diffusers, bodies)) and any(map(unet.is_ldm, bodies))
