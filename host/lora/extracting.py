@@ -48,13 +48,13 @@ def extract_lora(
                 done += 1
         progress(done, total)
 
-    lora, account = extract(weights(), rank=rank, keep=keep, source="Extracted LoRA", device=_place)
+    lora, found = extract(weights(), rank=rank, keep=keep, source="Extracted LoRA", device=_place)
     if not lora.spellings:
         raise ValueError(
             "model_tuned and model_base do not differ, so there is nothing to extract. Connect a fine-tuned model, or one "
             "with a LoRA on it, to model_tuned, and the model it was made from to model_base."
         )
-    return from_lora(lora), account.describe()
+    return from_lora(lora), found.describe()
 
 
 def _plan(tuned, base, prefix: str) -> dict[str, tuple[list, list]]:

@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> Answer:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch finds no CUDA device. Leave it out to compute on the CPU.")
     files = pairs(options.tuned, options.base)
-    lora, account = extract(
+    lora, found = extract(
         _told(files),
         rank=options.rank,
         keep=options.keep,
@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace) -> Answer:
     if not lora.spellings:
         raise ValueError(f"{options.tuned} and {options.base} do not differ: there is nothing to extract.")
     save(lora, options.output, dtype=DTYPES[options.dtype], overwrite=options.overwrite, metadata=metadata)
-    lines = [account.describe()]
+    lines = [found.describe()]
     if files.only_one:
         lines.append(f"{len(files.only_one)} weights are in one file only and left out (first: {files.only_one[0]}).")
     lines.append(f"Written: {options.output} ({options.output.stat().st_size / 1e6:.1f} MB)")

@@ -88,7 +88,7 @@ def extract(
 
     weights: (name, tuned, base) one after the other; only one pair is held at a time. name: the module as a LoRA file
         spells it (lora_unet_..., diffusion_model.x.y, lora_te_...), with ".weight" or ".bias" at its end. Matrices and
-        convolutions become low-rank updates, vectors whole differences. Other parameters are listed in the account: a
+        convolutions become low-rank updates, vectors whole differences. Other parameters are listed in the Extraction: a
         file could hold their differences, but most loaders would not find them. 8-bit floats and signed integers count
         as the numbers that they are.
     rank: the largest of any module, 1 or more.   keep: (0, 1], stop at the smallest rank that holds this share of a
@@ -107,7 +107,7 @@ def extract(
     for name, tuned, base in weights:
         found.add(name, tuned, base)
     _as_norms(found.diffs)
-    return _lora(found.layers, found.diffs, source), found.account()
+    return _lora(found.layers, found.diffs, source), found.extraction()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -162,7 +162,7 @@ class _Found:
         self.energy += whole
         self.lost += missed
 
-    def account(self) -> Extraction:
+    def extraction(self) -> Extraction:
         ranks = [layer.rank for layer in self.layers.values()]
         return Extraction(
             modules=len(self.layers),

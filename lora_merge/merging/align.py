@@ -12,7 +12,7 @@ from ..files.twice import Named, Pair, pairs_text, slices, twice, undecided
 from ..metadata.adapter_config import peft_remarks
 from ..naming import encoders, names, unet
 from ..naming.unet import Layout
-from ..updates.layer import meeting_shape
+from ..updates.layer import shape_of_both
 
 
 def unify(loras: Sequence[Lora]) -> list[Lora]:
@@ -59,7 +59,7 @@ def _in_one_naming(loras: list[Lora]) -> list[Lora]:
 
 def _in_one_encoder(loras: list[Lora]) -> list[Lora]:
     """The LoRAs with one name for each module of a text encoder, where their names tell that they mean the same one."""
-    same = encoders.meeting(spelling for lora in loras for spelling in lora.spellings.values())
+    same = encoders.aligned(spelling for lora in loras for spelling in lora.spellings.values())
     if not same:
         return loras
     made = []
@@ -143,7 +143,7 @@ def _clashes(loras: Sequence[Lora]) -> list[str]:
     for lora in loras:
         for module, is_bias, shape in lora.shapes():
             other, known = first.setdefault((module, is_bias), (lora, shape))
-            if meeting_shape(known, shape) is None:
+            if shape_of_both(known, shape) is None:
                 what = f"{lora.spellings[module]}{' (bias)' if is_bias else ''}"
                 found.setdefault(
                     module,

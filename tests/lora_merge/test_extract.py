@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from lcm_kit.lora_merge import Lora, load
 from lcm_kit.lora_merge.__main__ import main
-from lcm_kit.lora_merge.extracting.checkpoints import places
+from lcm_kit.lora_merge.extracting.checkpoints import named_rows
 from lcm_kit.lora_merge.extracting.extract import extract
 from lcm_kit.tests.lora_merge.make import dense, factors, generator, relative
 
@@ -142,11 +142,11 @@ def test_bad_input_is_refused(weights, options, said):
     ],
 )  # fmt: skip
 def test_checkpoint_keys_get_the_names_of_lora_files(key, prefix, name):
-    assert places(key, prefix) == [(name, (0.0, 1.0))]
+    assert named_rows(key, prefix) == [(name, (0.0, 1.0))]
 
 
 def test_the_fused_attention_of_open_clip_is_taken_apart():
-    found = places("conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj_weight", "")
+    found = named_rows("conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj_weight", "")
     assert [name for name, _ in found] == [
         f"lora_te2_text_model_encoder_layers_3_self_attn_{x}_proj.weight" for x in "qkv"
     ]
