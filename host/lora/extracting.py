@@ -7,6 +7,7 @@ import comfy.model_management
 import torch
 
 from ...lora_merge.extracting.extract import NAMELESS, Weights, extract
+from ...lora_merge.extracting.report import describe
 from ...lora_merge.naming import names
 from ..progress import watched
 from .stored import is_readable, stored_weight, weight_keys
@@ -54,7 +55,7 @@ def extract_lora(
             "model_tuned and model_base do not differ, so there is nothing to extract. Connect a fine-tuned model, or one "
             "with a LoRA on it, to model_tuned, and the model it was made from to model_base."
         )
-    return from_lora(lora), found.describe()
+    return from_lora(lora), describe(found)
 
 
 def _plan(tuned, base, prefix: str) -> dict[str, tuple[list, list]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -42,35 +42,6 @@ class Extraction:
     error: float
     energy: float
     unwanted: tuple[str, ...] = ()
-
-    def describe(self) -> str:
-        """A few lines for people."""
-        if not self.modules and not self.vectors:
-            return "The two models do not differ: nothing to extract."
-        low, high = self.ranks or (0, 0)
-        rank = f"{low}" if low == high else f"{low} to {high}"
-        lines = [f"Extracted {self.modules} modules, rank {rank}."]
-        if self.modules:
-            lines.append(
-                f"Relative error {self.error:.3g}: {100 * (1 - self.error**2):.2f} % of the difference's energy is kept, "
-                "the most that these ranks can hold."
-            )
-        if self.vectors:
-            lines.append(f"{self.vectors} biases and norms differ and are kept whole.")
-        if self.equal:
-            lines.append(f"{self.equal} weights do not differ and are left out.")
-        if self.unwanted:
-            lines.append(f"Left out, as asked: {_counted(self.unwanted, 'biases and norms')}.")
-        if self.other:
-            lines.append(
-                "Left out, since only weights and biases under the names of LoRA files are extracted: "
-                f"{_counted(self.other, 'parameters')}."
-            )
-        return "\n".join(lines)
-
-
-def _counted(names: Sequence[str], what: str) -> str:
-    return f"{len(names)} {what} ({names[0]}{', ...' if len(names) > 1 else ''})"
 
 
 @named
