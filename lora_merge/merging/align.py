@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..files.keys import unread_text
 from ..files.lora import Lora
 from ..files.one_naming import Renaming, are_read, in_own_naming, renamed
 from ..files.twice import Named, Pair, pairs_text, slices, twice, undecided
-from ..metadata.adapter_config import peft_remarks
 from ..naming import encoders, names, unet
 from ..naming.unet import Layout
 from ..updates.layer import shape_of_both
@@ -99,24 +97,6 @@ def fused_with_slices(loras: Sequence[Lora]) -> list[Pair]:
     """Modules of two LoRAs of which one is a slice of the other's weight (q beside qkv): ComfyUI adds up both, exactly,
     but they never meet here."""
     return slices(_updates(loras))
-
-
-def fused_notes(pairs: Sequence[Pair], loras: Sequence[Lora]) -> list[str]:
-    """What to say about them where modules that meet are looked at together; nothing without pairs."""
-    if not pairs:
-        return []
-    shown = pairs_text(pairs, [lora.source for lora in loras])
-    return [f"a weight as a whole and a slice of it do not meet here, each goes its own way: {shown}"]
-
-
-def notes_on(loras: Sequence[Lora]) -> list[str]:
-    """Sentences about the inputs for a report: what of them has no effect, and what is known of how they were made."""
-    unread = [
-        f"{lora.source} holds what has no effect in ComfyUI and is left out: {unread_text(lora.keys.unread)}"
-        for lora in loras
-        if lora.keys.unread
-    ]
-    return unread + [f"{lora.source}: {remark}" for lora in loras for remark in peft_remarks(lora.metadata)]
 
 
 def _rename(lora: Lora, layout: Layout) -> Lora:
