@@ -84,8 +84,9 @@ def distil(
         model, [(conds[cond], unconds[uncond]) for cond, uncond in prompts], empty, settings, own
     )  # fmt: skip
     work = Work(
-        model, data, conds, unconds, prompts, table=table, settings=settings, dtype=type_, rank=rank, alpha=alpha,
-        recompute=gradient_checkpointing, shown=shown, start=start_from, own=not given, tf32=tf32,
+        model=model, latents=data, conds=conds, unconds=unconds, prompts=prompts, table=table, settings=settings,
+        dtype=type_, rank=rank, alpha=alpha, recompute=gradient_checkpointing, shown=shown, start=start_from,
+        own=not given, tf32=tf32,
     )  # fmt: skip
     lora, picture, lines = _trained(work, vae, rough, places, save_every)
     if places is not None:

@@ -85,19 +85,19 @@ class Tables:
                 self._put_slices(own, slices, fused, stack)
 
     def _put(self, own: str, theirs: list[str], depth: int) -> None:
-        self._add(_Entry(own, own, depth, is_own=True))
+        self._add(_Entry(own, own=own, depth=depth, is_own=True))
         self._theirs_of[own] = [name.removeprefix("~") for name in theirs]
         for prefix in self._own_read_as:
             if own not in self._parameters or prefix == _DOTTED:
                 self._read[prefix][0].add(underscored(own) if prefix.endswith("_") else own)
         for name in theirs:
-            self._add(_Entry(name.removeprefix("~"), own, depth))
+            self._add(_Entry(name.removeprefix("~"), own=own, depth=depth))
             self._read_theirs(name)
 
     def _put_slices(self, own: str, slices: list[str], fused: Fused, stack: Stack) -> None:
         self._slices_of.setdefault(own, ([name.removeprefix("~") for name in slices], fused))
         for number, name in enumerate(slices):
-            self._add(_Entry(name.removeprefix("~"), "", stack.depth, ((own, fused, number, 1),)))
+            self._add(_Entry(name.removeprefix("~"), own="", depth=stack.depth, holders=((own, fused, number, 1),)))
             self._read_theirs(name)
         for piece, (first, count) in fused.pieces.items():
             entry = self._entries[_key(f"{stack.own}.{{}}.{piece}")]
