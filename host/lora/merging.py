@@ -12,7 +12,7 @@ from ...lora_merge.files.dtypes import DTYPES
 from ...lora_merge.one_module.protect import protected_of, which_protected
 from ...lora_merge.recognise.identity import sha256_of
 from ...lora_merge.settings.strengths import for_inputs
-from ..progress import watched
+from ..progress import Progress
 from .files import lora_names
 from .identity import KnownWeights, identity_of
 from .slots import LORA, NUMBERS, Slot, connected
@@ -141,7 +141,7 @@ def _watched(weights: list, work: Callable):
     with ThreadPoolExecutor(1) as pool:
         hashes = [pool.submit(_sha256, one) for one in weights]
         try:
-            return work(progress=watched(), sha256=lambda: [one.result() for one in hashes])
+            return work(progress=Progress(), sha256=lambda: [one.result() for one in hashes])
         finally:
             pool.shutdown(cancel_futures=True)
 
