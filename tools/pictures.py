@@ -66,7 +66,9 @@ def of_node(page, web_page, node: str, scenes) -> bytes:
     width, height = page.evaluate(ARRANGE, [columns, GAP])
     size = page.viewport_size
     left, top = 130, 110  # beside and below what the page lays over the graph
-    scale = min(1.0, (size["width"] - left - 40) / (width + 2 * EDGE), (size["height"] - top - 40) / (height + 30 + 2 * EDGE))
+    scale = min(
+        1.0, (size["width"] - left - 40) / (width + 2 * EDGE), (size["height"] - top - 40) / (height + 30 + 2 * EDGE)
+    )
     page.evaluate(LOOK, [scale, left / scale + EDGE, top / scale + EDGE + 30])
     page.wait_for_timeout(700)
     clip = {"x": left, "y": top, "width": scale * (width + 2 * EDGE), "height": scale * (height + 30 + 2 * EDGE)}
@@ -98,7 +100,9 @@ def of_workflow(page, file: Path) -> bytes:
 def of_help(page, web_page, node: str) -> bytes:
     """PNG of a help page as the page shows it beside the graph."""
     web_page.open_graph(page, {"1": {"class_type": node, "inputs": {}}}, "help")
-    page.evaluate("() => { const node = app.graph.nodes[0]; app.canvas.selectNode(node); app.canvas.fitViewToSelectionAnimated?.(); }")
+    page.evaluate(
+        "() => { const node = app.graph.nodes[0]; app.canvas.selectNode(node); app.canvas.fitViewToSelectionAnimated?.(); }"
+    )
     page.wait_for_timeout(700)
     page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView').catch(() => {})")
     page.get_by_test_id("info-button").first.click()
@@ -123,7 +127,11 @@ def main() -> int:
 
     OUT.mkdir(parents=True, exist_ok=True)
     workflows = sorted((ROOT / "example_workflows").glob("*.json"))
-    with tempfile.TemporaryDirectory() as home, comfy_server.pack_server(Path(home)) as server, sync_playwright() as play:
+    with (
+        tempfile.TemporaryDirectory() as home,
+        comfy_server.pack_server(Path(home)) as server,
+        sync_playwright() as play,
+    ):
         browser = play.chromium.launch(executable_path=web_page.chromium(), args=web_page.OPTIONS)
         for renderer, vue in (("classic", False), ("nodes2", True)):
             page = web_page.opened_page(browser, server, **{"Comfy.VueNodes.Enabled": vue})

@@ -78,7 +78,9 @@ def preset(scene: Scene) -> Shown:
 @of("LCMKitSampler")
 def sampler(scene: Scene) -> Shown:
     node = scene.add("LCMKitSampler", gamma=1.0, seed=-1)
-    return _custom(scene, node, scene.add("LCMKitScheduler", model=scene.model, steps=4, denoise=1.0, original_steps=50))
+    return _custom(
+        scene, node, scene.add("LCMKitScheduler", model=scene.model, steps=4, denoise=1.0, original_steps=50)
+    )
 
 
 @of("LCMKitScheduler")
@@ -137,7 +139,9 @@ def loader(scene: Scene) -> Shown:
 
 @of("LCMKitLoRAMix")
 def mix(scene: Scene) -> Shown:
-    node = scene.add("LCMKitLoRAMix", model=scene.model, clip=scene.clip, lcm_lora=TINY.lcm, lora_1=TINY.style, strength_1=0.8)
+    node = scene.add(
+        "LCMKitLoRAMix", model=scene.model, clip=scene.clip, lcm_lora=TINY.lcm, lora_1=TINY.style, strength_1=0.8
+    )
     return [[node], [scene.picture([node, 0], preset=[node, 3])]]
 
 
@@ -151,7 +155,9 @@ def load_lora(scene: Scene) -> Shown:
 @of("LCMKitMergeLoRA")
 def merge(scene: Scene) -> Shown:
     style, lcm = scene.lora(TINY.style), scene.lora(TINY.lcm)
-    node = scene.add("LCMKitMergeLoRA", lora_1=style, strength_1=0.8, lora_2=lcm, strength_2=1.0, method="linear", size="exact")
+    node = scene.add(
+        "LCMKitMergeLoRA", lora_1=style, strength_1=0.8, lora_2=lcm, strength_2=1.0, method="linear", size="exact"
+    )
     scene.told([node, 1])
     return [[style[0], lcm[0]], [node]]
 
@@ -159,7 +165,9 @@ def merge(scene: Scene) -> Shown:
 @of("LCMKitApplyLoRA")
 def apply(scene: Scene) -> Shown:
     lora = scene.lora(TINY.lcm)
-    node = scene.add("LCMKitApplyLoRA", model=scene.model, clip=scene.clip, lora=lora, strength_model=1.0, strength_clip=1.0)
+    node = scene.add(
+        "LCMKitApplyLoRA", model=scene.model, clip=scene.clip, lora=lora, strength_model=1.0, strength_clip=1.0
+    )
     return [[lora[0]], [node], [scene.picture([node, 0])]]
 
 
@@ -167,7 +175,9 @@ def apply(scene: Scene) -> Shown:
 def by_step(scene: Scene) -> Shown:
     style = scene.lora(TINY.style)
     model = [scene.fast(), 0]
-    node = scene.add("LCMKitLoRAByStep", model=model, lora=style, positive=scene.text("cat face"), strengths="0, 0, 1, 1")
+    node = scene.add(
+        "LCMKitLoRAByStep", model=model, lora=style, positive=scene.text("cat face"), strengths="0, 0, 1, 1"
+    )
     scene.told([node, 3])
     return [[style[0]], [node], [scene.picture(model, positive=[node, 0])]]
 
@@ -176,7 +186,12 @@ def by_step(scene: Scene) -> Shown:
 def save(scene: Scene) -> Shown:
     lora = scene.lora(TINY.lcm)
     node = scene.add(
-        "LCMKitSaveLoRA", lora=lora, filename_prefix="LCMKit/smaller", dtype="fp16", format="auto", output_name_mode="increment"
+        "LCMKitSaveLoRA",
+        lora=lora,
+        filename_prefix="LCMKit/smaller",
+        dtype="fp16",
+        format="auto",
+        output_name_mode="increment",
     )
     return [[lora[0]], [node]]
 
@@ -205,7 +220,9 @@ def extract(scene: Scene) -> Shown:
 
 @of("LCMKitNegativePrompt")
 def negative(scene: Scene) -> Shown:
-    node = scene.add("LCMKitNegativePrompt", model=[scene.fast(), 0], negative=scene.text("yellow background"), scale=3.0)
+    node = scene.add(
+        "LCMKitNegativePrompt", model=[scene.fast(), 0], negative=scene.text("yellow background"), scale=3.0
+    )
     return [[node], [scene.picture([node, 0])]]
 
 
@@ -217,7 +234,9 @@ def limit(scene: Scene) -> Shown:
 
 @of("LCMKitGuidanceEmbedding")
 def guidance(scene: Scene) -> Shown:
-    node = scene.add("LCMKitGuidanceEmbedding", model=scene.model, unet_name="LCM_Dreamshaper_v7.safetensors", guidance=8.0)
+    node = scene.add(
+        "LCMKitGuidanceEmbedding", model=scene.model, unet_name="LCM_Dreamshaper_v7.safetensors", guidance=8.0
+    )
     return [[node]]
 
 
