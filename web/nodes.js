@@ -23,7 +23,8 @@ function switchOff(node) {
     for (const widget of node.widgets ?? []) {
       if (!names.includes(widget.name)) continue;
       if (Boolean(widget.disabled) !== off) widget.disabled = off;
-      if (widget.options && Boolean(widget.options.disabled) !== off) widget.options.disabled = off; // older Nodes 2.0
+      // Older Nodes 2.0 look here.
+      if (widget.options && Boolean(widget.options.disabled) !== off) widget.options.disabled = off;
     }
   }
 }

@@ -1,10 +1,9 @@
 // Shows on each node what LCM Kit reports of it, as read-only text below its widgets.
 //
-// The server sends the report of a node of ours as its output `text`, which the page draws for its own preview nodes only;
-// what is told of another pack's node comes by an event. A report is kept with its node in the workflow, among the
-// properties. Reports hold names out of files and workflows, so they are set as the value of a text area and never become
-// markup.
-import { api } from "../../scripts/api.js";
+// The server sends the report of a node of ours as its output `text`, which the page draws for its own preview nodes
+// only; what is told of another pack's node comes by an event. A report is kept with its node in the workflow, in its
+// properties. Reports hold names out of files and workflows, so they are set as the value of a text area and never
+// become markup.
 import { app } from "../../scripts/app.js";
 
 const OURS = /^LCMKit/; // node ids
@@ -161,9 +160,9 @@ app.registerExtension({
     };
   },
   setup() {
-    api.addEventListener(TOLD, ({ detail }) => show(nodeAt(detail.node), detail.text));
+    app.api.addEventListener(TOLD, ({ detail }) => show(nodeAt(detail.node), detail.text));
     // A node of another pack that runs anew has nothing told of it yet.
-    api.addEventListener("executing", ({ detail }) => {
+    app.api.addEventListener("executing", ({ detail }) => {
       const node = detail == null ? null : nodeAt(String(detail.node ?? detail));
       if (node?.properties?.[NAME] && !isOurs(node)) show(node, []);
     });
