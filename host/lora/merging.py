@@ -20,7 +20,6 @@ from .targets import aligned_in
 from .weights import LoraWeights, from_lora, named, to_lora
 
 PROTECT = ("auto", "none", *(f"{LORA}{number}" for number in NUMBERS))
-AIMS = ("keep", "retain", "max_mb")
 _OF_A_LORA = re.compile(rf"\s*(?:{LORA})?(\d{{1,6}})\s*:")
 
 
@@ -70,7 +69,7 @@ def merge_used(
         mu=mu,
         model=model,
         **elsewhere,
-        **{key: amount for key, amount in size.items() if key != "size"},
+        **_amount(size),
     )
     return merged, "\n".join([report, *notes])
 
@@ -123,17 +122,15 @@ def _protected(protect: str, used: Sequence[Slot], labels: list[str]):
     return which if found is None else found
 
 
-def resize(lora, *, dtype: str, **choices) -> tuple[LoraWeights, str]:
-    """(smaller one, report). choices: rank, keep, max_mb; 0 leaves them out."""
-    whole = to_lora(lora)
-    small, account = _watched(
-        [lora], lambda **more: resize_with_account(whole, out_dtype=DTYPES[dtype], **_given(choices), **more)
-    )
+def resize(lora, *, size: Mapping[str, object], dtype: str) -> tuple[LoraWeights, str]:
+    """(smaller one, report). size: as of merge_used."""
+    whole, aim = to_lora(lora), _amount(size)
+    small, account = _watched([lora], lambda **more: resize_with_account(whole, out_dtype=DTYPES[dtype], **aim, **more))
     return from_lora(small), describe_merge(account, small)
 
 
-def _given(choices: Mapping[str, object]) -> dict[str, object]:
-    return {name: value for name, value in choices.items() if name not in AIMS or value}
+def _amount(size: Mapping[str, object]) -> dict[str, object]:
+    return {name: amount for name, amount in size.items() if name != "size"}
 
 
 def _watched(weights: list, work: Callable):

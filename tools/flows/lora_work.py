@@ -67,7 +67,7 @@ def shrink(flow: Flow) -> None:
         preset = flow.add("LCMKitPreset", name="LCM")
     with flow.group("Shrink"):
         large = flow.add("LCMKitLoadLoRA", lora_name=LCM_SD15)
-        small = flow.add("LCMKitResizeLoRA", lora=large["LORA_MODEL"], rank=16)
+        small = flow.add("LCMKitResizeLoRA", lora=large["LORA_MODEL"], **{"size.rank": 16})
         flow.add("LCMKitSaveLoRA", lora=small["LORA_MODEL"], filename_prefix="LCMKit/smaller")
     given = {"positive": prompt, "latent_image": latent, "preset": preset["preset"]}
     with flow.group("Before"):
