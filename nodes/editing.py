@@ -9,6 +9,8 @@ from .sampling import CATEGORY
 
 
 class LCMEdit(Node):
+    shows_warnings = True
+
     @classmethod
     def define_schema(cls):
         return io.Schema(

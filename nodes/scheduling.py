@@ -10,6 +10,8 @@ from .sampling import CATEGORY, Presets, preset_input
 
 
 class LCMScheduler(Node):
+    shows_warnings = True
+
     @classmethod
     def define_schema(cls):
         return io.Schema(

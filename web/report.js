@@ -100,7 +100,21 @@ function fit(node, widget) {
   widget.fitted = grown;
 }
 
+// For a run that had nothing to tell.
+function takeAway(node) {
+  const at = node?.widgets?.findIndex((widget) => widget.name === NAME) ?? -1;
+  if (at < 0) return;
+  const [widget] = node.widgets.splice(at, 1);
+  widget.onRemove?.();
+  if (node.size[1] === widget.fitted) node.setSize([node.size[0], node.computeSize()[1]]);
+  node.setDirtyCanvas?.(true, true);
+}
+
 function show(node, output) {
+  if (Array.isArray(output?.text) && output.text.length === 0) {
+    takeAway(node);
+    return;
+  }
   const text = output?.text?.[0];
   if (typeof text !== "string" || !OURS.test(node?.comfyClass ?? node?.type ?? "")) return;
   const widget = node.widgets?.find((one) => one.name === NAME) ?? addBox(node);
