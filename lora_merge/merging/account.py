@@ -30,7 +30,8 @@ class Source:
     merged, passed_through, refused: what became of its modules; they add up to `modules`. Refused ones are left out of
         the result, which happens on request only.
     effect: how strong it is in what the method made, before any cut: the coefficients of strength * update that come
-        nearest to it (least squares over all modules). 1 for the linear sum; None if it had no energy.
+        nearest to it (least squares over all modules). 1 for the linear sum, and of its share in a mean; None if it had no
+        energy.
     stepped_aside: share of its energy left after it made room for the protected LoRA, 1 if it did not.
     protected: the others stepped aside for it.   block_strengths: what was asked for, "" for none.
     sha256: of its file, None where there is no file or nobody said.   weights: sha256 of all behind its file's header, as

@@ -56,7 +56,8 @@ def plan(
     options.check(len(inputs))
     wanted = given(metadata)
     loras = unify([lora for lora, _ in inputs])
-    strengths = strengths_of(loras, [strength for _, strength in inputs], block_strengths)
+    base, averaged = [strength for _, strength in inputs], options.the_method.averages
+    strengths = strengths_of(loras, base, block_strengths, averaged=averaged)
     sharing = [lora for index, lora in enumerate(loras) if _has_part(lora, index, strengths)]
     kept, warnings = inherited(sharing)
     notes = changed(kept, wanted)
