@@ -7,6 +7,7 @@ import comfy.model_management
 import torch
 
 from ...lora_merge.extracting.extract import NAMELESS, Weights, extract
+from ...lora_merge.extracting.report import describe
 from ...lora_merge.naming import names
 from ..progress import watched
 from .stored import is_readable, stored_weight, weight_keys
@@ -48,13 +49,13 @@ def extract_lora(
                 done += 1
         progress(done, total)
 
-    lora, account = extract(weights(), rank=rank, keep=keep, source="Extracted LoRA", device=_place)
+    lora, found = extract(weights(), rank=rank, keep=keep, source="Extracted LoRA", device=_place)
     if not lora.spellings:
         raise ValueError(
             "model_tuned and model_base do not differ, so there is nothing to extract. Connect a fine-tuned model, or one "
             "with a LoRA on it, to model_tuned, and the model it was made from to model_base."
         )
-    return from_lora(lora), account.describe()
+    return from_lora(lora), describe(found)
 
 
 def _plan(tuned, base, prefix: str) -> dict[str, tuple[list, list]]:
@@ -155,7 +156,7 @@ def _unet_names(patcher) -> dict[str, str]:
     result = {}
     for key in patcher.model_state_dict(MODEL_PREFIX):
         module = key.removesuffix(".weight")
-        if module != key and known.get(spelled := names.spelling(module)) == key:
+        if module != key and known.get(spelled := names.kohya_name(module)) == key:
             result[key] = spelled
     return result
 

@@ -17,7 +17,7 @@ from ..progress import watched
 from .files import lora_names
 from .identity import KnownWeights, identity_of
 from .slots import LORA, NUMBERS, Slot, connected
-from .targets import meeting_in
+from .targets import aligned_in
 from .weights import LoraWeights, from_lora, named, to_lora
 
 PROTECT = ("auto", "none", *(f"{LORA}{number}" for number in NUMBERS))
@@ -79,7 +79,7 @@ def merge_used(
 def _merge(used: Sequence[Slot], *, block_strengths: str, protect: str, model, **choices):
     """(merged, report). choices: of merge_with_account."""
     labels = [str(slot.number) for slot in used]
-    loras = meeting_in([slot.lora for slot in used], model)
+    loras = aligned_in([slot.lora for slot in used], model)
     inputs = [(lora, slot.strength) for lora, slot in zip(loras, used, strict=True)]
     merged, account = _watched(
         [slot.weights for slot in used],

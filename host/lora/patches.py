@@ -9,10 +9,10 @@ from ...lora_merge.metadata.about import remarks
 from ...lora_merge.metadata.adapter_config import peft_remarks
 from ...lora_merge.recognise.identity import Identity
 from ...samplers.preset import Preset
-from .bases import base_of, uncovered
 from .case import Case
 from .fit import fit, weight_of
 from .identity import KnownWeights, identity_of, preset_of
+from .model_base import base_of, uncovered
 from .reports import applied_lines, refusal
 from .stored import change_objects, never_patched
 from .weights import LoraWeights, named

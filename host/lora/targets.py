@@ -7,7 +7,7 @@ from ...lora_merge.merging.by_target import Target, by_target
 from ...lora_merge.naming.family import Rows
 
 
-def meeting_in(loras: list[Lora], model) -> list[Lora]:
+def aligned_in(loras: list[Lora], model) -> list[Lora]:
     """The LoRAs with one name for each weight of the MODEL, by ComfyUI's own key map; as they are without a MODEL.
 
     Raises ValueError for a LoRA that has no place in the model.

@@ -20,7 +20,7 @@ from ...distillation.validation import DRAWS
 from ...lora_merge import Lora
 from ...lora_merge.metadata.fields import ARCHITECTURE
 from ...lora_merge.recognise.identity import ARCHITECTURES
-from ..lora.bases import base_of
+from ..lora.model_base import base_of
 from ..lora.weights import named
 from ..sampling.latents import fitted
 from ..sampling.tables import is_distilled, trained_sigma_table

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..naming import aliases
 from ..naming.families import family_of
-from ..updates.layer import Layer, meeting_shape
+from ..updates.layer import Layer, shape_of_both
 from ..updates.weight_dependent import BUNDLED, Carried
 from .keys import BIAS_PARTS
 
@@ -160,7 +160,7 @@ def _may_meet(first: tuple[int, ...] | None, second: tuple[int, ...] | None) -> 
     if first is None or second is None:
         return True
     if len(first) == len(second) or 1 not in (len(first), len(second)):
-        return meeting_shape(first, second) is not None
+        return shape_of_both(first, second) is not None
     # A vector of as many values, or the rows alone of a matrix.
     return first[:1] == second[:1] or prod(first) == prod(second)
 

@@ -29,7 +29,7 @@ class Target:
     @property
     def spelling(self) -> str:
         """How the whole weight is written, which every ComfyUI reads."""
-        return names.spelling(self.weight.removesuffix(".weight"))
+        return names.kohya_name(self.weight.removesuffix(".weight"))
 
     @property
     def canonical(self) -> str:
@@ -43,7 +43,7 @@ def by_target(loras: Sequence[Lora], targets: Mapping[str, Target], shapes: Mapp
     Slices become part of the whole weight where a LoRA changes that. What the model has no place for keeps its name.
     Raises ValueError for a LoRA of which nothing has a place in the model.
     """
-    known = {names.spelling(name): target for name, target in targets.items()}
+    known = {names.kohya_name(name): target for name, target in targets.items()}
     homes = [
         {module: known[s] for module in of_model(lora) if (s := lora.spellings[module]) in known} for lora in loras
     ]

@@ -26,7 +26,7 @@ PREFIXES = ("", "diffusion_model.", "transformer.", "base_model.model.", "lora_u
 
 
 def canonical(spelled):
-    return names.canonical(names.spelling(spelled), Layout())
+    return names.canonical(names.kohya_name(spelled), Layout())
 
 
 def own_name(weight):

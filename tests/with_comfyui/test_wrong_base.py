@@ -4,10 +4,9 @@ import folder_paths
 import pytest
 import torch
 
-from lcm_kit.host.lora import bases as host_bases
-from lcm_kit.host.lora import files
-from lcm_kit.host.lora.bases import base_of
+from lcm_kit.host.lora import files, model_base
 from lcm_kit.host.lora.fit import fit
+from lcm_kit.host.lora.model_base import base_of
 from lcm_kit.lora_merge.recognise.base_models import BY_NAME
 from lcm_kit.nodes.loading import ApplyLoRA, LCMLoader
 from lcm_kit.tests.lora_merge import full_size
@@ -86,7 +85,7 @@ def test_on_another_base_it_is_refused_with_the_counts_and_the_file_to_use(lora_
     model = bases.model(base)
     weights = files.read_lora(lora_files[lora])
     found = fit(weights, model)
-    left, could = host_bases.uncovered(found, base_of(model), weights.identity.structure.recognised.kinds)
+    left, could = model_base.uncovered(found, base_of(model), weights.identity.structure.recognised.kinds)
     assert (len(found.placed), len(found.clashing), len(found.homeless), found.twice) == (fits, hits - fits, misses, ())
     assert same_shape(lora, base) == same
     assert (could, len(left)) == (full_size.MODULES[base], full_size.MODULES[base] - fits)

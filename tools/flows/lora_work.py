@@ -18,7 +18,7 @@ def drawn(flow: Flow, model: Output, lora: Output, title: str, **sampler: Output
 
 @described(
     FLOWS,
-    "13 Merge, compare, save",
+    "Merge, compare, save",
     """
 ## Will two LoRAs fight?
 **Compare LoRAs** says where a style and the LCM-LoRA work on the same weights, and whether they pull apart there. **Merge
@@ -52,7 +52,7 @@ def merge(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "14 Shrink a LoRA",
+    "Shrink a LoRA",
     """
 ## A smaller file, before and after
 **Resize LoRA** keeps what matters most: here rank 16 of the LCM-LoRA's 64, about a quarter of the file. The report says how much
@@ -81,7 +81,7 @@ def shrink(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "15 Extract and carry over",
+    "Extract and carry over",
     """
 ## SDXL-Turbo's speed as a LoRA
 What SDXL-Turbo has that SDXL has not is taken out as a LoRA, saved, and put on another model: choose your own SDXL fine-tune
@@ -110,7 +110,7 @@ def extract(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "16 Strength x steps grid",
+    "Strength x steps grid",
     """
 ## How strong, how many steps?
 **LCM Grid** makes one sheet: a row for each strength of the style, a column for each number of steps, all of one seed. It
@@ -136,7 +136,7 @@ def grid(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "17 Distill your own",
+    "Distill your own",
     """
 ## An LCM-LoRA for your own model
 **Distill LCM-LoRA** teaches the model to draw in few steps what it draws in many. As set here it is a short try: 100 steps on

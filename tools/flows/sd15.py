@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .files import LCM_SD15, SD15, STYLE
+from .files import CANNY_SD15, LCM_SD15, SD15, STYLE
 from .flow import Flow
 from .parts import PROMPT, checkpoint, described, empty, fast, photograph, shown, text
 
@@ -11,11 +11,11 @@ FLOWS: list[Flow] = []
 
 @described(
     FLOWS,
-    "1 First picture with an LCM-LoRA",
+    "First picture with an LCM-LoRA",
     """
 ## A picture in 4 steps
-1. Download the two files that ComfyUI asks for. The LCM-LoRA comes as `pytorch_lora_weights.safetensors`: call it
-   `lcm-lora-sdv1-5.safetensors`, or choose it in the loader under its own name.
+1. Download the two files that ComfyUI asks for. If you have the LCM-LoRA already, under whatever name, choose **auto** in the
+   loader: it finds it.
 2. Press **R**, then **Run**.
 
 The loader knows the file and sends its settings to the sampler through `preset`. Any fine-tune of SD 1.5 works too.
@@ -38,7 +38,7 @@ def first(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "2 Style LoRA and LCM-LoRA",
+    "Style LoRA and LCM-LoRA",
     """
 ## A style in 4 steps
 Style LoRA x 0.8 + LCM-LoRA x 1.0, as in the LCM-LoRA paper, and beside it the same seed without the style.
@@ -77,7 +77,7 @@ def style(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "3 Image to image and inpaint",
+    "Image to image and inpaint",
     """
 ## Change a picture in 4 steps
 - **Image to image**: `denoise` says how much changes: 0.3 a little, 0.6 much, 1 all.
@@ -119,7 +119,7 @@ def image_to_image(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "4 Edit by two prompts",
+    "Edit by two prompts",
     """
 ## Say what is there, and what should be
 **LCM Edit** changes what the two prompts say differently and keeps the rest; no mask, no inversion. Experimental.
@@ -147,7 +147,7 @@ def edit(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "5 Negative prompt at cfg 1",
+    "Negative prompt at cfg 1",
     """
 ## A negative prompt that costs no second model call
 At cfg 1 a sampler never asks the model about the negative prompt. **LCM Negative Prompt (NAG)** puts it into the model's
@@ -176,3 +176,40 @@ def negative_prompt(flow: Flow) -> None:
     with flow.group("Pictures"):
         shown(flow, sampler["LATENT"], base["VAE"], "With the negative prompt", save=True)
         shown(flow, other["LATENT"], base["VAE"], "Without")
+
+
+@described(
+    FLOWS,
+    "ControlNet",
+    """
+## The outlines of a picture, another content, 4 steps
+A ControlNet works at cfg 1 as it does elsewhere: put it behind the prompt. Weaker at the end (`end_percent` 0.8) leaves the last
+step free. Any ControlNet of SD 1.5 will do; **Canny** is part of ComfyUI.
+""",
+)
+def control_net(flow: Flow) -> None:
+    with flow.group("Model with LCM-LoRA"):
+        base = checkpoint(flow, SD15)
+        lcm = fast(flow, base["MODEL"], LCM_SD15)
+    with flow.group("Outlines"):
+        image = flow.add("LoadImage", "Your picture", image="example.png")["IMAGE"]
+        scaled = flow.add("ImageScale", image=image, upscale_method="lanczos", width=512, height=512, crop="center")
+        edges = flow.add("Canny", image=scaled["IMAGE"], low_threshold=0.2, high_threshold=0.5)["IMAGE"]
+        flow.add("PreviewImage", "Outlines", images=edges)
+    with flow.group("Prompt"):
+        prompt = text(flow, base["CLIP"], "a statue of bronze in a garden, photograph")
+        nothing = text(flow, base["CLIP"], "", "Empty: not asked at cfg 1")
+        latent = empty(flow, 512)
+    with flow.group("ControlNet"):
+        net = flow.add("ControlNetLoader", control_net_name=CANNY_SD15)
+        controlled = flow.add(
+            "ControlNetApplyAdvanced", positive=prompt, negative=nothing, control_net=net["CONTROL_NET"], image=edges,
+            strength=0.8, end_percent=0.8,
+        )  # fmt: skip
+    with flow.group("Four steps"):
+        sampler = flow.add(
+            "LCMKitKSampler", model=lcm["MODEL"], positive=controlled["positive"], latent_image=latent,
+            preset=lcm["preset"], seed=1,
+        )  # fmt: skip
+    with flow.group("Picture"):
+        shown(flow, sampler["LATENT"], base["VAE"], "Picture", save=True)

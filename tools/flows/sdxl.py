@@ -11,7 +11,7 @@ FLOWS: list[Flow] = []
 
 @described(
     FLOWS,
-    "6 First picture SDXL",
+    "First picture SDXL",
     """
 ## 1024 x 1024 in 4 steps
 1. Download the two files that ComfyUI asks for. The LCM-LoRA comes as `pytorch_lora_weights.safetensors`: call it
@@ -38,7 +38,7 @@ def first(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "7 LCM beside Lightning, Hyper-SD and DMD2",
+    "LCM beside Lightning, Hyper-SD and DMD2",
     """
 ## Four few-step methods, one seed
 Each loader knows its file by its hash and sends that method's own steps, noise levels and gamma to its sampler: nothing has
@@ -63,7 +63,7 @@ def beside(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "8 Two-pass hires",
+    "Two-pass hires",
     """
 ## 1024, then 1536 with new detail
 The first pass makes the picture, the second enlarges its latent and paints over it: `denoise` 0.5 gives detail and keeps
@@ -94,7 +94,7 @@ def two_pass(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "9 Any KSampler",
+    "Any KSampler",
     """
 ## The exact LCM in nodes that you already use
 Behind **LCM for any KSampler** the sampler **lcm** is LCM's own, in every node that takes a sampler by its name: *KSampler*,
