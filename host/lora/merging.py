@@ -17,7 +17,7 @@ from ..progress import watched
 from .files import lora_names
 from .identity import KnownWeights, identity_of
 from .slots import LORA, NUMBERS, Slot, connected
-from .targets import aligned_in
+from .targets import names_in
 from .weights import LoraWeights, from_lora, named, to_lora
 
 PROTECT = ("auto", "none", *(f"{LORA}{number}" for number in NUMBERS))
@@ -79,8 +79,7 @@ def merge_used(
 def _merge(used: Sequence[Slot], *, block_strengths: str, protect: str, model, **choices):
     """(merged, report). choices: of merge_with_account."""
     labels = [str(slot.number) for slot in used]
-    loras = aligned_in([slot.lora for slot in used], model)
-    inputs = [(lora, slot.strength) for lora, slot in zip(loras, used, strict=True)]
+    inputs = [(slot.lora, slot.strength) for slot in used]
     merged, account = _watched(
         [slot.weights for slot in used],
         lambda **more: merge_with_account(
@@ -92,6 +91,7 @@ def _merge(used: Sequence[Slot], *, block_strengths: str, protect: str, model, *
                 [slot.strength for slot in used],
             ),
             block_strengths=for_inputs(block_strengths, labels),
+            model=names_in(model),
             **choices,
             **more,
         ),

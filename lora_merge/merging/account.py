@@ -10,6 +10,7 @@ from statistics import median
 from ..disk.hashes import stated
 from ..one_module.tally import Tally
 from ..settings.options import MergeOptions
+from .by_target import ModelNames
 from .plan import Plan
 
 
@@ -59,6 +60,7 @@ class Account:
     relative_error: of the cut, all updates together, Frobenius norm against what the method made; 0 for an exact merge.
     options: all that was asked for, defaults filled in.   ranks: smallest, median and largest rank of the result.
     warnings: what the user should know, in sentences.   rebalanced: modules whose factors were balanced for float16.
+    model: what a connected model said of the inputs' names, where these do not tell by themselves.
     """
 
     sources: tuple[Source, ...]
@@ -71,6 +73,7 @@ class Account:
     ranks: tuple[int, float, int] | None = None
     warnings: tuple[str, ...] = ()
     rebalanced: int = 0
+    model: ModelNames | None = None
 
 
 def account_of(plan: Plan, tally: Tally, sha256: Sequence[str | None]) -> Account:
@@ -88,6 +91,7 @@ def account_of(plan: Plan, tally: Tally, sha256: Sequence[str | None]) -> Accoun
         options=options,
         ranks=(min(tally.ranks), median(tally.ranks), max(tally.ranks)) if tally.ranks else None,
         rebalanced=tally.rebalanced,
+        model=plan.model,
     )
 
 
