@@ -297,6 +297,7 @@ CHOICES = {
     "LCMKitMergeLoRA": {
         "method": {
             "linear": [],
+            "average": [],
             "ties": [("density", "FLOAT", 0.2), DENSE],
             "dare": [("density", "FLOAT", 0.9), SEED, DENSE],
             "dare_ties": [("density", "FLOAT", 0.9), SEED, DENSE],
