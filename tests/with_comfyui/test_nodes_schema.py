@@ -287,6 +287,8 @@ CONTRACT = {
             ("optimizer", "COMBO", "adamw"),
             ("tf32", "BOOLEAN", False),
             ("start_from", "LORA_MODEL", None),
+            ("phases", "INT", 1),
+            ("recipe", "COMBO", "none"),
         ],
         ["LORA_MODEL", "IMAGE", "STRING"],
     ),
