@@ -3,8 +3,9 @@
 import ast
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatch
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,27 @@ def test_imports_point_down_in_host(wing):
     allowed = [".host.page", ".host.progress", *(f".host.{one}" for one in (wing, *HOST_WINGS.get(wing, ())) if one)]
     found = [(file.name, name) for file in files for _, name in imports_of(file) if is_within(name, ".host")]
     assert [one for one in found if not any(is_within(one[1], known) for known in allowed)] == []
+
+
+def module_of(name: str, modules: Collection[str]) -> str | None:
+    """The module that an imported name is, or is from: ".host.lora.fit.Fit" is from ".host.lora.fit"."""
+    while name.count(".") > 1 and name not in modules:
+        name = name.rpartition(".")[0]
+    return name if name in modules else None
+
+
+def test_no_modules_import_one_another():
+    """Not even for annotations alone, whose imports nothing runs."""
+    files = {
+        "." + ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in shipped_modules()
+    }
+    graph = {
+        module: {module_of(name, files) for _, name in imports_of(file)} - {None, module}
+        for module, file in files.items()
+    }
+    assert sum(map(len, graph.values())) > 500
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names them
 
 
 @pytest.mark.parametrize(
