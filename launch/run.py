@@ -100,6 +100,7 @@ def _prepared(
         model, clip, vae = launch_comfyui.load(options.checkpoint, options.vae, options.lora)
         start = launch_comfyui.lora_weights(options.start_from) if options.start_from else None
         table, dtype = sigma_table(model), compute_type(model, setup.dtype, setup.tf32)
+        settings.grid(len(table))  # raises for what does not fit, before pictures are made
         rough = rough_previewer(model.get_model_object("latent_format"))
         settings = dataclasses.replace(settings, scale_loss=dtype == torch.float16)
         with first_of_a_machine(engine):

@@ -5,6 +5,7 @@ gamma 0 stands where the source uses DDIM, Euler or a solver of higher order, 1 
 """
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,6 +46,21 @@ def _each(
     ]  # fmt: skip
 
 
+def phased(steps: int) -> Preset:
+    """Of a LoRA that was distilled in so many phases: a step from each edge to the next, without noise in between."""
+    return Preset(
+        f"{PHASED} {steps} steps", steps=steps, cfg=1.0, gamma=0.0, timesteps=trailing_timesteps(steps), strength=1.0,
+        models="LoRAs of Distill LCM-LoRA with so many phases, of any model", source=f"{PCM} section 3.2", date="2024-05",
+    )  # fmt: skip
+
+
+def preset_called(name: str) -> Preset | None:
+    """The preset of that name, of phased LoRAs of any number of steps too; None if there is none."""
+    if name not in PRESETS and (match := re.fullmatch(rf"{PHASED} ([1-9]\d{{0,2}}) steps", name)):
+        return phased(int(match[1]))
+    return PRESETS.get(name)
+
+
 SD = "SD 1.5, SDXL"
 LCM_LORA = "Luo et al. 2023, LCM-LoRA, arXiv 2311.05556, and its model cards"
 TCD = "Zheng et al. 2024, Trajectory Consistency Distillation, arXiv 2402.19159"
@@ -52,6 +68,7 @@ DMD2 = "Yin et al. 2024, DMD2, arXiv 2405.14867, README"
 HYPER = "Ren et al. 2024, Hyper-SD, arXiv 2404.13686, and its model card"
 LIGHTNING = "Lin et al. 2024, SDXL-Lightning, arXiv 2402.13929, and its model card"
 PCM = "Wang et al. 2024, Phased Consistency Model, arXiv 2405.18407, and its"
+PHASED = "Phased LCM"
 LIGHTX2V = "ModelTC, LightX2V, step distillation (denoising_step_list 1000 750 500 250, sample_shift 5)"
 TEMPLATES = "ComfyUI's workflow templates 0.1.123:"
 IN_TEMPLATES = "2026-10"
@@ -78,6 +95,7 @@ _ROWS = [
            source=f"{PCM} model card (cfg 2.5 to 3.5 with 4 steps, 3 to 6 with 8)"),
     *_each((16,), "PCM normal cfg", 7.5, models=SD, sampler="ddim", source=f"{PCM} demo", date="2024-05"),
     Preset("PCM LCM-like", steps=4, cfg=1.0, gamma=1.0, models=SD, strength=1.0, source=f"{PCM} demo", date="2024-05"),
+    *map(phased, (2, 4, 8)),
     Preset("TDD", steps=4, cfg=1.7, gamma=0.2, original_steps=250, models=SD, sampler="tcd", date="2024-09",
            source="Wang et al. 2024, Target-Driven Distillation, arXiv 2409.01347"),
     Preset("Turbo", steps=1, cfg=1.0, gamma=1.0, timesteps=trailing_timesteps(4), models="SD-Turbo, SDXL-Turbo",

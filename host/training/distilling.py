@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import get_args
 
 import comfy.model_management
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 from ...distillation.health import Diverged
 from ...distillation.kept import Kept
 from ...distillation.optimizers import check_optimizer
+from ...distillation.recipes import NONE, followed
 from ...distillation.settings import Compute, Optimizer, Settings, Setup, Weighting
 from ..lora.weights import LoraWeights
 from ..page import show
@@ -47,9 +49,11 @@ def distil_lists(
 ):  # fmt: skip
     """What `distil` returns, of inputs that are all lists: prompts and latents may be many, of the rest there is one."""
     single = only_ones(inputs | {"vae": vae or (None,)})
+    single, recipe = followed(single.pop("recipe", NONE), single, asdict(Settings()) | asdict(Setup()))
     several = {"latents": latents, "validation": validation}
     given = {name: [one for one in values or () if one] for name, values in several.items()}
-    return distil(positive=positive, negative=negative, **given, **single)
+    lora, picture, report = distil(positive=positive, negative=negative, **given, **single)
+    return lora, picture, "\n".join(filter(None, [recipe, report]))
 
 
 def distil(
@@ -72,6 +76,7 @@ def distil(
     shown = entries(validation, "validation")[:PICTURES] if validation else []
     table, type_ = sigma_table(model), compute_type(model, dtype, tf32)
     settings = Settings(**training_settings, scale_loss=type_ == torch.float16)
+    settings.grid(len(table))
     check_optimizer(settings)
     rough = rough_previewer(model.get_model_object("latent_format"))
     given = pictures(model, latents)

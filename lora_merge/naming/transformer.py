@@ -278,6 +278,7 @@ def transformer(
     theirs_behind_kohya: bool = False,
     ratios: Mapping[str, float] | None = None,
     sure: bool = False,
+    width: int = 0,
     saved: Literal["comfy", "diffusers"] = "comfy",
     saved_fused: Literal["comfy", "kohya"] = "comfy",
 ) -> Family:
@@ -291,7 +292,7 @@ def transformer(
     own_read_lately: what newer versions alone read before an own name with dots.
     theirs_behind_kohya: whether trainers write diffusers' names behind `lora_unet_` or `diffusion_model.`.
     ratios: template of an own name -> rows for each column, where that tells the family from one with like names.
-    sure, saved, saved_fused: see Family.
+    sure, width, saved, saved_fused: see Family.
     """
     turned = turned or {}
     outside = {**dict.fromkeys(turned, ""), **outside}
@@ -312,6 +313,7 @@ def transformer(
         templates=tables.templates,
         suits=lambda own, shape: tables.suits(own, shape, ratios or {}),
         sure=sure,
+        width=width,
         saved=saved,
         saved_fused=saved_fused,
     )
