@@ -76,7 +76,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, Header]]:
 
 
 def check_written(head: bytes, size: int) -> None:
-    """check_header for a file that is not there yet. head: its first bytes, to the end of the header.   size: of the whole."""
+    """The same for a file that is not there yet. head: its first bytes, to the end of the header.   size: of the whole."""
     try:
         if len(head) - 8 > MAX_HEADER:
             raise _Refused(f"has {len(head)} bytes of header, and the most are {MAX_HEADER}; leave out metadata.")
