@@ -45,6 +45,7 @@ LEFT_OUT = (
 TESTS = [f"tests/{folder}" for folder in FOLDERS]
 KNOWN = Path(__file__).with_name("mutants_known.json")
 WANTED = 0.95
+FEW = 40  # tests: fewer may not be all that use a function's results
 
 
 def all_mutants(only: str | None) -> list[Mutant]:
@@ -93,13 +94,24 @@ def some_of(tests: list[str], most: int) -> list[str]:
     return tests[:half] + [others[index * len(others) // half] for index in range(half)]
 
 
+def callers_of(mutant: Mutant, tests: dict[str, list[str]], most: int) -> list[str]:
+    """The tests that call its function, [] if nothing does. Where these are few, some that call others of its file follow:
+    what is kept, a table or a cache, was made in an import or in another test, and is used by them."""
+    direct = tests.get(f"{mutant.file} {mutant.function}", [])
+    found = dict.fromkeys(some_of([name for name in direct if name != IMPORTED], most))
+    for near in (f"{mutant.file} ", f"{mutant.file.rpartition('/')[0]}/") if direct else ():
+        if len(found) < FEW:
+            names = {name for function, ones in tests.items() if function.startswith(near) for name in ones} - {
+                IMPORTED
+            }
+            found |= dict.fromkeys(some_of(sorted(names), FEW))
+    return [*found]
+
+
 def outcomes(mutants: list[Mutant], paths: list[str], most: int) -> Iterable[tuple[Mutant, str]]:
     tests = tests_by_function(paths)
     imported = {function for function, names in tests.items() if IMPORTED in names}
-    callers = {
-        one: some_of([name for name in tests.get(f"{one.file} {one.function}", []) if name != IMPORTED], most)
-        for one in mutants
-    }
+    callers = {one: callers_of(one, tests, most) for one in mutants}
     for one in mutants:
         if not callers[one]:
             yield one, "never called"
