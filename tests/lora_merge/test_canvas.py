@@ -1,6 +1,7 @@
 """Where lines and axes lie on a sheet, by hand."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -85,7 +86,7 @@ def test_dashes_go_on_round_a_bend():
     pieces = _dashes([(0.0, 0.0), (3.0, 0.0), (3.0, 40.0), (3.0, 41.0)])
     along = [[x + y for x, y in piece] for piece in pieces]
     assert [(round(one[0], 6), round(one[-1], 6)) for one in along] == [(0, 6), (12, 18), (24, 30), (36, 42)]
-    assert sum(math.dist(a, b) for piece in pieces for a, b in zip(piece, piece[1:], strict=False)) == pytest.approx(24)
+    assert sum(math.dist(a, b) for piece in pieces for a, b in pairwise(piece)) == pytest.approx(24)
 
 
 def test_dashes_of_a_slanted_line_are_as_long():
