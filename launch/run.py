@@ -106,9 +106,9 @@ def _prepared(
         with first_of_a_machine(engine):
             data = gathered(options, setup, settings, texts, model, clip, vae, Kept(folder / "kept"))
     work = Work(
-        model, data.latents, data.conds, data.unconds, data.prompts, table=table, settings=settings, dtype=dtype,
-        rank=setup.rank, alpha=setup.alpha, recompute=setup.gradient_checkpointing, shown=data.shown, names=data.names, start=start,
-        own=not texts.pictures, tf32=setup.tf32,
+        model=model, latents=data.latents, conds=data.conds, unconds=data.unconds, prompts=data.prompts, table=table,
+        settings=settings, dtype=dtype, rank=setup.rank, alpha=setup.alpha, recompute=setup.gradient_checkpointing,
+        shown=data.shown, names=data.names, start=start, own=not texts.pictures, tf32=setup.tf32,
     )  # fmt: skip
     return work, vae if options.picture else None, rough, data.remarks
 

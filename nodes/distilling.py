@@ -22,6 +22,7 @@ class Distill(Node):
             "8 steps. It learns from your pictures, or from pictures that the model makes itself. A long "
             "training: minutes to hours.",
             is_input_list=True,
+            is_experimental=True,
             inputs=[
                 io.Model.Input(
                     "model",

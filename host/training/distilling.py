@@ -17,6 +17,7 @@ from ...distillation.recipes import NONE, followed
 from ...distillation.settings import Compute, Optimizer, Settings, Setup, Weighting
 from ..lora.weights import LoraWeights
 from ..page import show
+from ..progress import Progress
 from .course import Course, write_lora
 from .data import entries, paired, partners, pictures
 from .loan import compute_type
@@ -89,8 +90,9 @@ def distil(
         model, [(conds[cond], unconds[uncond]) for cond, uncond in prompts], empty, settings, own
     )  # fmt: skip
     work = Work(
-        model, data, conds, unconds, prompts, table=table, settings=settings, dtype=type_, rank=rank, alpha=alpha,
-        recompute=gradient_checkpointing, shown=shown, start=start_from, own=not given, tf32=tf32,
+        model=model, latents=data, conds=conds, unconds=unconds, prompts=prompts, table=table, settings=settings,
+        dtype=type_, rank=rank, alpha=alpha, recompute=gradient_checkpointing, shown=shown, start=start_from,
+        own=not given, tf32=tf32,
     )  # fmt: skip
     lora, picture, lines = _trained(work, vae, rough, places, save_every)
     if places is not None:
@@ -113,19 +115,18 @@ def _trained(work: Work, vae, rough, places: Places | None, every: int) -> tuple
 def _run(run: Training, strip: Strip, places: Places | None, every: int) -> tuple[Course, float]:
     """Trains with progress on the node, in the page and in the console; returns the seconds it took, too."""
     steps = run.trainer.settings.steps
-    progress = comfy.utils.ProgressBar(steps)
-    started, told = time.monotonic(), 0.0
+    progress, started, told = Progress(), time.monotonic(), 0.0
 
     def after_step(course: Course, new: bool) -> None:
         nonlocal told
-        # ComfyUI's layers look for an interrupt too, in the middle of a step.
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        done, preview = course.trainer.done, None
-        if progress.hook is not None and done % max(1, min(every, steps // STRIPS)) == 0:
+        done = course.trainer.done
+
+        def preview():
             if not new:
                 strip.take()
-            preview = strip.preview(course.validation)
-        progress.update_absolute(done, steps, preview)
+            return strip.preview(course.validation)
+
+        progress(done, steps, None if done % max(1, min(every, steps // STRIPS)) else preview)
         bar.update(done - bar.n)
         bar.set_postfix(loss=f"{course.trainer.losses[-1]:.4g}", refresh=False)
         if (now := time.monotonic()) - told > 0.5:

@@ -22,7 +22,7 @@ from ...lora_merge.metadata.fields import ARCHITECTURE
 from ...lora_merge.recognise.identity import ARCHITECTURES, PRESET_KEY
 from ...samplers.preset import settings_in_words
 from ...samplers.presets import phased
-from ..lora.bases import base_of
+from ..lora.model_base import base_of
 from ..lora.weights import named
 from ..sampling.latents import fitted
 from ..sampling.tables import is_distilled, trained_sigma_table

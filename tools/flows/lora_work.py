@@ -18,7 +18,7 @@ def drawn(flow: Flow, model: Output, lora: Output, title: str, **sampler: Output
 
 @described(
     FLOWS,
-    "13 Merge, compare, save",
+    "Merge, compare, save",
     """
 ## Will two LoRAs fight?
 **Compare LoRAs** says where a style and the LCM-LoRA work on the same weights, and whether they pull apart there. **Merge
@@ -52,7 +52,7 @@ def merge(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "14 Shrink a LoRA",
+    "Shrink a LoRA",
     """
 ## A smaller file, before and after
 **Resize LoRA** keeps what matters most: here rank 16 of the LCM-LoRA's 64, about a quarter of the file. The report says how much
@@ -67,7 +67,7 @@ def shrink(flow: Flow) -> None:
         preset = flow.add("LCMKitPreset", name="LCM")
     with flow.group("Shrink"):
         large = flow.add("LCMKitLoadLoRA", lora_name=LCM_SD15)
-        small = flow.add("LCMKitResizeLoRA", lora=large["LORA_MODEL"], rank=16)
+        small = flow.add("LCMKitResizeLoRA", lora=large["LORA_MODEL"], **{"size.rank": 16})
         flow.add("LCMKitSaveLoRA", lora=small["LORA_MODEL"], filename_prefix="LCMKit/smaller")
     given = {"positive": prompt, "latent_image": latent, "preset": preset["preset"]}
     with flow.group("Before"):
@@ -81,7 +81,7 @@ def shrink(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "15 Extract and carry over",
+    "Extract and carry over",
     """
 ## SDXL-Turbo's speed as a LoRA
 What SDXL-Turbo has that SDXL has not is taken out as a LoRA, saved, and put on another model: choose your own SDXL fine-tune
@@ -110,7 +110,7 @@ def extract(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "16 Strength x steps grid",
+    "Strength x steps grid",
     """
 ## How strong, how many steps?
 **LCM Grid** makes one sheet: a row for each strength of the style, a column for each number of steps, all of one seed. It
@@ -136,7 +136,7 @@ def grid(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "17 Distill your own",
+    "Distill your own",
     """
 ## An LCM-LoRA for your own model
 **Distill LCM-LoRA** teaches the model to draw in few steps what it draws in many. As set here it is a short try: 100 steps on
@@ -170,7 +170,7 @@ def distil(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "18 Accelerate a style",
+    "Accelerate a style",
     """
 ## A style's own 4 steps
 The model with the style on it teaches an LCM-LoRA to draw that style in 4 steps: nearer to it than style and LCM-LoRA added up.
