@@ -12,7 +12,6 @@ from typing import Any
 
 from .page import executing, plain, report_elsewhere
 
-_WARNING = "Warning: "
 PACK = __name__.removesuffix(".host.reports")
 _of_ours: ContextVar[list[str] | None] = ContextVar("lines told while a node of ours runs", default=None)
 _elsewhere: ContextVar[tuple[object, list[str]] | None] = ContextVar("context and lines of another node", default=None)
@@ -43,7 +42,7 @@ class ToNodes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tell(f"{_WARNING}{record.getMessage()}")
+            tell(record.getMessage())
         except Exception:
             self.handleError(record)
 
@@ -88,7 +87,7 @@ def _report(told: dict[str, Any], lines: list[str]) -> list[str]:
     """[the node's own report and what else was told], [] for nothing."""
     own = "\n".join(told.get("text", ()))
     said = " ".join(own.split())
-    new = [line for line in lines if " ".join(line.removeprefix(_WARNING).split()) not in said]
+    new = [line for line in lines if " ".join(line.split()) not in said]
     text = "\n".join(filter(None, [own, *new]))
     return [plain(text)] if text else []
 

@@ -41,7 +41,7 @@ class LCMGrid(Node):
                 io.String.Input("columns", default="1, 2, 4, 8", tooltip=VALUES_TOOLTIP),
                 inputs.seed("Fixes all noise: every cell starts from the same.", after_generate=True),
                 inputs.steps(),
-                inputs.cfg("Guidance; above 1 it needs negative."),
+                inputs.cfg("Guidance; above 1 it needs negative, or clip for the empty prompt."),
                 io.Conditioning.Input(
                     "positive", optional=True, tooltip="What the pictures should show; or connect clip and write a prompt."
                 ),

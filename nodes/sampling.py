@@ -59,7 +59,8 @@ class LCMKSampler(Node):
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="What to avoid. Not needed while cfg is 1, where it has no effect.",
+                    tooltip="What to avoid. Not needed while cfg is 1, where it has no effect. Above 1 and without it the empty "
+                    "prompt is taken: see clip.",
                 ),
                 io.Latent.Input(
                     "latent_image", tooltip="An empty latent, or a picture to change with denoise below 1."
@@ -113,6 +114,12 @@ class LCMKSampler(Node):
                     tooltip="Where model_low takes over: steps that start below this share of the highest time are its own. "
                     "Wan 2.2 has 0.875 for text to video and 0.9 for image to video.",
                 ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder, for the empty prompt where cfg is above 1 and no negative is connected. SDXL "
+                    "needs none: it was trained with zeros for it.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The finished latent, for VAE Decode.")],
             search_aliases=["lcm", "latent consistency", "few step sampler", "turbo"],
@@ -140,6 +147,7 @@ class LCMKSampler(Node):
         return_with_leftover_noise=False,
         model_low=None,
         boundary=WAN_BOUNDARY,
+        clip=None,
     ) -> io.NodeOutput:
         return io.NodeOutput(
             sampling.sample(
@@ -158,6 +166,7 @@ class LCMKSampler(Node):
                 preset=preset,
                 section=Section(start_at_step, end_at_step, add_noise, return_with_leftover_noise),
                 experts=None if model_low is None else (model_low, boundary),
+                clip=clip,
             )
         )
 

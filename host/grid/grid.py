@@ -175,6 +175,11 @@ class _Patched:
                 self._applied = patches.apply(parts.model, parts.clip, parts.lora, strength, strength)
         return self._applied.model
 
+    @property
+    def clip(self) -> Any:
+        """The CLIP with the LoRA on it, None where there is none."""
+        return self._applied.clip
+
     def positive(self, text: str) -> Any:
         """CONDITIONING of the text, or what is connected where there is no CLIP."""
         clip = self._applied.clip
@@ -191,7 +196,7 @@ def _picture(parts: Parts, patched: _Patched, own: Mapping, base: Mapping, text:
     model = patched.at(own.get(STRENGTH, None if parts.lora is None else 1.0))
     latent = sample(
         model, patched.positive(text), parts.negative, parts.latent, **settings, cfg_steps=-1, original_steps=50,
-        preset=_preset(parts.preset, own), watch=lambda *_: None,  # the sheet is what is shown
+        preset=_preset(parts.preset, own), clip=patched.clip, watch=lambda *_: None,  # the sheet is what is shown
     )  # fmt: skip
     images = parts.vae.decode(latent["samples"])
     patched.sampled += 1

@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from .empty_prompt import negative_for
 from .experts import staged
 from .guidance import FirstStepsGuider
 from .latents import fitted, given_out
@@ -33,6 +34,7 @@ def sample(
     preset=None,
     section=WHOLE,
     experts=None,
+    clip=None,
     watch=None,
 ) -> dict:
     """A LATENT, sampled. Image k of a batch is the image made alone with batch index k.
@@ -40,6 +42,7 @@ def sample(
     preset: a Preset, which replaces steps, cfg, gamma and original_steps, or None.
     section: the steps of the schedule that are run.
     experts: (MODEL, boundary) of the model for the levels below the boundary, or None; see experts.steps_above.
+    clip: the CLIP that encodes the empty prompt, or None; see empty_prompt.negative_for, whose error is raised.
     watch: see runs.run.   Where no step is left to run, the latent as it is.
     """
     schedule = lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps, preset=preset)
@@ -47,12 +50,14 @@ def sample(
         latent = fitted(model, latent)
         return given_out(latent, latent["samples"])
     gamma = chosen_gamma(gamma, gammas, preset)
-    cfg = _possible_cfg(cfg if preset is None else preset.cfg, negative, cfg_steps)
+    cfg = cfg if preset is None else preset.cfg
     sigmas = section.of(schedule)
     _say_what_is_left(section, schedule, sigmas, latent)
     if len(sigmas) < 2:
         latent = fitted(model, latent)
         return given_out(latent, latent["samples"])
+
+    negative = negative_for(model, positive, negative, clip, cfg=cfg, guided=cfg_steps != 0)
 
     def guider(patcher):
         made = FirstStepsGuider(patcher)
@@ -73,23 +78,6 @@ def sample(
         add_noise=section.add_noise,
         watch=watch,
     )
-
-
-def _possible_cfg(cfg: float, negative, cfg_steps: int) -> float:
-    """cfg, or 1 where there is no negative prompt to guide away from.
-
-    No stand-in is made up: the empty prompt needs the text encoder, which a sampler has not, and zeros in its place are
-    another prompt (of the usual models only SDXL's was trained with them).
-    """
-    if negative is not None or math.isclose(cfg, 1.0) or cfg_steps == 0:
-        return cfg
-    logger.warning(
-        "cfg is %g, but no negative prompt is connected to guide away from: cfg 1 is used, without guidance. Connect "
-        "CLIP Text Encode, its text empty, for cfg %g.",
-        cfg,
-        cfg,
-    )
-    return 1.0
 
 
 def _say_what_is_left(section: Section, schedule: torch.Tensor, sigmas: torch.Tensor, latent: dict) -> None:

@@ -44,6 +44,7 @@ CONTRACT = {
             ("return_with_leftover_noise", "BOOLEAN", False),
             ("model_low", "MODEL", None),
             ("boundary", "FLOAT", 0.875),
+            ("clip", "CLIP", None),
         ],
         ["LATENT"],
     ),

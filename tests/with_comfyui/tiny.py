@@ -195,11 +195,11 @@ def fill(module, seed):
             parameter.mul_(0.1).add_(float(name.endswith("weight")))
 
 
-def tiny_clip():
-    """A CLIP of two layers. It has no words: only its weights are of use."""
+def tiny_clip(*, words=False, width=32):
+    """A CLIP of two layers. Without words only its weights are of use."""
     config = {
         "num_hidden_layers": 2,
-        "hidden_size": 32,
+        "hidden_size": width,
         "num_attention_heads": 2,
         "intermediate_size": 64,
         "hidden_act": "quick_gelu",
@@ -208,7 +208,8 @@ def tiny_clip():
     }
     encoder = partial(comfy.sd1_clip.SDClipModel, textmodel_json_config=config)
     target = comfy.supported_models_base.ClipTarget(
-        lambda **nothing: None, partial(comfy.sd1_clip.SD1ClipModel, clip_model=encoder)
+        comfy.sd1_clip.SD1Tokenizer if words else lambda **nothing: None,
+        partial(comfy.sd1_clip.SD1ClipModel, clip_model=encoder),
     )
     clip = comfy.sd.CLIP(target)
     fill(clip.cond_stage_model, seed=0)
