@@ -153,7 +153,7 @@ class MergeLoRA(Node):
                 io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The merged LoRA. Apply it at strength 1."),
                 io.String.Output(display_name="report", tooltip="What went in, what came out, and any error made."),
             ],
-            search_aliases=["lora arithmetic", "combine loras", "add loras", "lora sum"],
+            search_aliases=["lora arithmetic", "combine loras", "add loras", "lora sum", "lora block weight"],
         )
 
     @classmethod
