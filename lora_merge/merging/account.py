@@ -10,6 +10,7 @@ from statistics import median
 from ..disk.hashes import stated
 from ..one_module.tally import Tally
 from ..settings.options import MergeOptions
+from .by_target import ModelNames
 from .plan import Plan
 
 
@@ -25,7 +26,8 @@ class Source:
     merged, passed_through, refused: what became of its modules; they add up to `modules`. Refused ones are left out of
         the result, which happens on request only.
     effect: how strong it is in what the method made, before any cut: the coefficients of strength * update that come
-        nearest to it (least squares over all modules). 1 for the linear sum; None if it had no energy.
+        nearest to it (least squares over all modules). 1 for the linear sum, and of its share in a mean; None if it had no
+        energy.
     stepped_aside: share of its energy left after it made room for the protected LoRA, 1 if it did not.
     protected: the others stepped aside for it.   block_strengths: what was asked for, "" for none.
     sha256: of its file, None where there is no file or nobody said.   weights: sha256 of all behind its file's header, as
@@ -58,6 +60,7 @@ class Account:
     relative_error: of the cut, all updates together, Frobenius norm against what the method made; 0 for an exact merge.
     options: all that was asked for, defaults filled in.   ranks: smallest, median and largest rank of the result.
     warnings: what the user should know, in sentences.   rebalanced: modules whose factors were balanced for float16.
+    model: what a connected model said of the inputs' names, where these do not tell by themselves.
     """
 
     sources: tuple[Source, ...]
@@ -70,6 +73,7 @@ class Account:
     ranks: tuple[int, float, int] | None = None
     warnings: tuple[str, ...] = ()
     rebalanced: int = 0
+    model: ModelNames | None = None
 
 
 def account_of(plan: Plan, tally: Tally, sha256: Sequence[str | None]) -> Account:
@@ -87,6 +91,7 @@ def account_of(plan: Plan, tally: Tally, sha256: Sequence[str | None]) -> Accoun
         options=options,
         ranks=(min(tally.ranks), median(tally.ranks), max(tally.ranks)) if tally.ranks else None,
         rebalanced=tally.rebalanced,
+        model=plan.model,
     )
 
 

@@ -15,6 +15,7 @@ from ..one_module.protect import protected_input
 from ..settings.options import MergeOptions
 from ..settings.strengths import Blocks, Strengths, strengths_of
 from .align import fused_with_slices, unify
+from .by_target import ModelNames, by_target
 from .passthrough import Passthrough, passthrough_of, refusal
 
 Input = tuple[Lora, float]
@@ -33,6 +34,7 @@ class Plan:
     metadata: that the result starts with.   names_architecture: whether the result says what it is for by itself.
     remarks: what the inputs' metadata says that the user should know.
     fused: modules of two inputs of which one is a slice of the other's weight, where the method would look at both.
+    model: what a model said of their names, as far as anything was changed by it.
     protects_nobody: whether someone was to be protected, and none of the inputs is such a LoRA.
     """
 
@@ -49,6 +51,7 @@ class Plan:
     remarks: Sequence[str]
     fused: Sequence[Pair]
     protects_nobody: bool
+    model: ModelNames | None
 
 
 def plan(
@@ -56,12 +59,14 @@ def plan(
     options: MergeOptions,
     block_strengths: Blocks | Sequence[Blocks] = None,
     metadata: Mapping[str, str] | None = None,
+    model: ModelNames | None = None,
 ) -> Plan:
-    """The plan of a merge; block_strengths, metadata and what is raised are those of `merge_with_account`."""
+    """The plan of a merge; block_strengths, metadata, model and what is raised are those of `merge_with_account`."""
     options.check(len(inputs))
     wanted = given(metadata)
-    loras = unify([lora for lora, _ in inputs])
-    strengths = strengths_of(loras, [strength for _, strength in inputs], block_strengths)
+    loras, told = _met([lora for lora, _ in inputs], model)
+    base, averaged = [strength for _, strength in inputs], options.the_method.averages
+    strengths = strengths_of(loras, base, block_strengths, averaged=averaged)
     sharing = [lora for index, lora in enumerate(loras) if _has_part(lora, index, strengths)]
     kept, remarks = inherited(sharing)
     notes = changed(kept, wanted)
@@ -87,7 +92,17 @@ def plan(
         remarks=remarks,
         fused=fused_with_slices(loras) if meets else [],
         protects_nobody=protects_nobody,
+        model=told,
     )
+
+
+def _met(loras: Sequence[Lora], model: ModelNames | None) -> tuple[list[Lora], ModelNames | None]:
+    """The LoRAs with canonical names that agree, and what the model said where that changed anything."""
+    if model is None:
+        return unify(loras), None
+    met = by_target(loras, model.targets, model.shapes)
+    changed = any(one is not other for one, other in zip(loras, met, strict=True))
+    return unify(met), model.of(loras) if changed else None
 
 
 def _modules(loras: Sequence[Lora], whole: Mapping[str, None], passthrough: Passthrough) -> list[str]:

@@ -138,6 +138,9 @@ def _method_lines(account: Account) -> list[str]:
         lines.append("Effect of each input in the result, 100 % being strength * LoRA as it is:")
         for source in account.sources:
             lines.append(f"  {source.name}: {'no update' if source.effect is None else f'{100 * source.effect:.1f} %'}")
+    if account.options.the_method.averages:
+        total = sum(source.strength for source in account.sources)
+        lines.append(f"The mean of the LoRAs: each strength is a weight, divided by their sum, {total:g}.")
     if account.options.mu and account.options.protect is not None:
         left = [
             f"{source.name} keeps {100 * source.stepped_aside:.1f} % of its energy there"

@@ -80,6 +80,7 @@ class Family:
     name: for people.
     recognises: (canonical names of a whole LoRA) -> whether it may be for such a model, as far as names can tell; other
         families may know the same names (families.family_of).
+    width: columns of the weights that its blocks' attention reads with; of a family whose names another one has, too.
     sure: every LoRA has to tell that it is of this family, since another one has names and sizes like it.
     kohya_name: (a file's module, wrappers taken off) -> its spelling.
     canonical: (spelling, layout) -> canonical name.
@@ -131,6 +132,7 @@ class Family:
     suits: Callable[[str, tuple[int, ...]], bool] = lambda own, shape: True
     saved: Literal["comfy", "diffusers"] = "comfy"
     saved_fused: Literal["comfy", "kohya"] = "comfy"
+    width: int = 0
     sure: bool = False
 
     @property

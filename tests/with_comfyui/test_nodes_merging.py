@@ -243,14 +243,16 @@ def test_what_is_switched_off_leaves_a_merge_of_the_rest(model, on):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_lora_left_is_its_strength_times_itself_by_every_method(pair, method):
+    """But of a mean, where the strength is its weight: that of one is itself."""
+    strength = 1.0 if METHODS[method].averages else 0.7
     ours, text = merged((None, 1.0), (pair[1], 0.7), method=method)
     found, given = LoraWeights(ours, name="x"), LoraWeights(pair[1], name="y")
     found, given = to_lora(found), to_lora(given)
     assert found.modules.keys() == given.modules.keys()
     for module in given.modules:
-        torch.testing.assert_close(found.delta(module), 0.7 * given.delta(module))
-    assert "Note: One LoRA is connected: the result is lora_2 * 0.7" in text
-    assert (f"method {method} has nothing to merge" in text) == (method != "linear")
+        torch.testing.assert_close(found.delta(module), strength * given.delta(module))
+    assert ("Note: One LoRA is connected: the result is lora_2 * 0.7" in text) == (strength != 1)
+    assert (f"method {method} has nothing to merge" in text) == (method not in ("linear", "average"))
 
 
 def test_one_lora_left_is_cut_as_it_is_asked(pair):

@@ -288,6 +288,8 @@ CONTRACT = {
             ("optimizer", "COMBO", "adamw"),
             ("tf32", "BOOLEAN", False),
             ("start_from", "LORA_MODEL", None),
+            ("phases", "INT", 1),
+            ("recipe", "COMBO", "none"),
         ],
         ["LORA_MODEL", "IMAGE", "STRING"],
     ),
@@ -298,6 +300,7 @@ CHOICES = {
     "LCMKitMergeLoRA": {
         "method": {
             "linear": [],
+            "average": [],
             "ties": [("density", "FLOAT", 0.2), DENSE],
             "dare": [("density", "FLOAT", 0.9), SEED, DENSE],
             "dare_ties": [("density", "FLOAT", 0.9), SEED, DENSE],
