@@ -443,14 +443,18 @@ def test_help_pages_are_markdown_without_html_or_strange_links():
         text = page.read_text(encoding="utf-8")
         assert re.findall(r"<[a-zA-Z/!?][^>]*>", text) == [], page.name
         links = re.findall(r"\]\(([^)]*)\)", text)
-        assert [link for link in links if not link.startswith("https://") and link != f"{page.stem}.webp"] == [], page.name
+        assert [link for link in links if not link.startswith("https://") and link != f"{page.stem}.webp"] == [], (
+            page.name
+        )
 
 
 @pytest.mark.parametrize("node_id", CONTRACT)
 def test_a_help_page_has_its_picture(node_id):
     """If it is missing: make pictures ONLY=the node's id."""
     folder = ROOT / "web" / "docs"
-    assert re.findall(r"!\[[^\]]+\]\((.*?)\)", (folder / f"{node_id}.md").read_text(encoding="utf-8")) == [f"{node_id}.webp"]
+    assert re.findall(r"!\[[^\]]+\]\((.*?)\)", (folder / f"{node_id}.md").read_text(encoding="utf-8")) == [
+        f"{node_id}.webp"
+    ]
     picture = folder / f"{node_id}.webp"
     assert picture.stat().st_size <= 60_000
     with Image.open(picture) as opened:

@@ -76,19 +76,23 @@ def test_a_saved_workflow_and_a_picture_bring_the_graph_back(browser, server, pa
     new.close()
 
 
-@pytest.mark.parametrize("type_", ["LCMKitApplyLoRA", "LCMKitKSampler"])
+@pytest.mark.parametrize("type_", ["LCMKitApplyLoRA", "LCMKitKSampler", "LCMKitMergeLoRA"])
 def test_a_bypassed_node_hands_on_what_it_got(page, opened, type_):
-    """Without the LoRA the model and the text encoder go on; without the sampler the empty latent."""
+    """Without the LoRA the model and the text encoder go on; without the sampler the empty latent; of a merge lora_1."""
     page.evaluate("type => { app.graph.nodes.find(n => n.type === type).mode = 4; }", type_)
     graph = sent(page)
     types = [node["class_type"] for node in graph.values()]
     assert type_ not in types
     links = {value[0] for node in graph.values() for value in node["inputs"].values() if isinstance(value, list)}
     assert links <= graph.keys()
-    taker = {"LCMKitApplyLoRA": ("LCMKitKSampler", "model"), "LCMKitKSampler": ("VAEDecode", "samples")}[type_]
-    (source,) = (node["inputs"][taker[1]][0] for node in graph.values() if node["class_type"] == taker[0])
-    expected = {"LCMKitApplyLoRA": "CheckpointLoaderSimple", "LCMKitKSampler": "EmptyLatentImage"}[type_]
+    taker, input_, expected = {
+        "LCMKitApplyLoRA": ("LCMKitKSampler", "model", "CheckpointLoaderSimple"),
+        "LCMKitKSampler": ("VAEDecode", "samples", "EmptyLatentImage"),
+        "LCMKitMergeLoRA": ("LCMKitApplyLoRA", "lora", "LCMKitLoadLoRA"),
+    }[type_]
+    (source,) = (node["inputs"][input_][0] for node in graph.values() if node["class_type"] == taker)
     assert graph[source]["class_type"] == expected
+    assert graph[source]["inputs"].get("lora_name", TINY.style) == TINY.style
 
 
 @pytest.fixture(scope="module")
