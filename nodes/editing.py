@@ -9,8 +9,6 @@ from .sampling import CATEGORY
 
 
 class LCMEdit(Node):
-    shows_warnings = True
-
     @classmethod
     def define_schema(cls):
         return io.Schema(

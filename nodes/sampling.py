@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..host.door.node import Node
+from ..host.door.replaced import REPLACES
 from ..host.sampling import sampling
 from ..host.sampling.experts import WAN_BOUNDARY
 from ..host.sampling.runs import Section
@@ -30,17 +31,18 @@ def gammas_input():
     )
 
 
-def preset_input(replaces: str):
+def preset_input(*replaces: str, more: str = ""):
+    """replaces: the inputs of the node that have no effect while a preset is connected."""
+    names = " and ".join(filter(None, [", ".join(replaces[:-1]), replaces[-1]]))
     return Presets.Input(
         "preset",
         optional=True,
-        tooltip=f"From LCM Preset or LCM-LoRA Loader: settings that the model was made for. Replaces {replaces}.",
+        tooltip=f"From LCM Preset or LCM-LoRA Loader: settings that the model was made for. Replaces {names}{more}.",
+        extra_dict={REPLACES: list(replaces)},
     )
 
 
 class LCMKSampler(Node):
-    shows_warnings = True
-
     @classmethod
     def define_schema(cls):
         return io.Schema(
@@ -93,7 +95,7 @@ class LCMKSampler(Node):
                 ),
                 inputs.original_steps(advanced=True),
                 gammas_input(),
-                preset_input("steps, cfg, gamma and original_steps"),
+                preset_input("steps", "cfg", "gamma", "original_steps"),
                 *inputs.section(),
                 io.Model.Input(
                     "model_low",

@@ -8,10 +8,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .check import check
+from ..reports import tell
+from .check import check, name_in_words
 from .choices import in_full, is_dynamic_choice, with_all_inside
 from .paths import without_folders
-from .told import warnings_told
+from .replaced import replaced
 
 LONGEST = 4000  # of an error, in characters
 
@@ -26,9 +27,6 @@ class Node(io.ComfyNode):
     An input with a default may be left out, as API clients do; a page always sends it. A choice with inputs of its own
     may not: ComfyUI leaves it out where it is misspelt, which would pass for the default.
     """
-
-    shows_warnings = False
-    """Whether the warnings of a run are shown on the node. For one that has no report of its own."""
 
     def __init_subclass__(cls, **keywords):
         super().__init_subclass__(**keywords)
@@ -58,17 +56,14 @@ def _checked(execute: Callable) -> Callable:
     @functools.wraps(execute)
     def run(cls, *values, **inputs):
         schema = cls.define_schema()
-        with in_the_name_of(schema.display_name):
+        with in_the_name_of(name_in_words(schema)):
             named = inspect.getfullargspec(execute).args[1:]
             given, own = dict(zip(named, values, strict=False)) | inputs, _own_rules(cls)
             check(schema, given, own.keys())
+            for line in replaced(schema, given):
+                tell(line)
             try:
-                with warnings_told() as told:
-                    output = execute(cls, **given | _left_out(schema, given) | _in_full(schema, given))
-                if cls.shows_warnings:
-                    # An empty list too: the page takes away what the run before had to say.
-                    output.ui = {"text": ["\n".join(told)] if told else []}
-                return output
+                return execute(cls, **given | _left_out(schema, given) | _in_full(schema, given))
             except FileNotFoundError:
                 # The node's own rule for the name knows which input it is, and which files are near.
                 told = [answer for name in own.keys() & given.keys() if (answer := own[name](given[name])) is not True]

@@ -62,7 +62,7 @@ class Relay:
 
 def lcm_sampler(*, gamma, seed, batch_indices=None, schedule=None, relay=None, **noise) -> comfy.samplers.KSAMPLER:
     """A SAMPLER. The arguments are those of Settings.   relay: between the stages of one run, or None."""
-    settings = Settings(gamma, seed, batch_indices, schedule, **noise)
+    settings = Settings(gamma=gamma, seed=seed, batch_indices=batch_indices, schedule=schedule, **noise)
     return comfy.samplers.KSAMPLER(_sample_function, {"settings": settings, "relay": relay})
 
 

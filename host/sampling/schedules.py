@@ -51,7 +51,7 @@ def lcm_sigmas(model, *, steps, denoise, original_steps, timesteps="", preset=No
             )
         return _typed(model_sampling, own, denoise, original_steps)
     if preset is None:
-        preset = Preset("", steps, 1.0, 1.0, original_steps)
+        preset = Preset("", steps=steps, cfg=1.0, gamma=1.0, original_steps=original_steps)
     sigmas = _of_preset(model_sampling, preset, denoise)
     if len(sigmas) - 1 < preset.steps and not preset.timesteps:
         logger.warning(
@@ -116,7 +116,7 @@ def _typed(model_sampling, timesteps: list[int], denoise: float, original_steps:
         )
     table = time_table(model_sampling)
     if table is not None:
-        return Preset("", len(kept), 1.0, 1.0, timesteps=tuple(kept)).levels(table)
+        return Preset("", steps=len(kept), cfg=1.0, gamma=1.0, timesteps=tuple(kept)).levels(table)
     _warn_off_grid(kept, original_steps)
     return sigmas_of(model_sampling, kept)
 

@@ -10,11 +10,11 @@ from typing import Literal, get_args
 import torch
 
 from ..naming.aliases import text_encoder
-from ..naming.families import family_by_shapes
+from ..naming.families import family_by_shapes, family_by_width, written
 from ..naming.family import Family, underscored
 from ..updates.layer import Layer, LoraLayer
 from .lora import Format, Lora
-from .one_naming import family_of_loras, in_own_naming, split
+from .one_naming import family_of_loras, in_own_naming, model_shapes, split
 
 SaveFormat = Literal["auto", "kohya", "diffusers", "comfy"]
 SAVE_FORMATS: tuple[SaveFormat, ...] = get_args(SaveFormat)
@@ -70,6 +70,7 @@ def _has_fused(lora: Lora, family: Family) -> bool:
 def _own(lora: Lora, family: Family, format: Format) -> Lora:
     """In the model's own names, every slice part of its fused weight."""
     lora = _in_own_naming(lora)
+    _check_slices(lora, family)
     spelled = {}
     for module, known in lora.spellings.items():
         bare = module.removesuffix("_bias")
@@ -84,11 +85,28 @@ def _own(lora: Lora, family: Family, format: Format) -> Lora:
     return replace(lora, spellings=spelled)
 
 
+def _check_slices(lora: Lora, family: Family) -> None:
+    """Raises ValueError for slices of a fused weight that could not become part of it, where ComfyUI has no name for them."""
+    unread = [module for module in lora.spellings if family.fused(module) and written(family, module) is None]
+    if unread:
+        kinds = {lora.carried[m].kind if m in lora.carried else "" for m in unread} - {""}
+        why = (
+            f"they are {' and '.join(sorted(kinds))}" if kinds else "the other slices do not tell where they lie in it"
+        )
+        names = ", ".join(sorted(lora.spellings[module] for module in unread)[:3])
+        raise ValueError(
+            f"{lora.source}: {len(unread)} of its modules ({names}) are slices of weights that {family.name} has in one piece "
+            f"in ComfyUI, which has no names for the slices, and they cannot become part of the whole: {why}. Save it for "
+            "diffusers if it is a plain LoRA, or train on the names of the whole weight."
+        )
+
+
 def _of_diffusers(lora: Lora) -> Lora:
     """In diffusers' names, every fused weight in its slices."""
     # Families with the same names of their own may have others in diffusers: the names that came may tell.
     came, lora = lora, _in_own_naming(lora)
     family = next(filter(None, map(family_by_shapes, map(_model_shapes, (came, lora)))), None)
+    family = family or family_by_width([model_shapes(came)])
     if family is None:
         raise ValueError(
             f"{lora.source}: its modules do not tell which model it is for, so not what diffusers calls them"

@@ -122,7 +122,7 @@ class Lora:
         """The canonical name of a module given by any of its spellings. Raises KeyError if this LoRA has none."""
         if module in self.spellings:
             return module
-        spelled = names.spelling(module)
+        spelled = names.kohya_name(module)
         for name, known in self.spellings.items():
             if spelled == known:
                 return name

@@ -68,6 +68,7 @@ def reproduce(
         block_strengths=[entry.block_strengths for entry in recipe.inputs],
         workers=workers,
         progress=progress,
+        model=recipe.model,
         **vars(replace(recipe.options, out_dtype=recipe.options.out_dtype or dtype)),
     )
     made, written_in = named_for(made, format)

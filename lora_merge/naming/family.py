@@ -74,14 +74,15 @@ def _as_they_are(spellings: Mapping[str, str]) -> dict[str, str]:
 class Family:
     """Functions of module names. What is not of the family is None to each of them, so that the next one is asked.
 
-    A *spelling* is how a module is written in kohya's format (names.spelling), a *canonical* name is the same for all
+    A *spelling* is how a module is written in kohya's format (names.kohya_name), a *canonical* name is the same for all
     spellings of a weight. layout: what translates between the block namings of a model (unet.Layout).
 
     name: for people.
     recognises: (canonical names of a whole LoRA) -> whether it may be for such a model, as far as names can tell; other
         families may know the same names (families.family_of).
+    width: columns of the weights that its blocks' attention reads with; of a family whose names another one has, too.
     sure: every LoRA has to tell that it is of this family, since another one has names and sizes like it.
-    spelling: (a file's module, wrappers taken off) -> its spelling.
+    kohya_name: (a file's module, wrappers taken off) -> its spelling.
     canonical: (spelling, layout) -> canonical name.
     dotted: (spelling, layout) -> diffusers' spelling with dots.
     tidy: {canonical name: spelling} -> the same in one naming, where readers know no mix of two.
@@ -109,7 +110,7 @@ class Family:
 
     name: str
     recognises: Callable[[Collection[str]], bool] = lambda names: False
-    spelling: Callable[[str], str | None] = _none
+    kohya_name: Callable[[str], str | None] = _none
     canonical: Callable[[str, Any], str | None] = _none
     dotted: Callable[[str, Any], str | None] = _none
     tidy: Callable[[Mapping[str, str]], dict[str, str]] = _as_they_are
@@ -131,6 +132,7 @@ class Family:
     suits: Callable[[str, tuple[int, ...]], bool] = lambda own, shape: True
     saved: Literal["comfy", "diffusers"] = "comfy"
     saved_fused: Literal["comfy", "kohya"] = "comfy"
+    width: int = 0
     sure: bool = False
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -28,6 +28,20 @@ def which_protected(text: str, labels: Sequence[str]) -> int | Literal["auto"] |
         raise ValueError(
             f"protect is {text}, but the LoRAs are numbered {', '.join(labels)}. Choose one of these, auto or none."
         ) from None
+
+
+def protecting(
+    text: str, labels: Sequence[str], identities: Callable[[], Sequence[Identity | None]], strengths: Sequence[float]
+) -> int | Literal["auto"] | None:
+    """As `which_protected`, but `auto` finds the LoRA by all that is known of the inputs, the hashes of their files too.
+
+    identities: asked only where it counts.
+    """
+    which = which_protected(text, labels)
+    if which != "auto":
+        return which
+    found = protected_of(identities(), strengths)
+    return which if found is None else found
 
 
 def stepping_aside(terms: Sequence[Term], protected: int, mu: float, energy: float = 0.5) -> list[Term]:

@@ -125,7 +125,13 @@ def _module(canonical: str, shape: Shape) -> _Module:
         if family.translates and (own := family.own(canonical)) is not None:
             names.append(without_prefix(own))
         slices += sorted(family.fused(canonical))
-    return _Module(canonical, body, tuple(dict.fromkeys(names)), tuple(dict.fromkeys(slices)), shape)
+    return _Module(
+        canonical=canonical,
+        body=body,
+        names=tuple(dict.fromkeys(names)),
+        slices=tuple(dict.fromkeys(slices)),
+        shape=shape,
+    )
 
 
 def _place_in(base: Transformer, module: _Module) -> str | None:

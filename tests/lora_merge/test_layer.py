@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lcm_kit.lora_merge import LoraLayer
-from lcm_kit.lora_merge.updates.layer import meeting_shape
+from lcm_kit.lora_merge.updates.layer import shape_of_both
 from lcm_kit.tests.lora_merge.make import dense, factors, relative
 
 
@@ -86,5 +86,5 @@ def test_a_layer_cannot_be_changed():
     ],
 )
 def test_shapes_of_one_weight_meet(first, second, common):
-    assert meeting_shape(first, second) == common
-    assert meeting_shape(second, first) == common
+    assert shape_of_both(first, second) == common
+    assert shape_of_both(second, first) == common

@@ -124,6 +124,7 @@ MODELS = {
     "Wan VACE": ("WAN21_Vace", "wan.model", "VaceWanModel", _VACE, None),
     "Wan": ("WAN21", "wan.model", "WanModel", _WAN, None),
     "Wan I2V": ("WAN21", "wan.model", "WanModel", _WAN | {"model_type": "i2v"}, None),
+    "Wan Animate 2": ("WAN_Animate2", "wan.model_animate2", "WanAnimate2Model", _WAN | {"model_type": "animate2"}, None),
     "AuraFlow": ("AuraFlow", "aura.mmdit", "MMDiT", _AURA, None),
     "PixArt": ("PixArt", "pixart.pixartms", "PixArtMS", _PIXART, None),
     "HunyuanDiT": ("HunyuanDiT", "hydit.models", "HunYuanDiT", _HYDIT, None),

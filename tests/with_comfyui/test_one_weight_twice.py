@@ -94,7 +94,7 @@ def names_of(key):
 
 def outcome(first, second, shape, layout=None):
     """ "one" if the two names meet, "refused" if a merge refuses them; anything else is a failure."""
-    pair = [names.spelling(first), names.spelling(second)]
+    pair = [names.kohya_name(first), names.kohya_name(second)]
     layout = layout or infer_layout(names.unet_bodies(pair))
     canonical = [names.canonical(spelled, layout) for spelled in pair]
     if canonical[0] == canonical[1]:
@@ -110,7 +110,7 @@ def test_every_pair_of_names_of_a_unet_meets(base):
     homes, weights = comfy.lora.model_lora_keys_unet(model, {}), model.state_dict()
     groups = by_weight(homes, lambda spelled: weights.get(dits.target_of(homes[spelled])[0]))
     groups = {target: [s for s in found if not s.endswith(".bias")] for target, found in groups.items()}
-    layout = infer_layout(names.unet_bodies([names.spelling(s) for found in groups.values() for s in found]))
+    layout = infer_layout(names.unet_bodies([names.kohya_name(s) for found in groups.values() for s in found]))
     for (weight, _), spellings in groups.items():
         for first, second in combinations(spellings, 2):
             assert outcome(first, second, weights[weight].shape, layout) == "one"
@@ -137,7 +137,9 @@ def test_every_pair_of_names_of_a_text_encoder_meets_or_is_refused(name):
             outcome(first, second, weights[weight].shape)
             several += 1
     assert several > 100
-    spelled = {names.spelling(s): weights[dits.target_of(homes[s])[0]].shape for s in homes if s.startswith("lora_te")}
+    spelled = {
+        names.kohya_name(s): weights[dits.target_of(homes[s])[0]].shape for s in homes if s.startswith("lora_te")
+    }
     assert twice_of(spelled) == [] or name == "Flux"  # whose T5 ComfyUI calls te2 and te3
 
 
@@ -176,7 +178,7 @@ def test_one_naming_never_names_a_weight_twice(name):
         if (shape := dits.shape_at(name, spelled)) is not None:
             # One weight has two names in one naming where versions differ; a file has one of them.
             groups.setdefault(naming(spelled, home), {}).setdefault(
-                dits.target_of(home), (names.spelling(spelled), shape)
+                dits.target_of(home), (names.kohya_name(spelled), shape)
             )
     for found in groups.values():
         assert twice_of(dict(found.values())) == []

@@ -26,7 +26,7 @@ PREFIXES = ("", "diffusion_model.", "transformer.", "base_model.model.", "lora_u
 
 
 def canonical(spelled):
-    return names.canonical(names.spelling(spelled), Layout())
+    return names.canonical(names.kohya_name(spelled), Layout())
 
 
 def own_name(weight):
@@ -50,7 +50,7 @@ OTHERS = {
     "of Wan with modules of its own: refused beside another prefix": "WAN21_Camera WAN21_HuMo WAN22_Animate WAN22_S2V WAN21_SCAIL "
     "WAN21_SCAIL2 WAN22_WanDancer",
     "one naming only, ComfyUI's own: refused beside another prefix": "StableAudio1 StableAudio3 SeedVR2 Lens GenmoMochi CosmosVideo "
-    "PixelDiTT2I PiD MiniMaxH3 HiDreamO1 ChromaRadiance Boogu MageFlow JoyImage Ideogram4 CogVideoX",
+    "PixelDiTT2I PiD MiniMaxH3 MiniMaxMusic3 HiDreamO1 ChromaRadiance Boogu MageFlow JoyImage Ideogram4 CogVideoX",
     "makes or reads no pictures": "Hunyuan3Dv2 Hunyuan3Dv2_1 TripoSplat RT_DETR_v4 DepthAnything3 SAM3",
 }  # fmt: skip
 

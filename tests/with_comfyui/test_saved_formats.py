@@ -43,7 +43,7 @@ CONVERTED = {"Flux 2", "Qwen-Image", "HiDream", "LTX-Video", "LTX-2", "Wan", "An
 NOT_IN_BOTH = {"HunyuanVideo", "Lumina 2", "Chroma"}
 # Models of which ComfyUI has no table of diffusers' names.
 NOT_IN_COMFYUI = {"HunyuanVideo", "HunyuanVideo 1.5", "HunyuanImage 2.1", "LTX-Video", "LTX-2", "Wan", "Wan I2V",
-                  "Wan VACE", "Cosmos Predict 2", "Anima", "ACE-Step", "OmniGen 2", "Lumina 2", "Chroma", "Flux 2"}  # fmt: skip
+                  "Wan VACE", "Wan Animate 2", "Cosmos Predict 2", "Anima", "ACE-Step", "OmniGen 2", "Lumina 2", "Chroma", "Flux 2"}  # fmt: skip
 # Models whose names in diffusers are not known here, or that diffusers does not have.
 REFUSED = {"HunyuanDiT", "ACE-Step 1.5"}
 # The one class whose sizes have no default.

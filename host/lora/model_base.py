@@ -6,8 +6,7 @@ from functools import cached_property
 
 from ...lora_merge.naming import names
 from ...lora_merge.naming.unet import Layout
-from ...lora_merge.recognise import base_models as bases
-from ...lora_merge.recognise import by_blocks
+from ...lora_merge.recognise import base_models, by_blocks
 from ...lora_merge.recognise.catalogue import Expert
 from ...lora_merge.recognise.identity import half_by_name
 from ...lora_merge.recognise.transformers import Transformer
@@ -54,7 +53,7 @@ class ModelBase:
         """The branch of such models that a LoRA's module is of, if this model has nothing of that branch."""
         if self.make is None or not self.make.branches:
             return None
-        branch = self.make.branch(by_blocks.body_of(names.canonical(names.spelling(module), Layout())))
+        branch = self.make.branch(by_blocks.body_of(names.canonical(names.kohya_name(module), Layout())))
         if branch is None or any(self.make.branches[branch].fullmatch(mine) for mine in self.modules):
             return None
         return branch
@@ -75,13 +74,15 @@ def base_of(model) -> ModelBase:
             shapes[name] = tuple(weight.shape)
             if not weight.is_floating_point():
                 packed.add(name)
-    base = bases.base_of(shapes)
+    base = base_models.base_of(shapes)
     if base is None and packed:
         base = next((_BY_CONFIG[parent.__name__] for parent in config.__mro__ if parent.__name__ in _BY_CONFIG), None)
     if base is None:
         found = by_blocks.base_of({name: None if name in packed else shape for name, shape in shapes.items()})
         base = found.name if found else None
-    return ModelBase(base, config.__name__, frozenset(shapes), frozenset(state), _file_of(model))
+    return ModelBase(
+        base=base, config=config.__name__, modules=frozenset(shapes), weights=frozenset(state), file=_file_of(model)
+    )
 
 
 def _file_of(model) -> str:
@@ -102,5 +103,5 @@ def uncovered(found: Fit, model_base: ModelBase, kinds: frozenset[str]) -> tuple
     covered = {
         weight_of(target).removeprefix(PREFIX).removesuffix(SUFFIX).replace(".", "_") for target in found.patches
     }
-    wanted = [module for module in model_base.modules if bases.kind_of(module) in kinds]
+    wanted = [module for module in model_base.modules if base_models.kind_of(module) in kinds]
     return sorted(module for module in wanted if module not in covered), len(wanted)
