@@ -14,8 +14,9 @@ from comfy_extras import nodes_sag
 from lcm_kit.host.sampling.empty_prompt import negative_for, shared_by_all
 from lcm_kit.nodes.sampling import LCMKSampler
 from lcm_kit.samplers.presets import PRESETS
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import tiny
-from lcm_kit.tests.with_comfyui.sampled import CAT, SEED, ksampler, picture, relative
+from lcm_kit.tests.with_comfyui.sampled import CAT, SEED, ksampler, picture
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
