@@ -182,6 +182,6 @@ def test_what_a_prompt_says_of_its_text_its_place_and_its_time_stays_its_own():
 
 
 def test_a_node_that_looks_at_the_negative_prompt_at_cfg_1_gets_it_too():
-    guided = nodes_sag.SelfAttentionGuidance.execute(tiny.small_model(), 0.5, 2.0).result[0]
+    guided = nodes_sag.SelfAttentionGuidance.execute(tiny.tiny_model(**tiny.WITH_MIDDLE), 0.5, 2.0).result[0]
     result = ksampler(guided, picture(), clip=clip())
     assert torch.equal(result, ksampler(guided, picture(), negative=encoded()))
