@@ -6,8 +6,9 @@ from comfy.model_base import ModelType
 
 from lcm_kit.nodes.sampling import LCMKSampler
 from lcm_kit.samplers.presets import PRESETS
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import tiny
-from lcm_kit.tests.with_comfyui.sampled import CAT, SEED, ksampler, ours, picture, relative, sampler_custom, scheduled
+from lcm_kit.tests.with_comfyui.sampled import CAT, SEED, ksampler, ours, picture, sampler_custom, scheduled
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 EMPTY = {"samples": torch.zeros(1, 4, 8, 8)}
