@@ -7,8 +7,9 @@ import torch
 from comfy.model_base import ModelType
 
 from lcm_kit.samplers.presets import PRESETS
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import tiny
-from lcm_kit.tests.with_comfyui.sampled import ksampler, ours, picture, relative, sampler_custom, scheduled
+from lcm_kit.tests.with_comfyui.sampled import ksampler, ours, picture, sampler_custom, scheduled
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 EMPTY = {"samples": torch.zeros(1, 4, 8, 8)}
