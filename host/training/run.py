@@ -18,8 +18,8 @@ from ...distillation.settings import Settings
 from ...distillation.trainer import Trainer, adapters_on
 from ...distillation.validation import DRAWS
 from ...lora_merge import Lora
-from ...lora_merge.metadata.fields import ARCHITECTURE
-from ...lora_merge.recognise.identity import ARCHITECTURES, PRESET_KEY
+from ...lora_merge.metadata.fields import ARCHITECTURE, PRESET_KEY
+from ...lora_merge.recognise.identity import ARCHITECTURES
 from ...samplers.preset import settings_in_words
 from ...samplers.presets import phased
 from ..lora.model_base import base_of
@@ -245,7 +245,7 @@ def _spread(items: Sequence[Item]) -> float:
 
 
 def _fingerprint_of_weights(network: torch.nn.Module) -> str:
-    """Of all weights as they are used, with patches: a LoRA may change any of them, and any part of one."""
+    """Changes with any weight as it is used, with patches: a LoRA may change any of them, and any part of one."""
     return fingerprint([[name, tuple(weight.shape), some(weight)] for name, weight in network.named_parameters()])
 
 
