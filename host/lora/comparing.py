@@ -8,7 +8,7 @@ import torch
 from ...lora_merge.comparing.compare import compare
 from ...lora_merge.comparing.picture import draw
 from ...lora_merge.comparing.report import as_text
-from ..progress import watched
+from ..progress import Progress
 from .slots import connected
 from .targets import aligned_in
 
@@ -20,6 +20,6 @@ def compare_slots(slots: Mapping[str, object], rank: int, model=None) -> tuple[t
     """
     used = connected(slots)
     loras = aligned_in([slot.lora for slot in used], model)
-    found = compare([(lora, slot.strength) for lora, slot in zip(loras, used, strict=True)], progress=watched())
+    found = compare([(lora, slot.strength) for lora, slot in zip(loras, used, strict=True)], progress=Progress())
     pixels = np.asarray(draw(found, rank), dtype=np.float32) / 255.0
     return torch.from_numpy(pixels)[None], as_text(found, rank)

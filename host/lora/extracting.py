@@ -9,7 +9,7 @@ import torch
 from ...lora_merge.extracting.extract import NAMELESS, Weights, extract
 from ...lora_merge.extracting.report import describe
 from ...lora_merge.naming import names
-from ..progress import watched
+from ..progress import Progress
 from .stored import is_readable, stored_weight, weight_keys
 from .weights import LoraWeights, from_lora
 
@@ -37,7 +37,7 @@ def extract_lora(
     if not comfy.model_management.is_device_cpu(device):
         largest = max(entry[0].numel() for plan in plans for entry, _ in plan.values())
         comfy.model_management.free_memory(_need(largest), device)
-    progress, done, total = watched(), 0, sum(map(len, plans))
+    progress, done, total = Progress(), 0, sum(map(len, plans))
 
     def weights() -> Iterator[Weights]:
         nonlocal done
@@ -162,7 +162,7 @@ def _unet_names(patcher) -> dict[str, str]:
 
 
 def _clip_names(clip) -> dict[str, str]:
-    """The same for text encoders: kohya's name where there is one that every ComfyUI reads, else ComfyUI's own.
+    """{weight of the text encoder: its name}: kohya's name where there is one that every ComfyUI reads, else ComfyUI's own.
 
     Of a Llama-like encoder neither kohya's name nor ComfyUI's own without the wrapper is known to ComfyUI 0.16.
     """

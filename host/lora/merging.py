@@ -13,7 +13,7 @@ from ...lora_merge.methods.table import find_method
 from ...lora_merge.one_module.protect import protecting
 from ...lora_merge.recognise.identity import sha256_of
 from ...lora_merge.settings.strengths import for_inputs
-from ..progress import watched
+from ..progress import Progress
 from .files import lora_names
 from .identity import KnownWeights, identity_of
 from .slots import LORA, NUMBERS, Slot, connected
@@ -21,7 +21,6 @@ from .targets import names_in
 from .weights import LoraWeights, from_lora, named, to_lora
 
 PROTECT = ("auto", "none", *(f"{LORA}{number}" for number in NUMBERS))
-AIMS = ("keep", "retain", "max_mb")
 _OF_A_LORA = re.compile(rf"\s*(?:{LORA})?(\d{{1,6}})\s*:")
 
 
@@ -71,7 +70,7 @@ def merge_used(
         mu=mu,
         model=model,
         **elsewhere,
-        **{key: amount for key, amount in size.items() if key != "size"},
+        **_amount(size),
     )
     return merged, "\n".join([report, *notes])
 
@@ -120,17 +119,15 @@ def _for_used(empty: Collection[str], protect: str, mu: float, text: str, notes:
     return protect, mu, "\n".join(kept)
 
 
-def resize(lora, *, dtype: str, **choices) -> tuple[LoraWeights, str]:
-    """(smaller one, report). choices: rank, keep, max_mb; 0 leaves them out."""
-    whole = to_lora(lora)
-    small, account = _watched(
-        [lora], lambda **more: resize_with_account(whole, out_dtype=DTYPES[dtype], **_given(choices), **more)
-    )
+def resize(lora, *, size: Mapping[str, object], dtype: str) -> tuple[LoraWeights, str]:
+    """(smaller one, report). size: as of merge_used."""
+    whole, aim = to_lora(lora), _amount(size)
+    small, account = _watched([lora], lambda **more: resize_with_account(whole, out_dtype=DTYPES[dtype], **aim, **more))
     return from_lora(small), describe_merge(account, small)
 
 
-def _given(choices: Mapping[str, object]) -> dict[str, object]:
-    return {name: value for name, value in choices.items() if name not in AIMS or value}
+def _amount(size: Mapping[str, object]) -> dict[str, object]:
+    return {name: amount for name, amount in size.items() if name != "size"}
 
 
 def _watched(weights: list, work: Callable):
@@ -138,7 +135,7 @@ def _watched(weights: list, work: Callable):
     with ThreadPoolExecutor(1) as pool:
         hashes = [pool.submit(_sha256, one) for one in weights]
         try:
-            return work(progress=watched(), sha256=lambda: [one.result() for one in hashes])
+            return work(progress=Progress(), sha256=lambda: [one.result() for one in hashes])
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -64,7 +64,7 @@ class ModelBase:
 
 
 def base_of(model) -> ModelBase:
-    """By the shapes of its weights, so that a pruned or inpainting model is still the base it was made from."""
+    """What a MODEL is, by the shapes of its weights, so that a pruned or inpainting model is still the base it was made from."""
     config = type(model.model.model_config)
     shapes, packed = {}, set()
     state = model.model.state_dict()
@@ -80,7 +80,9 @@ def base_of(model) -> ModelBase:
     if base is None:
         found = by_blocks.base_of({name: None if name in packed else shape for name, shape in shapes.items()})
         base = found.name if found else None
-    return ModelBase(base, config.__name__, frozenset(shapes), frozenset(state), _file_of(model))
+    return ModelBase(
+        base=base, config=config.__name__, modules=frozenset(shapes), weights=frozenset(state), file=_file_of(model)
+    )
 
 
 def _file_of(model) -> str:

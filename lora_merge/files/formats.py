@@ -22,7 +22,7 @@ THEIRS = "transformer."
 
 
 def named_for(lora: Lora, format: SaveFormat) -> tuple[Lora, Format]:
-    """The same updates under the names of a format, and the format to write them in.
+    """(the LoRA under the names of a format, the format to write it in).
 
     auto: for transformers of a known family what both ComfyUI and diffusers read, at no larger size (Family.saved), else
     kohya.

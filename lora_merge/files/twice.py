@@ -46,12 +46,25 @@ def named(
     owner: int = 0,
 ) -> list[Named]:
     """Every update of a LoRA, with the fields of one. owner: its number among others."""
-    found = [Named(owner, module, spellings[module], False, layer.shape) for module, layer in modules.items()]
+    found = [
+        Named(owner=owner, canonical=module, spelling=spellings[module], is_bias=False, shape=layer.shape)
+        for module, layer in modules.items()
+    ]
     for (module, part), diff in diffs.items():
-        found.append(Named(owner, module, spellings[module], part in BIAS_PARTS, tuple(diff.shape)))
+        found.append(
+            Named(
+                owner=owner,
+                canonical=module,
+                spelling=spellings[module],
+                is_bias=part in BIAS_PARTS,
+                shape=tuple(diff.shape),
+            )
+        )
     for module, update in carried.items():
         if update.kind != BUNDLED:
-            found.append(Named(owner, module, spellings[module], False, update.shape))
+            found.append(
+                Named(owner=owner, canonical=module, spelling=spellings[module], is_bias=False, shape=update.shape)
+            )
     return found
 
 

@@ -61,7 +61,8 @@ def weights(name, blocks):
     return {
         weight: shape
         for weight, shape in dits.shapes(name).items()
-        if is_tried(weight, shape) and (not blocks or IN_BLOCK.search(weight))
+        # LTX-2's connectors are a model of their own in diffusers.
+        if is_tried(weight, shape) and "_connector." not in weight and (not blocks or IN_BLOCK.search(weight))
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import files
 from .flow import Flow, Node, Output
-from .parts import checkpoint, described, fast, shown, text
+from .parts import checkpoint, described, fast, sampled, shown, text
 
 FLOWS: list[Flow] = []
 _FOX = (
@@ -41,12 +41,9 @@ def qwen(flow: Flow) -> None:
         prompt = text(flow, clip, _FOX)
         latent = flow.add("EmptySD3LatentImage", width=1328, height=1328)["LATENT"]
     with flow.group("Four steps"):
-        sampler = flow.add(
-            "LCMKitKSampler", model=shifted["MODEL"], positive=prompt, latent_image=latent, preset=lightning["preset"],
-            seed=1,
-        )  # fmt: skip
+        sampler = sampled(flow, shifted["MODEL"], prompt, latent, lightning["preset"])
     with flow.group("Picture"):
-        shown(flow, sampler["LATENT"], vae, "Picture", save=True)
+        shown(flow, sampler, vae, "Picture", save=True)
 
 
 @described(
@@ -68,12 +65,9 @@ def z_image(flow: Flow) -> None:
         prompt = text(flow, clip, _FOX)
         latent = flow.add("EmptySD3LatentImage", width=1024, height=1024)["LATENT"]
     with flow.group("Eight steps"):
-        sampler = flow.add(
-            "LCMKitKSampler", model=shifted["MODEL"], positive=prompt, latent_image=latent, preset=preset["preset"],
-            seed=1, steps=8,
-        )  # fmt: skip
+        sampler = sampled(flow, shifted["MODEL"], prompt, latent, preset["preset"], steps=8)
     with flow.group("Picture"):
-        shown(flow, sampler["LATENT"], vae, "Picture", save=True)
+        shown(flow, sampler, vae, "Picture", save=True)
 
 
 @described(
@@ -93,11 +87,9 @@ def flux(flow: Flow) -> None:
         prompt = text(flow, base["CLIP"], _FOX)
         latent = flow.add("EmptySD3LatentImage", width=1024, height=1024)["LATENT"]
     with flow.group("Four steps"):
-        sampler = flow.add(
-            "LCMKitKSampler", model=base["MODEL"], positive=prompt, latent_image=latent, preset=preset["preset"], seed=1
-        )
+        sampler = sampled(flow, base["MODEL"], prompt, latent, preset["preset"])
     with flow.group("Picture"):
-        shown(flow, sampler["LATENT"], base["VAE"], "Picture", save=True)
+        shown(flow, sampler, base["VAE"], "Picture", save=True)
 
 
 @described(

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from .files import CANNY_SD15, LCM_SD15, SD15, STYLE
 from .flow import Flow
-from .parts import PROMPT, checkpoint, described, empty, fast, photograph, shown, text
+from .parts import (
+    PROMPT,
+    checkpoint,
+    checkpoint_and_lcm,
+    described,
+    empty,
+    fast,
+    photograph,
+    prompt_and_size,
+    sampled,
+    shown,
+    text,
+)
 
 FLOWS: list[Flow] = []
 
@@ -22,18 +34,12 @@ The loader knows the file and sends its settings to the sampler through `preset`
 """,
 )
 def first(flow: Flow) -> None:
-    with flow.group("Model with LCM-LoRA"):
-        base = checkpoint(flow, SD15)
-        lcm = fast(flow, base["MODEL"], LCM_SD15)
-    with flow.group("Prompt"):
-        prompt = text(flow, base["CLIP"], PROMPT)
-        latent = empty(flow, 512)
+    base, lcm = checkpoint_and_lcm(flow, SD15, LCM_SD15)
+    prompt, latent = prompt_and_size(flow, base["CLIP"], 512)
     with flow.group("Four steps"):
-        sampler = flow.add(
-            "LCMKitKSampler", model=lcm["MODEL"], positive=prompt, latent_image=latent, preset=lcm["preset"], seed=1
-        )
+        sampler = sampled(flow, lcm["MODEL"], prompt, latent, lcm["preset"])
     with flow.group("Picture"):
-        shown(flow, sampler["LATENT"], base["VAE"], "Picture", save=True)
+        shown(flow, sampler, base["VAE"], "Picture", save=True)
 
 
 @described(
@@ -62,17 +68,13 @@ def style(flow: Flow) -> None:
         latent = empty(flow, 512)
     with flow.group("With the style"):
         prompt = text(flow, styled["CLIP"], "ink painting, " + PROMPT)
-        sampler = flow.add(
-            "LCMKitKSampler", model=styled["MODEL"], positive=prompt, latent_image=latent, preset=lcm["preset"], seed=1
-        )
+        sampler = sampled(flow, styled["MODEL"], prompt, latent, lcm["preset"])
     with flow.group("Without"):
         plain = text(flow, base["CLIP"], PROMPT)
-        other = flow.add(
-            "LCMKitKSampler", model=lcm["MODEL"], positive=plain, latent_image=latent, preset=lcm["preset"], seed=1
-        )
+        other = sampled(flow, lcm["MODEL"], plain, latent, lcm["preset"])
     with flow.group("Pictures"):
-        shown(flow, sampler["LATENT"], base["VAE"], "With the style", save=True)
-        shown(flow, other["LATENT"], base["VAE"], "Without")
+        shown(flow, sampler, base["VAE"], "With the style", save=True)
+        shown(flow, other, base["VAE"], "Without")
 
 
 @described(
@@ -88,9 +90,7 @@ def style(flow: Flow) -> None:
 """,
 )
 def image_to_image(flow: Flow) -> None:
-    with flow.group("Model with LCM-LoRA"):
-        base = checkpoint(flow, SD15)
-        lcm = fast(flow, base["MODEL"], LCM_SD15)
+    base, lcm = checkpoint_and_lcm(flow, SD15, LCM_SD15)
     with flow.group("Picture to change"):
         latent = photograph(flow, base["VAE"])
     with flow.group("What it becomes"):
@@ -102,19 +102,13 @@ def image_to_image(flow: Flow) -> None:
             "MaskComposite", destination=everything["MASK"], source=dress["MASK"], x=172, y=212, operation="add"
         )
     with flow.group("Image to image"):
-        changed = flow.add(
-            "LCMKitKSampler", model=lcm["MODEL"], positive=whole, latent_image=latent, preset=lcm["preset"], seed=1,
-            denoise=0.6,
-        )  # fmt: skip
+        changed = sampled(flow, lcm["MODEL"], whole, latent, lcm["preset"], denoise=0.6)
     with flow.group("Inpaint", below=True):
         masked = flow.add("SetLatentNoiseMask", samples=latent, mask=mask["MASK"])
-        inpainted = flow.add(
-            "LCMKitKSampler", model=lcm["MODEL"], positive=part, latent_image=masked["LATENT"], preset=lcm["preset"],
-            seed=1, denoise=0.9,
-        )  # fmt: skip
+        inpainted = sampled(flow, lcm["MODEL"], part, masked["LATENT"], lcm["preset"], denoise=0.9)
     with flow.group("Pictures"):
-        shown(flow, changed["LATENT"], base["VAE"], "Image to image", save=True)
-        shown(flow, inpainted["LATENT"], base["VAE"], "Inpaint", save=True)
+        shown(flow, changed, base["VAE"], "Image to image", save=True)
+        shown(flow, inpainted, base["VAE"], "Inpaint", save=True)
 
 
 @described(
@@ -129,9 +123,7 @@ def image_to_image(flow: Flow) -> None:
 """,
 )
 def edit(flow: Flow) -> None:
-    with flow.group("Model with LCM-LoRA"):
-        base = checkpoint(flow, SD15)
-        lcm = fast(flow, base["MODEL"], LCM_SD15)
+    base, lcm = checkpoint_and_lcm(flow, SD15, LCM_SD15)
     with flow.group("Picture to change"):
         latent = photograph(flow, base["VAE"])
     with flow.group("The two prompts"):
@@ -157,25 +149,19 @@ More `scale` pushes further away; 1 switches it off.
 """,
 )
 def negative_prompt(flow: Flow) -> None:
-    with flow.group("Model with LCM-LoRA"):
-        base = checkpoint(flow, SD15)
-        lcm = fast(flow, base["MODEL"], LCM_SD15)
+    base, lcm = checkpoint_and_lcm(flow, SD15, LCM_SD15)
     with flow.group("Prompts"):
         positive = text(flow, base["CLIP"], "a house in the mountains, photograph")
         negative = text(flow, base["CLIP"], "snow, white", "What it should not show")
         latent = empty(flow, 512)
     with flow.group("With the negative prompt"):
         away = flow.add("LCMKitNegativePrompt", model=lcm["MODEL"], negative=negative)
-        sampler = flow.add(
-            "LCMKitKSampler", model=away["MODEL"], positive=positive, latent_image=latent, preset=lcm["preset"], seed=1
-        )
+        sampler = sampled(flow, away["MODEL"], positive, latent, lcm["preset"])
     with flow.group("Without"):
-        other = flow.add(
-            "LCMKitKSampler", model=lcm["MODEL"], positive=positive, latent_image=latent, preset=lcm["preset"], seed=1
-        )
+        other = sampled(flow, lcm["MODEL"], positive, latent, lcm["preset"])
     with flow.group("Pictures"):
-        shown(flow, sampler["LATENT"], base["VAE"], "With the negative prompt", save=True)
-        shown(flow, other["LATENT"], base["VAE"], "Without")
+        shown(flow, sampler, base["VAE"], "With the negative prompt", save=True)
+        shown(flow, other, base["VAE"], "Without")
 
 
 @described(
@@ -188,9 +174,7 @@ step free. Any ControlNet of SD 1.5 will do; **Canny** is part of ComfyUI.
 """,
 )
 def control_net(flow: Flow) -> None:
-    with flow.group("Model with LCM-LoRA"):
-        base = checkpoint(flow, SD15)
-        lcm = fast(flow, base["MODEL"], LCM_SD15)
+    base, lcm = checkpoint_and_lcm(flow, SD15, LCM_SD15)
     with flow.group("Outlines"):
         image = flow.add("LoadImage", "Your picture", image="example.png")["IMAGE"]
         scaled = flow.add("ImageScale", image=image, upscale_method="lanczos", width=512, height=512, crop="center")
@@ -207,9 +191,6 @@ def control_net(flow: Flow) -> None:
             strength=0.8, end_percent=0.8,
         )  # fmt: skip
     with flow.group("Four steps"):
-        sampler = flow.add(
-            "LCMKitKSampler", model=lcm["MODEL"], positive=controlled["positive"], latent_image=latent,
-            preset=lcm["preset"], seed=1,
-        )  # fmt: skip
+        sampler = sampled(flow, lcm["MODEL"], controlled["positive"], latent, lcm["preset"])
     with flow.group("Picture"):
-        shown(flow, sampler["LATENT"], base["VAE"], "Picture", save=True)
+        shown(flow, sampler, base["VAE"], "Picture", save=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .files import DMD2, HYPER, LCM_SD15, LCM_SDXL, LIGHTNING, SD15, SDXL
 from .flow import Flow
-from .parts import PROMPT, checkpoint, described, empty, fast, shown, text
+from .parts import PROMPT, checkpoint, checkpoint_and_lcm, described, empty, fast, prompt_and_size, sampled, shown, text
 
 FLOWS: list[Flow] = []
 
@@ -22,18 +22,12 @@ Any fine-tune of SDXL works too. A LoRA for another base, such as SD 1.5, is ref
 """,
 )
 def first(flow: Flow) -> None:
-    with flow.group("Model with LCM-LoRA"):
-        base = checkpoint(flow, SDXL)
-        lcm = fast(flow, base["MODEL"], LCM_SDXL)
-    with flow.group("Prompt"):
-        prompt = text(flow, base["CLIP"], PROMPT)
-        latent = empty(flow, 1024)
+    base, lcm = checkpoint_and_lcm(flow, SDXL, LCM_SDXL)
+    prompt, latent = prompt_and_size(flow, base["CLIP"], 1024)
     with flow.group("Four steps"):
-        sampler = flow.add(
-            "LCMKitKSampler", model=lcm["MODEL"], positive=prompt, latent_image=latent, preset=lcm["preset"], seed=1
-        )
+        sampler = sampled(flow, lcm["MODEL"], prompt, latent, lcm["preset"])
     with flow.group("Picture"):
-        shown(flow, sampler["LATENT"], base["VAE"], "Picture", save=True)
+        shown(flow, sampler, base["VAE"], "Picture", save=True)
 
 
 @described(
@@ -54,11 +48,8 @@ def beside(flow: Flow) -> None:
     for number, (method, file) in enumerate(files.items()):
         with flow.group(method):
             loader = fast(flow, base["MODEL"], file, f"{method}: LoRA")
-            sampler = flow.add(
-                "LCMKitKSampler", model=loader["MODEL"], positive=prompt, latent_image=latent, preset=loader["preset"],
-                seed=1,
-            )  # fmt: skip
-            shown(flow, sampler["LATENT"], base["VAE"], method, save=not number)
+            sampler = sampled(flow, loader["MODEL"], prompt, latent, loader["preset"])
+            shown(flow, sampler, base["VAE"], method, save=not number)
 
 
 @described(
@@ -71,25 +62,16 @@ the composition. Lower keeps more, and looks softer.
 """,
 )
 def two_pass(flow: Flow) -> None:
-    with flow.group("Model with LCM-LoRA"):
-        base = checkpoint(flow, SDXL)
-        lcm = fast(flow, base["MODEL"], LCM_SDXL)
-    with flow.group("Prompt"):
-        prompt = text(flow, base["CLIP"], PROMPT)
-        latent = empty(flow, 1024)
+    base, lcm = checkpoint_and_lcm(flow, SDXL, LCM_SDXL)
+    prompt, latent = prompt_and_size(flow, base["CLIP"], 1024)
     with flow.group("First pass"):
-        small = flow.add(
-            "LCMKitKSampler", model=lcm["MODEL"], positive=prompt, latent_image=latent, preset=lcm["preset"], seed=1
-        )
+        small = sampled(flow, lcm["MODEL"], prompt, latent, lcm["preset"])
     with flow.group("Second pass"):
-        larger = flow.add("LatentUpscaleBy", samples=small["LATENT"], upscale_method="bislerp", scale_by=1.5)
-        large = flow.add(
-            "LCMKitKSampler", model=lcm["MODEL"], positive=prompt, latent_image=larger["LATENT"], preset=lcm["preset"],
-            seed=2, denoise=0.5,
-        )  # fmt: skip
+        larger = flow.add("LatentUpscaleBy", samples=small, upscale_method="bislerp", scale_by=1.5)
+        large = sampled(flow, lcm["MODEL"], prompt, larger["LATENT"], lcm["preset"], seed=2, denoise=0.5)
     with flow.group("Pictures"):
-        shown(flow, small["LATENT"], base["VAE"], "1024")
-        shown(flow, large["LATENT"], base["VAE"], "1536", save=True)
+        shown(flow, small, base["VAE"], "1024")
+        shown(flow, large, base["VAE"], "1536", save=True)
 
 
 @described(
