@@ -262,3 +262,16 @@ def test_names_that_are_two_families_are_refused_for_diffusers_and_kept_for_comf
     }
     with caplog.at_level(logging.WARNING):
         assert written(state, "kohya")
+
+
+@pytest.mark.parametrize("format", ["auto", "kohya", "comfy"])
+@pytest.mark.parametrize("name", [name for name in ("Flux 2", "Lumina 2") if name in dits.KNOWN])
+def test_no_saved_name_is_one_that_comfyui_cuts_into_the_wrong_rows(name, format):
+    """Its key map has Flux 1's rows for Flux 2, and thirds of the grouped attention of Lumina 2."""
+    state = of_model(name)
+    wrong = {spelled for spelled, home in dits.homes(name).items() if dits.target_of(home)[1] is not None}
+    assert wrong
+    for given in (state, written(state, "kohya"), *([written(state, "diffusers")] if name == "Flux 2" else [])):
+        modules = {re.sub(r"\.(?:lora_(?:up|down|A|B)\.weight|alpha)$", "", key) for key in written(given, format)}
+        assert modules
+        assert modules.isdisjoint(wrong)
