@@ -87,7 +87,7 @@ class LCMPreset(Node):
                 io.String.Output(display_name="report", tooltip="The settings and where they come from."),
             ],
             search_aliases=[
-                *("tcd", "dmd2", "hyper-sd", "lightning", "pcm", "tdd", "turbo", "settings"),
+                *("tcd", "dmd2", "hyper-sd", "lightning", "pcm", "phased", "tdd", "turbo", "settings"),
                 *("lightx2v", "wan", "qwen", "z-image", "flux", "ltx", "schnell", "klein", "rcm", "hidream"),
             ],
         )

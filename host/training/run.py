@@ -18,8 +18,8 @@ from ...distillation.settings import Settings
 from ...distillation.trainer import Trainer, adapters_on
 from ...distillation.validation import DRAWS
 from ...lora_merge import Lora
-from ...lora_merge.metadata.fields import ARCHITECTURE
-from ...lora_merge.recognise.identity import ARCHITECTURES, PRESET_KEY
+from ...lora_merge.metadata.fields import ARCHITECTURE, PRESET_KEY
+from ...lora_merge.recognise.identity import ARCHITECTURES
 from ...samplers.preset import settings_in_words
 from ...samplers.presets import phased
 from ..lora.model_base import base_of

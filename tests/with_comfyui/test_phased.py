@@ -8,12 +8,14 @@ from comfy.model_base import ModelType
 from lcm_kit.distillation.phases import edge_timesteps
 from lcm_kit.host.lora import files
 from lcm_kit.host.lora.weights import to_lora
-from lcm_kit.host.training import distilling
+from lcm_kit.host.training import distilling, strip
 from lcm_kit.lora_merge import save
 from lcm_kit.nodes.loading import LCMLoader, LoadLoRA
 from lcm_kit.nodes.mix import LoRAMix
 from lcm_kit.nodes.scheduling import LCMScheduler
+from lcm_kit.samplers.multistep import sample_lcm
 from lcm_kit.samplers.presets import phased
+from lcm_kit.tests.with_comfyui import tiny
 from lcm_kit.tests.with_comfyui.test_distilling import (
     WIDGETS,
     assert_same_lora,
@@ -69,14 +71,14 @@ def test_every_kind_of_model_is_distilled_in_phases(kind):
 def test_its_file_is_known_and_gets_its_preset(model, loras, phases):
     lora = distilled(model, phases=phases, skip=1000 // phases)[0]
     save(to_lora(lora), loras / "fast.safetensors")
-    *_, steps, cfg, report, preset = LCMLoader.execute(model, "fast.safetensors", 1.0, "refuse").result
+    _, _, preset, _, steps, cfg, report = LCMLoader.execute(model, "fast.safetensors", 1.0, "refuse").result
     assert preset == phased(phases)
     assert (steps, cfg) == (phases, 1.0)
     assert (
         f"Settings (Phased LCM {phases} steps): LCM KSampler, {phases} steps, cfg 1, gamma 0, timesteps 999" in report
     )
     auto = LCMLoader.execute(model, "auto", 1.0, "refuse").result
-    assert auto[6] == preset
+    assert auto[2] == preset
     mixed = LoRAMix.execute(model=model, lcm_lora="fast.safetensors").result
     assert preset in mixed
     assert f"Phased LCM {phases} steps" in LoadLoRA.execute("fast.safetensors").result[1]
@@ -84,13 +86,33 @@ def test_its_file_is_known_and_gets_its_preset(model, loras, phases):
 
 def test_an_ordinary_lora_is_an_lcm_lora_still(model, loras):
     save(to_lora(distilled(model)[0]), loras / "lcm.safetensors")
-    assert LCMLoader.execute(model, "lcm.safetensors", 1.0, "refuse").result[6].name == "LCM"
+    assert LCMLoader.execute(model, "lcm.safetensors", 1.0, "refuse").result[2].name == "LCM"
 
 
 def test_the_sampler_visits_the_edges(model):
     sigmas = LCMScheduler.execute(model, 4, 1.0, 50, "", preset=phased(4)).result[0]
     table = model.get_model_object("model_sampling").sigmas
     torch.testing.assert_close(sigmas, torch.cat([table[list(edge_timesteps(4, 1000))], torch.zeros(1)]))
+
+
+def test_samples_on_the_way_are_made_from_edge_to_edge_without_noise(monkeypatch):
+    monkeypatch.setattr(tiny.TinyLatent, "latent_rgb_factors", [[0.1, 0.2, 0.3]] * 4, raising=False)
+    model, seen = calm_model(), []
+
+    def watched(denoise, x, sigmas, **options):
+        seen.append((sigmas, options["gamma"]))
+        return sample_lcm(denoise, x, sigmas, **options)
+
+    monkeypatch.setattr(strip, "sample_lcm", watched)
+    start = distilled(model, steps=1)[0]
+    seen.clear()
+    _, picture, _ = distilled(model, **IN_4, steps=2, save_every=2, start_from=start)
+    table = model.get_model_object("model_sampling").sigmas
+    assert len(seen) == 2  # before, with the LoRA it begins with, and after
+    for sigmas, gamma in seen:
+        assert gamma == 0.0
+        torch.testing.assert_close(sigmas.cpu(), torch.cat([table[[999, 749, 499, 249]], torch.zeros(1)]))
+    assert picture.shape[0] == 1
 
 
 def test_a_recipe_sets_what_was_left_and_the_report_says_so(model):
