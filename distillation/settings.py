@@ -17,7 +17,7 @@ PIXELS = 8  # to a side of a latent's cell, at least
 def _said(
     help: str, *, low: float | None = None, high: float | None = None, metavar: str | None = None
 ) -> dict[str, Any]:
-    """Of a field that node and command have too: what it is, in few words, and its range; None is no end."""
+    """Metadata of a field that node and command have too: what it is, in few words, and its range; None is no end."""
     return {"help": help, "low": low, "high": high, "metavar": metavar}
 
 

@@ -1,8 +1,7 @@
 """Reports on nodes: what a node of ours says of its run, and what we warn of while any node runs.
 
 A node hands out its report as ComfyUI's ui text, which the page script draws. To it comes what is told while the node runs,
-by `tell` and by the log: every message of this pack's loggers, whichever file it is from. So what the log warns of is on
-the node as well. Where the node that runs is of another pack (a KSampler whose model carries LCM for any KSampler), an
+by `tell` and by the log: every warning of this pack's loggers, whichever file it is from. Where the node that runs is of another pack (a KSampler whose model carries LCM for any KSampler), an
 event brings it there.
 """
 
@@ -39,21 +38,20 @@ def _add(line: str, lines: list[str]) -> bool:
 
 
 class ToNodes(logging.Handler):
-    """Brings what is logged to the node that is executing."""
+    """Brings what is warned of to the node that is executing."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            warned = record.levelno >= logging.WARNING
-            tell(f"Warning: {record.getMessage()}" if warned else record.getMessage())
+            tell(record.getMessage())
         except Exception:
             self.handleError(record)
 
 
 def listen() -> None:
-    """From here on the log of this pack reaches the nodes, once, however often this is called."""
+    """From here on the warnings of this pack reach the nodes, once, however often this is called."""
     logger = logging.getLogger(PACK)
     if not any(isinstance(handler, ToNodes) for handler in logger.handlers):
-        logger.addHandler(ToNodes(logging.INFO))
+        logger.addHandler(ToNodes(logging.WARNING))
 
 
 def for_pages(node: type) -> type:
@@ -89,7 +87,7 @@ def _report(told: dict[str, Any], lines: list[str]) -> list[str]:
     """[the node's own report and what else was told], [] for nothing."""
     own = "\n".join(told.get("text", ()))
     said = " ".join(own.split())
-    new = [line for line in lines if " ".join(line.removeprefix("Warning: ").split()) not in said]
+    new = [line for line in lines if " ".join(line.split()) not in said]
     text = "\n".join(filter(None, [own, *new]))
     return [plain(text)] if text else []
 

@@ -150,10 +150,13 @@ class MergeLoRA(Node):
                 inputs.model_of_loras(),
             ],
             outputs=[
-                io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The merged LoRA. Apply it at strength 1."),
+                io.LoraModel.Output(
+                    display_name="LORA_MODEL",
+                    tooltip="The merged LoRA. Apply it at strength 1. With this node bypassed, lora_1 as it came.",
+                ),
                 io.String.Output(display_name="report", tooltip="What went in, what came out, and any error made."),
             ],
-            search_aliases=["lora arithmetic", "combine loras", "add loras", "lora sum"],
+            search_aliases=["lora arithmetic", "combine loras", "add loras", "lora sum", "lora block weight"],
         )
 
     @classmethod

@@ -79,7 +79,7 @@ class _Rounds:
         for mutant in self.mutants:
             first = best.setdefault(f"{mutant.file} {mutant.function}", [])
             others = [name for name in self.callers[mutant] if name not in first]
-            killer = self.killer(mutant.file, mutant.source(), [*first, *others])
+            killer = self.killer(mutant.file, mutant.source(), [*first, *others]) if first or others else None
             if killer not in (None, ENDLESS):
                 self.vouch(mutant.file, killer, vouched)
                 if killer in first:

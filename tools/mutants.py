@@ -45,6 +45,7 @@ LEFT_OUT = (
 TESTS = [f"tests/{folder}" for folder in FOLDERS]
 KNOWN = Path(__file__).with_name("mutants_known.json")
 WANTED = 0.95
+FEW = 40  # tests: fewer may not be all that use a function's results
 
 
 def all_mutants(only: str | None) -> list[Mutant]:
@@ -59,7 +60,7 @@ def all_mutants(only: str | None) -> list[Mutant]:
 
 
 def drawn(mutants: list[Mutant], count: int, seed: int) -> list[Mutant]:
-    """So many of them, of each wing its share: the largest remainders are rounded up."""
+    """So many of them, of each wing its share, in random order: the largest remainders are rounded up."""
     wings: dict[str, list[Mutant]] = {}
     for mutant in mutants:
         parts = mutant.file.split("/")
@@ -69,11 +70,9 @@ def drawn(mutants: list[Mutant], count: int, seed: int) -> list[Mutant]:
     for wing in sorted(exact, key=lambda one: shares[one] - exact[one])[: count - sum(shares.values())]:
         shares[wing] += 1
     draw = random.Random(seed)
-    return [one for wing, ones in wings.items() for one in sorted(draw.sample(ones, shares[wing]), key=_place)]
-
-
-def _place(mutant: Mutant) -> tuple[str, int, int]:
-    return mutant.file, mutant.line, mutant.number
+    found = [one for wing, ones in wings.items() for one in draw.sample(ones, shares[wing])]
+    draw.shuffle(found)  # so that the first of them, where it was broken off, are a sample too
+    return found
 
 
 def interval(seen: int, counted: int) -> tuple[float, float]:
@@ -93,22 +92,30 @@ def some_of(tests: list[str], most: int) -> list[str]:
     return tests[:half] + [others[index * len(others) // half] for index in range(half)]
 
 
+def callers_of(mutant: Mutant, tests: dict[str, list[str]], most: int) -> list[str]:
+    """The tests that call its function, [] if nothing does. Where these are few, some that call others of its file follow:
+    what is kept, a table or a cache, was made in an import or in another test, and is used by them."""
+    direct = tests.get(f"{mutant.file} {mutant.function}", [])
+    found = dict.fromkeys(some_of([name for name in direct if name != IMPORTED], most))
+    for near in (f"{mutant.file} ", f"{mutant.file.rpartition('/')[0]}/") if direct else ():
+        if len(found) < FEW:
+            names = {name for function, ones in tests.items() if function.startswith(near) for name in ones} - {
+                IMPORTED
+            }
+            found |= dict.fromkeys(some_of(sorted(names), FEW))
+    return [*found]
+
+
 def outcomes(mutants: list[Mutant], paths: list[str], most: int) -> Iterable[tuple[Mutant, str]]:
     tests = tests_by_function(paths)
     imported = {function for function, names in tests.items() if IMPORTED in names}
-    callers = {
-        one: some_of([name for name in tests.get(f"{one.file} {one.function}", []) if name != IMPORTED], most)
-        for one in mutants
-    }
-    for one in mutants:
-        if not callers[one]:
-            yield one, "never called"
+    callers = {one: callers_of(one, tests, most) for one in mutants}
     used = sorted({name.split("::")[0] for names in callers.values() for name in names})
-    for one, killer in outcome_of_rounds([one for one in mutants if callers[one]], callers, used):
+    for one, killer in outcome_of_rounds(mutants, callers, used):
         at_import = one.default or f"{one.file} {one.function}" in imported
-        if killer is None and at_import and noticed_afresh(one, callers[one]):
+        if killer is None and at_import and callers[one] and noticed_afresh(one, callers[one]):
             killer = "imported afresh"
-        yield one, "survives" if killer is None else f"noticed: {killer}"
+        yield one, f"noticed: {killer}" if killer else "survives" if callers[one] else "never called"
 
 
 def _options() -> argparse.Namespace:

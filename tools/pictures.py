@@ -25,7 +25,7 @@ from workflows import package_module  # noqa: E402
 OUT = ROOT / "demo" / "output" / "pictures"
 HELP = ROOT / "web" / "docs"
 MOST = 60_000  # bytes of a help page's picture
-GAP, EDGE = 50, 14
+GAP, EDGE = 50, 24
 # Leaves the shown nodes, in columns from left to right, with room for what they have grown to; returns the corner and the size.
 ARRANGE = """([columns, gap]) => {
     const shown = new Set(columns.flat().map(String));
@@ -35,6 +35,7 @@ ARRANGE = """([columns, gap]) => {
         let y = 0, wide = 0;
         for (const id of column) {
             const node = app.graph.nodes.find(n => String(n.id) === String(id));
+            if (node.type === "PreviewImage") node.size = [280, 330];
             node.pos = [x, y];
             y += node.size[1] + 30 + gap / 2;
             wide = Math.max(wide, node.size[0]);

@@ -16,16 +16,19 @@ function sourceOf(node, name) {
   return SWITCHED_OFF.has(source?.mode) ? null : (source ?? "the edge of a subgraph");
 }
 
-// Fields that have no effect: a widget that is off, as where a link brings its value.
+// A field that is off, as where a link brings its value.
+function setOff(node, names, off) {
+  for (const widget of node.widgets ?? []) {
+    if (!names.includes(widget.name)) continue;
+    if (Boolean(widget.disabled) !== off) widget.disabled = off;
+    // Older Nodes 2.0 look here.
+    if (widget.options && Boolean(widget.options.disabled) !== off) widget.options.disabled = off;
+  }
+}
+
 function switchOff(node) {
   for (const [input, names] of Object.entries(node.constructor.lcmKitReplaces ?? {})) {
-    const off = sourceOf(node, input) !== null;
-    for (const widget of node.widgets ?? []) {
-      if (!names.includes(widget.name)) continue;
-      if (Boolean(widget.disabled) !== off) widget.disabled = off;
-      // Older Nodes 2.0 look here.
-      if (widget.options && Boolean(widget.options.disabled) !== off) widget.options.disabled = off;
-    }
+    setOff(node, names, sourceOf(node, input) !== null);
   }
 }
 
@@ -104,6 +107,12 @@ app.registerExtension({
       const result = changed?.apply(this, arguments);
       refreshSoon();
       return result;
+    };
+    // The page remembers a field that is off by the node's number, and the next workflow may have it too.
+    const removed = nodeType.prototype.onRemoved;
+    nodeType.prototype.onRemoved = function () {
+      setOff(this, Object.values(nodeType.lcmKitReplaces).flat(), false);
+      return removed?.apply(this, arguments);
     };
   },
   setup() {

@@ -80,7 +80,7 @@ def faults_of(entry, value: Any, name: str = "") -> Iterator[Fault]:
 
 
 def _faults_of_choice(entry, value: Any, name: str) -> Iterator[Fault]:
-    """Of a choice whose options have inputs of their own: the choice, and then those. Their values come as one dict."""
+    """Faults of a choice whose options have inputs of their own: of the choice, then of those. The values come as one dict."""
     choice = chosen(entry, value)
     if rule := rules.choice(choice, keys(entry)):
         yield Fault(name, choice, rule, "Choose one of these.")

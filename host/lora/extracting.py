@@ -162,7 +162,7 @@ def _unet_names(patcher) -> dict[str, str]:
 
 
 def _clip_names(clip) -> dict[str, str]:
-    """The same for text encoders: kohya's name where there is one that every ComfyUI reads, else ComfyUI's own.
+    """{weight of the text encoder: its name}: kohya's name where there is one that every ComfyUI reads, else ComfyUI's own.
 
     Of a Llama-like encoder neither kohya's name nor ComfyUI's own without the wrapper is known to ComfyUI 0.16.
     """

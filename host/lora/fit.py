@@ -83,7 +83,7 @@ def fit(weights: Mapping[str, torch.Tensor], model, clip=None) -> Fit:
 
 
 def _modulations(lora: dict[str, torch.Tensor], homes: Mapping) -> dict[str, torch.Tensor]:
-    """The same LORA_MODEL with `x.diff_m` as `x.modulation.diff`, where the model has such a parameter: a difference of
+    """A LORA_MODEL with `x.diff_m` as `x.modulation.diff`, where the model has such a parameter: a difference of
     a Wan block's modulation, for which those who extract LoRAs have a name of their own and ComfyUI has none.
     """
     renamed = {}

@@ -64,7 +64,7 @@ class ModelBase:
 
 
 def base_of(model) -> ModelBase:
-    """By the shapes of its weights, so that a pruned or inpainting model is still the base it was made from."""
+    """What a MODEL is, by the shapes of its weights, so that a pruned or inpainting model is still the base it was made from."""
     config = type(model.model.model_config)
     shapes, packed = {}, set()
     state = model.model.state_dict()

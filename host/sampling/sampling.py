@@ -8,7 +8,7 @@ import torch
 from .empty_prompt import negative_for
 from .experts import staged
 from .guidance import FirstStepsGuider
-from .latents import fitted, given_out
+from .latents import fitted, given_out, has_picture
 from .pure_noise import from_pure_noise
 from .runs import WHOLE, Section, run
 from .sampler import Relay, chosen_gamma, lcm_sampler
@@ -53,6 +53,7 @@ def sample(
     cfg = cfg if preset is None else preset.cfg
     sigmas = section.of(schedule)
     _say_what_is_left(section, schedule, sigmas, latent)
+    _say_that_it_is_empty(section, latent, denoise)
     if len(sigmas) < 2:
         latent = fitted(model, latent)
         return given_out(latent, latent["samples"])
@@ -95,6 +96,24 @@ def _say_what_is_left(section: Section, schedule: torch.Tensor, sigmas: torch.Te
             "noise of the sampler before, as in KSampler (Advanced). Use one node, which model_low does for two models, "
             "or paste the picture back with ImageCompositeMasked."
         )
+
+
+def _say_that_it_is_empty(section: Section, latent: dict, denoise: float) -> None:
+    """A warning where the run counts on a picture, or on noise, in a latent that has neither."""
+    if (section.add_noise and denoise >= 1 and section.start == 0) or has_picture(latent["samples"]):
+        return
+    if not section.add_noise:
+        logger.warning(
+            "LCM KSampler: add_noise is off and latent_image is empty, so there is no noise to make a picture of. Switch "
+            "add_noise on, or connect the latent of the sampler before, which leaves its noise in it."
+        )
+        return
+    start = f"denoise is {denoise:g}" if denoise < 1 else f"start_at_step is {section.start}"
+    logger.warning(
+        "LCM KSampler: %s and latent_image is empty: the run starts from less than full noise over nothing, which comes out "
+        "flat and dull. Connect a picture (VAE Encode), or start from pure noise with denoise 1 and start_at_step 0.",
+        start,
+    )
 
 
 def _last_guided_sigma(sigmas: torch.Tensor, cfg_steps: int) -> float:

@@ -245,7 +245,7 @@ def _spread(items: Sequence[Item]) -> float:
 
 
 def _fingerprint_of_weights(network: torch.nn.Module) -> str:
-    """Of all weights as they are used, with patches: a LoRA may change any of them, and any part of one."""
+    """Changes with any weight as it is used, with patches: a LoRA may change any of them, and any part of one."""
     return fingerprint([[name, tuple(weight.shape), some(weight)] for name, weight in network.named_parameters()])
 
 

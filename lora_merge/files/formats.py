@@ -14,7 +14,7 @@ from ..naming.families import family_by_shapes, family_by_width, written
 from ..naming.family import Family, underscored
 from ..updates.layer import Layer, LoraLayer
 from .lora import Format, Lora
-from .one_naming import family_of_loras, in_own_naming, model_shapes, split
+from .one_naming import family_of_loras, in_own_naming, model_shapes, of_model, split
 
 SaveFormat = Literal["auto", "kohya", "diffusers", "comfy"]
 SAVE_FORMATS: tuple[SaveFormat, ...] = get_args(SaveFormat)
@@ -22,7 +22,7 @@ THEIRS = "transformer."
 
 
 def named_for(lora: Lora, format: SaveFormat) -> tuple[Lora, Format]:
-    """The same updates under the names of a format, and the format to write them in.
+    """(the LoRA under the names of a format, the format to write it in).
 
     auto: for transformers of a known family what both ComfyUI and diffusers read, at no larger size (Family.saved), else
     kohya.
@@ -46,14 +46,27 @@ def named_for(lora: Lora, format: SaveFormat) -> tuple[Lora, Format]:
 
 def _for_all_readers(lora: Lora, family: Family) -> tuple[Lora, Format]:
     if family.saved == "comfy":
-        return _own(lora, family, "comfy"), "comfy"
+        own = _own(lora, family, "comfy")
+        return _in_common(own, family) or own, "comfy"
     own = _own(lora, family, family.saved_fused)
     if _is_plain(lora) and not _has_fused(lora, family):
         try:
-            return _of_diffusers(lora), "diffusers"
+            theirs = _of_diffusers(lora)
         except ValueError:  # a weight that diffusers' model has not
-            pass
+            return own, family.saved_fused
+        if all(family.reads(theirs.spellings[module]) for module in of_model(theirs)):
+            return theirs, "diffusers"
     return own, family.saved_fused
+
+
+def _in_common(lora: Lora, family: Family) -> Lora | None:
+    """A LoRA in the model's own names, in those that both ComfyUI and diffusers read; None where they have no such names for
+    all of it."""
+    modules = of_model(lora)
+    common = {module: name for module in modules if (name := family.common(module))}
+    if len(common) < len(modules) or not _is_plain(lora) or not any(map(family.tells_diffusers, common.values())):
+        return None
+    return replace(lora, spellings=dict(lora.spellings) | {m: f"diffusion_model.{name}" for m, name in common.items()})
 
 
 def _is_plain(lora: Lora) -> bool:

@@ -333,7 +333,7 @@ def split(layer: LoraLayer, parts: Sequence[Part]) -> dict[str, LoraLayer]:
 
 
 def _without_idle(layer: LoraLayer) -> LoraLayer:
-    """The same update without the ranks whose column of up is zero, at the same scale."""
+    """A layer without the ranks whose column of up is zero, at the same scale."""
     used = layer.up.flatten(1).any(dim=0)
     if layer.mid is not None or bool(used.all()) or not bool(used.any()):
         return layer

@@ -100,6 +100,8 @@ class Family:
     dots: canonical own name -> the own name with dots, without prefix (`double_blocks.0.img_attn.qkv`).
     parts: (canonical own name, shape) -> what diffusers has for the weight; () where nothing is known.
     slice_name: canonical name of a slice -> a spelling that every ComfyUI reads; None if there is none.
+    common: canonical own name -> a dotted name, without prefix, that both ComfyUI and diffusers read, where that is neither
+        the own name nor diffusers'.   tells_diffusers: such a name -> whether diffusers knows by it what the file is.
     saved: the format that both ComfyUI and diffusers read, as far as there is one: "comfy" or "diffusers".
     saved_fused: the same for fused weights, which in diffusers' slices would be larger: "comfy" or "kohya".
     reads: spelling -> whether every ComfyUI, as far as it has the model, reads it.
@@ -132,6 +134,8 @@ class Family:
     suits: Callable[[str, tuple[int, ...]], bool] = lambda own, shape: True
     saved: Literal["comfy", "diffusers"] = "comfy"
     saved_fused: Literal["comfy", "kohya"] = "comfy"
+    common: Callable[[str], str | None] = _none
+    tells_diffusers: Callable[[str], bool] = lambda name: False
     width: int = 0
     sure: bool = False
 

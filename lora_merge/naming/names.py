@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from . import unet
 from .aliases import text_encoder
@@ -23,6 +24,7 @@ _WRAPPED = re.compile(r"(?:(unet|transformer|text_encoder(?:_[23])?)\.)?base_mod
 _OF_TRANSFORMER = re.compile(r"(?:transformer\.|lycoris_|(?:unet\.|transformer\.)?base_model\.model\.)(.+)")
 
 
+@lru_cache(maxsize=1 << 14)
 def kohya_name(module: str) -> str:
     """How a module of a file is written in kohya format, in a form that ComfyUI's key maps know.
 

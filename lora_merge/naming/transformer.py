@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -58,6 +59,8 @@ class Tables:
         theirs_read_as: Collection[str],
         theirs_behind_kohya: bool,
     ):
+        # What a name is in this family never changes, and every family is asked for every name, often.
+        self._parse = lru_cache(maxsize=4096)(self._parsed)
         self._entries: dict[tuple[str, str], _Entry] = {}
         self._theirs_of: dict[str, list[str]] = {}
         self._slices_of: dict[str, tuple[list[str], Fused]] = {}
@@ -117,7 +120,7 @@ class Tables:
 
     # ---- what Family asks
 
-    def _parse(self, canonical: str) -> tuple[_Entry, str, str] | None:
+    def _parsed(self, canonical: str) -> tuple[_Entry, str, str] | None:
         """(entry, number of the block, prefix)."""
         match = _PREFIX.fullmatch(canonical)
         if match is None:

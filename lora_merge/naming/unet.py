@@ -90,11 +90,13 @@ class Layout:
         return self.upsampler_slots.get(level, default)
 
 
+@lru_cache(maxsize=8192)
 def is_diffusers(name: str) -> bool:
     """Whether the name can only be a diffusers UNet's."""
     return name == "time_embedding_cond_proj" or to_ldm(name, Layout()) is not None
 
 
+@lru_cache(maxsize=8192)
 def is_ldm(name: str) -> bool:
     """Whether the name can only be an ldm UNet's."""
     return name in _BASIC_BACK or to_diffusers(name, Layout()) is not None

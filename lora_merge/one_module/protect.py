@@ -67,7 +67,7 @@ def stepping_aside(terms: Sequence[Term], protected: int, mu: float, energy: flo
 
 
 def dense_stepping_aside(deltas: Sequence[Tensor], protected: int, mu: float, energy: float = 0.5) -> list[Tensor]:
-    """The same for whole updates (out, in, *kernel) of one weight."""
+    """stepping_aside for whole updates (out, in, *kernel) of one weight."""
     if mu == 0 or len(deltas) == 1 or not deltas[protected].any():
         return list(deltas)
     rows = deltas[0].shape[0]
@@ -107,7 +107,7 @@ def protected_input(loras: Sequence[Lora], strengths: Sequence[float]) -> int | 
 
 
 def protected_of(identities: Sequence[Identity | None], strengths: Sequence[float]) -> int | None:
-    """The same for inputs of which it is known what they are, also by the hash of a file.
+    """protected_input for inputs of which it is known what they are, also by the hash of a file.
 
     Of several the first; one that is a published file or covers what acceleration LoRAs cover goes before one that only
     says so.

@@ -72,7 +72,7 @@ class Base:
 
     @cached_property
     def ldm_modules(self) -> Mapping[str, Shape]:
-        """The same under ldm names, which are ComfyUI's."""
+        """`modules` under ldm names, which are ComfyUI's."""
         slots = {level: 2 if blocks[-1] else 1 for level, blocks in enumerate(self.up)}
         layout = Layout(self.res_blocks, len(self.channels), slots)
         return {unet.to_ldm(name, layout) or name: shape for name, shape in self.modules.items()}

@@ -236,7 +236,7 @@ def _published(
 
 
 def _may_be_published(size: int, structure: Structure, catalogue: Sequence[Published]) -> bool:
-    """By its size, or by its structure where nobody states the size."""
+    """Whether a file may be a published one, by its size, or by its structure where nobody states the size."""
     for entry in catalogue:
         may = entry.may_have(size)
         if may or (may is None and structure.accelerates and entry.base in structure.recognised.bases):

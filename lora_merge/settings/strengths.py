@@ -35,7 +35,7 @@ class Strengths:
         self.layout = layout
 
     def at(self, module: str) -> tuple[float, ...]:
-        """Of each input, by the module's canonical name."""
+        """Strength of each input at a module, which is given by its canonical name."""
         if not any(self.blocks):
             return self._shares
         return tuple(
@@ -74,7 +74,7 @@ def strengths_of(
 
 
 def _parsed(blocks: Blocks | Sequence[Blocks], inputs: int) -> list[BlockStrengths | None]:
-    """Of each input."""
+    """Block strengths of each input, None where it has none."""
     each = [blocks] * inputs if blocks is None or isinstance(blocks, (BlockStrengths, str)) else list(blocks)
     if len(each) != inputs:
         raise ValueError(f"there are block strengths for {len(each)} inputs, but {inputs} inputs")

@@ -79,7 +79,7 @@ class Layer(ABC):
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Of its parts."""
+        """The dtypes of its parts."""
         return {part.dtype for part in self.parts().values()}
 
     @property

@@ -63,6 +63,7 @@ _WAN = {
 }  # fmt: skip
 _LTX_2 = _LTX | {
     "audio_in_channels": 8, "audio_cross_attention_dim": 16, "audio_attention_head_dim": 8, "audio_num_attention_heads": 2,
+    "connector_attention_head_dim": 8, "connector_num_attention_heads": 2,
 }  # fmt: skip
 _VACE = _WAN | {"vace_layers": 2, "vace_in_dim": 4}
 _AURA = {

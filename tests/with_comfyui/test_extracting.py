@@ -121,7 +121,7 @@ def test_quantised_weights_are_read_through_comfyui_s_own_conversion(name):
 
 def test_weights_that_cannot_be_read_are_refused_with_their_number():
     """As a pack's own format has them: bytes, and nothing of ComfyUI's to make numbers of them."""
-    base, packed = tiny.small_model(), tiny.small_model()
+    base, packed = (tiny.tiny_model(**tiny.WITH_MIDDLE) for _ in range(2))
     for place in ("to_q", "to_k", "to_v"):
         layer = comfy.utils.get_attr(packed.model, KEY.replace("to_q", place))
         layer.weight = torch.nn.Parameter(torch.zeros(64, 40, dtype=torch.uint8), requires_grad=False)

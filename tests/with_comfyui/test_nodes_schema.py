@@ -6,6 +6,7 @@ import re
 
 import pytest
 from comfy_api.latest import io
+from PIL import Image
 
 from lcm_kit.host.door.choices import is_dynamic_choice, keys, with_all_inside
 from lcm_kit.host.door.node import Node
@@ -438,10 +439,26 @@ def test_what_a_page_knows_of_a_node_is_no_markup(node_id):
 
 
 def test_help_pages_are_markdown_without_html_or_strange_links():
-    for page in (ROOT / "web" / "docs").iterdir():
+    for page in (ROOT / "web" / "docs").glob("*.md"):
         text = page.read_text(encoding="utf-8")
         assert re.findall(r"<[a-zA-Z/!?][^>]*>", text) == [], page.name
-        assert [link for link in re.findall(r"\]\(([^)]*)\)", text) if not link.startswith("https://")] == [], page.name
+        links = re.findall(r"\]\(([^)]*)\)", text)
+        assert [link for link in links if not link.startswith("https://") and link != f"{page.stem}.webp"] == [], (
+            page.name
+        )
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_a_help_page_has_its_picture(node_id):
+    """If it is missing: make pictures ONLY=the node's id."""
+    folder = ROOT / "web" / "docs"
+    assert re.findall(r"!\[[^\]]+\]\((.*?)\)", (folder / f"{node_id}.md").read_text(encoding="utf-8")) == [
+        f"{node_id}.webp"
+    ]
+    picture = folder / f"{node_id}.webp"
+    assert picture.stat().st_size <= 60_000
+    with Image.open(picture) as opened:
+        assert opened.width >= 250
 
 
 @pytest.mark.parametrize("node_id", CONTRACT)

@@ -75,11 +75,12 @@ def test_a_warning_is_on_its_node_until_a_run_without_it(renderer):
     """cfg without a negative prompt; told by the log, as all warnings are."""
     graph = lcm_only(TINY, Shot("cat face", 7, 4))
     (node,) = (node["inputs"] for node in graph.values() if node["class_type"] == "LCMKitKSampler")
-    node |= {"steps": 2, "cfg": 2.0}
+    (encoder,) = (node["inputs"] for node in graph.values() if node["class_type"] == "CLIPTextEncode")
+    node |= {"steps": 2, "cfg": 2.0, "clip": encoder["clip"]}
     open_graph(renderer, graph, "warning")
     assert run_in_page(renderer)["status"]["status_str"] == "success"
     told = report_on(renderer, "LCMKitKSampler")
-    assert told.startswith("Warning: cfg is 2, but no negative prompt is connected")
+    assert told.startswith("No negative prompt is connected: cfg 2 guides away from the empty prompt")
     assert renderer.get_by_label("LCM KSampler: report").is_visible()
     renderer.evaluate(
         "() => { app.graph.nodes.find(n => n.type === 'LCMKitKSampler').widgets.find(w => w.name === 'cfg').value = 1; }"

@@ -44,10 +44,19 @@ TWO_LEVELS = {
 }
 
 # Half the work of TWO_LEVELS.
-SMALL = {
+WITH_MIDDLE = {
     "num_res_blocks": [1, 1],
     "transformer_depth": [0, 1],
     "transformer_depth_output": [0, 0, 1, 1],
+}
+
+# A sixth of it: one level, one block of attention, no middle.
+SMALL = {
+    "channel_mult": [1],
+    "num_res_blocks": [1],
+    "transformer_depth": [1],
+    "transformer_depth_output": [0, 0],
+    "transformer_depth_middle": -2,
 }
 
 
@@ -77,7 +86,10 @@ def tiny_model(model_type=ModelType.EPS, *, seed=0, sampling_settings=None, **un
 
 
 def small_model(model_type=ModelType.EPS, **options):
-    """The same with fewer blocks, for what holds of any network with cross-attention: how it is sampled."""
+    """The same with the fewest blocks, for what holds of any network with cross-attention: how it is sampled.
+
+    What patches a UNet's levels or its middle takes `WITH_MIDDLE`.
+    """
     return tiny_model(model_type, **SMALL | options)
 
 
