@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 
 from ..naming import unet
@@ -168,6 +168,7 @@ class Recognised:
     branches: tuple[str, ...] = ()
 
 
+@lru_cache(maxsize=1 << 14)
 def kind_of(module: str) -> str | None:
     """Which of the fourteen kinds a module is (`attn2_to_k`, `conv1`, `time_emb_proj`, ...); None for any other."""
     if _DOWNSAMPLER.fullmatch(module):
