@@ -132,7 +132,7 @@ def lcm_only(files: Files, shot: Shot, *, batch: int = 1) -> Graph:
     graph = Graph()
     loaded = load(graph, files)
     loader = graph.add("LCMKitLoader", model=loaded.model, lora_name=files.lcm, strength=1.0, wrong_base="refuse")
-    _finish(graph, [loader, 0], loaded.clip, loaded.vae, files, shot, batch, steps=[loader, 3], cfg=[loader, 4])
+    _finish(graph, [loader, 0], loaded.clip, loaded.vae, files, shot, batch, steps=[loader, 4], cfg=[loader, 5])
     return graph
 
 

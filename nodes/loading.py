@@ -44,14 +44,14 @@ class LCMLoader(Node):
             outputs=[
                 io.Model.Output(display_name="MODEL"),
                 io.Clip.Output(display_name="CLIP"),
-                io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The LoRA itself, for merging."),
-                io.Int.Output(display_name="steps", tooltip="The number of steps this LoRA is made for."),
-                io.Float.Output(display_name="cfg", tooltip="The guidance this LoRA is made for."),
-                io.String.Output(display_name="report", tooltip=REPORT_TOOLTIP),
                 io.Custom("LCM_PRESET").Output(
                     display_name="preset",
                     tooltip="All settings this LoRA is made for; connect it to LCM KSampler and there is nothing to type.",
                 ),
+                io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The LoRA itself, for merging."),
+                io.Int.Output(display_name="steps", tooltip="The number of steps this LoRA is made for."),
+                io.Float.Output(display_name="cfg", tooltip="The guidance this LoRA is made for."),
+                io.String.Output(display_name="report", tooltip=REPORT_TOOLTIP),
             ],
             search_aliases=["lcm lora", "lcm-lora", "acceleration lora", "load lora"],
         )
@@ -70,7 +70,7 @@ class LCMLoader(Node):
             model, clip, lora_name, strength, lora_stack, allow_misfit=wrong_base == "warn"
         )
         return io.NodeOutput(
-            done.model, done.clip, lora, done.steps, done.cfg, done.report, done.preset, ui=ui.PreviewText(done.report)
+            done.model, done.clip, done.preset, lora, done.steps, done.cfg, done.report, ui=ui.PreviewText(done.report)
         )
 
 

@@ -1,6 +1,6 @@
 """Changes the code in small ways, one at a time, and sees whether a unit test notices.
 
-    python tools/mutants.py --sample 300            300 of all changes there are, drawn by --seed
+    python tools/mutants.py --sample 300            300 of all changes there are, drawn by --seed, of each wing its share
     python tools/mutants.py --only samplers         all changes of one folder or file
     python tools/mutants.py --only lora_merge/algebra --tests tests/lora_merge/test_ranks.py tests/lora_merge/test_sums.py
                                                     with these tests alone, which is quicker and stricter
@@ -14,35 +14,27 @@ What is no change by construction is not made (mutations.py): keywords that cost
 full_matrices of torch.linalg.svd (a caller that slices gets the same, another one an error), texts for a person, checks
 such as strict of zip, and the sign of room for rounding (1 - 1e-9).
 
-Only tests that call the changed function are run, the quickest first, and 80 of them where there are more. Which these
-are is seen once, by a run of the tests that is kept in build/mutants. The tests are collected once: each change is put
-into the functions in memory, in a process forked from there. What survives that is tried again by up to 400 tests,
-with the changed file imported afresh, since defaults and tables are made then.
+Only tests that call the changed function are run: those that noticed another change of it first, then the quickest and
+most particular, --most of them where there are more. What calls what is seen once (mutant_calls.py). The tests are
+collected once: each change is put into the functions in memory, in a process forked from there. Where that cannot show a
+change, in default values and in what runs at import, the survivors are tried again with the changed file imported afresh.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import functools
-import gc
-import hashlib
-import importlib.machinery
 import json
+import math
 import os
 import random
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
-from types import CodeType, FunctionType
 
+from mutant_calls import FOLDERS, IMPORTED, tests_by_function
+from mutant_rounds import noticed_afresh, outcome_of_rounds
 from mutations import ROOT, Mutant, mutants_of
 
-FOLDERS = ("samplers", "lora_merge", "distillation")
 # A new process for each test, or a command line around the functions; and where things lie in a picture, which is looked at.
 LEFT_OUT = (
     "distillation/__main__.py",
@@ -51,12 +43,9 @@ LEFT_OUT = (
     "lora_merge/comparing/picture.py",
 )
 TESTS = [f"tests/{folder}" for folder in FOLDERS]
-SLOW_TESTS = ["tests/distillation/test_two_processes.py"]
 KNOWN = Path(__file__).with_name("mutants_known.json")
-BUILD = ROOT / "build" / "mutants"
 WANTED = 0.95
-SECONDS = 120  # longer is an endless loop
-MOST_TESTS = 80
+FEW = 40  # tests: fewer may not be all that use a function's results
 
 
 def all_mutants(only: str | None) -> list[Mutant]:
@@ -70,77 +59,32 @@ def all_mutants(only: str | None) -> list[Mutant]:
     ]
 
 
-# ---- which tests call which function
+def drawn(mutants: list[Mutant], count: int, seed: int) -> list[Mutant]:
+    """So many of them, of each wing its share, in random order: the largest remainders are rounded up."""
+    wings: dict[str, list[Mutant]] = {}
+    for mutant in mutants:
+        parts = mutant.file.split("/")
+        wings.setdefault("/".join(parts[:-1] or parts), []).append(mutant)
+    exact = {wing: count * len(ones) / len(mutants) for wing, ones in wings.items()}
+    shares = {wing: math.floor(share) for wing, share in exact.items()}
+    for wing in sorted(exact, key=lambda one: shares[one] - exact[one])[: count - sum(shares.values())]:
+        shares[wing] += 1
+    draw = random.Random(seed)
+    found = [one for wing, ones in wings.items() for one in draw.sample(ones, shares[wing])]
+    draw.shuffle(found)  # so that the first of them, where it was broken off, are a sample too
+    return found
 
 
-class Calls:
-    """A pytest plugin: test -> functions of ours that it calls, and its seconds."""
-
-    def __init__(self) -> None:
-        self.functions: dict[str, set[str]] = {}
-        self.seconds: dict[str, float] = {}
-        self.files: dict[str, str | None] = {}
-
-    def pytest_runtest_protocol(self, item: object) -> None:
-        found = self.functions[item.nodeid] = set()  # type: ignore[attr-defined]
-
-        def called(frame: object, event: str, _: object) -> None:
-            if event == "call":
-                code = frame.f_code  # type: ignore[attr-defined]
-                path = code.co_filename
-                if path not in self.files:
-                    inside = path.startswith(str(ROOT) + os.sep)
-                    self.files[path] = Path(path).relative_to(ROOT).as_posix() if inside else None
-                if self.files[path] is not None:
-                    found.add(f"{self.files[path]} {code.co_name}:{code.co_firstlineno}")
-
-        threading.setprofile(called)  # of threads that begin from now on
-        sys.setprofile(called)
-
-    def pytest_runtest_logreport(self, report: object) -> None:
-        name = report.nodeid  # type: ignore[attr-defined]
-        self.seconds[name] = self.seconds.get(name, 0.0) + report.duration  # type: ignore[attr-defined]
-
-    def pytest_runtest_logfinish(self) -> None:
-        sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
-
-
-def tests_by_function(paths: list[str]) -> dict[str, list[str]]:
-    """Function -> tests of these files that call it, the quickest first. One run of them where nothing is kept of this state."""
-    state = hashlib.sha256("\n".join(paths).encode())
-    for folder in (*FOLDERS, "tests"):
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            state.update(file.read_bytes())
-    kept = BUILD / f"calls-{state.hexdigest()[:16]}.json"
-    if not kept.is_file():
-        print("seeing which tests call which function (one run of them) ...", flush=True)
-        child = os.fork()
-        if child == 0:
-            os._exit(_see_calls(kept, paths))
-        if os.waitpid(child, 0)[1] != 0:
-            raise SystemExit("mutants: the unit tests fail as they are; mend them first")
-    return json.loads(kept.read_text())
-
-
-def _see_calls(kept: Path, paths: list[str]) -> int:
-    import pytest
-
-    calls = Calls()
-    ignored = [f"--ignore={ROOT / name}" for name in SLOW_TESTS]
-    status = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *ignored, *paths], plugins=[calls]))
-    tests: dict[str, list[str]] = {}
-    for test in sorted(calls.functions, key=lambda one: calls.seconds.get(one, 0.0)):
-        for function in calls.functions[test]:
-            tests.setdefault(function, []).append(test)
-    if status == 0:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(tests))
-    return status
+def interval(seen: int, counted: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share (J. Am. Stat. Assoc. 22, 1927)."""
+    z, share = 1.959964, seen / counted
+    middle = (share + z * z / (2 * counted)) / (1 + z * z / counted)
+    half = z / (1 + z * z / counted) * math.sqrt(share * (1 - share) / counted + z * z / (4 * counted**2))
+    return middle - half, middle + half
 
 
 def some_of(tests: list[str], most: int) -> list[str]:
-    """At most so many of them, in their order: half are the quickest, half are spread over the others."""
+    """At most so many of them, in their order: half are the first, half are spread over the others."""
     if len(tests) <= most:
         return tests
     half = most // 2
@@ -148,120 +92,30 @@ def some_of(tests: list[str], most: int) -> list[str]:
     return tests[:half] + [others[index * len(others) // half] for index in range(half)]
 
 
-# ---- one change
+def callers_of(mutant: Mutant, tests: dict[str, list[str]], most: int) -> list[str]:
+    """The tests that call its function, [] if nothing does. Where these are few, some that call others of its file follow:
+    what is kept, a table or a cache, was made in an import or in another test, and is used by them."""
+    direct = tests.get(f"{mutant.file} {mutant.function}", [])
+    found = dict.fromkeys(some_of([name for name in direct if name != IMPORTED], most))
+    for near in (f"{mutant.file} ", f"{mutant.file.rpartition('/')[0]}/") if direct else ():
+        if len(found) < FEW:
+            names = {name for function, ones in tests.items() if function.startswith(near) for name in ones} - {
+                IMPORTED
+            }
+            found |= dict.fromkeys(some_of(sorted(names), FEW))
+    return [*found]
 
 
-def in_a_fork(work: Callable[[], int]) -> bool:
-    """Whether it ends with a status other than 0, or takes for ever."""
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        with open(os.devnull, "wb") as nothing:
-            os.dup2(nothing.fileno(), 1)
-            os.dup2(nothing.fileno(), 2)
-        status = 1
-        try:
-            status = work()
-        finally:
-            os._exit(status)
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return status != 0
-        time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return True
-
-
-class Rounds:
-    """A pytest plugin: in place of one run of the tests, one for each change, in a fork."""
-
-    def __init__(self, mutants: list[Mutant], tests: dict[str, list[str]], into: Path) -> None:
-        self.mutants, self.tests, self.into = mutants, tests, into
-
-    def pytest_runtestloop(self, session: object) -> bool:
-        items = {item.nodeid: item for item in session.items}  # type: ignore[attr-defined]
-        for same in {mutant.file: mutant for mutant in self.mutants}.values():
-            unchanged = replace(same, source=ast.unparse(ast.parse((ROOT / same.file).read_text(encoding="utf-8"))))
-            chosen = [items[name] for name in callers_of(same, self.tests)]
-            if in_a_fork(lambda: _run_swapped(unchanged, session, chosen)):  # noqa: B023 - called at once
-                raise SystemExit(f"mutants: tests of {same.file} fail without a change of it")
-        with self.into.open("w") as outcome:
-            for mutant in self.mutants:
-                chosen = [items[name] for name in callers_of(mutant, self.tests) if name in items]
-                seen = in_a_fork(lambda: _run_swapped(mutant, session, chosen))  # noqa: B023 - called at once
-                outcome.write(json.dumps([mutant.name, seen]) + "\n")
-                outcome.flush()
-        return True
-
-
-def callers_of(mutant: Mutant, tests: dict[str, list[str]], most: int = MOST_TESTS) -> list[str]:
-    return some_of(tests.get(f"{mutant.file} {mutant.function}", []), most)
-
-
-def _run_swapped(mutant: Mutant, session: object, items: list[object]) -> int:
-    path = str(ROOT / mutant.file)
-    changed = dict(_outermost(compile(mutant.source, path, "exec", dont_inherit=True)))
-    for one in gc.get_objects():
-        if type(one) is FunctionType and one.__code__.co_filename == path:
-            code = changed.get(one.__code__.co_qualname)
-            if code is not None and code.co_freevars == one.__code__.co_freevars:
-                one.__code__ = code
-        elif type(one) is functools._lru_cache_wrapper:
-            one.cache_clear()
-    for item, following in zip(items, [*items[1:], None], strict=True):
-        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)  # type: ignore[attr-defined]
-        if session.testsfailed:  # type: ignore[attr-defined]
-            return 1
-    return 0
-
-
-def _outermost(code: CodeType) -> Iterator[tuple[str, CodeType]]:
-    """The functions and methods of a module or class by qualified name, without those inside functions."""
-    for one in code.co_consts:
-        if isinstance(one, CodeType) and "<" not in one.co_qualname:
-            yield one.co_qualname, one
-            yield from _outermost(one)
-
-
-def noticed_in_rounds(mutants: list[Mutant], tests: dict[str, list[str]], paths: list[str]) -> set[str]:
-    """Names of those that a test notices when they are put into functions that are imported."""
-    import pytest
-
-    BUILD.mkdir(parents=True, exist_ok=True)
-    into = BUILD / f"rounds-{os.getpid()}.txt"
-    child = os.fork()
-    if child == 0:
-        ignored = [f"--ignore={ROOT / name}" for name in SLOW_TESTS]
-        options = ["-q", "-s", "-p", "no:cacheprovider", "--no-header", "--no-summary", *ignored, *paths]
-        os._exit(int(pytest.main(options, plugins=[Rounds(mutants, tests, into)])))
-    os.waitpid(child, 0)
-    outcome = dict(json.loads(line) for line in into.read_text().splitlines()) if into.exists() else {}
-    into.unlink(missing_ok=True)
-    if len(outcome) != len({one.name for one in mutants}):
-        raise SystemExit("mutants: the tests did not come to their end")
-    return {name for name, seen in outcome.items() if seen}
-
-
-def noticed(mutant: Mutant, tests: list[str]) -> bool:
-    """The same with the changed file imported afresh."""
-    return in_a_fork(lambda: _run_changed(mutant, tests))
-
-
-def _run_changed(mutant: Mutant, tests: list[str]) -> int:
-    import pytest
-
-    path = str(ROOT / mutant.file)
-    code = compile(mutant.source, path, "exec", dont_inherit=True)
-    plain = importlib.machinery.SourceFileLoader.get_code
-
-    def get_code(self: importlib.machinery.SourceFileLoader, name: str) -> object:
-        return code if self.path == path else plain(self, name)
-
-    importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[assignment,method-assign]
-    return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *tests]))
+def outcomes(mutants: list[Mutant], paths: list[str], most: int) -> Iterable[tuple[Mutant, str]]:
+    tests = tests_by_function(paths)
+    imported = {function for function, names in tests.items() if IMPORTED in names}
+    callers = {one: callers_of(one, tests, most) for one in mutants}
+    used = sorted({name.split("::")[0] for names in callers.values() for name in names})
+    for one, killer in outcome_of_rounds(mutants, callers, used):
+        at_import = one.default or f"{one.file} {one.function}" in imported
+        if killer is None and at_import and callers[one] and noticed_afresh(one, callers[one]):
+            killer = "imported afresh"
+        yield one, f"noticed: {killer}" if killer else "survives" if callers[one] else "never called"
 
 
 def _options() -> argparse.Namespace:
@@ -269,6 +123,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", help="folder or file, such as samplers or lora_merge/algebra")
     parser.add_argument("--sample", type=int, default=0, help="so many of them, drawn at random; 0 is all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--most", type=int, default=400, help="most tests tried for one change")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="folders or files; all unit tests unless told")
     parser.add_argument("--show", action="store_true", help="list the changes and run nothing")
     parser.add_argument("--json", type=Path, help="write the outcome of each there")
@@ -278,14 +133,14 @@ def _options() -> argparse.Namespace:
 
 def main() -> int:
     options = _options()
-    mutants = all_mutants(options.only)
+    known = json.loads(KNOWN.read_text()) if KNOWN.is_file() else {}
+    every = all_mutants(options.only)
+    mutants = [one for one in every if one.name not in known]
     if options.again:
         before = json.loads(options.again.read_text())
-        mutants = [one for one in mutants if before.get(one.name, "noticed") != "noticed"]
+        mutants = [one for one in mutants if not before.get(one.name, "noticed").startswith("noticed")]
     if options.sample and options.sample < len(mutants):
-        mutants = sorted(
-            random.Random(options.seed).sample(mutants, options.sample), key=lambda one: (one.file, one.line)
-        )
+        mutants = drawn(mutants, options.sample, options.seed)
     if options.show:
         print("\n".join(mutant.name for mutant in mutants))
         return 0
@@ -297,23 +152,28 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    known = json.loads(KNOWN.read_text()) if KNOWN.is_file() else {}
-    mutants, listed = [one for one in mutants if one.name not in known], len(mutants)
-    tests = tests_by_function(options.tests)
-    quickly = noticed_in_rounds([one for one in mutants if callers_of(one, tests)], tests, options.tests)
-    outcome = {}
-    for mutant in mutants:
-        callers = callers_of(mutant, tests, 5 * MOST_TESTS)
-        seen = mutant.name in quickly or (callers and noticed(mutant, callers))
-        outcome[mutant.name] = result = "noticed" if seen else "survives" if callers else "never called"
-        if not seen:
+    results = {}
+    for mutant, result in outcomes(mutants, options.tests, options.most):
+        results[mutant.name] = result
+        if not result.startswith("noticed"):
             print(f"{result}: {mutant.name}  (line {mutant.line})", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(outcome, indent=1))
-    counted, seen = len(mutants), list(outcome.values()).count("noticed")
-    share = seen / counted if counted else 1.0
-    print(f"mutants: {seen} of {counted} noticed ({100 * share:.1f} %), {counted - seen} not, {listed - counted} known")
-    return int(share < WANTED)
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1))
+    return _sum_up(results, len(every) - sum(one.name not in known for one in every))
+
+
+def _sum_up(results: dict[str, str], known: int) -> int:
+    counted = len(results)
+    seen = sum(result.startswith("noticed") for result in results.values())
+    if counted == 0:
+        print("mutants: none")
+        return 0
+    low, high = interval(seen, counted)
+    print(
+        f"mutants: {seen} of {counted} noticed ({100 * seen / counted:.1f} %; a sample's 95 % interval is "
+        f"{100 * low:.1f} to {100 * high:.1f} %), {counted - seen} not; {known} are known to make no difference"
+    )
+    return int(seen / counted < WANTED)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,14 +50,39 @@ ROUNDING = 1e-6  # 1 - 1e-9 is room for rounding, and 1 + 1e-9, or dividing by i
 
 @dataclass(frozen=True)
 class Mutant:
-    """file: from the root.   function: its name and first line, as code objects have them.   name: what is changed, in
-    words that stay the same when other lines move.   source: the whole changed file."""
+    """file: from the root.   function: its qualified name.   name: what is changed, in words that stay the same when other
+    lines move.   number: which of the file's changes it is.   default: a default value, which is made at import."""
 
     file: str
     function: str
     line: int
     name: str
-    source: str
+    number: int
+    default: bool
+
+    def source(self) -> str:
+        """The whole changed file."""
+        tree = ast.parse((ROOT / self.file).read_text(encoding="utf-8"))
+        place, other = next(itertools.islice(_changes_in(tree), self.number, None))
+        _put(place.parent, place.field, place.index, ast.copy_location(copy.deepcopy(other), place.node))
+        return ast.unparse(ast.fix_missing_locations(tree))
+
+
+@dataclass(frozen=True)
+class _Place:
+    function: str
+    parent: ast.AST
+    field: str
+    index: int | None
+    node: ast.AST
+    default: bool
+
+
+def inside(path: str, folders: tuple[str, ...]) -> str | None:
+    """The path from the root of a file of these folders, None for any other."""
+    file = Path(path)
+    name = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else ""
+    return name if name.startswith(tuple(f"{folder}/" for folder in folders)) else None
 
 
 def changes(node: ast.AST) -> Iterator[ast.AST]:
@@ -104,19 +130,21 @@ def _is_room(node: ast.AST) -> bool:
 
 
 def mutants_of(file: Path) -> Iterator[Mutant]:
-    source = file.read_text(encoding="utf-8")
-    tree = ast.parse(source)
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     name = file.relative_to(ROOT).as_posix()
     seen: dict[str, int] = {}
-    for function, parent, field, index, node in list(_places(tree)):
-        for other in changes(node):
-            words = f"{name} {function.split(':')[0]}: {_short(node)} -> {_short(other)}"
-            seen[words] = seen.get(words, 0) + 1
-            _put(parent, field, index, ast.copy_location(copy.deepcopy(other), node))
-            changed = ast.unparse(ast.fix_missing_locations(tree))
-            _put(parent, field, index, node)
-            number = f" ({seen[words]})" if seen[words] > 1 else ""
-            yield Mutant(name, function, getattr(node, "lineno", 0), words + number, changed)
+    for number, (place, other) in enumerate(_changes_in(tree)):
+        node = place.node
+        words = f"{name} {place.function.split('.')[-1]}: {_short(node)} -> {_short(other)}"
+        seen[words] = seen.get(words, 0) + 1
+        again = f" ({seen[words]})" if seen[words] > 1 else ""
+        yield Mutant(name, place.function, getattr(node, "lineno", 0), words + again, number, place.default)
+
+
+def _changes_in(tree: ast.AST) -> Iterator[tuple[_Place, ast.AST]]:
+    for place in list(_places(tree)):
+        for other in changes(place.node):
+            yield place, other
 
 
 def _short(node: ast.AST) -> str:
@@ -131,8 +159,10 @@ def _put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
         getattr(parent, field)[index] = node
 
 
-def _places(node: ast.AST, function: str = "") -> Iterator[tuple[str, ast.AST, str, int | None, ast.AST]]:
-    """(innermost function, parent, its field, place in it, node) of all that is no message, type or default text."""
+def _places(node: ast.AST, function: str = "", within: str = "", default: bool = False) -> Iterator[_Place]:
+    """All that is no message, type or default text.
+
+    function: the innermost one.   within: what the qualified name of a function here begins with."""
     for field, value in ast.iter_fields(node):
         if field in (
             "annotation",
@@ -150,12 +180,16 @@ def _places(node: ast.AST, function: str = "") -> Iterator[tuple[str, ast.AST, s
                 continue
             if isinstance(child, ast.keyword) and child.arg in UNSEEN:
                 continue
-            inside = function
+            innermost, names = function, within
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-                inside = f"{child.name}:{child.decorator_list[0].lineno if child.decorator_list else child.lineno}"
-            if function or inside:
-                yield inside, node, field, index, child
-            yield from _places(child, inside)
+                innermost = f"{within}{child.name}"
+                names = f"{innermost}.<locals>."
+            elif isinstance(child, ast.ClassDef):
+                names = f"{within}{child.name}."
+            made_at_import = default or isinstance(node, ast.arguments)
+            if innermost:
+                yield _Place(innermost, node, field, index, child, made_at_import)
+            yield from _places(child, innermost, names, made_at_import)
 
 
 def _is_field(node: ast.AST) -> bool:

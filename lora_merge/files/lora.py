@@ -122,7 +122,7 @@ class Lora:
         """The canonical name of a module given by any of its spellings. Raises KeyError if this LoRA has none."""
         if module in self.spellings:
             return module
-        spelled = names.spelling(module)
+        spelled = names.kohya_name(module)
         for name, known in self.spellings.items():
             if spelled == known:
                 return name
@@ -284,7 +284,7 @@ def _own(tensor: Tensor | Unmade, original: Tensor | Unmade | None) -> Tensor | 
 
 
 def _without_scale(layer: Layer) -> LoraLayer:
-    """The same update as LoRA of scale 1, float32; the scale goes half and half into the factors, or into one if that is
+    """A layer as LoRA of scale 1, float32; the scale goes half and half into the factors, or into one if that is
     exact."""
     if isinstance(layer, LoraLayer) and layer.scale == 1 and layer.mid is None:
         return layer

@@ -72,7 +72,7 @@ class Base:
 
     @cached_property
     def ldm_modules(self) -> Mapping[str, Shape]:
-        """The same under ldm names, which are ComfyUI's."""
+        """`modules` under ldm names, which are ComfyUI's."""
         slots = {level: 2 if blocks[-1] else 1 for level, blocks in enumerate(self.up)}
         layout = Layout(self.res_blocks, len(self.channels), slots)
         return {unet.to_ldm(name, layout) or name: shape for name, shape in self.modules.items()}
@@ -139,15 +139,23 @@ _FOUR = (320, 640, 1280, 1280)
 _DOWN = ((1, 1), (1, 1), (1, 1), (0, 0))
 _UP = ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1))
 
+
+def _of_sdxl(
+    name: str, *, down: tuple[tuple[int, ...], ...], up: tuple[tuple[int, ...], ...], middle: int | None
+) -> Base:
+    """SDXL or one that was pruned from it."""
+    return Base(name, context=2048, linear=True, channels=_THREE, down=down, up=up, middle=middle, added=2816)
+
+
 # Depths as in the models' own configurations, which ComfyUI repeats in comfy/model_detection.py (0.30.0).
 BASES: tuple[Base, ...] = (
-    Base("SD1.5", 768, False, _FOUR, _DOWN, _UP, 1),
-    Base("SD2", 1024, True, _FOUR, _DOWN, _UP, 1),
-    Base("SDXL", 2048, True, _THREE, ((0, 0), (2, 2), (10, 10)), ((10, 10, 10), (2, 2, 2), (0, 0, 0)), 10, 2816),
-    Base("SSD-1B", 2048, True, _THREE, ((0, 0), (2, 2), (4, 4)), ((4, 4, 10), (2, 1, 1), (0, 0, 0)), 0, 2816),
-    Base("Segmind-Vega", 2048, True, _THREE, ((0, 0), (1, 1), (2, 2)), ((2, 2, 2), (1, 1, 1), (0, 0, 0)), 0, 2816),
-    Base("KOALA-1B", 2048, True, _THREE, ((0,), (2,), (6,)), ((6, 6), (2, 2), (0, 0)), 6, 2816),
-    Base("KOALA-700M", 2048, True, _THREE, ((0,), (2,), (5,)), ((5, 5), (2, 2), (0, 0)), None, 2816),
+    Base("SD1.5", context=768, linear=False, channels=_FOUR, down=_DOWN, up=_UP, middle=1),
+    Base("SD2", context=1024, linear=True, channels=_FOUR, down=_DOWN, up=_UP, middle=1),
+    _of_sdxl("SDXL", down=((0, 0), (2, 2), (10, 10)), up=((10, 10, 10), (2, 2, 2), (0, 0, 0)), middle=10),
+    _of_sdxl("SSD-1B", down=((0, 0), (2, 2), (4, 4)), up=((4, 4, 10), (2, 1, 1), (0, 0, 0)), middle=0),
+    _of_sdxl("Segmind-Vega", down=((0, 0), (1, 1), (2, 2)), up=((2, 2, 2), (1, 1, 1), (0, 0, 0)), middle=0),
+    _of_sdxl("KOALA-1B", down=((0,), (2,), (6,)), up=((6, 6), (2, 2), (0, 0)), middle=6),
+    _of_sdxl("KOALA-700M", down=((0,), (2,), (5,)), up=((5, 5), (2, 2), (0, 0)), middle=None),
 )
 BY_NAME: Mapping[str, Base] = {base.name: base for base in BASES}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lcm_kit.distillation.adapter import LoraAdapters, adapted
+from lcm_kit.distillation.adapter import Average, LoraAdapters, adapted
 from lcm_kit.lora_merge import Lora
 
 
@@ -44,6 +44,58 @@ def test_a_fresh_adapter_changes_nothing():
     before = net(X)
     LoraAdapters(net, 4, generator=torch.Generator().manual_seed(1))
     assert torch.equal(net(X), before)
+
+
+def test_a_branch_starts_as_peft_starts_one():
+    """down even in +-1 / sqrt(fan in), which is Kaiming's with a = sqrt(5), drawn from the generator alone; up zero."""
+    net = nn.ModuleDict({"middle_block": nn.ModuleList([nn.Conv2d(16, 64, 3), nn.Linear(64, 64)])})
+    first, second = (LoraAdapters(net, 64, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5))
+    assert [tuple(branch.down.shape) for branch in first.branches] == [(64, 16, 3, 3), (64, 64)]
+    for branch, again, inputs in zip(first.branches, second.branches, (144, 64), strict=True):
+        assert torch.equal(branch.down, again.down)
+        scaled = branch.down.detach() * inputs**0.5
+        assert 0.99 < float(scaled.max()) <= 1
+        assert -1 <= float(scaled.min()) < -0.99
+        # 4,096 numbers or more: a mean of 0 and a deviation of 1 / sqrt(3), each to 0.01 or so
+        assert abs(float(scaled.mean())) < 0.04
+        assert abs(float(scaled.std()) - 3**-0.5) < 0.03
+        assert not branch.up.any()
+
+
+def test_on_the_meta_device_there_are_shapes_alone():
+    state = torch.get_rng_state()
+    source = torch.Generator().manual_seed(1)
+    before = source.get_state()
+    adapters = LoraAdapters(network(), 2, generator=source, device=torch.device("meta"))
+    assert {parameter.device.type for parameter in adapters.parameters()} == {"meta"}
+    assert [tuple(p.shape) for p in adapters.factors().values()][:2] == [(2, 3, 3, 3), (6, 2, 1, 1)]
+    assert torch.equal(source.get_state(), before)
+    torch.set_rng_state(state)  # network() has set it
+
+
+def test_what_was_frozen_before_is_frozen_afterwards_and_the_rest_is_not():
+    net = network()
+    net.middle_block[0].weight.requires_grad_(False)
+    adapters = adapters_of(net)
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+    adapters.remove()
+    adapters.remove()
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["middle_block.0.weight"]
+
+
+def test_a_moving_average_by_hand():
+    parameter = nn.Parameter(torch.tensor([0.0, 8.0]))
+    average, wanted = Average([parameter], 0.2), parameter.detach().double().clone()
+    for step in (1, 2, 3, 4):
+        parameter.data += step
+        rate = {1: 1 / 11, 2: 2 / 12}.get(step, 0.2)  # 3 / 13 and 4 / 14 are more
+        wanted = rate * wanted + (1 - rate) * parameter.detach().double()
+        average.update(step)
+        torch.testing.assert_close(average.values[0].double(), wanted, rtol=1e-6, atol=0)
+    own = parameter.detach().clone()
+    with average.in_place():
+        assert torch.equal(parameter, average.values[0])
+    assert torch.equal(parameter, own)
 
 
 def test_the_branches_do_what_the_exported_lora_does_to_the_weights():

@@ -152,8 +152,19 @@ def test_the_exact_consistency_function_of_the_solver_has_no_loss(points):
         assert loss_of(exact, points, t, huber_c=1.0) < 1e-11  # errors of 3e-6 on data up to 40 wide, squared
 
 
-def test_one_network_serves_as_teacher_student_and_target():
+AS_PUBLISHED = {"huber_c": 0.001, "weighting": "x0", "flow": False}
+
+
+def test_the_loss_is_the_published_one_unless_told():
+    z0, noise = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(4))
+    parts = *[lambda x, s: 0.3 * x] * 3, z0, noise, torch.tensor([19, 99, 499, 999]), 20, TABLE
+    assert torch.equal(consistency_loss(*parts), consistency_loss(*parts, **AS_PUBLISHED))
+
+
+@pytest.mark.parametrize("options", [{}, {"huber_c": None}, {"weighting": "v"}, {"flow": True}])
+def test_one_network_serves_as_teacher_student_and_target(options):
     """Teacher off, student and target on, and the target without a gradient: written out with three functions."""
+    table = torch.arange(1, 1001) / 1000 if "flow" in options else TABLE
     gain = torch.nn.Parameter(torch.tensor(0.3))
 
     class Switch:
@@ -180,12 +191,12 @@ def test_one_network_serves_as_teacher_student_and_target():
 
     student = lambda x, s: x * (prompts["cond"] + gain)  # noqa: E731
     target = lambda x, s: x * (prompts["cond"] + gain.detach())  # noqa: E731
-    expected = consistency_loss(student, teacher, target, z0, noise, timestep, 20, TABLE)
+    expected = consistency_loss(student, teacher, target, z0, noise, timestep, 20, table, **AS_PUBLISHED | options)
     (expected_gradient,) = torch.autograd.grad(expected, gain)
     for both in (None, ("cond", "uncond")):
         loss = distillation_loss(
-            denoise, switch, Batch(z0, "cond", "uncond", both), Draws(timestep, cfg, noise), stride=20, table=TABLE
-        )
+            denoise, switch, Batch(z0, "cond", "uncond", both), Draws(timestep, cfg, noise), stride=20, table=table, **options
+        )  # fmt: skip
         (gradient,) = torch.autograd.grad(loss, gain)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(gradient, expected_gradient)

@@ -5,7 +5,7 @@ import torch
 
 from lcm_kit.lora_merge import Lora, LoraLayer, merge
 from lcm_kit.lora_merge.algebra.lowrank import truncated_sum
-from lcm_kit.lora_merge.comparing.compare import compare
+from lcm_kit.lora_merge.comparing.compare import _in_order, compare
 from lcm_kit.lora_merge.comparing.verdict import answer, headline, relation
 from lcm_kit.lora_merge.one_module.protect import stepping_aside
 from lcm_kit.tests.lora_merge.kinds import ADDITIVE, CARRIED, parts
@@ -298,3 +298,50 @@ def test_one_weight_for_all_of_attention_beside_its_parts_is_counted():
     both = [(Lora.from_state_dict(one), 1.0) for one in (whole, parts)]
     assert compare(both).fused == 3
     assert compare(both[:1]).fused == 0
+
+
+def test_blocks_come_in_the_order_of_the_way_through_the_model():
+    wanted = [
+        "te1 layers.3", "te1 layers.10", "te2 layers.0", "te3 layers.0", "unet in", "unet down.0", "unet down.2",
+        "unet mid", "unet up.1", "unet up.10", "unet out", "unet double", "unet double.2", "unet double.10", "unet single.1",
+        "a part of its own",
+    ]  # fmt: skip
+    assert sorted(sorted(wanted), key=_in_order) == wanted
+    assert sorted(reversed(wanted), key=_in_order) == wanted
+
+
+def test_a_group_is_the_sum_of_its_modules():
+    inputs = [(lora(rank=5, seed=1), 0.5), (lora(rank=3, seed=2, modules=dict(list(SHAPES.items())[:2])), -2.0)]
+    found = compare(inputs)
+    assert (found.whole.modules, [block.modules for block in found.blocks]) == (3, [1, 1, 1])
+    pair = the_pair(found)
+    parts = [one for module in found.modules for one in module.pairs]
+    assert (pair.which, pair.shared, len(parts)) == ((0, 1), 2, 2)
+    assert pair.dot == pytest.approx(sum(one.dot for one in parts))
+    first, second = (deltas(one) for one, _ in inputs)
+    energies = [{name: float(delta.square().sum()) for name, delta in own.items()} for own in (first, second)]
+    # Independent: <A, B>^2 is |A|^2 |B|^2 by the number of entries on average, and those of modules add up.
+    variance = sum(energies[0][name] * energies[1][name] / first[name].numel() for name in second)
+    assert pair.dot_variance == pytest.approx(variance, rel=1e-5)
+    assert pair.norms == pytest.approx(math.sqrt(sum(energies[0].values()) * sum(energies[1].values())), rel=1e-5)
+    assert [sum(own.values()) for own in energies] == pytest.approx(found.whole.energies, rel=1e-5)
+    # Of all of its energy, in modules that the other lacks too.
+    assert pair.first_inside.whole == pytest.approx(sum(energies[0].values()), rel=1e-5)
+    assert pair.second_inside.whole == pytest.approx(sum(energies[1].values()), rel=1e-5)
+    assert pair.left.whole == pytest.approx(sum(one.left.whole for one in parts)) == 6
+    for i in (0, 1):
+        for j in (0, 1):
+            dot = sum(float(((first, second)[i][name] * (first, second)[j][name]).sum()) for name in second)
+            dot += energies[0][TEXT] if i == j == 0 else 0
+            assert found.products[i][j] == pytest.approx(dot, rel=1e-5)
+
+
+def test_what_is_zero_is_in_no_pair_and_what_has_no_strength_takes_no_room():
+    up, down = factors(12, 4, 10)
+    zero = Lora.from_state_dict(kohya("m", torch.zeros_like(up), down))
+    other = Lora.from_state_dict(kohya("m", up, down))
+    assert compare([(zero, 1.0), (other, 1.0)]).whole.pairs == ()
+    assert compare([(other, 1.0), (zero, 1.0)]).whole.pairs == ()
+    # 4 + 4 directions of 12 + 10 numbers; only 10 fit, and one at strength 0 is not in the file.
+    assert compare([(other, 1.0), (other, 1.0)]).megabytes() == 8 * 22 * 2 / 1e6
+    assert compare([(other, 1.0), (other, 0.0)]).megabytes() == 4 * 22 * 2 / 1e6

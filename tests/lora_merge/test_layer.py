@@ -1,10 +1,11 @@
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from lcm_kit.lora_merge import LoraLayer
-from lcm_kit.lora_merge.updates.layer import meeting_shape
+from lcm_kit.lora_merge.updates.layer import exponent, is_safe, largest, shape_of_both, unfolded, whole_factors
 from lcm_kit.tests.lora_merge.make import dense, factors, relative
 
 
@@ -86,5 +87,138 @@ def test_a_layer_cannot_be_changed():
     ],
 )
 def test_shapes_of_one_weight_meet(first, second, common):
-    assert meeting_shape(first, second) == common
-    assert meeting_shape(second, first) == common
+    assert shape_of_both(first, second) == common
+    assert shape_of_both(second, first) == common
+
+
+def sized(first, second, *, middle=None, dtype=torch.float32):
+    """A layer without alpha whose parts' largest entries are 0.75 times these powers of two, None: zeros."""
+    up, down, mid = (
+        None if shape is None else torch.full(shape, 0.0 if power is None else 0.75 * 2.0**power, dtype=dtype)
+        for shape, power in (((3, 2), first), ((2, 4), second), ((2, 2, 1) if middle is not None else None, middle))
+    )
+    return LoraLayer(up, down, mid=mid)
+
+
+@pytest.mark.parametrize(
+    ("powers", "strength", "safe"),
+    [
+        # A part keeps within 2**100 and its inverse, and so does the product of the two.
+        ((100, 0), 0, True),
+        ((101, -10), 0, False),
+        ((-100, 0), 0, True),
+        ((-101, 10), 0, False),
+        ((60, 40), 0, True),
+        ((60, 41), 0, False),
+        ((-60, -40), 0, True),
+        ((-60, -41), 0, False),
+        # With the strength 2**110, the strength itself 2**100.
+        ((60, 40), 10, True),
+        ((60, 40), 11, False),
+        ((-60, -40), -10, True),
+        ((-60, -40), -11, False),
+        ((0, 0), 100, True),
+        ((0, -50), 101, False),
+        # Half of the strength goes into each factor.
+        ((100, -100), 20, True),
+        ((100, -100), 21, False),
+        ((100, -100), -20, True),
+        ((100, -100), -21, False),
+        # Zeros are no danger beside what is none.
+        ((None, 100), 100, True),
+        ((None, 101), 0, False),
+        ((None, 0), 101, False),
+        ((60, 40), None, True),
+        ((60, 41), None, False),
+    ],
+)
+def test_what_float32_bears_is_told_from_the_largest_entries(powers, strength, safe):
+    number = 0.0 if strength is None else 0.75 * 2.0**strength
+    assert is_safe(sized(*powers), number) == safe
+    assert is_safe(sized(*reversed(powers)), -number) == safe
+    whole = LoraLayer(sized(*powers).up, sized(*powers).down, 2 * number)
+    assert is_safe(whole) == safe  # the scale counts as the strength does
+
+
+def test_three_parts_are_multiplied_with_one_another_and_bear_less():
+    assert is_safe(sized(12, 12, middle=12), 0.75)
+    assert not is_safe(sized(12, 12, middle=13), 0.75)
+    assert not is_safe(sized(37, -20, middle=0), 0.75)
+    assert is_safe(sized(-36, 0, middle=0), 0.75)
+    assert not is_safe(sized(-37, 0, middle=0), 0.75)
+
+
+def test_float16_need_not_be_looked_at_where_no_number_of_it_is_a_danger():
+    """It holds 2**-24 to 2**16, so that the strength alone decides, and the answer is the same."""
+    for strength in range(-150, 150, 3):
+        for powers in ((15, 15), (-22, -22), (0, 0), (15, -22)):
+            number = 0.75 * 2.0**strength
+            assert is_safe(sized(*powers, dtype=torch.float16), number) == is_safe(sized(*powers), number), (
+                powers,
+                strength,
+            )
+
+
+def test_narrower_bounds_can_be_asked_for():
+    bounds = {"part": 50, "low": -56, "high": 40}
+    assert is_safe(sized(40, 0), 0.75, **bounds)
+    assert not is_safe(sized(41, 0), 0.75, **bounds)
+    assert is_safe(sized(50, -30), 0.75, **bounds)
+    assert not is_safe(sized(51, -30), 0.75, **bounds)
+    assert is_safe(sized(-30, -20), 0.75 * 2.0**-6, **bounds)
+    assert not is_safe(sized(-30, -20), 0.75 * 2.0**-7, **bounds)
+    assert not is_safe(sized(0, 0, dtype=torch.float16), 0.75 * 2.0**41, **bounds)
+
+
+def test_exponents_and_largest_entries():
+    assert [exponent(number) for number in (1.0, 0.75, -0.75, 0.5, 2.0, 2.0**-140)] == [1, 0, 0, 0, 2, -139]
+    assert [exponent(number) for number in (0.0, math.inf, -math.inf, math.nan)] == [-math.inf, *[math.inf] * 3]
+    assert largest(torch.zeros(0, 3)) == 0
+    for dtype in (torch.float8_e4m3fn, torch.float16, torch.float64, torch.int8):
+        assert largest(torch.tensor([[1, -3], [2, 0]]).to(dtype)) == 3
+        assert largest(torch.tensor([-1, 2]).to(dtype)) == 2
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (5, 2), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_matrix_is_itself_times_one_on_its_shorter_side(shape, dtype):
+    matrix = torch.arange(shape[0] * shape[1]).reshape(shape).to(dtype)
+    up, down = whole_factors(matrix)
+    assert up.dtype == down.dtype == dtype
+    assert (up.shape, down.shape) == ((shape[0], min(shape)), (min(shape), shape[1]))
+    assert torch.equal(up.double() @ down.double(), matrix.double())
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "found"),
+    [
+        ((8, 36), (3, 3), (8, 4, 3, 3)),
+        ((8, 36), (), (8, 36)),
+        ((8, 35), (3, 3), (8, 35)),
+        ((8, 4, 3, 3), (3, 3), (8, 4, 3, 3)),
+        ((8, 6), (3,), (8, 2, 3)),
+    ],
+)
+def test_a_flattened_kernel_is_unfolded_where_it_divides(shape, kernel, found):
+    assert unfolded(shape, kernel) == found
+
+
+def test_what_float32_cannot_hold_is_refused_and_what_it_just_holds_is_not():
+    def layer(size):
+        return LoraLayer(torch.full((1, 1), 2.0**70), torch.full((1, 1), size))
+
+    assert float(layer(2.0**57).delta()) == 2.0**127
+    assert float(layer(2.0**-149).delta()) == 2.0**-79
+    with pytest.raises(ValueError, match=r"the update reaches 3\.4e\+38, and float32 ends at"):
+        layer(2.0**58).delta()
+
+
+def test_without_alpha_what_is_written_is_what_means_the_same():
+    up, down = factors(4, 3, 5)
+    assert (LoraLayer(up, down).scale, LoraLayer(up, down).written_alpha) == (1.0, 3.0)
+    assert (LoraLayer(up, down, 1.5).scale, LoraLayer(up, down, 1.5).written_alpha) == (0.5, 1.5)
+    assert LoraLayer(up, down, 0.0).scale == 0
+    assert LoraLayer(up, down).parameters == 27
+    tucker = LoraLayer(torch.ones(4, 3, 1, 1), torch.ones(2, 5, 1, 1), 3.0, mid=torch.ones(3, 2, 3, 3))
+    assert (tucker.dim, tucker.rank, tucker.scale, tucker.shape, tucker.kernel) == (2, 3, 1.5, (4, 5, 3, 3), (3, 3))
+    assert tucker.parameters == 12 + 10 + 54

@@ -3,9 +3,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lcm_kit.lora_merge import Lora, LoraLayer, describe_merge, load, merge, merge_with_account, save
-from lcm_kit.lora_merge.algebra.precision import all_finite, cast, cast_part
+from lcm_kit.lora_merge import LohaLayer, Lora, LoraLayer, describe_merge, load, merge, merge_with_account, save
+from lcm_kit.lora_merge.algebra.precision import all_finite, cast, cast_part, holds
+from lcm_kit.lora_merge.updates.layer import Share
+from lcm_kit.lora_merge.updates.side_by_side import side_by_side
 from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import dense, factors, kohya, relative
 
@@ -199,3 +203,61 @@ def test_what_stands_beside_a_factor_of_zeros_is_zero_after_a_balance(dead):
     assert not up[:, 1].any()
     assert not down[1].any()
     torch.testing.assert_close(up @ down, torch.full((4, 3), 10.0), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("dead", ["hada_w1_a", "hada_w2_b"])
+def test_a_product_with_a_part_of_zeros_is_zero_and_nothing_is_balanced(dead):
+    """0 has no power of two to be balanced by, and what stands beside it may be of any size."""
+    parts = {"hada_w1_a": (4, 2), "hada_w1_b": (2, 3), "hada_w2_a": (4, 2), "hada_w2_b": (2, 3)}
+    sizes = {name: 0.0 if name == dead else 1e-9 if name == "hada_w1_b" else 1e6 for name in parts}
+    layer = LohaLayer(**{name[5:]: torch.full(shape, sizes[name]) for name, shape in parts.items()}, alpha=2.0)
+    for into_alpha in (True, False):
+        result = cast(layer, torch.float16, into_alpha=into_alpha)
+        assert not any(part.any() for part in result.layer.parts().values())
+        assert (result.balanced, result.error, result.layer.alpha) == (False, 0.0, 2.0)
+
+
+EXPONENTS = st.sampled_from([-24, -17, -13, -12, -11, -10, 0, 14, 15])
+
+
+@given(
+    exponents=st.lists(EXPONENTS, min_size=4, max_size=4),
+    rows=st.sampled_from([3, 70, 130]),
+    place=st.integers(0, 200),
+    turned=st.booleans(),
+    above=st.sampled_from([1.0, -1.0, 0.25, 4.0]),
+    others=st.sampled_from([0.0, 2.0**-12]),
+)
+def test_float16_holds_a_component_if_its_largest_entry_is_in_the_middle_of_its_range(
+    exponents, rows, place, turned, above, others
+):
+    """Above four times the smallest normal number and below the largest number, wherever in the component it is."""
+    up = torch.full((rows, 2), others)
+    up[place % rows] = torch.tensor([1.5 * 2.0**e for e in exponents[:2]])
+    down = torch.full((2, rows), others)
+    down[:, (place // 3) % rows] = torch.tensor([-1.75 * 2.0**e for e in exponents[2:]])
+    if turned:
+        up, down = down.T.contiguous(), up.T.contiguous()
+    layer = side_by_side([Share(up.half(), down.half(), above, 1 / above)], (rows, rows), torch.float16)
+    made_up, made_down = layer.up.float().abs().amax(dim=0), layer.down.float().abs().amax(dim=1)
+    sizes = torch.cat([made_up, made_down])
+    assert holds(layer) == bool(((sizes > 2.0**-12) & (sizes < 65504)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("side", ["up", "down"])
+def test_wider_dtypes_hold_what_is_finite_and_not_all_near_their_subnormal_numbers(dtype, side):
+    def of(size, beside=0.0):
+        parts = {"up": torch.ones(3, 2), "down": torch.ones(2, 3)}
+        parts[side] = torch.tensor([[size, beside, 0.0], [beside, size, 0.0]])
+        parts[side] = parts[side].T.contiguous() if side == "up" else parts[side]
+        return LoraLayer(**parts).in_dtype(dtype)
+
+    assert holds(of(1.0))
+    assert holds(of(1e30))
+    assert holds(of(2.0**-99))
+    assert holds(of(2.0**-99, 2.0**-120))
+    assert not holds(of(2.0**-100))
+    assert not holds(of(0.0))
+    assert not holds(of(math.inf))
+    assert not holds(of(math.inf, 1.0))

@@ -54,6 +54,13 @@ def test_embedding_is_the_formula():
     torch.testing.assert_close(guidance_embedding(w, 16), torch.tensor(expected), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
+def test_a_weight_of_any_dtype_has_the_embedding_of_the_number_it_is(dtype):
+    embedding = guidance_embedding(torch.tensor([7, -2], dtype=dtype), 16)
+    assert embedding.dtype == torch.float32
+    assert torch.equal(embedding[0], guidance_embedding(7.0, 16))
+
+
 def test_no_guidance_is_zeros_and_ones():
     assert torch.equal(guidance_embedding(0.0, 8), torch.tensor([0.0] * 4 + [1.0] * 4))
 

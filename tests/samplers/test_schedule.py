@@ -231,6 +231,12 @@ def test_what_is_no_sigma_table_is_refused(function, table, message):
         function(table)
 
 
+def test_a_table_may_have_one_level_or_equal_neighbours():
+    assert sigmas_at([0], torch.tensor([2.0])).tolist() == [2.0, 0.0]
+    assert timesteps_at(torch.tensor([2.0]), torch.tensor([2.0])).tolist() == [0]
+    assert timesteps_at(torch.tensor([3.0]), torch.tensor([1.0, 2.0, 2.0, 3.0])).tolist() == [3]
+
+
 def test_timesteps_at_undoes_sigmas_at_for_every_timestep():
     table = sigma_table()
     descending = list(range(999, -1, -1))

@@ -122,7 +122,7 @@ def reporting():
     inputs = {"model": loaded.model, "clip": loaded.clip}
     applied = graph.add("LCMKitApplyLoRA", **inputs, lora=merged, strength_model=1.0, strength_clip=1.0)
     graph.add("PreviewAny", source=[applied, 2])
-    resized = graph.add("LCMKitResizeLoRA", lora=lora, rank=8, keep=0.0, dtype="fp16")
+    resized = graph.add("LCMKitResizeLoRA", lora=lora, size="rank", **{"size.rank": 8}, dtype="fp16")
     graph.add("PreviewAny", source=[resized, 1])
     loras = {"lora_1": lora, "lora_2": graph[merged[0]]["inputs"]["lora_2"]}
     graph.add("LCMKitCompareLoRA", rank=0, **loras, **{f"strength_{n}": 1.0 for n in range(1, 5)})
@@ -148,7 +148,7 @@ def failing(type_, **inputs):
     else:
         node = graph.add(type_, **inputs)
     # What shows a result is given the shortest one, should there be any.
-    graph.add("PreviewAny", source=[node, {"LCMKitLoader": 5, "LCMKitMergeLoRA": 1, "LCMKitLoadLoRA": 1}.get(type_, 0)])
+    graph.add("PreviewAny", source=[node, {"LCMKitLoader": 6, "LCMKitMergeLoRA": 1, "LCMKitLoadLoRA": 1}.get(type_, 0)])
     return graph
 
 

@@ -294,14 +294,6 @@ def test_cfg_equals_cores_cfg():
     assert torch.equal(lcm(model, latent, cfg=1.5, negative=tiny.cond(2)), expected)
 
 
-def test_cfg_without_a_negative_is_cfg_one_and_says_so(caplog):
-    model = tiny.small_model()
-    assert torch.equal(lcm(model, tiny.latent(), cfg=1.5), lcm(model, tiny.latent()))
-    (warning,) = [record.getMessage() for record in caplog.records]
-    assert "cfg is 1.5, but no negative prompt is connected" in warning
-    assert "cfg 1 is used" in warning
-
-
 def test_cfg_without_a_negative_is_fine_where_no_step_uses_it():
     model = tiny.small_model()
     assert torch.equal(lcm(model, tiny.latent(), cfg=1.5, cfg_steps=0), lcm(model, tiny.latent()))

@@ -112,10 +112,16 @@ def test_reports_in_a_subgraph(page, server):
     assert page.evaluate(inside) == told
 
 
-def test_reports_come_again_in_a_page_that_was_loaded_anew(browser, server, page, told):
-    """With the next run, which is cached: on all nodes where the host can do it, on output nodes with any."""
+def test_reports_are_kept_with_a_workflow_and_come_again_in_a_page_that_was_loaded_anew(browser, server, page, told):
+    """Of one without them with the next run, which is cached: on all nodes where the host can do it, on output nodes with any."""
     new = opened_page(browser, server)
-    new.evaluate("graph => app.loadGraphData(graph)", saved(page))
+    kept = saved(page)
+    new.evaluate("graph => app.loadGraphData(graph)", kept)
+    new.wait_for_function("() => app.graph.nodes.some(n => n.type === 'LCMKitMergeLoRA')")
+    assert reports(new) == told
+    for node in kept["nodes"]:
+        node["properties"].pop("lcm_kit_report", None)
+    new.evaluate("graph => app.loadGraphData(graph)", kept)
     new.wait_for_function("() => app.graph.nodes.some(n => n.type === 'LCMKitMergeLoRA')")
     assert reports(new) == dict.fromkeys(REPORTING)
     run_in_page(new)

@@ -55,7 +55,7 @@ def made(kind):
     if kind == "attention":
         # At the picture's own size, where HyperTile and Token Merging work. A flow model, so without boundary scalings.
         return tiny.tiny_model(ModelType.FLOW)
-    return tiny.small_model(ModelType.V_PREDICTION)
+    return tiny.tiny_model(ModelType.V_PREDICTION, **tiny.WITH_MIDDLE)  # some nodes patch the middle
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -28,7 +28,7 @@ OUTPUTS = {
     "LCMKitScheduler": ["SIGMAS"],
     "LCMKitSampler": ["SAMPLER"],
     "LCMKitKSampler": ["LATENT"],
-    "LCMKitLoader": ["MODEL", "CLIP", "LORA_MODEL", "INT", "FLOAT", "STRING", "LCM_PRESET"],
+    "LCMKitLoader": ["MODEL", "CLIP", "LCM_PRESET", "LORA_MODEL", "INT", "FLOAT", "STRING"],
     "LCMKitLoadLoRA": ["LORA_MODEL", "STRING"],
     "LCMKitMergeLoRA": ["LORA_MODEL", "STRING"],
     "LCMKitApplyLoRA": ["MODEL", "CLIP", "STRING"],

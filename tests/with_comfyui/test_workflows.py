@@ -25,7 +25,7 @@ NOT_THERE = {"value_not_in_list", "custom_validation_failed"}
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 # What the page downloads from.
 SITES = ("https://huggingface.co/", "https://civitai.com/")
-FOLDERS = {"checkpoints", "diffusion_models", "loras", "text_encoders", "vae"}
+FOLDERS = {"checkpoints", "controlnet", "diffusion_models", "loras", "text_encoders", "vae"}
 
 DRAWN = ("1 First picture with an LCM-LoRA", "2 Style LoRA and LCM-LoRA")  # by the demo
 COMFYUI = "0.30.0"  # whose definitions the files are written with

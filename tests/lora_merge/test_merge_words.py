@@ -1,0 +1,162 @@
+"""The report of a merge, line by line, from numbers written by hand."""
+
+import pytest
+import torch
+
+from lcm_kit.lora_merge import Lora, LoraLayer, MergeOptions, describe, describe_merge
+from lcm_kit.lora_merge.merging.account import Account, Source
+from lcm_kit.tests.lora_merge.make import factors, kohya
+
+
+def source(name="a", **facts):
+    return Source(**{"name": name, "strength": 0.5, "modules": 5, "only_here": 2, "diffs": 0, "ranks": (4, 8),
+                     "alphas": (2.0, 8.0), "retention": 1.0, "merged": 5} | facts)  # fmt: skip
+
+
+def account(*sources, **facts):
+    options = facts.pop("options", {})
+    return Account(
+        **{
+            "sources": sources or (source(), source("b")),
+            "method": options.get("method", "linear"),
+            "rank": options.get("rank", 0),
+            "modules": 7,
+            "cut_modules": 0,
+            "relative_error": 0.0,
+            "options": MergeOptions(**options),
+        }
+        | facts
+    )
+
+
+MERGED = Lora(
+    {"m": LoraLayer(torch.ones(4, 2), torch.ones(2, 6)), "n": LoraLayer(torch.ones(4, 3), torch.ones(3, 6))}, source="x"
+)
+
+
+def lines(one, merged=MERGED):
+    return describe_merge(one, merged).split("\n")
+
+
+def test_an_exact_merge_in_full():
+    assert lines(account()) == [
+        "Merged 2 LoRAs, method linear:",
+        "  a * 0.5: 5 modules, 3 shared, 2 only here, rank 4 to 8, alpha 2 to 8",
+        "  b * 0.5: 5 modules, 3 shared, 2 only here, rank 4 to 8, alpha 2 to 8",
+        "Result: 2 modules, rank 2 to 3, 0.0 MB in float16",
+        "Exact: no module was cut.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"ranks": None, "alphas": None}, "5 modules, 3 shared, 2 only here"),
+        ({"ranks": (4, 4), "alphas": (1.0, 1.0)}, "5 modules, 3 shared, 2 only here, rank 4, alpha 1"),
+        ({"diffs": 3, "ranks": None}, "5 modules, 3 shared, 2 only here, 3 weight or bias differences"),
+        ({"merged": 3, "refused": 2, "ranks": None}, "2 only here, 3 merged, 2 refused and left out"),
+        ({"merged": 4, "passed_through": 1, "ranks": None}, "4 merged, 1 passed through as they are"),
+        ({"block_strengths": "down=0.5", "ranks": None}, "2 only here, times down=0.5"),
+        ({"protected": True, "ranks": None}, "2 only here, protected"),
+    ],
+)
+def test_what_became_of_an_input(facts, said):
+    line = lines(account(source(**facts), source("b")))[1]
+    assert line.startswith("  a * 0.5: 5 modules")
+    assert line.endswith(said)
+
+
+def test_one_lora_shares_nothing_with_anybody():
+    first, second, *_ = lines(account(source(only_here=5, ranks=None)))
+    assert (first, second) == ("Made from one LoRA:", "  a * 0.5: 5 modules")
+    assert not any(line.startswith("Note:") for line in lines(account(source(only_here=5))))
+
+
+def test_inputs_that_share_nothing_and_those_without_strength_are_noted():
+    apart = lines(account(source(only_here=5), source("b", only_here=5)))
+    assert "Note: the inputs share no module. They may be made for different base models." in apart
+    together = lines(account(source(only_here=5), source("b", only_here=4)))
+    assert not any(line.startswith("Note:") for line in together)
+    assert "Note: an input of strength 0 adds nothing." in lines(account(source(strength=0.0), source("b")))
+
+
+@pytest.mark.parametrize(
+    ("options", "head"),
+    [
+        ({"method": "ties", "density": 0.3}, "method ties (density 0.3):"),
+        ({"method": "dare", "seed": 7}, "method dare (density 0.9, seed 7):"),
+        ({"method": "dare", "seed": 0}, "method dare (density 0.9):"),
+        ({"method": "ties", "seed": 7}, "method ties (density 0.2):"),
+        ({"method": "magnitude", "dense": True}, "method magnitude (density 0.5, on whole updates):"),
+        ({"method": "tsv", "dense": True}, "method tsv:"),
+    ],
+)
+def test_the_choices_that_count_are_told(options, head):
+    assert lines(account(options=options))[0].endswith(head)
+
+
+def test_the_effect_of_each_input_is_told_where_a_method_chose():
+    said = lines(account(source(effect=0.425), source("b", effect=None), options={"method": "ties"}))
+    at = said.index("Effect of each input in the result, 100 % being strength * LoRA as it is:")
+    assert said[at + 1 : at + 4] == ["  a: 42.5 %", "  b: no update", "No module was cut."]
+    assert not any("Effect" in line for line in lines(account()))
+
+
+def test_who_made_room_for_whom():
+    sources = source(stepped_aside=0.25), source("b", protected=True), source("c", stepped_aside=1.0)
+    said = lines(account(*sources, options={"protect": 1, "mu": 2.0}))
+    room = "Made room for b, mu 2: a keeps 25.0 % of its energy there, c keeps 100.0 % of its energy there."
+    assert said[-2:] == [room, "No module was cut."]
+    assert not any("room" in line for line in lines(account(*sources, options={"protect": 1, "mu": 0.0})))
+
+
+@pytest.mark.parametrize(
+    ("options", "how"),
+    [
+        ({"rank": 4}, "to rank 4 in 3 of 7 modules; relative error 0.123"),
+        ({"keep": 0.9}, "to keep 90 % of the energy in 3 of 7 modules;"),
+        ({"retain": 0.75}, "so that each input keeps 75 % of its energy in 3 of 7 modules;"),
+        ({"max_mb": 20.5}, "to 20.5 MB in 3 of 7 modules;"),
+        ({"rank": 4, "balanced": True}, "to rank 4 in 3 of 7 modules, every input counting alike;"),
+    ],
+)
+def test_a_cut_says_how_much_is_left_of_each(options, how):
+    sources = source(retention=0.5), source("b", retention=None)
+    said = lines(account(*sources, options=options, cut_modules=3, relative_error=0.12345))
+    (cut,) = [line for line in said if line.startswith("Cut ")]
+    assert cut.startswith(f"Cut {how}")
+    assert cut.endswith("Left of each input's energy:")
+    assert said[said.index(cut) + 1 :] == ["  a: 50.0 %", "  b: nothing was there"]
+    assert "Exact: no module was cut." not in said
+
+
+def test_the_median_rank_is_told_where_ranks_were_shared_out():
+    shared = {"options": {"keep": 0.9}, "cut_modules": 1}
+    assert ", rank 2 to 3 (median 2.5), " in describe_merge(account(ranks=(2, 2.5, 3), **shared), MERGED)
+    for other in ({"ranks": (3, 3, 3), **shared}, {"ranks": (2, 2.5, 3), "options": {"rank": 3}, "cut_modules": 1}):
+        assert "median" not in describe_merge(account(**other), MERGED)
+
+
+def test_warnings_end_with_one_full_stop_and_rebalanced_modules_are_counted():
+    said = lines(account(warnings=("it is so", "It is. And so."), rebalanced=3))
+    assert said[-3:] == [
+        "Factors of 3 modules balanced to fit float16; their updates are the same.",
+        "Warning: it is so.",
+        "Warning: It is. And so.",
+    ]
+    assert not any("balanced" in line for line in lines(account()))
+
+
+def test_a_lora_in_a_few_lines():
+    tensors = kohya("lora_unet_input_blocks_1_1_proj_in", *factors(400, 4, 300), 2.0)
+    tensors |= kohya("lora_unet_middle_block_1_proj_in", *factors(400, 8, 300), 8.0)
+    tensors |= kohya("lora_te1_text_model_encoder_layers_0_mlp_fc1", *factors(400, 4, 300))
+    tensors |= kohya("lora_te2_text_model_encoder_layers_0_mlp_fc1", *factors(400, 4, 300))
+    lora = Lora.from_state_dict(tensors | {"lora_unet_middle_block_1_proj_in.diff_b": torch.ones(400)}, source="x")
+    assert describe(lora).split("\n") == [
+        "x",
+        "  modules: 4 (diffusion model 2, text encoder 1 1, text encoder 2 1)",
+        "  rank: 4 to 8, scale (alpha / rank): 0.5 to 1",
+        "  weight and bias differences: 1",
+        "  size: 0.0 MB in float16",
+    ]
