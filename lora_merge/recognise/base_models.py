@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import islice
 from math import prod
 
 from ..naming import unet
@@ -199,7 +200,9 @@ def recognise(modules: Mapping[str, Shape]) -> Recognised:
     possible: list[str] = []
     complete: list[str] = []
     for base in BASES:
-        hits = sum(_same_weight(base.shape(name), shape) for name, shape in modules.items())
+        others = (name for name, shape in modules.items() if not _same_weight(base.shape(name), shape))
+        # No more than it takes to rule a base out.
+        hits = len(modules) - len(list(islice(others, 1 + int((1 - _COMPLETE) * len(modules)))))
         if hits < _COMPLETE * len(modules):
             continue
         possible.append(base.name)
