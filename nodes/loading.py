@@ -87,7 +87,7 @@ class LoadLoRA(Node):
                 io.LoraModel.Output(display_name="LORA_MODEL"),
                 io.String.Output(display_name="report", tooltip="Modules, rank, alpha, scale and size."),
             ],
-            search_aliases=["lora info", "lora weights", "open lora"],
+            search_aliases=["lora info", "lora weights", "open lora", "convert lora"],
         )
 
     @classmethod
