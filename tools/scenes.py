@@ -35,7 +35,7 @@ class Scene(Graph):
         return [self.add("CLIPTextEncode", text=words, clip=clip or self.clip), 0]
 
     def fast(self) -> str:
-        return self.add("LCMKitLoader", model=self.model, lora_name=TINY.lcm, strength=1.0, wrong_base="refuse")
+        return self.add("LCMKitLoader", model=self.model, lora_name=TINY.lcm, strength_model=1.0, wrong_base="refuse")
 
     def lora(self, name: str) -> Link:
         return [self.add("LCMKitLoadLoRA", lora_name=name), 0]
