@@ -169,8 +169,10 @@ class Lora:
         Raises ValueError for what the format cannot name or hold, and for values the dtype cannot hold.
         """
         pieces = self.pieces(dtype, format=format, copy=copy)
-        with closing(in_order(_made, pieces.values(), torch.get_num_threads())) as made:
-            return dict(zip(pieces, made, strict=True))
+        unmade = {key: piece for key, piece in pieces.items() if isinstance(piece, Unmade)}
+        with closing(in_order(Unmade.made, unmade.values(), torch.get_num_threads())) as results:
+            made = dict(zip(unmade, results, strict=True))
+        return {key: piece if isinstance(piece, Tensor) else made[key] for key, piece in pieces.items()}
 
     def pieces(self, dtype: torch.dtype | None = None, *, format: Format = "kohya", copy: bool = True) -> Pieces:
         """`to_state_dict`, where the factors of a sum (updates/side_by_side.py) are unmade: they are finite, and whoever
@@ -267,10 +269,6 @@ def too_small(errors: Mapping[str, float], dtype: torch.dtype | None) -> str:
 
 def _name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _made(piece: Tensor | Unmade) -> Tensor:
-    return piece.made() if isinstance(piece, Unmade) else piece
 
 
 def _contiguous(piece: Tensor | Unmade) -> Tensor | Unmade:

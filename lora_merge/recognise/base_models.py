@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import islice
 from math import prod
 
 from ..naming import unet
@@ -176,6 +177,7 @@ class Recognised:
     branches: tuple[str, ...] = ()
 
 
+@lru_cache(maxsize=1 << 14)
 def kind_of(module: str) -> str | None:
     """Which of the fourteen kinds a module is (`attn2_to_k`, `conv1`, `time_emb_proj`, ...); None for any other."""
     if _DOWNSAMPLER.fullmatch(module):
@@ -198,7 +200,9 @@ def recognise(modules: Mapping[str, Shape]) -> Recognised:
     possible: list[str] = []
     complete: list[str] = []
     for base in BASES:
-        hits = sum(_same_weight(base.shape(name), shape) for name, shape in modules.items())
+        others = (name for name, shape in modules.items() if not _same_weight(base.shape(name), shape))
+        # No more than it takes to rule a base out.
+        hits = len(modules) - len(list(islice(others, 1 + int((1 - _COMPLETE) * len(modules)))))
         if hits < _COMPLETE * len(modules):
             continue
         possible.append(base.name)

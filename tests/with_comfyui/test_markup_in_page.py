@@ -134,7 +134,7 @@ def failing(type_, **inputs):
     graph = Graph()
     loaded = load(graph, TINY)
     if type_ == "LCMKitLoader":
-        node = graph.add(type_, model=loaded.model, strength=1.0, wrong_base="refuse", **inputs)
+        node = graph.add(type_, model=loaded.model, strength_model=1.0, wrong_base="refuse", **inputs)
     elif type_ == "LCMKitScheduler":
         node = graph.add(type_, model=loaded.model, steps=4, denoise=1.0, original_steps=50, **inputs)
     elif type_ == "LCMKitMergeLoRA":
