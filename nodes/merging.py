@@ -156,7 +156,14 @@ class MergeLoRA(Node):
                 ),
                 io.String.Output(display_name="report", tooltip="What went in, what came out, and any error made."),
             ],
-            search_aliases=["lora arithmetic", "combine loras", "add loras", "lora sum", "lora block weight"],
+            search_aliases=[
+                "lora arithmetic",
+                "combine loras",
+                "add loras",
+                "lora sum",
+                "average loras",
+                "lora block weight",
+            ],
         )
 
     @classmethod
@@ -215,7 +222,7 @@ class SaveLoRA(Node):
             display_name="Save LoRA",
             category=CATEGORY,
             description="Writes a LoRA into ComfyUI's loras folder, where every LoRA loader finds it (press R to refresh "
-            "the lists).",
+            "the lists). After Load LoRA it converts: format says whose names the file gets.",
             is_output_node=True,
             inputs=[
                 io.LoraModel.Input("lora", tooltip="The LoRA to save."),
@@ -249,7 +256,16 @@ class SaveLoRA(Node):
                 about("trigger_words", "Words that the LoRA answers to, with commas. Empty keeps those that it names."),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file's name in the loras folder.")],
-            search_aliases=["export lora", "write lora"],
+            search_aliases=[
+                "export lora",
+                "write lora",
+                "convert lora",
+                "lora format",
+                "kohya",
+                "diffusers",
+                "musubi",
+                "peft",
+            ],
         )
 
     @classmethod

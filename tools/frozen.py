@@ -84,6 +84,7 @@ def both(page: Any) -> dict[str, Any]:
     """What the page saves of the open workflow, and what it sends of our nodes in it."""
     workflow = page.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
     sent = page.evaluate("() => app.graphToPrompt().then(both => JSON.parse(JSON.stringify(both.output)))")
+    workflow.pop("id", None)  # drawn at random
     ours = {id_: node for id_, node in sent.items() if node["class_type"].startswith(OURS)}
     return {
         "workflow": workflow,

@@ -112,12 +112,12 @@ def of_help(page, web_page, node: str) -> bytes:
 
 
 def wanted(names: list[str], only: str) -> Iterator[str]:
-    return (name for name in names if only in name)
+    return (name for name in names if any(words in name for words in only.split(",")))
 
 
 def main() -> int:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--only", default="", help="words of the name of a node or workflow")
+    asked.add_argument("--only", default="", help="words of the names of nodes or workflows, between commas")
     asked.add_argument("--what", default="nodes,workflows,help", help="some of nodes, workflows, help")
     options = asked.parse_args()
     os.environ.setdefault("COMFYUI_PATH", str(ROOT / ".comfyui"))
@@ -133,6 +133,10 @@ def main() -> int:
         comfy_server.pack_server(Path(home)) as server,
         sync_playwright() as play,
     ):
+        # A list of files that has the full LCM of its scene; nothing reads it.
+        unets = server.home / "models" / "diffusion_models"
+        unets.mkdir(parents=True, exist_ok=True)
+        (unets / scenes.FULL_LCM).touch()
         browser = play.chromium.launch(executable_path=web_page.chromium(), args=web_page.OPTIONS)
         for renderer, vue in (("classic", False), ("nodes2", True)):
             page = web_page.opened_page(browser, server, **{"Comfy.VueNodes.Enabled": vue})
@@ -143,7 +147,7 @@ def main() -> int:
                     (HELP / f"{node}.webp").write_bytes(as_webp(png))
                 print(node, renderer, flush=True)
             for file in workflows if "workflows" in options.what else ():
-                if options.only in file.stem:
+                if [*wanted([file.stem], options.only)]:
                     (OUT / f"{file.stem}.{renderer}.png").write_bytes(of_workflow(page, file))
                     print(file.stem, renderer, flush=True)
             for node in wanted(list(scenes.SCENES), options.only) if "help" in options.what and not vue else ():

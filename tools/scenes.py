@@ -10,25 +10,32 @@ from ..demo.graphs import TINY, Graph, Link
 Shown = list[list[str]]
 """Ids in columns from left to right."""
 SCENES: dict[str, Callable[[Scene], Shown]] = {}
+FULL_LCM = "LCM_Dreamshaper_v7.safetensors"
 NOT_RUN = {"LCMKitGuidanceEmbedding"}  # for want of a full LCM
 PLAIN = {"seed": 7, "steps": 4, "cfg": 1.0}
 
 
 class Scene(Graph):
-    """A graph with the embedded model in it."""
+    """A graph with the embedded model in it. first: number of its first node."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 1) -> None:
         super().__init__()
+        self.first = first
         base = self.add("CheckpointLoaderSimple", ckpt_name=TINY.checkpoint)
         self.model, self.clip = [base, 0], [base, 1]
         self.vae = [self.add("VAELoader", vae_name=TINY.vae), 0]
         self.latent = [self.add("EmptyLatentImage", width=64, height=64, batch_size=1), 0]
 
+    def add(self, class_type: str, **inputs: Any) -> str:
+        node = str(self.first + len(self))
+        self[node] = {"class_type": class_type, "inputs": inputs}
+        return node
+
     def text(self, words: str, clip: Link | None = None) -> Link:
         return [self.add("CLIPTextEncode", text=words, clip=clip or self.clip), 0]
 
     def fast(self) -> str:
-        return self.add("LCMKitLoader", model=self.model, lora_name=TINY.lcm, strength=1.0, wrong_base="refuse")
+        return self.add("LCMKitLoader", model=self.model, lora_name=TINY.lcm, strength_model=1.0, wrong_base="refuse")
 
     def lora(self, name: str) -> Link:
         return [self.add("LCMKitLoadLoRA", lora_name=name), 0]
@@ -206,8 +213,9 @@ def resize(scene: Scene) -> Shown:
 
 @of("LCMKitCompareLoRA")
 def compare(scene: Scene) -> Shown:
-    node = scene.add("LCMKitCompareLoRA", lora_1=scene.lora(TINY.style), lora_2=scene.lora(TINY.lcm), rank=16)
-    return [[node]]
+    style, lcm = scene.lora(TINY.style), scene.lora(TINY.lcm)
+    node = scene.add("LCMKitCompareLoRA", lora_1=style, strength_1=0.8, lora_2=lcm, strength_2=1.0, rank=16)
+    return [[style[0], lcm[0]], [node]]
 
 
 @of("LCMKitExtractLoRA")
@@ -234,9 +242,7 @@ def limit(scene: Scene) -> Shown:
 
 @of("LCMKitGuidanceEmbedding")
 def guidance(scene: Scene) -> Shown:
-    node = scene.add(
-        "LCMKitGuidanceEmbedding", model=scene.model, unet_name="LCM_Dreamshaper_v7.safetensors", guidance=8.0
-    )
+    node = scene.add("LCMKitGuidanceEmbedding", model=scene.model, unet_name=FULL_LCM, guidance=8.0)
     return [[node]]
 
 
@@ -251,6 +257,9 @@ def distill(scene: Scene) -> Shown:
 
 
 def scene_of(node: str) -> tuple[Scene, Shown]:
-    """The graph that shows a node, and its ids in columns. Raises KeyError for a node without one."""
-    scene = Scene()
+    """The graph that shows a node, and its ids in columns. Raises KeyError for a node without one.
+
+    No two scenes have a number in common: the page keeps previews by the numbers of nodes.
+    """
+    scene = Scene(100 * (1 + list(SCENES).index(node)))
     return scene, SCENES[node](scene)

@@ -3,6 +3,7 @@
 import { app } from "../../scripts/app.js";
 
 const OURS = /^LCMKit/; // node ids
+const WIDE = /^LCMKit(CompareLoRA|Grid)$/;
 const SWITCHED_OFF = new Set([2, 4]); // modes of a node: never, bypassed
 const COLOURS = { LORA_MODEL: "#e58fb1", LORA_STACK: "#b07fd6", LCM_PRESET: "#e8b04a" };
 
@@ -121,6 +122,10 @@ app.registerExtension({
     for (const type of ["pointerup", "keyup", "change"]) document.addEventListener(type, refreshSoon, true);
     refreshSoon();
   },
-  nodeCreated: refreshSoon,
+  nodeCreated(node) {
+    // A picture that is looked at on its node.
+    if (WIDE.test(node.comfyClass ?? "")) node.setSize([Math.max(node.size[0], 520), node.size[1]]);
+    refreshSoon();
+  },
   afterConfigureGraph: refreshSoon,
 });

@@ -92,12 +92,20 @@ function removeProgress(node) {
   node.widgets.splice(at, 1);
 }
 
+// Nodes 2.0 lays its widgets out by their styles, in a width that is known when they are there.
+function fitStyles({ element }, width) {
+  element.style.minHeight = `${heightOf(element.value, width)}px`;
+  setTimeout(() => {
+    if (!globalThis.LiteGraph?.vueNodesMode || element.scrollHeight <= element.clientHeight) return;
+    element.style.minHeight = `${Math.min(BOX.tallest, element.scrollHeight + 2)}px`;
+  }, 200);
+}
+
 // The node grows with its report, and shrinks again unless its user has made it larger.
 function fit(node, widget) {
   const [width, height] = node.size;
   node.size[0] = Math.max(width, NARROWEST);
-  // Nodes 2.0 lays its widgets out by their styles.
-  widget.element.style.minHeight = `${heightOf(widget.element.value, node.size[0])}px`;
+  fitStyles(widget, node.size[0]);
   const needed = node.computeSize()[1];
   const grown = height === widget.fitted ? needed : Math.max(height, needed);
   node.setSize([node.size[0], grown]);

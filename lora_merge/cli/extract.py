@@ -20,7 +20,9 @@ _EXAMPLES = """examples:
   python -m lora_merge extract lcm-dreamshaper.safetensors dreamshaper.safetensors -o lcm.safetensors --rank 64
     what made the first model out of the second, as a LoRA: here the acceleration.
   python -m lora_merge extract tuned.safetensors base.safetensors -o style.safetensors --rank 128 --keep 0.95
-    each module as small as holds 95 % of its difference, at most rank 128."""
+    each module as small as holds 95 % of its difference, at most rank 128.
+  python -m lora_merge extract turbo.safetensors base.safetensors -o turbo-lora.safetensors
+    the steps that a turbo model saves, for every fine-tune of its base and for merges with styles."""
 
 
 def add_extract(add: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """Bases of transformers by names and shapes, against the models that diffusers builds, and each against all others."""
 
 import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -48,6 +49,12 @@ def test_a_pruned_model_is_its_base_until_a_tenth_is_missing(name):
     assert base_of(modules) is None or base_of(modules).name != name
 
 
+@cache
+def bases_of(lora):
+    """The bases of a LoRA of every module of one."""
+    return recognise(modules_of(lora)).bases
+
+
 def counts_on(lora, model):
     """What becomes of a LoRA of every module of one base on a model of another."""
     mine, theirs = BY_NAME[lora].modules, BY_NAME[model].modules
@@ -60,8 +67,7 @@ def counts_on(lora, model):
 @pytest.mark.parametrize("model", NAMES)
 def test_a_lora_is_taken_by_the_models_of_its_base_alone(lora, model):
     """Every pair. It may be for another base as well where that one holds all that it changes."""
-    bases = recognise(modules_of(lora)).bases
-    counts = counts_on(lora, model)
+    bases, counts = bases_of(lora), counts_on(lora, model)
     taken = model in bases
     assert taken is (lora == model or inside(lora, model))
     assert is_wrong_base(counts, bases, model, accelerates=False, demand_all=True) is not taken
@@ -160,3 +166,63 @@ def test_slices_have_the_rows_that_the_fused_weight_gives_them():
     assert "Flux.1" in recognise(qkv).bases
     wide = dict.fromkeys(qkv, (9216, 3072))
     assert "Flux.1" not in recognise(wide).bases
+
+
+def _hidream(w):
+    experts = 4 * w + 3 * 3584 * w + 4 * 3 * 6912 * w
+    double, single = 8 * w**2 + 12 * w**2 + 3 * 6912 * w + experts, 4 * w**2 + 6 * w**2 + experts
+    return 16 * double + 32 * single + 49 * 4096 * w
+
+
+def _cosmos(w, depth):
+    return depth * (14 * w**2 + 2 * 1024 * w + 3 * (256 + 768) * w) + 4 * w**2
+
+
+# Base -> billions of parameters in its name or its paper, and the numbers in its blocks by hand: depth times what a block
+# has. A double block of Flux has 3 + 1 + 4 + 4 widths squared and 6 of modulation for each of two streams, a single one
+# 3 + 4 + 1 + 4 and 3; those of Flux 2 have 3 + 1 + 6 + 3 and 3 + 6 + 1 + 3, and none of modulation.
+PUBLISHED = {
+    "Flux.1": (12, (19 * 36 + 38 * 15) * 3072**2),
+    "Chroma": (8.9, (19 * 24 + 38 * 12) * 3072**2 + 5 * 2 * 5120**2),
+    "Flux.2 dev": (32, (8 * 26 + 48 * 13) * 6144**2),
+    "Flux.2 Klein 9B": (9, (8 * 26 + 24 * 13) * 4096**2),
+    "Flux.2 Klein 4B": (4, (5 * 26 + 20 * 13) * 3072**2),
+    "HunyuanVideo": (13, (20 * 36 + 40 * 15 + 2 * 14) * 3072**2),
+    "HunyuanVideo 1.5": (8.3, (54 * 36 + 2 * 14) * 2048**2),
+    "HunyuanImage 2.1": (17, (20 * 36 + 40 * 15 + 2 * 14) * 3584**2),
+    "Qwen-Image": (20, 60 * (8 + 2 * 14) * 3072**2),
+    "Wan 2.1 1.3B": (1.3, 30 * (8 * 1536**2 + 2 * 1536 * 8960)),
+    "Wan 2.2 5B": (5, 30 * (8 * 3072**2 + 2 * 3072 * 14336)),
+    "Wan 2.1/2.2 14B": (14, 40 * (8 * 5120**2 + 2 * 5120 * 13824)),
+    "Z-Image": (6, 34 * (4 * 3840**2 + 3 * 3840 * 10240) + 32 * 4 * 3840 * 256),
+    "Lumina 2": (2.6, 30 * (3840 * 2304 + 2304**2 + 3 * 2304 * 9216) + 28 * 4 * 2304 * 1024),
+    "SD3 medium": (2, (24 * 18 + 23 * 18 + 5) * 1536**2),
+    "SD3.5 medium": (2.3, (24 * 18 + 23 * 18 + 5 + 13 * 7) * 1536**2),
+    "SD3.5 large": (8, (38 * 18 + 37 * 18 + 5) * 2432**2),
+    "LTX-Video 2B": (2, 28 * 16 * 2048**2),
+    "LTX-Video 13B": (13, 48 * 16 * 4096**2),
+    "LTX-2": (19, 48 * (64 + 16 + 6 + 6) * 2048**2),
+    "HiDream-I1": (17, _hidream(2560)),
+    "Cosmos-Predict2 2B": (2, _cosmos(2048, 28)),
+    "Cosmos-Predict2 14B": (14, _cosmos(5120, 36)),
+    "Anima": (2, _cosmos(2048, 28) + 6 * (8 + 8) * 1024**2),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_blocks_of_a_base_have_the_numbers_that_it_was_published_with(name):
+    billions, by_hand = PUBLISHED[name]
+    found = sum(out * inputs for out, inputs in BY_NAME[name].modules.values())
+    assert found == by_hand
+    assert found / 1e9 == pytest.approx(billions, rel=0.1)
+
+
+def test_kin_are_the_bases_whose_loras_work_on_one_another_after_a_fashion():
+    kin = {}
+    for base in TRANSFORMERS:
+        kin.setdefault(base.kin, set()).add(base.name)
+    assert {name: bases for name, bases in kin.items() if bases != {name}} == {
+        "Flux.1": {"Flux.1", "Chroma"},
+        "SD3": {"SD3 medium", "SD3.5 medium"},
+        "Cosmos-Predict2 2B": {"Cosmos-Predict2 2B", "Anima"},
+    }

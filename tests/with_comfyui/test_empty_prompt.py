@@ -14,8 +14,9 @@ from comfy_extras import nodes_sag
 from lcm_kit.host.sampling.empty_prompt import negative_for, shared_by_all
 from lcm_kit.nodes.sampling import LCMKSampler
 from lcm_kit.samplers.presets import PRESETS
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import tiny
-from lcm_kit.tests.with_comfyui.sampled import CAT, SEED, ksampler, picture, relative
+from lcm_kit.tests.with_comfyui.sampled import CAT, SEED, ksampler, picture
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -181,6 +182,6 @@ def test_what_a_prompt_says_of_its_text_its_place_and_its_time_stays_its_own():
 
 
 def test_a_node_that_looks_at_the_negative_prompt_at_cfg_1_gets_it_too():
-    guided = nodes_sag.SelfAttentionGuidance.execute(tiny.small_model(), 0.5, 2.0).result[0]
+    guided = nodes_sag.SelfAttentionGuidance.execute(tiny.tiny_model(**tiny.WITH_MIDDLE), 0.5, 2.0).result[0]
     result = ksampler(guided, picture(), clip=clip())
     assert torch.equal(result, ksampler(guided, picture(), negative=encoded()))

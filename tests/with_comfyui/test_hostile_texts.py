@@ -64,6 +64,7 @@ def test_every_text_input_is_tried(client):
     assert sorted(found) == sorted(INPUTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), INPUTS)
 def test_the_server_answers_others_meanwhile(client, server, kind, name):
     info, slowest, stop = client.object_info(), [], threading.Event()

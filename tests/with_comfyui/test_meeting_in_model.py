@@ -17,6 +17,7 @@ from lcm_kit.lora_merge.metadata.fields import PROVENANCE_KEY
 from lcm_kit.lora_merge.naming.family import Rows
 from lcm_kit.nodes.comparing import CompareLoRA
 from lcm_kit.nodes.merging import MergeLoRA
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import dits, tiny
 from lcm_kit.tests.with_comfyui.test_one_weight_twice import by_core, lora
 
@@ -65,7 +66,7 @@ def test_names_that_tell_nothing_meet_by_the_models_weights(name, first, second,
     ours, one, two = (by_core(state, homes, weights) for state in (result, *states))
     (weight,) = ours
     wanted = one[weight] + 0.8 * two[weight]
-    assert float((ours[weight] - wanted).abs().max() / wanted.abs().max()) <= 1e-5
+    assert relative(ours[weight], wanted) <= 1e-5
     text = CompareLoRA.execute(rank=0, model=patcher(name), **slots(*states)).result[1]
     assert "1 modules shared" in text
     assert "Note" not in text

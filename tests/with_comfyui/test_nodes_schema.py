@@ -135,7 +135,7 @@ CONTRACT = {
         [
             ("model", "MODEL", None),
             ("lora_name", "COMBO", None),
-            ("strength", "FLOAT", 1.0),
+            ("strength_model", "FLOAT", 1.0),
             ("wrong_base", "COMBO", "refuse"),
         ],
         [("clip", "CLIP", None), ("lora_stack", "LORA_STACK", None)],

@@ -105,6 +105,7 @@ def test_samples_on_the_way_are_made_from_edge_to_edge_without_noise(monkeypatch
 
     monkeypatch.setattr(strip, "sample_lcm", watched)
     start = distilled(model, steps=1)[0]
+    seen.clear()
     _, picture, _ = distilled(model, **IN_4, steps=2, save_every=2, start_from=start)
     table = model.get_model_object("model_sampling").sigmas
     assert len(seen) == 2  # before, with the LoRA it begins with, and after

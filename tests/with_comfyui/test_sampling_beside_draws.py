@@ -6,8 +6,9 @@ import pytest
 import torch
 from comfy_extras import nodes_hypertile, nodes_tomesd
 
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import tiny
-from lcm_kit.tests.with_comfyui.sampled import SEED, edited, in_parts, in_parts_advanced, ksampler, picture, relative
+from lcm_kit.tests.with_comfyui.sampled import SEED, edited, in_parts, in_parts_advanced, ksampler, picture
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -21,8 +21,9 @@ from comfy_extras import nodes_model_advanced
 from nodes import SetLatentNoiseMask
 
 from lcm_kit.host.sampling.runs import initial_noise
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import tiny
-from lcm_kit.tests.with_comfyui.sampled import SEED, cores_sampler, ksampler, ours, relative, sampler_custom, scheduled
+from lcm_kit.tests.with_comfyui.sampled import SEED, cores_sampler, ksampler, ours, sampler_custom, scheduled
 
 IMAGE, VIDEO = (4, 8, 8), (16, 3, 4, 6)
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from lcm_kit.lora_merge import Lora, load, save
 from lcm_kit.lora_merge.files.formats import named_for
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import dits
 from lcm_kit.tests.with_comfyui.test_one_weight_twice import by_core
 from lcm_kit.tests.with_comfyui.test_own_naming import MODEL, family, is_tried
@@ -52,6 +53,7 @@ _HIDREAM = {
     "caption_channels": [8, 8], "text_emb_dim": 8, "num_routed_experts": 2, "num_activated_experts": 1,
     "axes_dims_rope": (4, 2, 2), "max_resolution": (8, 8), "llama_layers": [0, 1],
 }  # fmt: skip
+ours_alone = pytest.mark.slow  # no fact about ComfyUI: once is enough
 IN_BLOCK = re.compile(r"(?:blocks|layers|refiner|encoders)\.0\.")
 
 
@@ -95,7 +97,7 @@ def core(name, state):
 def alike(found, wanted, bound):
     assert found.keys() == wanted.keys()
     for key in wanted:
-        error = float((found[key] - wanted[key]).abs().max() / wanted[key].abs().max())
+        error = relative(found[key], wanted[key])
         assert error <= bound, (key, error)
 
 
@@ -136,6 +138,7 @@ def test_comfyui_reads_diffusers_names_where_it_has_a_table(name):
     alike(core(name, written(state, "diffusers")), core(name, state), 1e-6)
 
 
+@ours_alone
 @pytest.mark.parametrize("name", BOTH)
 def test_diffusers_names_are_those_of_its_model(name):
     """Its own class on the meta device: names, and the shapes of ours as far as sizes are not told by a configuration."""
@@ -149,6 +152,7 @@ def test_diffusers_names_are_those_of_its_model(name):
     assert ours <= theirs, sorted(ours - theirs)[:5]
 
 
+@ours_alone
 @pytest.mark.parametrize("name", [name for name in BOTH if name in CONVERTED])
 def test_diffusers_own_converter_makes_the_same_of_comfyuis_names(name, tmp_path):
     pytest.importorskip("diffusers")
@@ -232,6 +236,7 @@ def test_fused_weights_are_saved_in_names_that_both_read(name, tmp_path):
     assert {again.find(f"{MODEL}{module}") for module in TRUE_WIDTH[name][2]} == {*again.modules}
 
 
+@ours_alone
 @pytest.mark.parametrize("name", [name for name in dits.KNOWN if name not in REFUSED])
 @pytest.mark.parametrize("way", [("comfy", "kohya"), ("diffusers", "comfy"), ("diffusers", "kohya")])
 def test_there_and_back_is_what_it_was(name, way):
@@ -257,3 +262,16 @@ def test_names_that_are_two_families_are_refused_for_diffusers_and_kept_for_comf
     }
     with caplog.at_level(logging.WARNING):
         assert written(state, "kohya")
+
+
+@pytest.mark.parametrize("format", ["auto", "kohya", "comfy"])
+@pytest.mark.parametrize("name", [name for name in ("Flux 2", "Lumina 2") if name in dits.KNOWN])
+def test_no_saved_name_is_one_that_comfyui_cuts_into_the_wrong_rows(name, format):
+    """Its key map has Flux 1's rows for Flux 2, and thirds of the grouped attention of Lumina 2."""
+    state = of_model(name)
+    wrong = {spelled for spelled, home in dits.homes(name).items() if dits.target_of(home)[1] is not None}
+    assert wrong
+    for given in (state, written(state, "kohya"), *([written(state, "diffusers")] if name == "Flux 2" else [])):
+        modules = {re.sub(r"\.(?:lora_(?:up|down|A|B)\.weight|alpha)$", "", key) for key in written(given, format)}
+        assert modules
+        assert modules.isdisjoint(wrong)

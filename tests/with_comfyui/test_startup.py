@@ -18,7 +18,7 @@ CONTRACT = {
     "LCMKitScheduler": "model steps denoise original_steps timesteps",
     "LCMKitSampler": "gamma seed",
     "LCMKitKSampler": "model positive negative latent_image seed steps cfg denoise gamma cfg_steps original_steps",
-    "LCMKitLoader": "model clip lora_name strength wrong_base lora_stack",
+    "LCMKitLoader": "model clip lora_name strength_model wrong_base lora_stack",
     "LCMKitLoadLoRA": "lora_name",
     "LCMKitMergeLoRA": "lora_1 lora_2 lora_3 lora_4 strength_1 strength_2 strength_3 strength_4 method size",
     "LCMKitApplyLoRA": "model clip lora strength_model strength_clip wrong_base",

@@ -1,13 +1,15 @@
 """What would silently make a wrong picture: an empty latent where a picture is counted on, and another model's noise levels."""
 
+import logging
+
 import pytest
 import torch
 from comfy.model_base import ModelType
 
-from lcm_kit.nodes.sampling import LCMKSampler
 from lcm_kit.samplers.presets import PRESETS
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import tiny
-from lcm_kit.tests.with_comfyui.sampled import CAT, SEED, ksampler, ours, picture, relative, sampler_custom, scheduled
+from lcm_kit.tests.with_comfyui.sampled import ksampler, ours, picture, sampler_custom, scheduled
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 EMPTY = {"samples": torch.zeros(1, 4, 8, 8)}
@@ -18,18 +20,11 @@ def model():
     return tiny.small_model()
 
 
-def told(model, latent, **changed):
-    """What LCM KSampler says on the node."""
-    widgets = {
-        "seed": SEED,
-        "steps": 4,
-        "cfg": 1.0,
-        "denoise": 1.0,
-        "gamma": 1.0,
-        "cfg_steps": -1,
-        "original_steps": 50,
-    }
-    return LCMKSampler.execute(model=model, positive=CAT, latent_image=latent, **widgets | changed).ui["text"]
+def told(caplog, model, latent, **changed):
+    """What LCM KSampler warns of."""
+    caplog.clear()
+    ksampler(model, latent, **changed)
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize(
@@ -41,20 +36,20 @@ def told(model, latent, **changed):
         ({"add_noise": False, "start_at_step": 2}, "add_noise is off and latent_image is empty"),
     ],
 )
-def test_an_empty_latent_is_named_where_a_picture_or_noise_is_counted_on(model, changed, words):
-    (line,) = told(model, EMPTY, **changed)
+def test_an_empty_latent_is_named_where_a_picture_or_noise_is_counted_on(model, changed, words, caplog):
+    (line,) = told(caplog, model, EMPTY, **changed)
     assert words in line
-    assert told(model, picture(), **changed) == []
+    assert told(caplog, model, picture(), **changed) == []
 
 
 @pytest.mark.parametrize("changed", [{}, {"end_at_step": 2}, {"preset": PRESETS["DMD2 1 step"]}, {"denoise": 0.0}])
-def test_it_is_not_where_pure_noise_is_the_start_or_nothing_runs(model, changed):
-    assert told(model, EMPTY, **changed) == []
+def test_it_is_not_where_pure_noise_is_the_start_or_nothing_runs(model, changed, caplog):
+    assert told(caplog, model, EMPTY, **changed) == []
 
 
-def test_one_part_of_a_nested_latent_is_enough():
+def test_one_part_of_a_nested_latent_is_enough(caplog):
     pair = tiny.nested(torch.zeros(1, 4, 8, 8), torch.ones(1, 3, 5))
-    assert told(tiny.pair_model(), pair, denoise=0.6) == []
+    assert told(caplog, tiny.pair_model(), pair, denoise=0.6) == []
 
 
 def test_levels_of_another_model_are_refused_on_a_flow_model(model):
