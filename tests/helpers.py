@@ -1,8 +1,12 @@
 """What several test files share; import it as `lcm_kit.tests.helpers`."""
 
 import ast
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,3 +39,21 @@ def relative(a, b) -> float:
 def is_within(name: str, prefix: str) -> bool:
     """Whether a dotted name is `prefix` or lies under it: "torch.nn" within "torch", "torchvision" not."""
     return name == prefix or name.startswith(prefix + ".")
+
+
+def published_files() -> list[Path]:
+    """Paths from the root of what the registry would get: git's files minus .comfyignore, uncommitted ones included."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("the archive is what git tracks: needs git and a clone, not an unpacked folder")
+    ignore = f"--exclude-from={ROOT / '.comfyignore'}"
+    kept_out = set(_git("ls-files", "--cached", "--ignored", ignore))
+    names = {name for name in _git("ls-files", "--cached") if name not in kept_out}
+    names |= set(_git("ls-files", "--others", "--exclude-standard", ignore))
+    return sorted(Path(name) for name in names if (ROOT / name).exists())
+
+
+def _git(*arguments: str) -> list[str]:
+    command = ["git", "-C", str(ROOT), *arguments, "-z"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    return [name for name in done.stdout.split("\0") if name]

@@ -1,0 +1,49 @@
+"""What the registry hands out, unpacked into a ComfyUI that has nothing else: it starts there and lacks nothing."""
+
+import json
+import shutil
+import urllib.parse
+import zipfile
+
+import pytest
+
+from lcm_kit.demo.comfyui_server import ComfyUIServer
+from lcm_kit.tests.helpers import ROOT, published_files
+from lcm_kit.tests.with_comfyui.comfy_server import PACK, comfyui, import_times, own_page
+
+
+@pytest.fixture(scope="module")
+def clean_server(tmp_path_factory):
+    """ComfyUI with the unpacked archive as its only pack, and no models."""
+    folder = tmp_path_factory.mktemp("archive")
+    with zipfile.ZipFile(folder / "node.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in published_files():
+            archive.write(ROOT / path, path)
+    shutil.unpack_archive(folder / "node.zip", folder / PACK)
+    home = tmp_path_factory.mktemp("clean")
+    with ComfyUIServer(comfyui(), home, packs={PACK: folder / PACK}, arguments=own_page(comfyui())) as server:
+        yield server
+
+
+def test_it_is_imported_without_a_warning(clean_server):
+    log = clean_server.log_text()
+    assert import_times(log)[PACK][1], log
+    assert "Traceback" not in log
+
+
+def test_every_node_is_there(clean_server):
+    there = {name for name in json.loads(clean_server.request("/object_info")) if name.startswith("LCMKit")}
+    assert there == set(json.loads((ROOT / "node_list.json").read_text(encoding="utf-8")))
+
+
+def test_workflows_help_pages_and_languages_are_served(clean_server):
+    named = json.loads(clean_server.request("/workflow_templates"))[PACK]
+    assert sorted(named) == sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
+    for name in named:
+        own = clean_server.request(f"/api/workflow_templates/{PACK}/{urllib.parse.quote(name)}.json")
+        assert json.loads(own)["nodes"]
+    for page in (ROOT / "web" / "docs").rglob("*.md"):
+        path = page.relative_to(ROOT / "web").as_posix()
+        assert clean_server.request(f"/extensions/{PACK}/{path}") == page.read_bytes()
+    languages = {folder.name for folder in (ROOT / "locales").iterdir()}
+    assert languages <= set(json.loads(clean_server.request("/i18n")))
