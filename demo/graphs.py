@@ -185,7 +185,9 @@ def pictures(files: Files, way: Way, shots: Iterable[Shot]) -> tuple[Graph, list
         lora = merge(graph, files, way.style, way.lcm)
         model = [graph.add("LCMKitApplyLoRA", model=model, lora=lora, strength_model=1.0, strength_clip=1.0), 0]
     elif way.lcm:
-        loader = graph.add("LCMKitLoader", model=model, lora_name=files.lcm, strength_model=way.lcm, wrong_base="refuse")
+        loader = graph.add(
+            "LCMKitLoader", model=model, lora_name=files.lcm, strength_model=way.lcm, wrong_base="refuse"
+        )
         model = [loader, 0]
     elif way.style:
         model = [graph.add("LoraLoaderModelOnly", model=model, lora_name=files.style, strength_model=way.style), 0]
