@@ -210,6 +210,22 @@ def test_what_strangers_run_does_nothing_in_open_pages(runner, onlooker, server)
     assert [page.evaluate("() => window.texts") for page in (runner, onlooker)] == [[], []]
 
 
+def test_a_report_that_a_strangers_workflow_brings_is_text(runner):
+    """On a node of ours and on another pack's, which may have one too. Anything but text is no report."""
+    graph = Graph()
+    shown = graph.add("PreviewAny", source=[graph.add("LCMKitLoadLoRA", lora_name=TINY.lcm), 1])
+    graph.add("PreviewAny", source=[shown, 0])
+    open_graph(runner, graph, "brought")
+    workflow = runner.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
+    for node, report in zip(workflow["nodes"], (MARKUP, MARKUP, {"length": 1e9}), strict=True):
+        node["properties"]["lcm_kit_report"] = report
+    runner.evaluate("graph => app.loadGraphData(graph)", workflow)
+    runner.wait_for_timeout(1000)
+    boxes = """() => app.graph.nodes.flatMap(n => n.widgets ?? []).filter(w => w.name === "lcm_kit_report").map(w => w.element.value)"""
+    assert runner.evaluate(boxes) == [MARKUP] * 2
+    assert harm(runner) == [0, []]
+
+
 def test_no_name_of_a_file_becomes_markup_in_a_list(runner, hostile):
     named = hostile.with_name(f"{SCRIPT}.safetensors")
     shutil.copy(hostile, named)

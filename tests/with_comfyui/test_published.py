@@ -106,8 +106,13 @@ def test_the_families_are_set_up_as_comfyui_does(config, model, family):
     if not hasattr(comfy.supported_models, config):
         pytest.skip(f"this ComfyUI has no {config} yet")
     kind, settings, *_ = FAMILIES[family]
-    assert getattr(comfy.supported_models, config).sampling_settings == settings
-    assert inspect.signature(getattr(comfy.model_base, model).__init__).parameters["model_type"].default == kind
+    # The noise of a video's sound, which newer versions shift by itself, is no sampler's.
+    theirs = dict(getattr(comfy.supported_models, config).sampling_settings)
+    theirs.pop("audio_shift", None)
+    assert theirs == settings
+    # FLOW_AV is FLOW with a shift of its own for sound.
+    default = inspect.signature(getattr(comfy.model_base, model).__init__).parameters["model_type"].default
+    assert default.name.removesuffix("_AV") == kind.name
 
 
 def model_of(family):
