@@ -34,7 +34,8 @@ def _as_the_executor_does():
 
 @pytest.fixture(scope="module")
 def model():
-    return calm_model()
+    with torch.inference_mode():
+        return calm_model()
 
 
 @pytest.fixture
