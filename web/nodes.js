@@ -39,13 +39,16 @@ function nameOf(source) {
   return typeof file === "string" ? file.split(/[\\/]/).pop().replace(/\.safetensors$/, "") : source?.title;
 }
 
+const own = new WeakMap(); // strength -> its label in the page's language, undefined for its name
+
 // strength_2 is called after what is connected to lora_2.
 function nameStrengths(node) {
   for (const widget of node.widgets ?? []) {
     const [, number] = widget.name.match(/^strength_(\d+)$/) ?? [];
     if (!number) continue;
     const name = nameOf(sourceOf(node, `lora_${number}`));
-    const label = name ? `strength_${number}: ${name}` : undefined;
+    if (!own.has(widget)) own.set(widget, widget.label);
+    const label = name ? `${own.get(widget) ?? widget.name}: ${name}` : own.get(widget);
     if (widget.label !== label) widget.label = label;
   }
 }

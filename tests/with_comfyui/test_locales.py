@@ -75,10 +75,15 @@ def test_the_page_shows_a_chosen_language(browser, server):
     table = table_of("fr")
     page = opened_page(browser, server, **{"Comfy.Locale": "fr"})
     try:
-        open_graph(page, {"1": {"class_type": "LCMKitKSampler", "inputs": {}}})
+        nodes = ("LCMKitKSampler", "LCMKitMergeLoRA", "LCMKitCompareLoRA")
+        open_graph(page, {str(n): {"class_type": name, "inputs": {}} for n, name in enumerate(nodes)})
         page.wait_for_function("title => app.graph.nodes[0].title === title", arg=table["LCM KSampler"])
         label, name = page.evaluate(
             "() => { const steps = app.graph.nodes[0].widgets.find(w => w.name === 'steps'); return [steps.label, steps.name] }"
+        )
+        page.wait_for_timeout(500)  # our page script has seen the nodes
+        strengths = page.evaluate(
+            "() => app.graph.nodes.slice(1).flatMap(n => n.widgets).filter(w => w.name === 'strength_1').map(w => w.label)"
         )
         help_page = page.evaluate(
             "() => fetch('/extensions/lcm-kit/docs/LCMKitKSampler/fr.md').then(answer => answer.text())"
@@ -87,5 +92,6 @@ def test_the_page_shows_a_chosen_language(browser, server):
         server.request("/settings", json.dumps({"Comfy.Locale": "en"}).encode(), {"Content-Type": "application/json"})
         page.close()
     assert label == table["steps"]
+    assert strengths == [table["strength_1"]] * 2
     assert name == "steps"  # what a workflow keeps is the same in every language
     assert help_page == (HELP / "fr.md").read_text(encoding="utf-8")
