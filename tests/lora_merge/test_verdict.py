@@ -14,6 +14,7 @@ from lcm_kit.lora_merge.comparing.comparison import (
     inside,
     overlap,
 )
+from lcm_kit.lora_merge.comparing.report import _cuts
 from lcm_kit.lora_merge.comparing.verdict import Relation, answer, headline, places, relation
 
 NOTHING = Measure(0.0, 0.0, 0.0, 1.0)
@@ -138,6 +139,16 @@ def test_what_a_cut_keeps_and_weighs():
     rounded = comparison(kept=((0.0, 1.0 + 1e-9, 1.0), (0.0, 1.0 + 1e-9, 1.0)), numbers=(0, 1, 2))
     assert (rounded.error_at(1), rounded.retention(0, 1)) == (0, 1)
     assert comparison(kept=((0.0, 0.0),), numbers=(0, 1)).error_at(0) == 0
+
+
+def test_cuts_are_told_where_there_is_something_to_cut():
+    def cuts(*energies, numbers=(0, 1_000_000, 3_000_000, 5_000_000)):
+        kept = (energies,) * 3
+        return _cuts(comparison(kept=kept, numbers=numbers[: len(energies)]), 2)
+
+    assert cuts(0.0) == cuts(0.0, 0.0) == []
+    assert cuts(0.0, 0.5)[0] == "Of the merge: rank 1 is exact, 2.0 MB in float16. Cut to a smaller rank:"
+    assert cuts(0.0, 3.0, 4.0, 4.0)[0].startswith("Of the merge: rank 3 is exact, 10.0 MB in float16.")
 
 
 # ---- the answer
