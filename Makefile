@@ -6,7 +6,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint unit integration mutants fuzz soak floor compatibility presets workflows clean
+.PHONY: help setup demo test lint unit integration mutants fuzz soak floor compatibility presets workflows pictures frozen locales brand gpu clean
 
 BASE_PYTHON ?= python3
 # Waiting threads must not spin: on a laptop two ComfyUI threads would fight for the cores.
@@ -88,6 +88,21 @@ presets: setup  ## writes docs/presets.md from samplers/presets.py
 
 workflows: setup  ## writes example_workflows/*.json and demo/workflow.json from the descriptions in tools/flows/
 	@COMFYUI_PATH="$(TREE)" "$(RUN)" tools/workflows.py
+
+pictures: setup  ## screenshots of nodes, workflows and help pages, and the help pages' pictures in web/docs; ONLY=LCMKitGrid
+	@COMFYUI_PATH="$(TREE)" "$(RUN)" tools/pictures.py $(if $(ONLY),--only "$(ONLY)") $(if $(WHAT),--what "$(WHAT)")
+
+frozen: setup  ## writes tests/frozen: what saved workflows depend on; LINE="a line of CHANGELOG.md" after a release
+	@COMFYUI_PATH="$(TREE)" "$(RUN)" tools/frozen.py $(if $(LINE),--line "$$LINE")
+
+locales: setup  ## writes locales/ from tools/translations/ and the nodes' own texts
+	@COMFYUI_PATH="$(TREE)" "$(RUN)" tools/locales.py
+
+brand: setup  ## draws docs/icon.png and docs/banner.png for the registry
+	@"$(RUN)" tools/brand.py
+
+gpu: setup  ## what a CPU cannot show, on an NVIDIA GPU: benchmarks/gpu.md; REHEARSE=1 tries the script on a CPU
+	@COMFYUI_PATH="$(TREE)" "$(RUN)" benchmarks/on_gpu.py $(if $(REHEARSE),--rehearse)
 
 clean:  ## removes .venv, ComfyUI and everything that tools left behind
 	rm -rf .venv .comfyui .comfyui-floor .comfyui.part .frontends .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info demo/output

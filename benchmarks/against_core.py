@@ -9,7 +9,7 @@ run with denoise < 1 starts. Prints Markdown, as kept in benchmarks/RESULTS.md.
 
 import warnings
 
-from setting import ROOT, load_comfyui, markdown
+from setting import embedded, load_comfyui, markdown
 
 import torch
 
@@ -36,16 +36,8 @@ def prepare() -> None:
 
 
 def load():
-    """(model with its LCM-LoRA, conditioning) through ComfyUI's own loaders."""
-    import comfy.sd
-    import comfy.utils
-
-    models = ROOT / "demo" / "models"
-    model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
-        str(models / "checkpoints" / "tiny_emoji.safetensors"), output_vae=False
-    )
-    lora = comfy.utils.load_torch_file(str(models / "loras" / "tiny_emoji_lcm_lora.safetensors"))
-    model, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    """(model with its LCM-LoRA, conditioning)."""
+    model, clip, _ = embedded()
     encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(p))[0][0] for p in PROMPTS]
     return model, [[torch.cat(encoded), {}]]
 

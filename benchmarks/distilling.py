@@ -21,6 +21,8 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 from setting import ROOT, fresh, load_comfyui, markdown, peak_memory
 
@@ -52,8 +54,8 @@ SD15 = {
 TIGHT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
-def model_of(name: str):
-    """A MODEL in fp32. Random weights for all but the embedded one: neither memory nor speed depends on them."""
+def model_of(name: str, device: str = "cpu"):
+    """A MODEL in fp32, computed on `device`. Random weights for all but the embedded one: neither memory nor speed depends on them."""
     import comfy.model_patcher
     import comfy.sd
     import comfy.supported_models
@@ -73,22 +75,28 @@ def model_of(name: str):
     with torch.no_grad():
         for parameter in model.diffusion_model.parameters():
             parameter.normal_(std=0.02)
-    return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+    return comfy.model_patcher.ModelPatcher(model, torch.device(device), cpu)
 
 
 class Watch:
-    """Processor time of each step, and the largest memory since the first one's end."""
+    """Time of each step by a clock, processor time by default, and the largest memory since the first one's end."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.process_time, peak: Callable[..., float] = peak_memory
+    ) -> None:
         self.times: list[float] = []
-        self.last = time.process_time()
+        self.clock, self.peak = clock, peak
+        self.last = clock()
+
+    def step_begins(self) -> None:
+        self.last = self.clock()
 
     def step_done(self) -> None:
-        now = time.process_time()
+        now = self.clock()
         self.times.append(now - self.last)
         if len(self.times) == 1:
-            peak_memory(reset=True)
-        self.last = time.process_time()
+            self.peak(reset=True)
+        self.last = self.clock()
 
 
 def measure(kind: str, name: str, home: str) -> dict[str, float]:
@@ -130,29 +138,34 @@ def sizes(kind: str, name: str, home: str) -> dict[str, float]:
     return found
 
 
-def work(kind: str, name: str, watch: Watch) -> dict[str, float]:
-    """STEPS steps of one kind on a fresh model; the bytes of its network, and how many numbers are trained."""
+def work(
+    kind: str, name: str, watch: Watch, *, device: str = "cpu", steps: int = STEPS, **options: Any
+) -> dict[str, float]:
+    """So many steps of one kind on a fresh model; the bytes of its network, and how many numbers are trained.
+
+    options: inputs of TrainLoraNode or of Distill LCM-LoRA that are not as in the tables of the CPU.
+    """
     import comfy.sample
     import comfy_extras.nodes_train as core
 
     from lcm_kit.host.training import distilling
 
     rank, batch, side = MODELS[name]
-    model = model_of(name)
+    model = model_of(name, device)
     network = model.model.diffusion_model
     latents = torch.randn(batch, model.model.latent_format.latent_channels, side, side)
     context = model.model.model_config.unet_config["context_dim"]
     positive, negative = ([[torch.randn(1, 77, context), {}]] for _ in range(2))
     found = {"network": float(sum(p.numel() * p.element_size() for p in network.parameters()))}
-    watch.last = time.process_time()
+    watch.step_begins()
     if kind == "core":
         with_hook(watch)
         schema = core.TrainLoraNode.define_schema()
         defaults = {entry.id: entry.default for entry in schema.inputs if getattr(entry, "default", None) is not None}
         settings = {
-            **defaults, "batch_size": batch, "steps": STEPS, "grad_accumulation_steps": 1, "learning_rate": 1e-4, "rank": rank,
+            **defaults, "batch_size": batch, "steps": steps, "grad_accumulation_steps": 1, "learning_rate": 1e-4, "rank": rank,
             "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32",
-            "algorithm": "LoRA", "gradient_checkpointing": True, "existing_lora": "[None]",
+            "algorithm": "LoRA", "gradient_checkpointing": True, "existing_lora": "[None]", **options,
         }  # fmt: skip
         given = [{"samples": latent} for latent in latents.split(1)]
         lora = core.TrainLoraNode.execute(
@@ -161,11 +174,12 @@ def work(kind: str, name: str, watch: Watch) -> dict[str, float]:
         found["LoRA"] = float(sum(tensor.numel() for tensor in lora.values()))
     elif kind == "ours":
         with_timed_steps(watch)
-        lora = distilling.distil(
-            model, [positive], [negative], [{"samples": latents}], None, steps=STEPS, batch=batch, accumulate=1,
-            rank=rank, alpha=0, learning_rate=1e-4, guidance_min=8.5, guidance_max=8.5, skip=20, seed=0, samples=1,
-            width=64, height=64, dtype="fp32", gradient_checkpointing=True, resume="",
-        )[0]  # fmt: skip
+        settings = {
+            "steps": steps, "batch": batch, "accumulate": 1, "rank": rank, "alpha": 0, "learning_rate": 1e-4,
+            "guidance_min": 8.5, "guidance_max": 8.5, "skip": 20, "seed": 0, "samples": 1, "width": 64, "height": 64,
+            "dtype": "fp32", "gradient_checkpointing": True, "resume": "", **options,
+        }  # fmt: skip
+        lora = distilling.distil(model, [positive], [negative], [{"samples": latents}], None, **settings)[0]
         found["LoRA"] = float(sum(tensor.numel() for key, tensor in lora.items() if not key.endswith("alpha")))
     elif kind in ("one pass", "our passes"):
         found["LoRA"] = float(passes(kind, model, latents, positive, negative, rank, watch))
@@ -188,7 +202,7 @@ def with_hook(watch: Watch) -> None:
 
     def hook(*_, **__) -> None:
         watch.step_done()
-        watch.memory = peak_memory()
+        watch.memory = watch.peak()
 
     comfy.utils.set_progress_bar_global_hook(hook)
 
@@ -203,17 +217,17 @@ def with_timed_steps(watch: Watch) -> None:
     step = Trainer.step
 
     def timed(trainer):
-        watch.last = time.process_time()
+        watch.step_begins()
         loss = step(trainer)
         watch.step_done()
-        watch.memory = peak_memory()
+        watch.memory = watch.peak()
         return loss
 
     Trainer.step = timed
 
 
 def watch_peak(watch: Watch) -> float:
-    return getattr(watch, "memory", None) or peak_memory()
+    return getattr(watch, "memory", None) or watch.peak()
 
 
 def passes(kind: str, model, latents, positive, negative, rank: int, watch: Watch) -> int:
@@ -248,11 +262,11 @@ def passes(kind: str, model, latents, positive, negative, rank: int, watch: Watc
                     optimizer.step()
                     optimizer.zero_grad()
 
-            watch.last = time.process_time()
+            watch.step_begins()
             for _ in range(STEPS):
                 step()
                 watch.step_done()
-                watch.memory = peak_memory()
+                watch.memory = watch.peak()
             return sum(parameter.numel() for parameter in adapters.parameters())
 
 

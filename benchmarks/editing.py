@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from setting import ROOT
+from setting import ROOT, markdown
 
 import classifier
 import torch
@@ -34,6 +34,10 @@ REDRAWN = [
     *[{"steps": 4, "denoise": denoise} for denoise in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)],
     *[{"steps": 8, "denoise": denoise} for denoise in (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)],
 ]
+COLUMNS = (
+    "way", "steps", "model calls", "denoise", "keep", "cfg", "new object shown", "background kept, dB",
+    "new background shown", "object kept, dB",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,11 +155,10 @@ def rows(editor: Editor, jury: Jury) -> Iterator[tuple[str, dict, dict]]:
         yield "image to image", settings, measure(editor.redrawn, jury, **settings)
 
 
-def print_row(way: str, settings: dict, found: dict[str, tuple[float, float]]) -> None:
+def table_row(way: str, settings: dict, found: dict[str, tuple[float, float]]) -> list[object]:
     calls = settings["steps"] * (1 if way != "LCM Edit" else 3 if settings.get("cfg", 1) != 1 else 2)
     shown = [settings["steps"], calls, settings["denoise"], settings.get("keep", ""), settings.get("cfg", 1.0)]
-    scores = [f"{score:.0%} | {decibel:.1f}" for score, decibel in found.values()]
-    print(f"| {way} | " + " | ".join(map(str, [*shown, *scores])) + " |", flush=True)
+    return [way, *shown, *(text for score, decibel in found.values() for text in (f"{score:.0%}", f"{decibel:.1f}"))]
 
 
 def equal_score(found: list[tuple[str, dict, dict]], kind: str, steps: int) -> dict:
@@ -206,12 +209,8 @@ def main() -> None:
     ceiling = studio.decoded(editor.latents)
     print(f"{args.pictures} pictures, two edits of each. Kept, in dB, of the autoencoder alone: "
           + ", ".join(f"{psnr(ceiling, scene.pictures, scene.kept[kind]):.1f} ({kind} edits)" for kind in KINDS) + ".\n")  # fmt: skip
-    print("| way | steps | model calls | denoise | keep | cfg | new object shown | background kept, dB | new background shown "
-          "| object kept, dB |\n|" + " --- |" * 10)  # fmt: skip
-    found = []
-    for row in rows(editor, jury):
-        found.append(row)
-        print_row(*row)
+    found = list(rows(editor, jury))
+    print(markdown(COLUMNS, [table_row(*row) for row in found]))
     figure(editor, scene, found, 6)
 
 

@@ -6,7 +6,8 @@
 LoRAs with the names and shapes of the LCM-LoRAs for SD1.5 (67,252,224 numbers) and SDXL (196,751,360), rank 64, and an
 attention-only style of rank 32, with falling spectra, are made in a temporary folder. Every job runs in a fresh process,
 `--repeat` times in turn with the floor, and the least wall and processor time count, since other work on the machine only adds;
-what takes minutes runs once. Imports do not count.
+what takes minutes runs once. "in pairs" is the smallest and the largest of the ratios of a run's CPU to that of the floor just
+before it. Imports do not count, garbage collections do.
 The floor reads both inputs and writes a file as large as the exact merge, fsync included, as `save` does.
 The error is that of the written file against 0.8 * style + LCM, all modules together, float64 on the factors.
 --only runs the rows with these names, `*` for any letters: --only "LCM Kit, rank 64" "kohya*". The floor always runs.
@@ -41,6 +42,7 @@ OURS = {
     "rank 64": {"rank": 64},
     "rank 64, balanced": {"rank": 64, "balanced": True},
     "retain 90 %": {"retain": 0.9},
+    "keep 90 %": {"keep": 0.9},
     "half the size": {},  # max_mb, filled in by the size of the inputs
     "ties": {"method": "ties"},
     "dare": {"method": "dare"},
@@ -181,6 +183,12 @@ def least(runs):
     )
 
 
+def spread(runs, floors):
+    """The ratios of each run's processor time to that of the floor run beside it, the smallest and the largest."""
+    ratios = [found["cpu"] / floor["cpu"] for found, floor in zip(runs, floors, strict=True)]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
 def chosen(base, arguments):
     """(words, job, options) of each row that was asked for."""
     rows = [(f"LCM Kit, {name}", "ours", {"name": name}) for name in OURS]
@@ -217,11 +225,12 @@ def table(base, arguments):
                 runs.append(run(name, folder, out, options))
             found = rows[words] = least(runs)
             if "trouble" not in found:
+                found["pairs"] = spread(runs, floors[-len(runs) :])
                 measure_error(words, found, out, folder)
             print(f"{words}: {found}", file=sys.stderr)
     base_line = least(floors)
     cells = (row(words, found, base_line) for words, found in {"read and write only": base_line, **rows}.items())
-    columns = ["job", "wall, s", "CPU, s", "wall / floor", "CPU / floor", "peak memory, GB", "error"]
+    columns = ["job", "wall, s", "CPU, s", "wall / floor", "CPU / floor", "in pairs", "peak memory, GB", "error"]
     print(markdown(columns, cells), "\n")
     for words, _, options in jobs:
         if options.get("full_svd") and "cpu" in rows[words] and "cpu" in rows.get(RANK, {}):
@@ -249,13 +258,14 @@ def measure_error(words, found, out, folder):
 
 def row(words, found, base_line):
     if "trouble" in found:
-        return [words, *"-----", found["trouble"]]
+        return [words, *"------", found["trouble"]]
     error = f"{found['error']:.2g}" if "error" in found else ""
     if facts := found["facts"]:
         words += f" (from {facts['done']} of {facts['of']} modules)"
         error += " of these" + (f", where LCM Kit's is {found['ours']:.2g}" if "ours" in found else "")
     ratios = [f"{found[key] / base_line[key]:.2f}" for key in ("wall", "cpu")]
-    return [words, f"{found['wall']:.2f}", f"{found['cpu']:.2f}", *ratios, f"{found['rss']:.2f}", error]
+    seconds = [f"{found[key]:.2f}" for key in ("wall", "cpu")]
+    return [words, *seconds, *ratios, found.get("pairs", ""), f"{found['rss']:.2f}", error]
 
 
 def main():

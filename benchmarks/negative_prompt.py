@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from setting import ROOT, markdown
+from setting import embedded, markdown
 
 import torch
 from against_core import prepare
@@ -81,20 +81,6 @@ SHOWN = 2  # pictures of each case
 
 
 # ---- models
-
-
-def embedded():
-    """(model with its LCM-LoRA, clip, vae) through ComfyUI's own loaders."""
-    import comfy.sd
-    import comfy.utils
-
-    models = ROOT / "demo" / "models"
-    model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
-        str(models / "checkpoints" / "tiny_emoji.safetensors"), output_vae=False
-    )
-    lora = comfy.utils.load_torch_file(str(models / "loras" / "tiny_emoji_lcm_lora.safetensors"))
-    model, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
-    return model, clip, comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(models / "vae" / "tiny_emoji_vae.safetensors")))
 
 
 def sd15_shaped():

@@ -20,7 +20,17 @@ for folder in (ROOT / "benchmarks", DEMO / "train", DEMO):
 
 from common import comfyui_path, load_lcm_kit  # noqa: E402
 
-__all__ = ["DEMO", "ROOT", "comfyui_path", "fresh", "load_comfyui", "load_lcm_kit", "markdown", "peak_memory"]
+__all__ = [
+    "DEMO",
+    "ROOT",
+    "comfyui_path",
+    "embedded",
+    "fresh",
+    "load_comfyui",
+    "load_lcm_kit",
+    "markdown",
+    "peak_memory",
+]
 
 
 def load_comfyui(*, home: str | None = None, cpu: bool | None = None) -> None:
@@ -37,6 +47,20 @@ def load_comfyui(*, home: str | None = None, cpu: bool | None = None) -> None:
     if home is not None:
         args.base_directory = home
     load_lcm_kit()
+
+
+def embedded():
+    """(model with its LCM-LoRA, clip, vae) through ComfyUI's own loaders."""
+    import comfy.sd
+    import comfy.utils
+
+    models = DEMO / "models"
+    model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
+        str(models / "checkpoints" / "tiny_emoji.safetensors"), output_vae=False
+    )
+    lora = comfy.utils.load_torch_file(str(models / "loras" / "tiny_emoji_lcm_lora.safetensors"))
+    model, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    return model, clip, comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(models / "vae" / "tiny_emoji_vae.safetensors")))
 
 
 def fresh(file: str, *arguments: str, python: str | None = None, environment: Mapping[str, str] | None = None) -> Any:

@@ -34,6 +34,7 @@ class ComfyUIServer:
     comfyui: the folder of main.py.   home: base directory, made if absent; keeps log, output and input.
     packs: name under custom_nodes -> folder, linked.   models: folders laid out like ComfyUI's models/ (loras/x, ...),
     linked file by file, so that what nodes write stays in home.   arguments: more of main.py's options.
+    cpu: compute there even where there is a GPU, so that pictures are the same everywhere.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class ComfyUIServer:
         arguments: Sequence[str] = (),
         python: str = sys.executable,
         start_seconds: float = 300,
+        cpu: bool = True,
     ):
         self.comfyui, self.home = Path(comfyui).expanduser().resolve(), Path(home).resolve()
         self.packs, self.models, self.arguments = dict(packs or {}), list(models), list(arguments)
-        self.python, self.start_seconds = python, start_seconds
+        self.python, self.start_seconds, self.cpu = python, start_seconds, cpu
         self.log, self.output, self.input = self.home / "server.log", self.home / "output", self.home / "input"
         self.port = 0
         self.process: subprocess.Popen[bytes] | None = None
@@ -78,7 +80,7 @@ class ComfyUIServer:
         # empty one for every thread, which ComfyUI logs as errors.
         database = f"sqlite:///{self.home / 'comfyui.db'}"
         command += ["--base-directory", str(self.home), "--database-url", database]
-        command += ["--cpu", "--disable-auto-launch", "--disable-api-nodes", *self.arguments]
+        command += [*(["--cpu"] if self.cpu else []), "--disable-auto-launch", "--disable-api-nodes", *self.arguments]
         # If this process is killed, no clean-up of ours runs; on Linux the kernel then ends the server.
         # (It does so as well when the thread that called start() ends.)
         tie = ["setpriv", "--pdeathsig", "TERM"]

@@ -131,8 +131,8 @@ def lcm_only(files: Files, shot: Shot, *, batch: int = 1) -> Graph:
     """The shortest way: LCM-LoRA Loader, which also sets steps and cfg, and LCM KSampler."""
     graph = Graph()
     loaded = load(graph, files)
-    loader = graph.add("LCMKitLoader", model=loaded.model, lora_name=files.lcm, strength=1.0, wrong_base="refuse")
-    _finish(graph, [loader, 0], loaded.clip, loaded.vae, files, shot, batch, steps=[loader, 3], cfg=[loader, 4])
+    loader = graph.add("LCMKitLoader", model=loaded.model, lora_name=files.lcm, strength_model=1.0, wrong_base="refuse")
+    _finish(graph, [loader, 0], loaded.clip, loaded.vae, files, shot, batch, steps=[loader, 4], cfg=[loader, 5])
     return graph
 
 
@@ -140,7 +140,7 @@ def strength_by_steps(files: Files, prompt: str, seed: int) -> Graph:
     """One sheet by LCM Grid: the style's strength downwards, steps to the right."""
     graph = Graph()
     loaded = load(graph, files)
-    loader = graph.add("LCMKitLoader", model=loaded.model, lora_name=files.lcm, strength=1.0, wrong_base="refuse")
+    loader = graph.add("LCMKitLoader", model=loaded.model, lora_name=files.lcm, strength_model=1.0, wrong_base="refuse")
     style = graph.add("LCMKitLoadLoRA", lora_name=files.style)
     positive = graph.add("CLIPTextEncode", text=prompt, clip=loaded.clip)
     latent = graph.add("EmptyLatentImage", width=files.size, height=files.size, batch_size=1)
@@ -185,7 +185,9 @@ def pictures(files: Files, way: Way, shots: Iterable[Shot]) -> tuple[Graph, list
         lora = merge(graph, files, way.style, way.lcm)
         model = [graph.add("LCMKitApplyLoRA", model=model, lora=lora, strength_model=1.0, strength_clip=1.0), 0]
     elif way.lcm:
-        loader = graph.add("LCMKitLoader", model=model, lora_name=files.lcm, strength=way.lcm, wrong_base="refuse")
+        loader = graph.add(
+            "LCMKitLoader", model=model, lora_name=files.lcm, strength_model=way.lcm, wrong_base="refuse"
+        )
         model = [loader, 0]
     elif way.style:
         model = [graph.add("LoraLoaderModelOnly", model=model, lora_name=files.style, strength_model=way.style), 0]

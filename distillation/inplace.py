@@ -90,7 +90,7 @@ def kept_values(forward: Callable[..., Any], enter: Callable[[Keeping], Any]) ->
 
 
 def _memory(tensor: Tensor) -> int:
-    """The same for all views of the same memory, while any of them lives."""
+    """A number of the memory behind a tensor: all views share it, and no other has it while one of them lives."""
     return int(tensor.untyped_storage()._cdata)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..samplers.consistency import boundary_scalings
 from .adapter import LoraAdapters
+from .phases import edge_below, levels, phased_target
 from .settings import Weighting
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -109,6 +110,7 @@ def consistency_loss(
     huber_c: float | None = 0.001,
     weighting: Weighting = "x0",
     flow: bool = False,
+    phases: int = 1,
 ) -> Tensor:
     """Mean distance d(f(z_{t_n+k}, t_n+k), f_minus(z_hat_{t_n}, t_n)) of Algorithm 1: (), float32.
 
@@ -119,19 +121,42 @@ def consistency_loss(
     weighting: "x0" as published; "v" measures the same error as one of v, x0's times sqrt(1 + 1 / sigma^2) (Salimans and
     Ho 2022, section 4), so that the network is asked for the same precision at every noise level.
     The neighbour of timestep t is max(t - stride, 0); there the target is the trajectory's own point.
+    phases: above 1, trajectories end at the edge of their phase (see phases.py), and the error is that of the x0 whose
+    step leads there: of the point at the edge it is a share that shrinks towards the edge.
     """
     shape = (-1, *[1] * (z0.ndim - 1))
-    timestep_next = (timestep - stride).clamp(min=0)
-    sigma, sigma_next = table[timestep], table[timestep_next]
+    sigma = table[timestep]
     x = noised(z0, noise, sigma.view(shape), flow=flow)
-    with torch.no_grad():
-        x_next = ddim_step(x, teacher(x, sigma), sigma.view(shape), sigma_next.view(shape))
-        wanted = consistency(target, x_next, sigma_next, timestep_next, flow=flow)
-    error = consistency(student, x, sigma, timestep, flow=flow) - wanted
+    if phases > 1:
+        with torch.no_grad():
+            wanted = _phased(teacher, target, x, timestep, stride, table, phases)
+        error = student(x, sigma) - wanted
+    else:
+        timestep_next = (timestep - stride).clamp(min=0)
+        sigma_next = table[timestep_next]
+        with torch.no_grad():
+            x_next = ddim_step(x, teacher(x, sigma), sigma.view(shape), sigma_next.view(shape))
+            wanted = consistency(target, x_next, sigma_next, timestep_next, flow=flow)
+        error = consistency(student, x, sigma, timestep, flow=flow) - wanted
     if weighting == "v":
         # A flow model's v is (x - x0) / sigma.
         error = error * (1 / sigma if flow else (1 + sigma**-2).sqrt()).view(shape)
     return (error.square() if huber_c is None else pseudo_huber(error, huber_c)).mean()
+
+
+def _phased(
+    teacher: Denoiser, target: Denoiser, x: Tensor, timestep: Tensor, stride: int, table: Tensor, phases: int
+) -> Tensor:
+    """The x0 that the student should have at x, (b, ...), for its step to the edge below. See consistency_loss."""
+    edge = edge_below(timestep, phases, len(table))
+    following = torch.maximum(timestep - stride, edge)
+    sigma, sigma_next, sigma_edge = (levels(table, t) for t in (timestep, following, edge))
+    wide = [level.view(-1, *[1] * (x.ndim - 1)) for level in (sigma, sigma_next, sigma_edge)]
+    by_teacher = teacher(x, sigma)
+    x_next = ddim_step(x, by_teacher, wide[0], wide[1])
+    # Networks know no level below the table; what is asked for there is not used.
+    own = target(x_next, sigma_next.clamp(min=float(table[0])))
+    return phased_target(by_teacher, own, *wide)
 
 
 def distillation_loss(
@@ -145,6 +170,7 @@ def distillation_loss(
     huber_c: float | None = 0.001,
     weighting: Weighting = "x0",
     flow: bool = False,
+    phases: int = 1,
     averaged: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Tensor:
     """consistency_loss with one network in all three parts: (), with gradients for the adapters only.
@@ -172,5 +198,5 @@ def distillation_loss(
 
     return consistency_loss(
         student, teacher, target, batch.z0, draws.noise, draws.timestep, stride, table, huber_c=huber_c,
-        weighting=weighting, flow=flow,
+        weighting=weighting, flow=flow, phases=phases,
     )  # fmt: skip

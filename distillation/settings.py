@@ -17,7 +17,7 @@ PIXELS = 8  # to a side of a latent's cell, at least
 def _said(
     help: str, *, low: float | None = None, high: float | None = None, metavar: str | None = None
 ) -> dict[str, Any]:
-    """Of a field that node and command have too: what it is, in few words, and its range; None is no end."""
+    """Metadata of a field that node and command have too: what it is, in few words, and its range; None is no end."""
     return {"help": help, "low": low, "high": high, "metavar": metavar}
 
 
@@ -63,6 +63,15 @@ class Settings:
         metadata=_said(
             "timesteps that are trained, evenly spaced, as the samplers' input of that name; 0: one every --skip",
             low=0,
+            metavar="N",
+        ),
+    )
+    phases: int = field(
+        default=1,
+        metadata=_said(
+            "parts of the way from noise to picture, each with an end of its own: a LoRA of 4 phases is for 4 steps, at "
+            "timesteps of its own; 1: LCM, for 1 to 8 steps",
+            low=1,
             metavar="N",
         ),
     )
@@ -154,6 +163,7 @@ class Settings:
             del facts["steps"]
         for name in (
             "original_steps",
+            "phases",
             "weighting",
             "caption_dropout",
             "optimizer",
@@ -167,6 +177,8 @@ class Settings:
         """The timesteps that are trained, ascending. Raises ValueError where the samplers would not visit them."""
         from ..samplers.schedule import training_grid  # late: it needs torch
 
+        if self.phases > 1:
+            return self._phased_grid(train_timesteps)
         if self.original_steps:
             if train_timesteps // self.original_steps > self.skip:
                 raise ValueError(
@@ -176,6 +188,21 @@ class Settings:
                 )
             return training_grid(self.original_steps, train_timesteps=train_timesteps)
         return skipping_grid(self.skip, train_timesteps)
+
+    def _phased_grid(self, train_timesteps: int) -> list[int]:
+        """Raises ValueError unless each phase is divided evenly by solver steps, and these by trained timesteps."""
+        from ..samplers.schedule import training_grid
+        from .phases import check_phases
+
+        check_phases(self.phases, self.skip, train_timesteps)
+        visited = train_timesteps // self.skip
+        if self.original_steps and (self.original_steps % visited or train_timesteps % self.original_steps):
+            raise ValueError(
+                f"original_steps is {self.original_steps}, and a solver with skip {self.skip} visits {visited} timesteps in "
+                f"{self.phases} phases: it has to be a multiple of that, and a divisor of {train_timesteps}. Use {visited}, or "
+                "0, which takes those."
+            )
+        return training_grid(self.original_steps or visited, train_timesteps=train_timesteps)
 
 
 @dataclass(frozen=True)

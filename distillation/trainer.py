@@ -134,6 +134,7 @@ class Trainer:
             huber_c=settings.huber_c,
             weighting=settings.weighting,
             flow=self.flow,
+            phases=settings.phases,
             averaged=self.average.in_place if self.average and settings.average_target else nullcontext,
         )
 

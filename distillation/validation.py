@@ -37,7 +37,7 @@ def validation_loss(trainer: Trainer, picture: Callable[[int], Batch]) -> float:
             loss = distillation_loss(
                 trainer.denoise, trainer.adapters, batch, fixed_draws(trainer, number, batch), stride=settings.skip,
                 table=trainer.table, huber_c=settings.huber_c, weighting=settings.weighting, flow=trainer.flow,
-                averaged=nullcontext,
+                phases=settings.phases, averaged=nullcontext,
             )  # fmt: skip
             total += float(loss)
     return total / DRAWS

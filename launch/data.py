@@ -55,7 +55,9 @@ def _in_folder(folder: Path) -> Iterator[Picture]:
         if file.suffix[1:].lower() in SUFFIXES and not file.name.startswith(".") and file.is_file():
             beside = file.with_suffix(".txt")
             caption = _text(beside.read_bytes(), str(beside)).strip() if beside.is_file() else None
-            yield Picture(file.relative_to(folder).as_posix(), file, 0, file.stat().st_size, caption)
+            yield Picture(
+                file.relative_to(folder).as_posix(), file=file, offset=0, size=file.stat().st_size, caption=caption
+            )
 
 
 def _in_tar(file: Path) -> Iterator[Picture]:
@@ -76,7 +78,13 @@ def _in_tar(file: Path) -> Iterator[Picture]:
             f"{file} is no whole, plain .tar file ({error}); unpack .tar.gz and the like first."
         ) from error
     for key, member in sorted(pictures, key=lambda pair: pair[1].name):
-        yield Picture(f"{file.name}/{member.name}", file, member.offset_data, member.size, captions.get(key))
+        yield Picture(
+            f"{file.name}/{member.name}",
+            file=file,
+            offset=member.offset_data,
+            size=member.size,
+            caption=captions.get(key),
+        )
 
 
 def _text(content: bytes, name: str) -> str:

@@ -106,13 +106,15 @@ def gathered(
         latents = _of_pictures(model, latents_of(views, keys, vae.encode, kept))
         which = [place for place in texts.which for _ in range(setup.repeats)]
         labels = [view.label(sizes[view.picture] or (0, 0)) for view in views] if _is_labelled(model, setup) else []
-        names = texts.shown or [texts.captions[place] for place in which]
-        return Data(latents, *_labelled(conds, uncond(conds), which, labels), entries(texts.shown), names, remarks)
-    conds = entries(texts.captions)
-    nothing = uncond(conds)
-    latents = _of_the_model(setup, settings, model, [(conds[place], nothing) for place in texts.which], kept)
-    names = texts.shown or [texts.captions[place] for place in texts.which]
-    return Data(latents, conds, [nothing], [(place, 0) for place in texts.which], entries(texts.shown), names, [])
+        conds, unconds, prompts = _labelled(conds, uncond(conds), which, labels)
+    else:
+        conds, which, remarks = entries(texts.captions), texts.which, []
+        conds, unconds, prompts = _labelled(conds, uncond(conds), which, [])
+        latents = _of_the_model(setup, settings, model, [(conds[place], unconds[0]) for place in which], kept)
+    return Data(
+        latents=latents, conds=conds, unconds=unconds, prompts=prompts, shown=entries(texts.shown),
+        names=texts.shown or [texts.captions[place] for place in which], remarks=remarks,
+    )  # fmt: skip
 
 
 def _readable(

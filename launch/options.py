@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from ..distillation.recipes import NONE, RECIPES
 from ..distillation.settings import Settings, Setup
 from .loggers import LOGGERS
 
@@ -30,7 +31,7 @@ _EPILOG = """examples:
   python -m lcm_kit.distillation --checkpoint sd15.safetensors --prompts captions.txt -o lcm.safetensors
     alone, without pictures; --checkpoint is a path, or a name in ComfyUI's folder of checkpoints.
   python -m lcm_kit.distillation --checkpoint sd15.safetensors --lora style.safetensors --prompts captions.txt \\
-      --samples 400 --start-from lcm-lora.safetensors -o fast-style.safetensors
+      --recipe "accelerate this style" --start-from lcm-lora.safetensors -o fast-style.safetensors
     a style's own acceleration: the model with the style on it is the teacher, an LCM-LoRA the beginning.
   accelerate launch --multi_gpu --num_processes 4 -m lcm_kit.distillation --checkpoint sdxl.safetensors \\
       --pictures photos -o lcm.safetensors --width 1024 --height 1024 --batch 4 --zero-negative
@@ -59,6 +60,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     _files(parser.add_argument_group("files"))
     _data(parser.add_argument_group("data"))
     training = parser.add_argument_group("training")
+    training.add_argument("--recipe", choices=list(RECIPES), default=NONE, help="settings to begin with; those given beside it "
+                          f"hold: {'; '.join(f'{name}, {one.about}' for name, one in RECIPES.items() if one.settings)}")  # fmt: skip
     _settings(training, Settings)
     _settings(training, Setup, "rank", "alpha")
     _course(parser.add_argument_group("watching it"))
@@ -66,6 +69,9 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     _settings(memory, Setup, "dtype", "gradient_checkpointing", "tf32")
     memory.add_argument("--cpu", action="store_true", help="use no GPU")
     parser.set_defaults(**{name: getattr(Setup, name) for name in SWITCHES})
+    options = parser.parse_args(arguments)
+    # Read again: what is on the command line holds, and the recipe where it says nothing.
+    parser.set_defaults(**RECIPES[options.recipe].settings)
     options = parser.parse_args(arguments)
     if options.prompts is None and not options.pictures:
         parser.error("nothing to learn from: give --prompts FILE, or --pictures FOLDER or SHARD.tar")

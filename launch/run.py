@@ -100,14 +100,15 @@ def _prepared(
         model, clip, vae = launch_comfyui.load(options.checkpoint, options.vae, options.lora)
         start = launch_comfyui.lora_weights(options.start_from) if options.start_from else None
         table, dtype = sigma_table(model), compute_type(model, setup.dtype, setup.tf32)
+        settings.grid(len(table))  # raises for what does not fit, before pictures are made
         rough = rough_previewer(model.get_model_object("latent_format"))
         settings = dataclasses.replace(settings, scale_loss=dtype == torch.float16)
         with first_of_a_machine(engine):
             data = gathered(options, setup, settings, texts, model, clip, vae, Kept(folder / "kept"))
     work = Work(
-        model, data.latents, data.conds, data.unconds, data.prompts, table=table, settings=settings, dtype=dtype,
-        rank=setup.rank, alpha=setup.alpha, recompute=setup.gradient_checkpointing, shown=data.shown, names=data.names, start=start,
-        own=not texts.pictures, tf32=setup.tf32,
+        model=model, latents=data.latents, conds=data.conds, unconds=data.unconds, prompts=data.prompts, table=table,
+        settings=settings, dtype=dtype, rank=setup.rank, alpha=setup.alpha, recompute=setup.gradient_checkpointing,
+        shown=data.shown, names=data.names, start=start, own=not texts.pictures, tf32=setup.tf32,
     )  # fmt: skip
     return work, vae if options.picture else None, rough, data.remarks
 

@@ -77,7 +77,7 @@ def views_of(
         if setup.buckets and (size := sizes[picture]):
             width, height = min(buckets, key=lambda sides: abs(math.log(sides[0] * size[1] / sides[1] / size[0])))
         for repeat in range(setup.repeats):
-            found.append(_drawn(View(picture, width, height), setup, seed, repeat))
+            found.append(_drawn(View(picture=picture, width=width, height=height), setup, seed, repeat))
     return found
 
 

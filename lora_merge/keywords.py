@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 def named(function: Callable[P, R]) -> Callable[P, R]:
-    """The same function, whose TypeError for names that it does not take says which it does.
+    """Decorator: a TypeError for names that the function does not take says which it does.
 
     It calls the function by the name that the caller used: wrap what people call, not what that calls.
     """

@@ -4,7 +4,7 @@ from types import ModuleType
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..host.page import for_pages
+from ..host.reports import for_pages, listen
 from . import (
     any_ksampler,
     by_step,
@@ -43,6 +43,7 @@ def _nodes_of(file: ModuleType) -> list[type[io.ComfyNode]]:
     return [one for one in found if issubclass(one, io.ComfyNode)]
 
 
+listen()
 NODES = [for_pages(node) for file in FILES for node in _nodes_of(file)]
 
 

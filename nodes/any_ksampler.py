@@ -24,7 +24,7 @@ class LCMAnyKSampler(Node):
                 io.Float.Input("gamma", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=GAMMA_TOOLTIP),
                 inputs.original_steps(advanced=True),
                 gammas_input(),
-                preset_input("gamma and original_steps; steps, cfg and denoise remain the sampler node's own"),
+                preset_input("gamma", "original_steps", more="; steps, cfg and denoise remain the sampler node's own"),
             ],
             outputs=[
                 io.Model.Output(

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io, ui
 
+from ..distillation.recipes import NONE, RECIPES
 from ..distillation.settings import Settings, Setup
 from ..host.door.node import Node
 from ..host.training import distilling
@@ -21,6 +22,7 @@ class Distill(Node):
             "8 steps. It learns from your pictures, or from pictures that the model makes itself. A long "
             "training: minutes to hours.",
             is_input_list=True,
+            is_experimental=True,
             inputs=[
                 io.Model.Input(
                     "model",
@@ -228,13 +230,35 @@ class Distill(Node):
                     tooltip="An LCM-LoRA to begin with, through Load LoRA, of this rank or less: refined for a style, it still "
                     "works without. Not connected: a new one.",
                 ),
+                io.Int.Input(
+                    "phases",
+                    default=Settings.phases,
+                    min=1,
+                    max=100,
+                    optional=True,
+                    tooltip="Parts of the way from noise to picture, each with an end of its own. A LoRA of 4 phases is for 4 "
+                    "steps, at timesteps that its file tells the loaders. 1000 / phases has to be a multiple of skip: 125 for 4. "
+                    "1: LCM, for 1 to 8 steps.",
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "recipe",
+                    options=list(RECIPES),
+                    default=NONE,
+                    optional=True,
+                    tooltip="Sets what is left as it comes; what you set yourself stays, and the report lists both. accelerate "
+                    "this style: with the style's LoRA on the model and an LCM-LoRA as start_from.",
+                ),
             ],
             outputs=[
                 io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The LoRA, for Save LoRA and Apply LoRA."),
                 io.Image.Output(display_name="IMAGE", tooltip="The losses, and samples in 4 steps on the way."),
                 io.String.Output(display_name="report", tooltip="What was trained and how the loss fell."),
             ],
-            search_aliases=["train lcm lora", "consistency distillation", "lcm lora training"],
+            search_aliases=[
+                *("train lcm lora", "consistency distillation", "lcm lora training", "phased consistency", "pcm"),
+                *("accelerate style", "speed up style lora"),
+            ],
         )
 
     @classmethod

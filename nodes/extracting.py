@@ -50,7 +50,7 @@ class ExtractLoRA(Node):
                     display_name="report", tooltip="Modules, ranks, and how much of the difference is kept."
                 ),
             ],
-            search_aliases=["lora from models", "model difference", "subtract models", "svd lora"],
+            search_aliases=["lora from models", "turbo lora", "model difference", "subtract models", "svd lora"],
         )
 
     @classmethod

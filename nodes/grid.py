@@ -6,7 +6,7 @@ from ..host.door.node import Node
 from ..host.grid import grid
 from ..host.grid.axes import SETTINGS
 from . import inputs
-from .sampling import CATEGORY, Presets
+from .sampling import CATEGORY, preset_input
 
 AXIS_TOOLTIP = (
     "What changes from one {one} to the next; nothing makes a single one. Strength of lora needs lora, prompt words need "
@@ -23,7 +23,7 @@ class LCMGrid(Node):
     def define_schema(cls):
         return io.Schema(
             node_id="LCMKitGrid",
-            display_name="LCM Grid (strength x steps)",
+            display_name="LCM Grid (XY plot)",
             category=CATEGORY,
             description="One sheet of many pictures from the same noise: how strong the LoRA, how many steps, which preset, "
             "cfg, gamma, denoise, seed or words. Fills up while it runs, and makes only what is new.",
@@ -41,7 +41,7 @@ class LCMGrid(Node):
                 io.String.Input("columns", default="1, 2, 4, 8", tooltip=VALUES_TOOLTIP),
                 inputs.seed("Fixes all noise: every cell starts from the same.", after_generate=True),
                 inputs.steps(),
-                inputs.cfg("Guidance; above 1 it needs negative."),
+                inputs.cfg("Guidance; above 1 it needs negative, or clip for the empty prompt."),
                 io.Conditioning.Input(
                     "positive", optional=True, tooltip="What the pictures should show; or connect clip and write a prompt."
                 ),
@@ -52,11 +52,7 @@ class LCMGrid(Node):
                 io.Clip.Input(
                     "clip", optional=True, tooltip="Encodes prompt, with the LoRA on it; in place of positive."
                 ),
-                Presets.Input(
-                    "preset",
-                    optional=True,
-                    tooltip="From LCM Preset or LCM-LoRA Loader. Replaces steps, cfg and gamma; an axis replaces its numbers.",
-                ),
+                preset_input("steps", "cfg", "gamma", more="; an axis replaces its numbers"),
                 io.String.Input(
                     "prompt", default="", multiline=True, optional=True, tooltip="Used where clip is connected.", advanced=True
                 ),

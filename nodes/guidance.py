@@ -14,7 +14,7 @@ class LCMNegativePrompt(Node):
     def define_schema(cls):
         return io.Schema(
             node_id="LCMKitNegativePrompt",
-            display_name="LCM Negative Prompt (NAG)",
+            display_name="LCM Negative Prompt (NAG, cfg 1)",
             category=CATEGORY,
             description="A negative prompt that works at cfg 1: normalised attention guidance leads the picture away from "
             "it inside the model, at a part of what cfg costs. For SD 1.x, SD 2.x, SDXL and, not yet seen on their real "
@@ -133,7 +133,7 @@ class LimitDenoised(Node):
     def define_schema(cls):
         return io.Schema(
             node_id="LCMKitLimitDenoised",
-            display_name="Limit Denoised (x0)",
+            display_name="Limit Denoised (dynamic thresholding)",
             category=CATEGORY,
             description="Keeps cfg above 1 from pushing the picture beyond the range that it has without guidance, "
             "channel by channel and step by step. Works with every sampler; at cfg 1 it changes nothing.",

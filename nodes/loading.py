@@ -30,7 +30,7 @@ class LCMLoader(Node):
                     "and says where to get it if it is not there.",
                 ),
                 inputs.strength(
-                    "strength",
+                    "strength_model",
                     "1 is what it was trained for. Lower gives softer pictures that need more steps, "
                     "0 leaves the model as it is.",
                 ),
@@ -44,14 +44,14 @@ class LCMLoader(Node):
             outputs=[
                 io.Model.Output(display_name="MODEL"),
                 io.Clip.Output(display_name="CLIP"),
-                io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The LoRA itself, for merging."),
-                io.Int.Output(display_name="steps", tooltip="The number of steps this LoRA is made for."),
-                io.Float.Output(display_name="cfg", tooltip="The guidance this LoRA is made for."),
-                io.String.Output(display_name="report", tooltip=REPORT_TOOLTIP),
                 io.Custom("LCM_PRESET").Output(
                     display_name="preset",
                     tooltip="All settings this LoRA is made for; connect it to LCM KSampler and there is nothing to type.",
                 ),
+                io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The LoRA itself, for merging."),
+                io.Int.Output(display_name="steps", tooltip="The number of steps this LoRA is made for."),
+                io.Float.Output(display_name="cfg", tooltip="The guidance this LoRA is made for."),
+                io.String.Output(display_name="report", tooltip=REPORT_TOOLTIP),
             ],
             search_aliases=["lcm lora", "lcm-lora", "acceleration lora", "load lora"],
         )
@@ -65,12 +65,12 @@ class LCMLoader(Node):
         return auto.fingerprint(lora_name)
 
     @classmethod
-    def execute(cls, model, lora_name, strength, wrong_base, clip=None, lora_stack=None) -> io.NodeOutput:
+    def execute(cls, model, lora_name, strength_model, wrong_base, clip=None, lora_stack=None) -> io.NodeOutput:
         lora, done = stack.load_and_apply(
-            model, clip, lora_name, strength, lora_stack, allow_misfit=wrong_base == "warn"
+            model, clip, lora_name, strength_model, lora_stack, allow_misfit=wrong_base == "warn"
         )
         return io.NodeOutput(
-            done.model, done.clip, lora, done.steps, done.cfg, done.report, done.preset, ui=ui.PreviewText(done.report)
+            done.model, done.clip, done.preset, lora, done.steps, done.cfg, done.report, ui=ui.PreviewText(done.report)
         )
 
 
@@ -87,7 +87,7 @@ class LoadLoRA(Node):
                 io.LoraModel.Output(display_name="LORA_MODEL"),
                 io.String.Output(display_name="report", tooltip="Modules, rank, alpha, scale and size."),
             ],
-            search_aliases=["lora info", "lora weights", "open lora"],
+            search_aliases=["lora info", "lora weights", "open lora", "convert lora"],
         )
 
     @classmethod

@@ -19,10 +19,6 @@ def about(name, tooltip):
     return io.String.Input(name, default="", optional=True, tooltip=tooltip, advanced=True)
 
 
-def max_mb(default, low, tooltip, **more):
-    return io.Float.Input("max_mb", default=default, min=low, max=1_000_000.0, step=1.0, tooltip=tooltip, **more)
-
-
 def method_choice():
     """Each row of the table of methods, with its own parameters and no others."""
     return io.DynamicCombo.Input(
@@ -56,42 +52,45 @@ def _of(method):
         )
 
 
+def _by_rank(default: int):
+    rank = io.Int.Input(
+        "rank",
+        default=default,
+        min=1,
+        max=4096,
+        tooltip="Largest rank of any module. The report says how large the error is.",
+    )
+    return io.DynamicCombo.Option("rank", [rank])
+
+
+def _by_share(name: str, default: float, tooltip: str):
+    share = io.Float.Input(name, default=default, min=0.005, max=1.0, step=0.005, tooltip=tooltip)
+    return io.DynamicCombo.Option(name, [share])
+
+
+def _by_keep():
+    return _by_share(
+        "keep",
+        0.98,
+        "Share of the energy to keep, with as few numbers as possible: ranks differ from module to module.",
+    )
+
+
+def _by_file_size(stored: str):
+    tooltip = f"Largest size of the file in MB, {stored}. Ranks go where they are worth most."
+    size = io.Float.Input("max_mb", default=100.0, min=0.001, max=1_000_000.0, step=1.0, tooltip=tooltip)
+    return io.DynamicCombo.Option("file size", [size])
+
+
 def size_choice():
-    option = io.DynamicCombo.Option
-    share = {"min": 0.005, "max": 1.0, "step": 0.005}
-    rank_tooltip = "Largest rank of any module. The report says how large the error is."
     return io.DynamicCombo.Input(
         "size",
         options=[
-            option("exact", []),
-            option("rank", [io.Int.Input("rank", default=64, min=1, max=4096, tooltip=rank_tooltip)]),
-            option(
-                "keep",
-                [
-                    io.Float.Input(
-                        "keep",
-                        default=0.98,
-                        tooltip="Share of the sum's energy to keep, with as few numbers as possible: ranks differ from module "
-                        "to module.",
-                        **share,
-                    )
-                ],
-            ),
-            option(
-                "retain",
-                [
-                    io.Float.Input(
-                        "retain",
-                        default=0.9,
-                        tooltip="Share of its own energy that every LoRA keeps, also the weakest.",
-                        **share,
-                    )
-                ],
-            ),
-            option(
-                "file size",
-                [max_mb(100.0, 0.001, "Largest size of the file in MB, as fp16. Ranks go where they are worth most.")],
-            ),
+            io.DynamicCombo.Option("exact", []),
+            _by_rank(64),
+            _by_keep(),
+            _by_share("retain", 0.9, "Share of its own energy that every LoRA keeps, also the weakest."),
+            _by_file_size("as fp16"),
         ],
         tooltip="exact: ranks add up, nothing is lost. The others make a smaller LoRA: by its largest rank, by the share kept of "
         "the sum, by the share kept of every LoRA, or by the size of the file.",
@@ -103,7 +102,7 @@ class MergeLoRA(Node):
     def define_schema(cls):
         return io.Schema(
             node_id="LCMKitMergeLoRA",
-            display_name="Merge LoRAs",
+            display_name="Merge LoRAs (add, TIES, DARE)",
             category=CATEGORY,
             description="One LoRA that does what two to four do together: the sum of strength times LoRA. Ranks, alphas "
             "and key spellings may differ, and one that is switched off is left out. Style 0.8 and LCM-LoRA 1.0 give that style in 4 steps.",
@@ -151,10 +150,20 @@ class MergeLoRA(Node):
                 inputs.model_of_loras(),
             ],
             outputs=[
-                io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The merged LoRA. Apply it at strength 1."),
+                io.LoraModel.Output(
+                    display_name="LORA_MODEL",
+                    tooltip="The merged LoRA. Apply it at strength 1. With this node bypassed, lora_1 as it came.",
+                ),
                 io.String.Output(display_name="report", tooltip="What went in, what came out, and any error made."),
             ],
-            search_aliases=["lora arithmetic", "combine loras", "add loras", "lora sum"],
+            search_aliases=[
+                "lora arithmetic",
+                "combine loras",
+                "add loras",
+                "lora sum",
+                "average loras",
+                "lora block weight",
+            ],
         )
 
     @classmethod
@@ -185,30 +194,12 @@ class ResizeLoRA(Node):
             "What is cut is what matters least, and the report says how much that is.",
             inputs=[
                 io.LoraModel.Input("lora", tooltip="The LoRA to make smaller."),
-                io.Int.Input(
-                    "rank",
-                    default=32,
-                    min=0,
-                    max=4096,
-                    tooltip="Largest rank of any module. 0 is off. Use one of rank, keep and max_mb, the others at 0.",
-                ),
-                io.Float.Input(
-                    "keep",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.005,
-                    tooltip="Share of the energy to keep, with as few numbers as possible: ranks differ from module to "
-                    "module. 0.98 is a good start, 0 is off.",
+                io.DynamicCombo.Input(
+                    "size",
+                    options=[_by_rank(32), _by_keep(), _by_file_size("in this dtype")],
+                    tooltip="What makes it smaller: a largest rank, a share of its energy to keep, or the size of the file.",
                 ),
                 inputs.dtype("fp16 is what most LoRAs use; fp32 is twice as large; bf16 is coarser."),
-                max_mb(
-                    0.0,
-                    0.0,
-                    "Largest size of the file in MB, as fp16 unless the node has a dtype. Ranks go where they are worth most. "
-                    "0 is off.",
-                    advanced=True,
-                ),
             ],
             outputs=[
                 io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The smaller LoRA, for the same strengths."),
@@ -218,8 +209,8 @@ class ResizeLoRA(Node):
         )
 
     @classmethod
-    def execute(cls, lora, rank, keep, dtype, max_mb=0.0) -> io.NodeOutput:
-        small, text = merging.resize(lora, rank=rank, keep=keep, max_mb=max_mb, dtype=dtype)
+    def execute(cls, lora, size, dtype) -> io.NodeOutput:
+        small, text = merging.resize(lora, size=size, dtype=dtype)
         return io.NodeOutput(small, text, ui=ui.PreviewText(text))
 
 
@@ -231,7 +222,7 @@ class SaveLoRA(Node):
             display_name="Save LoRA",
             category=CATEGORY,
             description="Writes a LoRA into ComfyUI's loras folder, where every LoRA loader finds it (press R to refresh "
-            "the lists).",
+            "the lists). After Load LoRA it converts: format says whose names the file gets.",
             is_output_node=True,
             inputs=[
                 io.LoraModel.Input("lora", tooltip="The LoRA to save."),
@@ -265,7 +256,16 @@ class SaveLoRA(Node):
                 about("trigger_words", "Words that the LoRA answers to, with commas. Empty keeps those that it names."),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file's name in the loras folder.")],
-            search_aliases=["export lora", "write lora"],
+            search_aliases=[
+                "export lora",
+                "write lora",
+                "convert lora",
+                "lora format",
+                "kohya",
+                "diffusers",
+                "musubi",
+                "peft",
+            ],
         )
 
     @classmethod

@@ -27,7 +27,7 @@ class LoRAMix(Node):
         names = files.lora_names()
         return io.Schema(
             node_id="LCMKitLoRAMix",
-            display_name="LoRA Mix",
+            display_name="LoRA Mix (LoRA stack)",
             category=CATEGORY,
             description="An LCM-LoRA and up to four styles on a model, merged exactly and applied: the formula of the LCM-LoRA "
             "paper in one node. Says of each row what it is, and gives the settings to sample with.",

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..host.door.node import Node
+from ..host.door.replaced import REPLACES
 from ..host.sampling import sampling
 from ..host.sampling.experts import WAN_BOUNDARY
 from ..host.sampling.runs import Section
@@ -30,11 +31,14 @@ def gammas_input():
     )
 
 
-def preset_input(replaces: str):
+def preset_input(*replaces: str, more: str = ""):
+    """replaces: the inputs of the node that have no effect while a preset is connected."""
+    names = " and ".join(filter(None, [", ".join(replaces[:-1]), replaces[-1]]))
     return Presets.Input(
         "preset",
         optional=True,
-        tooltip=f"From LCM Preset or LCM-LoRA Loader: settings that the model was made for. Replaces {replaces}.",
+        tooltip=f"From LCM Preset or LCM-LoRA Loader: settings that the model was made for. Replaces {names}{more}.",
+        extra_dict={REPLACES: list(replaces)},
     )
 
 
@@ -55,7 +59,8 @@ class LCMKSampler(Node):
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="What to avoid. Not needed while cfg is 1, where it has no effect.",
+                    tooltip="What to avoid. Not needed while cfg is 1, where it has no effect. Above 1 and without it the empty "
+                    "prompt is taken: see clip.",
                 ),
                 io.Latent.Input(
                     "latent_image", tooltip="An empty latent, or a picture to change with denoise below 1."
@@ -90,7 +95,7 @@ class LCMKSampler(Node):
                 ),
                 inputs.original_steps(advanced=True),
                 gammas_input(),
-                preset_input("steps, cfg, gamma and original_steps"),
+                preset_input("steps", "cfg", "gamma", "original_steps"),
                 *inputs.section(),
                 io.Model.Input(
                     "model_low",
@@ -108,6 +113,12 @@ class LCMKSampler(Node):
                     advanced=True,
                     tooltip="Where model_low takes over: steps that start below this share of the highest time are its own. "
                     "Wan 2.2 has 0.875 for text to video and 0.9 for image to video.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder, for the empty prompt where cfg is above 1 and no negative is connected. SDXL "
+                    "needs none: it was trained with zeros for it.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The finished latent, for VAE Decode.")],
@@ -136,6 +147,7 @@ class LCMKSampler(Node):
         return_with_leftover_noise=False,
         model_low=None,
         boundary=WAN_BOUNDARY,
+        clip=None,
     ) -> io.NodeOutput:
         return io.NodeOutput(
             sampling.sample(
@@ -154,6 +166,7 @@ class LCMKSampler(Node):
                 preset=preset,
                 section=Section(start_at_step, end_at_step, add_noise, return_with_leftover_noise),
                 experts=None if model_low is None else (model_low, boundary),
+                clip=clip,
             )
         )
 

@@ -34,7 +34,7 @@ class LCMScheduler(Node):
                     "steps and original_steps. Empty uses the LCM schedule. With denoise below 1 the last of them are run.",
                     advanced=True,
                 ),
-                preset_input("steps and original_steps"),
+                preset_input("steps", "original_steps"),
             ],
             outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="One more than steps; the last is 0.")],
             search_aliases=["lcm", "sigmas", "timesteps", "latent consistency"],
@@ -59,7 +59,7 @@ class LCMPreset(Node):
     def define_schema(cls):
         return io.Schema(
             node_id="LCMKitPreset",
-            display_name="LCM Preset",
+            display_name="LCM Preset (TCD, DMD2, Hyper, Lightning, Turbo)",
             category=CATEGORY,
             description="Steps, cfg, gamma and noise levels that a published few-step model was made for: LCM, DMD2, "
             "Hyper-SD, Lightning and others of Stable Diffusion; lightx2v, Qwen-Image-Lightning, Z-Image-Turbo, Flux, LTX-2 "
@@ -87,7 +87,7 @@ class LCMPreset(Node):
                 io.String.Output(display_name="report", tooltip="The settings and where they come from."),
             ],
             search_aliases=[
-                *("tcd", "dmd2", "hyper-sd", "lightning", "pcm", "tdd", "turbo", "settings"),
+                *("tcd", "dmd2", "hyper-sd", "lightning", "pcm", "phased", "tdd", "turbo", "settings"),
                 *("lightx2v", "wan", "qwen", "z-image", "flux", "ltx", "schnell", "klein", "rcm", "hidream"),
             ],
         )

@@ -25,7 +25,7 @@ def normal(steps: int, lowest: float) -> list[float]:
 
 
 def sgm_uniform(steps: int, lowest: float) -> list[float]:
-    """The same with one more step, which is left out: ComfyUI's "sgm_uniform"."""
+    """`normal` with one more step, which is left out: ComfyUI's "sgm_uniform"."""
     return normal(steps + 1, lowest)[:-1]
 
 

@@ -8,6 +8,11 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+# Processes that share the machine share its cores: two that take all of them each would wait for one another. Set before
+# torch is imported, and for the servers and commands that the tests start.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "lcm_kit"
 

@@ -27,6 +27,11 @@ def imports_of(file: Path, root: Path = ROOT) -> Iterator[tuple[int, str]]:
                 yield node.lineno, ("." if node.level else "") + ".".join([*path, alias.name])
 
 
+def relative(a, b) -> float:
+    """Largest deviation of a from b, as a share of b's largest number; tensors of one shape."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
 def is_within(name: str, prefix: str) -> bool:
     """Whether a dotted name is `prefix` or lies under it: "torch.nn" within "torch", "torchvision" not."""
     return name == prefix or name.startswith(prefix + ".")

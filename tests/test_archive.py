@@ -27,7 +27,7 @@ NEEDED = (
 )
 KEPT_OUT = ("tests", "demo", "benchmarks", "tools", ".ci", ".github")
 SUFFIXES = {".py", ".md", ".json", ".toml", ".txt", ".jpg", ".png", ".webp", ""}
-SCRIPTS = {Path("web/report.js")}
+SCRIPTS = {Path("web/report.js"), Path("web/nodes.js")}
 MEGABYTES = 5
 
 MODULES = {

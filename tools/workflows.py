@@ -1,4 +1,5 @@
-"""Writes example_workflows/*.json and demo/workflow.json from the descriptions in tools/flows/, by the node definitions of a real ComfyUI.
+"""Writes example_workflows/*.json and demo/workflow.json from the descriptions in tools/flows/, by the node definitions of a real ComfyUI,
+and a small picture of each for the template browser.
 
 make workflows
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import sys
 import tempfile
@@ -14,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "lcm_kit"
+PICTURED = ("1 First picture with an LCM-LoRA", "2 Style LoRA and LCM-LoRA")  # by the demo, with what comes out
 
 
 def package_module(name: str):
@@ -34,9 +37,13 @@ def main() -> int:
         texts = writing.texts(running)
     for path in set(writing.FOLDER.glob("*.json")) - set(texts):
         path.unlink()
+        path.with_suffix(".jpg").unlink(missing_ok=True)
         print(f"removed {path.relative_to(ROOT)}, which nothing describes")
+    draw = package_module("tools.flows.thumbnail").draw
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
+        if path != writing.DEMO and path.stem not in PICTURED:
+            path.with_suffix(".jpg").write_bytes(draw(json.loads(text)))
     print(f"{len(texts)} workflows in {writing.FOLDER.relative_to(ROOT)} and {writing.DEMO.relative_to(ROOT)}")
     return 0
 

@@ -1,11 +1,15 @@
-// Shows on each node of LCM Kit what it reports, as read-only text below its widgets.
+// Shows on each node what LCM Kit reports of it, as read-only text below its widgets.
 //
-// The server sends a report as the node's output `text`, which the page draws for its own preview nodes only. Reports
-// hold names out of files and workflows, so they are set as the value of a text area and never become markup.
+// The server sends the report of a node of ours as its output `text`, which the page draws for its own preview nodes
+// only; what is told of another pack's node comes by an event. A report is kept with its node in the workflow, in its
+// properties. Reports hold names out of files and workflows, so they are set as the value of a text area and never
+// become markup.
 import { app } from "../../scripts/app.js";
 
 const OURS = /^LCMKit/; // node ids
-const NAME = "lcm_kit_report";
+const NAME = "lcm_kit_report"; // of the widget, and of the property
+const TOLD = "lcm_kit.told";
+const LONGEST = 20000; // letters that are kept with a workflow
 const PROGRESS = "$$node-text-preview"; // the page's own widget for the text of a node that is running
 const FONT = { size: 11, line: 15, family: 'ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace' };
 const BOX = { margin: 10, padding: 6, tallest: 330 }; // pixels; the margin is the page's own
@@ -82,33 +86,65 @@ function addBox(node) {
 }
 
 function removeProgress(node) {
-  const at = node.widgets.findIndex((widget) => widget.name === PROGRESS);
+  const at = (node.widgets ?? []).findIndex((widget) => widget.name === PROGRESS);
   if (at < 0) return;
   node.widgets[at].onRemove?.();
   node.widgets.splice(at, 1);
+}
+
+// Nodes 2.0 lays its widgets out by their styles, in a width that is known when they are there.
+function fitStyles({ element }, width) {
+  element.style.minHeight = `${heightOf(element.value, width)}px`;
+  setTimeout(() => {
+    if (!globalThis.LiteGraph?.vueNodesMode || element.scrollHeight <= element.clientHeight) return;
+    element.style.minHeight = `${Math.min(BOX.tallest, element.scrollHeight + 2)}px`;
+  }, 200);
 }
 
 // The node grows with its report, and shrinks again unless its user has made it larger.
 function fit(node, widget) {
   const [width, height] = node.size;
   node.size[0] = Math.max(width, NARROWEST);
-  // Nodes 2.0 lays its widgets out by their styles.
-  widget.element.style.minHeight = `${heightOf(widget.element.value, node.size[0])}px`;
+  fitStyles(widget, node.size[0]);
   const needed = node.computeSize()[1];
   const grown = height === widget.fitted ? needed : Math.max(height, needed);
   node.setSize([node.size[0], grown]);
   widget.fitted = grown;
 }
 
-function show(node, output) {
-  const text = output?.text?.[0];
-  if (typeof text !== "string" || !OURS.test(node?.comfyClass ?? node?.type ?? "")) return;
+const isOurs = (node) => OURS.test(node?.comfyClass ?? node?.type ?? "");
+
+function removeBox(node) {
+  const widget = node.widgets?.find((one) => one.name === NAME);
+  if (!widget) return;
+  const fitted = node.size[1] === widget.fitted;
+  node.removeWidget(widget);
+  if (fitted) node.setSize([node.size[0], node.computeSize()[1]]);
+}
+
+function write(node, text) {
+  if (!text) return removeBox(node);
   const widget = node.widgets?.find((one) => one.name === NAME) ?? addBox(node);
-  removeProgress(node);
   if (widget.element.value === text) return;
   widget.element.value = text;
   fit(node, widget);
   node.setDirtyCanvas?.(true, true);
+}
+
+function show(node, lines) {
+  if (!node) return;
+  // A node that ran for each entry of a list reports as often.
+  const texts = Array.isArray(lines) ? lines.filter((text) => typeof text === "string") : [];
+  const text = [...new Set(texts)].join("\n\n").trim();
+  removeProgress(node);
+  write(node, text);
+  node.properties ??= {};
+  if (text) node.properties[NAME] = text.slice(0, LONGEST);
+  else delete node.properties[NAME];
+}
+
+function showOutput(node, output) {
+  if (output && isOurs(node)) show(node, output.text);
 }
 
 // "7"; in a subgraph "9:7", through the node that stands for it, or "id of the subgraph:7".
@@ -128,11 +164,24 @@ app.registerExtension({
     const executed = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output) {
       executed?.apply(this, arguments);
-      show(this, output);
+      showOutput(this, output);
     };
+  },
+  setup() {
+    app.api.addEventListener(TOLD, ({ detail }) => show(nodeAt(detail.node), detail.text));
+    // A node of another pack that runs anew has nothing told of it yet.
+    app.api.addEventListener("executing", ({ detail }) => {
+      const node = detail == null ? null : nodeAt(String(detail.node ?? detail));
+      if (node?.properties?.[NAME] && !isOurs(node)) show(node, []);
+    });
+  },
+  // A workflow was opened: what its nodes reported when they last ran.
+  loadedGraphNode(node) {
+    const text = node.properties?.[NAME];
+    if (typeof text === "string" && text) write(node, text.slice(0, LONGEST));
   },
   // After a change of tabs, and when a run is opened from the history.
   onNodeOutputsUpdated(outputs) {
-    for (const [locator, output] of Object.entries(outputs ?? {})) show(nodeAt(locator), output);
+    for (const [locator, output] of Object.entries(outputs ?? {})) showOutput(nodeAt(locator), output);
   },
 });

@@ -1,12 +1,17 @@
 """Make the demo's LCM-LoRA with LCM Kit's own distillation: `python -m distillation` on the finished base.
 
     python demo/train/lcm.py
+    python demo/train/lcm.py --kind phased      from it, in 4 phases; for benchmarks/universality.py
+    python demo/train/lcm.py --kind ink_fast    the same with the ink style on the model
 
-Writes the Noto pictures with their captions as a webdataset file into the work folder, then distils from it. A run that was
-stopped goes on with the same command. Replaces demo/models/loras/tiny_emoji_lcm_lora.safetensors.
+The first writes the Noto pictures with their captions as a webdataset file into the work folder, then distils from it; the
+others learn from pictures that the model makes. A run that was stopped goes on with the same command. Replaces the file
+that common.LORAS names.
 """
 
+import argparse
 import io
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -25,6 +30,10 @@ TRAINING = """
   --guidance-min 3 --guidance-max 3 --skip 200 --original-steps 50 --huber-c 0.1 --weighting v --average 0.95 --average-target
   --seed 11 --dtype bf16 --no-gradient-checkpointing --save-every 200
 """.split()
+REFINING = shlex.split("""
+  --recipe "accelerate this style" --width 64 --height 64 --samples 412 --batch 24 --accumulate 1 --rank 32 --betas 0.9 0.99
+  --guidance-min 3 --guidance-max 3 --huber-c 0.1 --seed 21 --dtype bf16 --no-gradient-checkpointing --save-every 50
+""")
 
 
 def write_pictures(path: Path) -> None:
@@ -47,15 +56,35 @@ def write_pictures(path: Path) -> None:
     part.replace(path)
 
 
+def captions(path: Path) -> Path:
+    """Each concept alone, and on a coloured background."""
+    colours = torch.randint(len(COLOUR_NAMES), (len(NAMES),), generator=torch.Generator().manual_seed(18)).tolist()
+    coloured = [f"{name} {COLOUR_NAMES[colour]} background" for name, colour in zip(NAMES, colours, strict=True)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*NAMES, *coloured]) + "\n", encoding="utf-8")
+    return path
+
+
+def data(kind: str) -> list[object]:
+    """What a kind learns from, and begins with."""
+    if kind == "lcm":
+        pictures = WORK / "noto.tar"
+        if not pictures.exists():
+            WORK.mkdir(parents=True, exist_ok=True)
+            write_pictures(pictures)
+        return ["--pictures", pictures, *TRAINING]
+    begun = ["--prompts", captions(WORK / "captions.txt"), "--start-from", LORAS["lcm"], *REFINING]
+    return begun if kind == "phased" else ["--lora", LORAS["ink"], *begun]
+
+
 def main() -> None:
-    pictures = WORK / "noto.tar"
-    if not pictures.exists():
-        WORK.mkdir(parents=True, exist_ok=True)
-        write_pictures(pictures)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=["lcm", "phased", "ink_fast"], default="lcm")
+    args, others = parser.parse_known_args()
     command = [
         sys.executable, "-m", "distillation", "--comfyui", comfyui_path(), "--custom-nodes", DEMO / "tiny_emoji",
-        "--checkpoint", CHECKPOINT, "--vae", VAE, "--pictures", pictures, "--resume", WORK / "lcm.run",
-        "--picture", WORK / "lcm.png", "--output", LORAS["lcm"], "--overwrite", *TRAINING, *sys.argv[1:],
+        "--checkpoint", CHECKPOINT, "--vae", VAE, "--resume", WORK / f"{args.kind}.run", "--picture", WORK / f"{args.kind}.png",
+        "--output", LORAS[args.kind], "--overwrite", *data(args.kind), *others,
     ]  # fmt: skip
     sys.exit(subprocess.run([str(part) for part in command], cwd=ROOT).returncode)
 

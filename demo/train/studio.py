@@ -48,6 +48,20 @@ def ours(gamma: float | Callable[[int], list[float]] = 1.0, original_steps: int 
     return plan
 
 
+def phased(phases: int) -> Plan:
+    """LCM Kit with a LoRA of so many phases: from edge to edge, without noise in between."""
+
+    def plan(model, steps):
+        from lcm_kit.host.sampling import sampling, schedules
+        from lcm_kit.samplers.presets import phased
+
+        preset = phased(phases).with_steps(steps)
+        sigmas = schedules.lcm_sigmas(model, steps=steps, denoise=1.0, original_steps=50, preset=preset)
+        return model, sampling.lcm_sampler(gamma=preset.gamma, seed=-1), sigmas
+
+    return plan
+
+
 def core(sampler: str, scheduler: str, prepare: Callable[[Any], Any] = lambda model: model) -> Plan:
     """ComfyUI's own sampler and scheduler by name. prepare: patches the model first."""
 

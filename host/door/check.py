@@ -24,6 +24,11 @@ class Fault:
         return f"{self.input} is {rules.shown(self.value)}, but it has to be {self.rule}. {self.way}"
 
 
+def name_in_words(schema) -> str:
+    """The node's name without the words in brackets, by which it is found: in texts it is called so."""
+    return schema.display_name.partition(" (")[0]
+
+
 def check(schema, given: Mapping[str, Any], own: Collection[str]) -> None:
     """Nothing, if every value is what the schema says its input takes; what is not given is not looked at.
 
@@ -41,7 +46,7 @@ def check(schema, given: Mapping[str, Any], own: Collection[str]) -> None:
             elif rule := rules.text(value):
                 found.append(str(Fault(name, value, rule, "Choose one of the list.")))
     if found:
-        raise ValueError(f"{schema.display_name}: {' '.join(sorted(dict.fromkeys(found)))}")
+        raise ValueError(f"{name_in_words(schema)}: {' '.join(sorted(dict.fromkeys(found)))}")
 
 
 def _misplaced(schema, inputs: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
@@ -75,7 +80,7 @@ def faults_of(entry, value: Any, name: str = "") -> Iterator[Fault]:
 
 
 def _faults_of_choice(entry, value: Any, name: str) -> Iterator[Fault]:
-    """Of a choice whose options have inputs of their own: the choice, and then those. Their values come as one dict."""
+    """Faults of a choice whose options have inputs of their own: of the choice, then of those. The values come as one dict."""
     choice = chosen(entry, value)
     if rule := rules.choice(choice, keys(entry)):
         yield Fault(name, choice, rule, "Choose one of these.")

@@ -8,9 +8,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .check import check
+from ..reports import tell
+from .check import check, name_in_words
 from .choices import in_full, is_dynamic_choice, with_all_inside
 from .paths import without_folders
+from .replaced import replaced
 
 LONGEST = 4000  # of an error, in characters
 
@@ -54,10 +56,12 @@ def _checked(execute: Callable) -> Callable:
     @functools.wraps(execute)
     def run(cls, *values, **inputs):
         schema = cls.define_schema()
-        with in_the_name_of(schema.display_name):
+        with in_the_name_of(name_in_words(schema)):
             named = inspect.getfullargspec(execute).args[1:]
             given, own = dict(zip(named, values, strict=False)) | inputs, _own_rules(cls)
             check(schema, given, own.keys())
+            for line in replaced(schema, given):
+                tell(line)
             try:
                 return execute(cls, **given | _left_out(schema, given) | _in_full(schema, given))
             except FileNotFoundError:

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
-import comfy.model_management
-import comfy.utils
 import torch
 
 from ...samplers.preset import Preset
 from ...samplers.presets import PRESETS
 from ..lora import patches
+from ..progress import Progress
 from ..sampling.sampling import sample
 from .axes import MANY, NOTHING, STRENGTH, WORDS, Axis, cells, check_axes, parse_axis
 from .sheet import Sheet, as_picture, cell_size
@@ -77,9 +76,8 @@ def grid(parts: Parts, *, row_axis, rows, column_axis, columns, prompt, cell, ba
     check_axes(down, across)
     _check_parts(parts, down, across, prompt)
     plan, kept, patched, board = cells(down, across), _remembered(parts), _Patched(parts), _Board(down, across, cell)
-    started, bar = time.monotonic(), comfy.utils.ProgressBar(len(plan))
+    started, progress = time.monotonic(), Progress()
     for done, (row, column, own) in enumerate(plan, start=1):
-        comfy.model_management.throw_exception_if_processing_interrupted()
         text = _words(prompt, own, (down, across))
         key = json.dumps([dict(base), {name: own[name] for name in own if name != WORDS}, text], sort_keys=True)
         try:
@@ -88,7 +86,7 @@ def grid(parts: Parts, *, row_axis, rows, column_axis, columns, prompt, cell, ba
             board.show(row, column, kept.made[key])
         except ValueError as error:
             board.fail(row, column, str(error))
-        bar.update_absolute(done, preview=board.preview() if bar.hook is not None else None)
+        progress(done, len(plan), board.preview)
     _forget()
     return board.made(patched.sampled, time.monotonic() - started, base)
 
@@ -175,6 +173,11 @@ class _Patched:
                 self._applied = patches.apply(parts.model, parts.clip, parts.lora, strength, strength)
         return self._applied.model
 
+    @property
+    def clip(self) -> Any:
+        """The CLIP with the LoRA on it, None where there is none."""
+        return self._applied.clip
+
     def positive(self, text: str) -> Any:
         """CONDITIONING of the text, or what is connected where there is no CLIP."""
         clip = self._applied.clip
@@ -191,7 +194,7 @@ def _picture(parts: Parts, patched: _Patched, own: Mapping, base: Mapping, text:
     model = patched.at(own.get(STRENGTH, None if parts.lora is None else 1.0))
     latent = sample(
         model, patched.positive(text), parts.negative, parts.latent, **settings, cfg_steps=-1, original_steps=50,
-        preset=_preset(parts.preset, own), watch=lambda *_: None,  # the sheet is what is shown
+        preset=_preset(parts.preset, own), clip=patched.clip, watch=lambda *_: None,  # the sheet is what is shown
     )  # fmt: skip
     images = parts.vae.decode(latent["samples"])
     patched.sampled += 1

@@ -14,8 +14,8 @@ from ...lora_merge.recognise.catalogue import PUBLISHED, Published, instead
 from ...lora_merge.recognise.identity import SURE, Identity, identify
 from ...lora_merge.recognise.wrong_base import is_other_base
 from . import files
-from .bases import base_of
 from .identity import KnownWeights
+from .model_base import base_of
 from .patches import case_of
 from .weights import from_lora
 

@@ -6,8 +6,8 @@ from functools import cached_property
 
 from ...lora_merge.recognise.identity import Identity
 from ...lora_merge.recognise.wrong_base import Counts, is_other_base, is_wrong_base
-from .bases import ModelBase
 from .fit import Fit
+from .model_base import ModelBase
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,9 @@ import comfy.model_management
 import torch
 
 from ...lora_merge.extracting.extract import NAMELESS, Weights, extract
+from ...lora_merge.extracting.report import describe
 from ...lora_merge.naming import names
-from ..progress import watched
+from ..progress import Progress
 from .stored import is_readable, stored_weight, weight_keys
 from .weights import LoraWeights, from_lora
 
@@ -36,7 +37,7 @@ def extract_lora(
     if not comfy.model_management.is_device_cpu(device):
         largest = max(entry[0].numel() for plan in plans for entry, _ in plan.values())
         comfy.model_management.free_memory(_need(largest), device)
-    progress, done, total = watched(), 0, sum(map(len, plans))
+    progress, done, total = Progress(), 0, sum(map(len, plans))
 
     def weights() -> Iterator[Weights]:
         nonlocal done
@@ -48,13 +49,13 @@ def extract_lora(
                 done += 1
         progress(done, total)
 
-    lora, account = extract(weights(), rank=rank, keep=keep, source="Extracted LoRA", device=_place)
+    lora, found = extract(weights(), rank=rank, keep=keep, source="Extracted LoRA", device=_place)
     if not lora.spellings:
         raise ValueError(
             "model_tuned and model_base do not differ, so there is nothing to extract. Connect a fine-tuned model, or one "
             "with a LoRA on it, to model_tuned, and the model it was made from to model_base."
         )
-    return from_lora(lora), account.describe()
+    return from_lora(lora), describe(found)
 
 
 def _plan(tuned, base, prefix: str) -> dict[str, tuple[list, list]]:
@@ -155,13 +156,13 @@ def _unet_names(patcher) -> dict[str, str]:
     result = {}
     for key in patcher.model_state_dict(MODEL_PREFIX):
         module = key.removesuffix(".weight")
-        if module != key and known.get(spelled := names.spelling(module)) == key:
+        if module != key and known.get(spelled := names.kohya_name(module)) == key:
             result[key] = spelled
     return result
 
 
 def _clip_names(clip) -> dict[str, str]:
-    """The same for text encoders: kohya's name where there is one that every ComfyUI reads, else ComfyUI's own.
+    """{weight of the text encoder: its name}: kohya's name where there is one that every ComfyUI reads, else ComfyUI's own.
 
     Of a Llama-like encoder neither kohya's name nor ComfyUI's own without the wrapper is known to ComfyUI 0.16.
     """

@@ -62,27 +62,28 @@ def fit(weights: Mapping[str, torch.Tensor], model, clip=None) -> Fit:
     homes = {module: homes[module] for module in named if module in homes and weight_of(homes[module]) in shapes}
     patches = comfy.lora.load_lora(lora, homes, log_missing=False)
 
-    placed, homeless, clashing, twice, waiting = [], [], [], [], []
+    fates: dict[str, list[str]] = {fate: [] for fate in ("placed", "homeless", "clashing", "twice", "waiting")}
     taken: dict = {}
     for module, parts in sorted(named.items()):
         targets = _targets(homes.get(module), set(parts))
         if not targets or any(target not in patches or weight_of(target) not in shapes for target in targets):
             waits = clip is None and module.startswith(TEXT_PREFIXES)
-            (waiting if waits else homeless).append(module)
+            fates["waiting" if waits else "homeless"].append(module)
         elif other := next((taken[target] for target in targets if target in taken), None):
-            twice.append(f"{other} and {module}")
+            fates["twice"].append(f"{other} and {module}")
         elif clash := _clash(targets, {part: lora[key] for part, key in parts.items()}, shapes):
             # ComfyUI would log an error for every picture and keep the weight as it is.
-            clashing.append(f"{module}: {clash}")
+            fates["clashing"].append(f"{module}: {clash}")
         else:
-            placed.append(module)
+            fates["placed"].append(module)
             taken |= dict.fromkeys(targets, module)
     patches = {target: _in_shape(patch, target, shapes) for target, patch in patches.items() if target in taken}
-    return Fit(patches, *map(tuple, (placed, homeless, clashing, twice, waiting, sorted(unread))))
+    sorted_out = {fate: tuple(modules) for fate, modules in fates.items()}
+    return Fit(patches=patches, unread=tuple(sorted(unread)), **sorted_out)
 
 
 def _modulations(lora: dict[str, torch.Tensor], homes: Mapping) -> dict[str, torch.Tensor]:
-    """The same LORA_MODEL with `x.diff_m` as `x.modulation.diff`, where the model has such a parameter: a difference of
+    """A LORA_MODEL with `x.diff_m` as `x.modulation.diff`, where the model has such a parameter: a difference of
     a Wan block's modulation, for which those who extract LoRAs have a name of their own and ComfyUI has none.
     """
     renamed = {}

@@ -7,7 +7,7 @@ import torch
 
 from ...lora_merge.recognise.identity import Identity, identify
 from ...samplers.preset import Preset
-from ...samplers.presets import PRESETS
+from ...samplers.presets import preset_called
 from .weights import LoraWeights, to_lora
 
 
@@ -48,4 +48,4 @@ def identity_of(weights: LoraWeights) -> Identity | None:
 
 def preset_of(identity: Identity | None) -> Preset | None:
     """The sampling settings that go with a LoRA; None for one that is not known, or whose settings are not."""
-    return PRESETS.get(identity.preset or "") if identity else None
+    return preset_called(identity.preset or "") if identity else None

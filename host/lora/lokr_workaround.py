@@ -6,7 +6,7 @@ import torch
 
 
 def without_cores(lora: dict[str, torch.Tensor], modules: Mapping[str, Mapping[str, str]]) -> dict[str, torch.Tensor]:
-    """The same LORA_MODEL with lokr_w2 whole wherever there was a lokr_t2; others are left as they are.
+    """A LORA_MODEL with lokr_w2 whole wherever there was a lokr_t2; others are left as they are.
 
     modules: module -> part -> key. torch.kron wants its factors contiguous, which the product with a core is not;
     ComfyUI would log an error for every picture and leave the weight as it is.

@@ -9,18 +9,18 @@ import folder_paths
 
 from ...lora_merge import describe_merge, merge_with_account, resize_with_account
 from ...lora_merge.files.dtypes import DTYPES
-from ...lora_merge.one_module.protect import protected_of, which_protected
+from ...lora_merge.methods.table import find_method
+from ...lora_merge.one_module.protect import protecting
 from ...lora_merge.recognise.identity import sha256_of
 from ...lora_merge.settings.strengths import for_inputs
-from ..progress import watched
+from ..progress import Progress
 from .files import lora_names
 from .identity import KnownWeights, identity_of
 from .slots import LORA, NUMBERS, Slot, connected
-from .targets import meeting_in
+from .targets import names_in
 from .weights import LoraWeights, from_lora, named, to_lora
 
 PROTECT = ("auto", "none", *(f"{LORA}{number}" for number in NUMBERS))
-AIMS = ("keep", "retain", "max_mb")
 _OF_A_LORA = re.compile(rf"\s*(?:{LORA})?(\d{{1,6}})\s*:")
 
 
@@ -44,7 +44,7 @@ def merge_used(
     mu: float = 0.0,
     model=None,
 ):
-    """(merged, report). One LoRA alone becomes its strength times itself by every method.
+    """(merged, report). One LoRA alone becomes its strength times itself by every method but a mean, of which it is itself.
 
     numbers: of all slots; what is said of one that is not used is left out, and the report says so.
     method: under "method" its name, and its own parameters, with seed and dense where it has them.
@@ -54,7 +54,7 @@ def merge_used(
     parameters = dict(method)
     name = parameters.pop("method")
     notes = []
-    if len(used) == 1:
+    if len(used) == 1 and not find_method(name).averages:
         notes.append(_alone(used[0], name))
         name, parameters = "linear", {}
     elsewhere = {key: parameters.pop(key) for key in ("seed", "dense") if key in parameters}
@@ -70,7 +70,7 @@ def merge_used(
         mu=mu,
         model=model,
         **elsewhere,
-        **{key: amount for key, amount in size.items() if key != "size"},
+        **_amount(size),
     )
     return merged, "\n".join([report, *notes])
 
@@ -78,14 +78,19 @@ def merge_used(
 def _merge(used: Sequence[Slot], *, block_strengths: str, protect: str, model, **choices):
     """(merged, report). choices: of merge_with_account."""
     labels = [str(slot.number) for slot in used]
-    loras = meeting_in([slot.lora for slot in used], model)
-    inputs = [(lora, slot.strength) for lora, slot in zip(loras, used, strict=True)]
+    inputs = [(slot.lora, slot.strength) for slot in used]
     merged, account = _watched(
         [slot.weights for slot in used],
         lambda **more: merge_with_account(
             inputs,
-            protect=_protected(protect, used, labels),
+            protect=protecting(
+                protect,
+                labels,
+                lambda: [identity_of(named(slot.weights)) for slot in used],
+                [slot.strength for slot in used],
+            ),
             block_strengths=for_inputs(block_strengths, labels),
+            model=names_in(model),
             **choices,
             **more,
         ),
@@ -114,26 +119,15 @@ def _for_used(empty: Collection[str], protect: str, mu: float, text: str, notes:
     return protect, mu, "\n".join(kept)
 
 
-def _protected(protect: str, used: Sequence[Slot], labels: list[str]):
-    """As which_protected, but `auto` finds LoRAs that are known by their files' hashes too."""
-    which = which_protected(protect, labels)
-    if which != "auto":
-        return which
-    found = protected_of([identity_of(named(slot.weights)) for slot in used], [slot.strength for slot in used])
-    return which if found is None else found
-
-
-def resize(lora, *, dtype: str, **choices) -> tuple[LoraWeights, str]:
-    """(smaller one, report). choices: rank, keep, max_mb; 0 leaves them out."""
-    whole = to_lora(lora)
-    small, account = _watched(
-        [lora], lambda **more: resize_with_account(whole, out_dtype=DTYPES[dtype], **_given(choices), **more)
-    )
+def resize(lora, *, size: Mapping[str, object], dtype: str) -> tuple[LoraWeights, str]:
+    """(smaller one, report). size: as of merge_used."""
+    whole, aim = to_lora(lora), _amount(size)
+    small, account = _watched([lora], lambda **more: resize_with_account(whole, out_dtype=DTYPES[dtype], **aim, **more))
     return from_lora(small), describe_merge(account, small)
 
 
-def _given(choices: Mapping[str, object]) -> dict[str, object]:
-    return {name: value for name, value in choices.items() if name not in AIMS or value}
+def _amount(size: Mapping[str, object]) -> dict[str, object]:
+    return {name: amount for name, amount in size.items() if name != "size"}
 
 
 def _watched(weights: list, work: Callable):
@@ -141,7 +135,7 @@ def _watched(weights: list, work: Callable):
     with ThreadPoolExecutor(1) as pool:
         hashes = [pool.submit(_sha256, one) for one in weights]
         try:
-            return work(progress=watched(), sha256=lambda: [one.result() for one in hashes])
+            return work(progress=Progress(), sha256=lambda: [one.result() for one in hashes])
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -135,5 +135,5 @@ def _chip(case: Case, wrong: bool) -> str:
 
 
 def _preset(cases: Sequence[Case]) -> Preset | None:
-    """Of the first row that says which settings it wants."""
+    """The settings of the first row that says which it wants."""
     return next((preset_of(case.identity) for case in cases if case.identity and case.identity.preset), None)

@@ -9,10 +9,10 @@ from ...lora_merge.metadata.about import remarks
 from ...lora_merge.metadata.adapter_config import peft_remarks
 from ...lora_merge.recognise.identity import Identity
 from ...samplers.preset import Preset
-from .bases import base_of, uncovered
 from .case import Case
 from .fit import fit, weight_of
 from .identity import KnownWeights, identity_of, preset_of
+from .model_base import base_of, uncovered
 from .reports import applied_lines, refusal
 from .stored import change_objects, never_patched
 from .weights import LoraWeights, named
@@ -58,7 +58,13 @@ def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=Fal
     identity = identity_of(weights)
     preset = preset_of(identity)
     if strength_model == 0 and (clip is None or strength_clip == 0):
-        return Applied(model, clip, f"{weights.name}: not applied, its strength is 0.", preset, weights.name)
+        return Applied(
+            model=model,
+            clip=clip,
+            report=f"{weights.name}: not applied, its strength is 0.",
+            preset=preset,
+            name=weights.name,
+        )
     case = case_of(weights, identity, model, clip)
     found, wrong = case.found, case.wrong(demand_all)
     if wrong and not allow_misfit:
@@ -72,11 +78,11 @@ def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=Fal
     for_model = {target: patch for target, patch in found.patches.items() if weight_of(target) in case.model.weights}
     for_clip = {target: patch for target, patch in found.patches.items() if target not in for_model}
     return Applied(
-        _patched(model, for_model, strength_model),
-        _patched(clip, for_clip, strength_clip),
-        "\n".join(lines),
-        preset,
-        weights.name,
+        model=_patched(model, for_model, strength_model),
+        clip=_patched(clip, for_clip, strength_clip),
+        report="\n".join(lines),
+        preset=preset,
+        name=weights.name,
     )
 
 

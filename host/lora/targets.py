@@ -3,24 +3,30 @@
 import comfy.lora
 
 from ...lora_merge import Lora
-from ...lora_merge.merging.by_target import Target, by_target
+from ...lora_merge.merging.by_target import ModelNames, Target, by_target
 from ...lora_merge.naming.family import Rows
 
 
-def meeting_in(loras: list[Lora], model) -> list[Lora]:
-    """The LoRAs with one name for each weight of the MODEL, by ComfyUI's own key map; as they are without a MODEL.
-
-    Raises ValueError for a LoRA that has no place in the model.
-    """
+def names_in(model) -> ModelNames | None:
+    """What ComfyUI's own key map says of a MODEL's names; None without a MODEL."""
     if model is None:
-        return loras
+        return None
     weights = model.model.state_dict()
     targets = {
         name: target
         for name, home in comfy.lora.model_lora_keys_unet(model.model, {}).items()
         if (target := target_of(home)).weight in weights
     }
-    return by_target(loras, targets, {name: tuple(weight.shape) for name, weight in weights.items()})
+    return ModelNames(targets, {name: tuple(weight.shape) for name, weight in weights.items()})
+
+
+def aligned_in(loras: list[Lora], model) -> list[Lora]:
+    """The LoRAs with one name for each weight of the MODEL, by ComfyUI's own key map; as they are without a MODEL.
+
+    Raises ValueError for a LoRA that has no place in the model.
+    """
+    names = names_in(model)
+    return loras if names is None else by_target(loras, names.targets, names.shapes)
 
 
 def target_of(home) -> Target:

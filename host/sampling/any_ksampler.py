@@ -16,6 +16,7 @@ from ...samplers.preset import Preset
 from ...samplers.renoise import gamma_per_step
 from ...samplers.schedule import timesteps_at
 from ..door.node import in_the_name_of
+from ..reports import tell
 from .pure_noise import from_pure_noise
 from .sampler import chosen_gamma, lcm_sampler
 from .schedules import lcm_sigmas
@@ -175,11 +176,9 @@ def _timestep(time: float) -> int:
 
 def _say_start(asked, ours, asked_sigmas, levels):
     if abs(asked - ours) > 1.5e-3:
-        logger.info(
-            "LCM for any KSampler: asked to start at timestep %d (sigma %.4g), starts at %d (sigma %.4g): the nearest that "
-            "the model was trained on.",
-            _timestep(asked),
-            float(asked_sigmas[0]),
-            _timestep(ours),
-            float(levels[0]),
+        line = (
+            f"LCM for any KSampler: asked to start at timestep {_timestep(asked)} (sigma {float(asked_sigmas[0]):.4g}), starts at "
+            f"{_timestep(ours)} (sigma {float(levels[0]):.4g}): the nearest that the model was trained on."
         )
+        logger.info("%s", line)
+        tell(line)

@@ -9,12 +9,11 @@ import math
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
-import torch
 
 from ...samplers.editing import edit_ddcm
 from ...samplers.noise import StepNoise
 from .guidance import FirstStepsGuider
-from .latents import fitted, given_out
+from .latents import fitted, given_out, has_picture
 from .runs import run
 from .schedules import lcm_sigmas
 from .tables import forward_process, sigma_table
@@ -96,7 +95,7 @@ def edit(model, source, target, latent, *, seed, steps, cfg, denoise, original_s
 
     Raises ValueError for an empty latent, or a schedule that does not exist.
     """
-    if not _has_picture(latent["samples"]):
+    if not has_picture(latent["samples"]):
         raise ValueError(
             "latent_image is empty, and an edit needs a picture to change. Connect VAE Encode, or use LCM KSampler to "
             "make a picture from nothing."
@@ -115,8 +114,3 @@ def edit(model, source, target, latent, *, seed, steps, cfg, denoise, original_s
         seed=seed,
         calls=2 * (len(sigmas) - 1),
     )
-
-
-def _has_picture(samples) -> bool:
-    parts = samples.unbind() if samples.is_nested else [samples]
-    return any(bool(torch.count_nonzero(part)) for part in parts)

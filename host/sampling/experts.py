@@ -45,5 +45,5 @@ def _check_kin(high, low) -> None:
 
 
 def _kind(part) -> type:
-    """Of a latent format its class; of a model_sampling the class that says how noise is added."""
+    """The class of a latent format; for a model_sampling the one of its bases that says how noise is added."""
     return next((base for base in type(part).__mro__ if "noise_scaling" in vars(base)), type(part))

@@ -4,6 +4,7 @@ import inspect
 
 import comfy.model_management
 import comfy.sample
+import torch
 
 # What an empty latent says of the picture it is meant for, named as the argument that core's function has for it.
 # ComfyUI 0.16 knows the first only.
@@ -24,3 +25,9 @@ def given_out(latent: dict, samples) -> dict:
     if hasattr(comfy.model_management, "intermediate_dtype"):  # came after 0.16
         samples = samples.to(dtype=comfy.model_management.intermediate_dtype())
     return latent | {"samples": samples}
+
+
+def has_picture(samples) -> bool:
+    """False for an empty latent, which is all zeros; a nested one has a picture if one of its parts has."""
+    parts = samples.unbind() if samples.is_nested else [samples]
+    return any(bool(torch.count_nonzero(part)) for part in parts)

@@ -18,7 +18,7 @@ from ...samplers.shaped_noise import ShapedNoise, feathered_factors, ramp
 from .batch import indices_by_noise
 from .foreign_noise import foreign_noise
 from .plans import plan_for
-from .tables import forward_process, sigma_table
+from .tables import check_levels, forward_process, sigma_table
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Relay:
 
 def lcm_sampler(*, gamma, seed, batch_indices=None, schedule=None, relay=None, **noise) -> comfy.samplers.KSAMPLER:
     """A SAMPLER. The arguments are those of Settings.   relay: between the stages of one run, or None."""
-    settings = Settings(gamma, seed, batch_indices, schedule, **noise)
+    settings = Settings(gamma=gamma, seed=seed, batch_indices=batch_indices, schedule=schedule, **noise)
     return comfy.samplers.KSAMPLER(_sample_function, {"settings": settings, "relay": relay})
 
 
@@ -84,6 +84,7 @@ def _sample_function(model, x, sigmas, extra_args=None, callback=None, disable=N
     if relay.staged and relay.table is None:
         relay.table = sigma_table(model.inner_model.model_patcher.get_model_object("model_sampling"))
     part = Part(model, x, sigmas, extra_args or {}, settings, relay)
+    check_levels(part.model_sampling, sigmas)
 
     def after_step(info):
         # The server's progress hook raises too, but only where a progress bar is attached.

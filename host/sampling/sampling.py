@@ -5,9 +5,10 @@ import math
 
 import torch
 
+from .empty_prompt import negative_for
 from .experts import staged
 from .guidance import FirstStepsGuider
-from .latents import fitted, given_out
+from .latents import fitted, given_out, has_picture
 from .pure_noise import from_pure_noise
 from .runs import WHOLE, Section, run
 from .sampler import Relay, chosen_gamma, lcm_sampler
@@ -33,6 +34,7 @@ def sample(
     preset=None,
     section=WHOLE,
     experts=None,
+    clip=None,
     watch=None,
 ) -> dict:
     """A LATENT, sampled. Image k of a batch is the image made alone with batch index k.
@@ -40,6 +42,7 @@ def sample(
     preset: a Preset, which replaces steps, cfg, gamma and original_steps, or None.
     section: the steps of the schedule that are run.
     experts: (MODEL, boundary) of the model for the levels below the boundary, or None; see experts.steps_above.
+    clip: the CLIP that encodes the empty prompt, or None; see empty_prompt.negative_for, whose error is raised.
     watch: see runs.run.   Where no step is left to run, the latent as it is.
     """
     schedule = lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps, preset=preset)
@@ -47,12 +50,15 @@ def sample(
         latent = fitted(model, latent)
         return given_out(latent, latent["samples"])
     gamma = chosen_gamma(gamma, gammas, preset)
-    cfg = _possible_cfg(cfg if preset is None else preset.cfg, negative, cfg_steps)
+    cfg = cfg if preset is None else preset.cfg
     sigmas = section.of(schedule)
     _say_what_is_left(section, schedule, sigmas, latent)
+    _say_that_it_is_empty(section, latent, denoise)
     if len(sigmas) < 2:
         latent = fitted(model, latent)
         return given_out(latent, latent["samples"])
+
+    negative = negative_for(model, positive, negative, clip, cfg=cfg, guided=cfg_steps != 0)
 
     def guider(patcher):
         made = FirstStepsGuider(patcher)
@@ -75,23 +81,6 @@ def sample(
     )
 
 
-def _possible_cfg(cfg: float, negative, cfg_steps: int) -> float:
-    """cfg, or 1 where there is no negative prompt to guide away from.
-
-    No stand-in is made up: the empty prompt needs the text encoder, which a sampler has not, and zeros in its place are
-    another prompt (of the usual models only SDXL's was trained with them).
-    """
-    if negative is not None or math.isclose(cfg, 1.0) or cfg_steps == 0:
-        return cfg
-    logger.warning(
-        "cfg is %g, but no negative prompt is connected to guide away from: cfg 1 is used, without guidance. Connect "
-        "CLIP Text Encode, its text empty, for cfg %g.",
-        cfg,
-        cfg,
-    )
-    return 1.0
-
-
 def _say_what_is_left(section: Section, schedule: torch.Tensor, sigmas: torch.Tensor, latent: dict) -> None:
     """Warnings about a section that does nothing, or that keeps noise in the picture."""
     if len(sigmas) < 2:
@@ -107,6 +96,24 @@ def _say_what_is_left(section: Section, schedule: torch.Tensor, sigmas: torch.Te
             "noise of the sampler before, as in KSampler (Advanced). Use one node, which model_low does for two models, "
             "or paste the picture back with ImageCompositeMasked."
         )
+
+
+def _say_that_it_is_empty(section: Section, latent: dict, denoise: float) -> None:
+    """A warning where the run counts on a picture, or on noise, in a latent that has neither."""
+    if (section.add_noise and denoise >= 1 and section.start == 0) or has_picture(latent["samples"]):
+        return
+    if not section.add_noise:
+        logger.warning(
+            "LCM KSampler: add_noise is off and latent_image is empty, so there is no noise to make a picture of. Switch "
+            "add_noise on, or connect the latent of the sampler before, which leaves its noise in it."
+        )
+        return
+    start = f"denoise is {denoise:g}" if denoise < 1 else f"start_at_step is {section.start}"
+    logger.warning(
+        "LCM KSampler: %s and latent_image is empty: the run starts from less than full noise over nothing, which comes out "
+        "flat and dull. Connect a picture (VAE Encode), or start from pure noise with denoise 1 and start_at_step 0.",
+        start,
+    )
 
 
 def _last_guided_sigma(sigmas: torch.Tensor, cfg_steps: int) -> float:

@@ -51,7 +51,7 @@ def lcm_sigmas(model, *, steps, denoise, original_steps, timesteps="", preset=No
             )
         return _typed(model_sampling, own, denoise, original_steps)
     if preset is None:
-        preset = Preset("", steps, 1.0, 1.0, original_steps)
+        preset = Preset("", steps=steps, cfg=1.0, gamma=1.0, original_steps=original_steps)
     sigmas = _of_preset(model_sampling, preset, denoise)
     if len(sigmas) - 1 < preset.steps and not preset.timesteps:
         logger.warning(
@@ -77,7 +77,8 @@ def _of_preset(model_sampling, preset: Preset, denoise: float) -> torch.Tensor:
 
 
 def _flow_preset_elsewhere(model_sampling, preset: Preset, denoise: float) -> torch.Tensor:
-    """Of Cosmos, whose sigma is a flow's sigma / (1 - sigma): listed levels, if it knows the first. Else a ValueError."""
+    """Levels that a preset lists, for Cosmos, whose sigma is a flow's sigma / (1 - sigma), if it knows the first. Else a
+    ValueError."""
     table = time_table(model_sampling)
     if is_cosmos(model_sampling) and preset.sigmas:
         flow_table = table / (1.0 + table)
@@ -107,7 +108,7 @@ def _warn_of_shift(model_sampling, preset: Preset, found: float) -> None:
 
 
 def _typed(model_sampling, timesteps: list[int], denoise: float, original_steps: int) -> torch.Tensor:
-    """Of timesteps as a user wrote them: the last of them below denoise 1, and at least one."""
+    """Levels of the timesteps that a user wrote: the last of them below denoise 1, and at least one."""
     least = max(denoise, 1.0 / len(timesteps))
     kept = custom_timesteps(timesteps, strength=least)
     if least > denoise:
@@ -116,7 +117,7 @@ def _typed(model_sampling, timesteps: list[int], denoise: float, original_steps:
         )
     table = time_table(model_sampling)
     if table is not None:
-        return Preset("", len(kept), 1.0, 1.0, timesteps=tuple(kept)).levels(table)
+        return Preset("", steps=len(kept), cfg=1.0, gamma=1.0, timesteps=tuple(kept)).levels(table)
     _warn_off_grid(kept, original_steps)
     return sigmas_of(model_sampling, kept)
 

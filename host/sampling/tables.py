@@ -104,6 +104,18 @@ def boundary_timesteps(model_sampling, sigmas: torch.Tensor) -> torch.Tensor | N
     return None if is_distilled(model_sampling) else model_sampling.timestep(sigmas[:-1])
 
 
+def check_levels(model_sampling, sigmas: torch.Tensor) -> None:
+    """Raises ValueError for levels (steps + 1,) above pure noise on a flow model: there is 1 - sigma of the picture in it.
+
+    Other models' levels have no such end, and some nodes go above the table on purpose.
+    """
+    if len(sigmas) and is_flow(model_sampling) and float(sigmas[0]) > 1.001:
+        raise ValueError(
+            f"sigmas begin at {float(sigmas[0]):.4g}, but on this model, a flow model, 1 is pure noise and no level is higher. "
+            "They were made with another model: connect the model that is sampled to LCM Scheduler too."
+        )
+
+
 def forward_process(model_sampling) -> NoiseScaling:
     """How the model's latents are noised. Core's usual process is ours under its own name, known without asking."""
     if getattr(type(model_sampling), "noise_scaling", None) is host.EPS.noise_scaling:

@@ -53,7 +53,7 @@ class Course:
 
     @property
     def seconds_a_step(self) -> float:
-        """Of the latest steps, without what is shown and written between them; 0 before the first."""
+        """Mean of the latest steps, without what is shown and written between them; 0 before the first."""
         return sum(self._spent) / max(1, len(self._spent))
 
     @property

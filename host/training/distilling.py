@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import get_args
 
 import comfy.model_management
@@ -12,9 +13,11 @@ from tqdm.auto import tqdm
 from ...distillation.health import Diverged
 from ...distillation.kept import Kept
 from ...distillation.optimizers import check_optimizer
+from ...distillation.recipes import NONE, followed
 from ...distillation.settings import Compute, Optimizer, Settings, Setup, Weighting
 from ..lora.weights import LoraWeights
 from ..page import show
+from ..progress import Progress
 from .course import Course, write_lora
 from .data import entries, paired, partners, pictures
 from .loan import compute_type
@@ -46,9 +49,11 @@ def distil_lists(
 ):  # fmt: skip
     """What `distil` returns, of inputs that are all lists: prompts and latents may be many, of the rest there is one."""
     single = only_ones(inputs | {"vae": vae or (None,)})
+    single, recipe = followed(single.pop("recipe", NONE), single, asdict(Settings()) | asdict(Setup()))
     several = {"latents": latents, "validation": validation}
     given = {name: [one for one in values or () if one] for name, values in several.items()}
-    return distil(positive=positive, negative=negative, **given, **single)
+    lora, picture, report = distil(positive=positive, negative=negative, **given, **single)
+    return lora, picture, "\n".join(filter(None, [recipe, report]))
 
 
 def distil(
@@ -71,6 +76,7 @@ def distil(
     shown = entries(validation, "validation")[:PICTURES] if validation else []
     table, type_ = sigma_table(model), compute_type(model, dtype, tf32)
     settings = Settings(**training_settings, scale_loss=type_ == torch.float16)
+    settings.grid(len(table))
     check_optimizer(settings)
     rough = rough_previewer(model.get_model_object("latent_format"))
     given = pictures(model, latents)
@@ -84,8 +90,9 @@ def distil(
         model, [(conds[cond], unconds[uncond]) for cond, uncond in prompts], empty, settings, own
     )  # fmt: skip
     work = Work(
-        model, data, conds, unconds, prompts, table=table, settings=settings, dtype=type_, rank=rank, alpha=alpha,
-        recompute=gradient_checkpointing, shown=shown, start=start_from, own=not given, tf32=tf32,
+        model=model, latents=data, conds=conds, unconds=unconds, prompts=prompts, table=table, settings=settings,
+        dtype=type_, rank=rank, alpha=alpha, recompute=gradient_checkpointing, shown=shown, start=start_from,
+        own=not given, tf32=tf32,
     )  # fmt: skip
     lora, picture, lines = _trained(work, vae, rough, places, save_every)
     if places is not None:
@@ -108,19 +115,18 @@ def _trained(work: Work, vae, rough, places: Places | None, every: int) -> tuple
 def _run(run: Training, strip: Strip, places: Places | None, every: int) -> tuple[Course, float]:
     """Trains with progress on the node, in the page and in the console; returns the seconds it took, too."""
     steps = run.trainer.settings.steps
-    progress = comfy.utils.ProgressBar(steps)
-    started, told = time.monotonic(), 0.0
+    progress, started, told = Progress(), time.monotonic(), 0.0
 
     def after_step(course: Course, new: bool) -> None:
         nonlocal told
-        # ComfyUI's layers look for an interrupt too, in the middle of a step.
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        done, preview = course.trainer.done, None
-        if progress.hook is not None and done % max(1, min(every, steps // STRIPS)) == 0:
+        done = course.trainer.done
+
+        def preview():
             if not new:
                 strip.take()
-            preview = strip.preview(course.validation)
-        progress.update_absolute(done, steps, preview)
+            return strip.preview(course.validation)
+
+        progress(done, steps, None if done % max(1, min(every, steps // STRIPS)) else preview)
         bar.update(done - bar.n)
         bar.set_postfix(loss=f"{course.trainer.losses[-1]:.4g}", refresh=False)
         if (now := time.monotonic()) - told > 0.5:

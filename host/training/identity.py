@@ -20,7 +20,8 @@ def some(weight: torch.Tensor) -> torch.Tensor:
 
 
 def identity_of(patcher) -> str:
-    """Of a ModelPatcher: changes with any weight, any patch on one, and the options that samplers hand to the network.
+    """16 hexadecimal digits that change with any weight of a ModelPatcher, any patch on one, and the options that samplers
+    hand to the network.
 
     The weights are taken without their patches, whether they are loaded or not.
     """

@@ -57,7 +57,7 @@ def check_name(name: str) -> None:
 
 
 def places_of(name: str, model, made_of: Sequence[Any]) -> Places | None:
-    """Of a training of that name; None for no name. AUTO is one of its own for each MODEL and `made_of`."""
+    """The files of a training of that name; None for no name. AUTO is a name of its own for each MODEL and `made_of`."""
     if not name.strip():
         return None
     if name.strip().lower() == AUTO:

@@ -18,9 +18,11 @@ from ...distillation.settings import Settings
 from ...distillation.trainer import Trainer, adapters_on
 from ...distillation.validation import DRAWS
 from ...lora_merge import Lora
-from ...lora_merge.metadata.fields import ARCHITECTURE
+from ...lora_merge.metadata.fields import ARCHITECTURE, PRESET_KEY
 from ...lora_merge.recognise.identity import ARCHITECTURES
-from ..lora.bases import base_of
+from ...samplers.preset import settings_in_words
+from ...samplers.presets import phased
+from ..lora.model_base import base_of
 from ..lora.weights import named
 from ..sampling.latents import fitted
 from ..sampling.tables import is_distilled, trained_sigma_table
@@ -112,7 +114,10 @@ class Training:
         }
         architecture = ARCHITECTURES.get(base_of(self.work.model).base or "")
         known = {ARCHITECTURE: architecture} if architecture else {}
-        return known | {"modelspec.title": "LCM-LoRA", "lcm_kit.distillation": json.dumps(facts | more, sort_keys=True)}
+        if (phases := self.trainer.settings.phases) > 1:
+            known[PRESET_KEY] = phased(phases).name
+        title = "LCM-LoRA" if phases == 1 else f"LCM-LoRA in {phases} phases"
+        return known | {"modelspec.title": title, "lcm_kit.distillation": json.dumps(facts | more, sort_keys=True)}
 
     def report(
         self, tensors: Mapping[str, torch.Tensor], seconds: float, validation: Sequence[tuple[int, float]]
@@ -131,8 +136,17 @@ class Training:
             f"{str(self.work.dtype).split('.')[-1]}.",
             f"Loss {sum(losses[:tenth]) / tenth:.4g} in the first tenth, {sum(losses[-tenth:]) / tenth:.4g} in the last; "
             f"{seconds:.0f} seconds.",
+            *([phased_words(settings.phases)] if settings.phases > 1 else []),
         ]
         return [*lines, *validation_words(validation), *self.remarks, *settings.hints()]
+
+
+def phased_words(phases: int) -> str:
+    preset = phased(phases)
+    return (
+        f"In {phases} phases: for {settings_in_words(preset)}. LCM-LoRA Loader and LoRA Mix read that from the file; "
+        f"elsewhere it is LCM Preset {preset.name}."
+    )
 
 
 @contextmanager
@@ -231,7 +245,7 @@ def _spread(items: Sequence[Item]) -> float:
 
 
 def _fingerprint_of_weights(network: torch.nn.Module) -> str:
-    """Of all weights as they are used, with patches: a LoRA may change any of them, and any part of one."""
+    """Changes with any weight as it is used, with patches: a LoRA may change any of them, and any part of one."""
     return fingerprint([[name, tuple(weight.shape), some(weight)] for name, weight in network.named_parameters()])
 
 

@@ -1,4 +1,4 @@
-"""Sample strips of a LoRA that is being trained: a few pictures in 4 steps, always of the same noise."""
+"""Sample strips of a LoRA that is being trained: a few pictures in 4 steps, or one a phase, always of the same noise."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,7 @@ from PIL import Image
 
 from ...distillation.draws import SAMPLES, WHOLE_RUN, generator
 from ...distillation.objective import Batch
+from ...distillation.phases import edge_timesteps
 from ...distillation.trainer import Trainer
 from ...samplers.multistep import sample_lcm
 from ...samplers.noise import StepNoise
@@ -61,7 +62,7 @@ class Strip:
         done, latents = self.course[-1] if self.course else (0, torch.empty(0))
         images = self._rough(latents)
         rows = [named(self.names)] if self.names and images else []
-        return stacked([*rows, row(images, _label(done))]) if images else None
+        return stacked([*rows, row(images, self._label(done))]) if images else None
 
     def picture(self, validation: Sequence[tuple[int, float]] = ()) -> torch.Tensor:
         """IMAGE (1, height, width, 3): the loss, what was learnt from, and what the LoRA makes in 4 steps on the way."""
@@ -77,9 +78,21 @@ class Strip:
         places = sorted({round(number * last / (ROWS - 1)) for number in range(ROWS)})
         return [self.course[place] for place in places] if self.course else []
 
+    @property
+    def timesteps(self) -> list[int]:
+        """That samples are made at."""
+        trained, points = len(self.trainer.table), len(self.trainer.grid)
+        if (phases := self.trainer.settings.phases) > 1:
+            return [*edge_timesteps(phases, trained)]
+        return lcm_timesteps(min(STEPS, points), original_steps=points, train_timesteps=trained)
+
+    def _label(self, done: int) -> str:
+        when = f"after {done} training steps" if done else "before the training"
+        return f"in {len(self.timesteps)} steps at cfg 1, {when}"
+
     def _drawn(self, course, decode, validation) -> Image.Image:
         rows = [loss_curve(self.trainer.losses, validation)]
-        shown = [(self.batch.z0.cpu(), "trained on"), *((latents, _label(done)) for done, latents in course)]
+        shown = [(self.batch.z0.cpu(), "trained on"), *((latents, self._label(done)) for done, latents in course)]
         for latents, label in shown:
             images = decode(latents)
             rows += [row(images, label)] if images else []
@@ -93,8 +106,7 @@ class Strip:
     def _sampled(self, batch, first: int) -> torch.Tensor:
         """first: number of the first one, of which its noise is made."""
         table, settings, z0 = self.trainer.table, self.trainer.settings, batch.z0
-        points = len(self.trainer.grid)
-        timesteps = lcm_timesteps(min(STEPS, points), original_steps=points, train_timesteps=len(table))
+        timesteps = self.timesteps
         sigmas = sigmas_at(timesteps, table)
         noise = torch.stack([
             torch.randn(z0.shape[1:], generator=generator(settings.seed, WHOLE_RUN, number, SAMPLES))
@@ -104,7 +116,7 @@ class Strip:
         x = sampling.noise_scaling(sigmas[:1].to(z0), noise, torch.zeros_like(z0), not self.trainer.flow)
         return sample_lcm(
             lambda x, sigma: self.denoise(x, sigma, batch.cond), x, sigmas, disable=True,
-            noise=StepNoise(settings.seed), timesteps=None if self.trainer.flow else torch.tensor(timesteps),
+            noise=StepNoise(settings.seed), gamma=1.0 if settings.phases == 1 else 0.0, timesteps=None if self.trainer.flow else torch.tensor(timesteps),
             table=table, noise_scaling=sampling.noise_scaling,
         )  # fmt: skip
 
@@ -120,10 +132,6 @@ class Strip:
             return []
         parts = latents.float().cpu().split(1) if len(latents) else []
         return [self.rough.decode_latent_to_preview(latent) for latent in parts]
-
-
-def _label(done: int) -> str:
-    return f"in {STEPS} steps at cfg 1, " + (f"after {done} training steps" if done else "before the training")
 
 
 def rough_previewer(latent_format):

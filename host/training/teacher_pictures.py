@@ -11,6 +11,7 @@ from ...distillation.draws import SAMPLES, generator
 from ...distillation.kept import Kept, key_of
 from ...distillation.settings import Settings
 from ..page import show
+from ..progress import Progress
 from .data import fingerprint
 from .identity import identity_of
 from .prompts import chunks, joined
@@ -70,11 +71,11 @@ def teachers_pictures(
 def _make(
     places: list[list[int]], keys: list[str], made: Callable[[list[int]], list[torch.Tensor]], kept: Kept
 ) -> None:
-    progress, done = comfy.utils.ProgressBar(len(keys)), 0
+    progress, done = Progress(), 0
     for chunk in places:
         if missing := [number for number in chunk if keys[number] not in kept]:
             latents = made(missing)
             kept.add({keys[number]: {"latent": latent} for number, latent in zip(missing, latents, strict=True)})
         done += len(chunk)
-        progress.update_absolute(done)
+        progress(done, len(keys))
         show(f"the model has made {done} of {len(keys)} pictures to learn from")

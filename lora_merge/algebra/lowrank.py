@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..updates.layer import Layer, Term, shaped
 from .core_space import CoreSpace
 from .orthonormal import Basis, basis
 from .scaling import levelled
-from .sums import Stack, stacked
+from .sums import Stack, stacked, weighted_sum
 
 # Least ratio of eigenvalues from which singular vectors are computed.
 _CLEAR = 1e-10
@@ -68,6 +69,8 @@ class Known:
     u: Tensor
     vh: Tensor
     worth: Tensor
+    energy: float
+    source_energy: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,14 +95,42 @@ class Directions:
         """What need not be computed again for the same terms; None where the bases are no combinations of their factors."""
         if self.up.r is None or self.down.r is None:
             return None
-        return Known(r_up=self.up.r, r_down=self.down.r, u=self.u, vh=self.vh, worth=self.worth)
+        return Known(
+            r_up=self.up.r,
+            r_down=self.down.r,
+            u=self.u,
+            vh=self.vh,
+            worth=self.worth,
+            energy=self.energy,
+            source_energy=self.source_energy,
+        )
+
+    @property
+    def alone(self) -> bool:
+        """Whether the sum is its one term, in its own directions: what is kept of either is what they are worth."""
+        return self.singular and len(self.cores) == 1 and self.cores[0] is self.total
+
+    @cached_property
+    def energy(self) -> float:
+        return float(self.worth.sum()) if self.singular else _energy(self.total)
+
+    @cached_property
+    def source_energy(self) -> tuple[float, ...]:
+        return (self.energy,) if self.alone else tuple(map(_energy, self.cores))
 
     def prospect(self) -> Prospect:
-        blocks = torch.stack([(self.u.T @ core @ self.vh.T).double().square() for core in (self.total, *self.cores)])
-        corners = torch.diagonal(blocks.cumsum(1).cumsum(2), dim1=1, dim2=2)
-        kept = torch.cat([corners.new_zeros(len(blocks), 1), corners], dim=1)
+        cores = [] if self.alone else list(self.cores) if self.singular else [self.total, *self.cores]
+        corners = [self._corners(core) for core in cores]
+        if self.singular:
+            corners = [self.worth.cumsum(0)] * (2 if self.alone else 1) + corners
+        kept = torch.nn.functional.pad(torch.stack(corners), (1, 0))
         cost = self.up.vectors.shape[0] + self.down.vectors.shape[0]
         return Prospect(kept, self.worth, cost)
+
+    def _corners(self, core: Tensor) -> Tensor:
+        """(ranks,) float64, the energy of a core inside the first 1, 2, ... directions."""
+        blocks = (self.u.T @ core @ self.vh.T).double().square()
+        return blocks.cumsum(0).cumsum(1).diagonal()
 
     def cut(self, rank: int) -> Truncated:
         u, vh = self.u[:, :rank], self.vh[:rank]
@@ -117,11 +148,16 @@ class Directions:
         layer = shaped(up, down, self.shape)
         return Truncated(
             layer,
-            energy=_energy(self.total),
+            energy=self.energy,
             lost_energy=lost,
-            source_energy=tuple(map(_energy, self.cores)),
-            kept_energy=tuple(_energy(u.T @ core @ vh.T) for core in self.cores),
+            source_energy=self.source_energy,
+            kept_energy=self._kept(u, vh, rank),
         )
+
+    def _kept(self, u: Tensor, vh: Tensor, rank: int) -> tuple[float, ...]:
+        if self.alone:
+            return (float(self.worth[:rank].sum()),)
+        return tuple(_energy(u.T @ core @ vh.T) for core in self.cores)
 
 
 def directions(terms: Sequence[Term], *, balanced: bool = False) -> Directions:
@@ -141,8 +177,9 @@ def _directions(whole: Stack, balanced: bool, known: Known | None = None) -> Dir
     up, r_up = basis(whole.up) if known is None else (Basis(whole.up, known.r_up), known.r_up)
     down, r_down = basis(whole.down.T) if known is None else (Basis(whole.down.T, known.r_down), known.r_down)
     ranks = list(whole.ranks)
-    cores = [a @ b.T for a, b in zip(torch.split(r_up, ranks, 1), torch.split(r_down, ranks, 1), strict=True)]
     total = r_up @ r_down.T
+    parts = zip(torch.split(r_up, ranks, 1), torch.split(r_down, ranks, 1), strict=True)
+    cores = [a @ b.T for a, b in parts] if len(ranks) > 1 else [total]
     u, vh, worth = _by_importance(total, cores, balanced) if known is None else (known.u, known.vh, known.worth)
     return Directions(
         up=up,
@@ -200,10 +237,17 @@ def _singular(total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vh
 
 
-def truncated_sum(terms: Sequence[Term], rank: int, *, balanced: bool = False, known: Known | None = None) -> Truncated:
+def truncated_sum(
+    terms: Sequence[Term],
+    rank: int,
+    *,
+    balanced: bool = False,
+    known: Known | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Truncated:
     """The weighted sum of (layer, strength) terms in at most the given rank, see `directions`.
 
-    A sum whose ranks add up to no more than `rank` stays exact.
+    A sum whose ranks add up to no more than `rank` stays exact: `weighted_sum`, in that dtype where it can be.
     known: of `directions` of the same terms, if somebody has computed them.
     Since the kept part is U U^T (sum) V V^T it is the sum of each term projected so, which is what `kept_energy`
     measures: plain truncation keeps the strong terms and may drop most of a weak one.
@@ -211,14 +255,18 @@ def truncated_sum(terms: Sequence[Term], rank: int, *, balanced: bool = False, k
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}, but the smallest rank is 1")
+    if sum(layer.rank for layer, strength in terms if strength * layer.scale) <= rank:
+        energy, energies = _energies(terms) if known is None else (known.energy, known.source_energy)
+        layer = weighted_sum(terms, dtype)
+        return Truncated(layer=layer, energy=energy, lost_energy=0.0, source_energy=energies, kept_energy=energies)
+    return _directions(stacked(terms), balanced, known).cut(rank)
+
+
+def _energies(terms: Sequence[Term]) -> tuple[float, tuple[float, ...]]:
+    """Energy of the sum of the terms, and of each."""
     whole = stacked(terms)
-    if sum(whole.ranks) <= rank:
-        energies = tuple(_product_energy(up, down) for up, down in whole.parts)
-        energy = energies[0] if len(energies) == 1 else _product_energy(whole.up, whole.down)
-        return Truncated(
-            layer=whole.layer(), energy=energy, lost_energy=0.0, source_energy=energies, kept_energy=energies
-        )
-    return _directions(whole, balanced, known).cut(rank)
+    energies = tuple(_product_energy(up, down) for up, down in whole.parts)
+    return (energies[0] if len(energies) == 1 else _product_energy(whole.up, whole.down)), energies
 
 
 def truncated_matrix(total: Tensor, deltas: Sequence[Tensor], rank: int) -> Truncated:

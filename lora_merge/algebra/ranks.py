@@ -74,38 +74,34 @@ def alike(prospects: Mapping[str, Prospect]) -> dict[str, Prospect]:
     return result
 
 
-def _order(prospects: Mapping[str, Prospect]) -> list[str]:
-    """Modules in the order in which they get their second and further ranks."""
-    names = list(prospects)
+def _order(prospects: Mapping[str, Prospect]) -> Tensor:
+    """Numbers of modules in the order in which they get their second and further ranks."""
     worth, owner = [], []
     for index, prospect in enumerate(prospects.values()):
         # Rounding must not hand out a later rank of a module before an earlier one.
         worth.append(prospect.priority[1:].cummin(0).values / prospect.cost)
         owner.append(torch.full((max(prospect.ranks - 1, 0),), index))
-    by_worth = torch.cat(worth).argsort(descending=True, stable=True)
-    return [names[index] for index in torch.cat(owner)[by_worth].tolist()]
+    return torch.cat(owner)[torch.cat(worth).argsort(descending=True, stable=True)]
 
 
-def _ranks(prospects: Mapping[str, Prospect], handed_out: list[str]) -> dict[str, int]:
-    ranks = dict.fromkeys(prospects, 1)
-    for name in handed_out:
-        ranks[name] += 1
-    return ranks
+def _ranks(prospects: Mapping[str, Prospect], handed_out: Tensor) -> dict[str, int]:
+    counts = torch.bincount(handed_out, minlength=len(prospects))
+    return dict(zip(prospects, (1 + counts).tolist(), strict=True))
 
 
-def _within(prospects: Mapping[str, Prospect], order: list[str], parameters: int) -> dict[str, int]:
-    ranks = dict.fromkeys(prospects, 1)
-    left = parameters - sum(prospect.cost for prospect in prospects.values())
+def _within(prospects: Mapping[str, Prospect], order: Tensor, parameters: int) -> dict[str, int]:
+    names, costs = list(prospects), [prospect.cost for prospect in prospects.values()]
+    ranks = [1] * len(names)
+    left = parameters - sum(costs)
     full = set()
-    for name in order:
-        cost = prospects[name].cost
+    for module in order.tolist():
         # A module that no longer fits gets no later rank either: ranks are taken in order.
-        if name not in full and cost <= left:
-            ranks[name] += 1
-            left -= cost
+        if module not in full and costs[module] <= left:
+            ranks[module] += 1
+            left -= costs[module]
         else:
-            full.add(name)
-    return ranks
+            full.add(module)
+    return dict(zip(names, ranks, strict=True))
 
 
 def _kept(prospects: Mapping[str, Prospect], ranks: Mapping[str, int]) -> tuple[Tensor, Tensor]:

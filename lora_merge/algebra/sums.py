@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..updates.layer import Layer, LoraLayer, Share, Term, exponent, is_safe, largest, meeting_shape, shaped
+from ..updates.layer import Layer, LoraLayer, Share, Term, exponent, is_safe, largest, shape_of_both, shaped
 from ..updates.side_by_side import side_by_side
 from .precision import holds, is_finite
 from .scaling import level, raised
@@ -145,7 +145,7 @@ def common_shape(layers: Sequence[Layer]) -> tuple[int, ...]:
 def _one_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     shape = shapes[0]
     for other in shapes[1:]:
-        common = meeting_shape(shape, other)
+        common = shape_of_both(shape, other)
         if common is None:
             raise ValueError(f"weights of shape {shape} and {other} differ")
         shape = common

@@ -13,7 +13,7 @@ from ..disk.overwriting import Overwrite, guard
 from ..disk.pictures import check_picture, write_picture
 from ..disk.whole import check_place, write_whole
 from ..files.load_save import load
-from .shared import Answer, overwriting, path_and_strength, progress_bar
+from .shared import PATTERNS, Answer, overwriting, paths_and_strengths, progress_bar
 
 _EXAMPLES = """examples:
   python -m lora_merge compare style.safetensors:0.8 lcm.safetensors
@@ -24,7 +24,9 @@ _EXAMPLES = """examples:
 def add_compare(add: argparse.ArgumentParser) -> None:
     """Sets `run`: parsed arguments -> (exit status, what to print)."""
     add.epilog = _EXAMPLES
-    add.add_argument("loras", nargs="+", metavar="FILE[:STRENGTH]", help="strength is 1 if not given, may be negative")
+    add.add_argument(
+        "loras", nargs="+", metavar="FILE[:STRENGTH]", help=f"strength is 1 if not given, may be negative. {PATTERNS}"
+    )
     add.add_argument("--rank", type=int, default=0, help="of a cut to look at, marked in the picture; default: none")
     add.add_argument("--csv", type=Path, metavar="FILE", help="figures of every module, a row each")
     add.add_argument("--json", type=Path, metavar="FILE", help="all figures: whole, blocks, modules, cuts")
@@ -48,7 +50,7 @@ def _run(options: argparse.Namespace) -> Answer:
         check_place(path, guard(options.overwrite, partial(_begins, begins)))
     if options.picture is not None:
         check_picture(options.picture, options.overwrite)
-    named = [path_and_strength(text) for text in options.loras]
+    named = paths_and_strengths(options.loras)
     with progress_bar("compare") as progress:
         found = compare(
             [(load(path), strength) for path, strength in named], workers=options.workers, progress=progress

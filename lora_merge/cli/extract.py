@@ -11,6 +11,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..extracting.checkpoints import Pairs, pairs
 from ..extracting.extract import Weights, extract
+from ..extracting.report import describe
 from ..files.dtypes import DTYPES
 from ..files.load_save import check_output, save
 from .shared import Answer, add_meta, meta, overwriting
@@ -19,7 +20,9 @@ _EXAMPLES = """examples:
   python -m lora_merge extract lcm-dreamshaper.safetensors dreamshaper.safetensors -o lcm.safetensors --rank 64
     what made the first model out of the second, as a LoRA: here the acceleration.
   python -m lora_merge extract tuned.safetensors base.safetensors -o style.safetensors --rank 128 --keep 0.95
-    each module as small as holds 95 % of its difference, at most rank 128."""
+    each module as small as holds 95 % of its difference, at most rank 128.
+  python -m lora_merge extract turbo.safetensors base.safetensors -o turbo-lora.safetensors
+    the steps that a turbo model saves, for every fine-tune of its base and for merges with styles."""
 
 
 def add_extract(add: argparse.ArgumentParser) -> None:
@@ -51,7 +54,7 @@ def _run(options: argparse.Namespace) -> Answer:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch finds no CUDA device. Leave it out to compute on the CPU.")
     files = pairs(options.tuned, options.base)
-    lora, account = extract(
+    lora, found = extract(
         _told(files),
         rank=options.rank,
         keep=options.keep,
@@ -62,7 +65,7 @@ def _run(options: argparse.Namespace) -> Answer:
     if not lora.spellings:
         raise ValueError(f"{options.tuned} and {options.base} do not differ: there is nothing to extract.")
     save(lora, options.output, dtype=DTYPES[options.dtype], overwrite=options.overwrite, metadata=metadata)
-    lines = [account.describe()]
+    lines = [describe(found)]
     if files.only_one:
         lines.append(f"{len(files.only_one)} weights are in one file only and left out (first: {files.only_one[0]}).")
     lines.append(f"Written: {options.output} ({options.output.stat().st_size / 1e6:.1f} MB)")

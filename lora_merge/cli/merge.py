@@ -22,10 +22,10 @@ from ..merging.report import describe, describe_merge, describe_provenance
 from ..merging.reproduce import reproduce
 from ..metadata.about import describe_metadata
 from ..methods.table import METHODS, all_parameters, methods_with
-from ..one_module.protect import which_protected
-from ..recognise.identity import sha256_of
+from ..one_module.protect import protecting
+from ..recognise.identity import identify, sha256_of
 from ..settings.strengths import for_inputs
-from .shared import Answer, add_meta, meta, overwriting, path_and_strength, progress_bar
+from .shared import PATTERNS, Answer, add_meta, meta, overwriting, paths_and_strengths, progress_bar
 
 _MERGE_EXAMPLES = """examples:
   python -m lora_merge merge style.safetensors:0.8 lcm.safetensors -o fast-style.safetensors
@@ -35,7 +35,9 @@ _MERGE_EXAMPLES = """examples:
   python -m lora_merge merge style.safetensors lcm.safetensors -o aside.safetensors --mu 1
     the style steps aside where the LCM-LoRA is strong.
   python -m lora_merge merge style.safetensors lcm.safetensors -o blocks.safetensors --block-strengths "1: down=0.5, te=0"
-    the first LoRA by half on the way down, and not in the text encoder."""
+    the first LoRA by half on the way down, and not in the text encoder.
+  python -m lora_merge merge "run-0000*.safetensors" -o mean.safetensors --method average --rank 32
+    the mean of one training's checkpoints, in their own rank; "run-000010.safetensors:2" counts one twice."""
 _RESIZE_EXAMPLES = """examples:
   python -m lora_merge resize big.safetensors -o small.safetensors --rank 32
   python -m lora_merge resize big.safetensors -o small.safetensors --keep 0.98
@@ -51,7 +53,9 @@ _INFO_EXAMPLE = """example:
 def add_merge(add: argparse.ArgumentParser) -> None:
     """Sets `run`: parsed arguments -> (exit status, what to print)."""
     add.epilog = _merge_help()
-    add.add_argument("loras", nargs="+", metavar="FILE[:STRENGTH]", help="strength is 1 if not given, may be negative")
+    add.add_argument(
+        "loras", nargs="+", metavar="FILE[:STRENGTH]", help=f"strength is 1 if not given, may be negative. {PATTERNS}"
+    )
     _output(add)
     _cut(add)
     add.add_argument("--retain", type=float, metavar="SHARE", help="share of its energy that each LoRA keeps, 0 to 1")
@@ -187,17 +191,24 @@ def _merge(options: argparse.Namespace) -> Answer:
     # Before the work, so that a name already taken costs no time.
     check_output(options.output, options.overwrite)
     metadata = meta(options.meta)
-    named = [path_and_strength(text) for text in options.loras]
+    named = paths_and_strengths(options.loras)
     labels = [str(number) for number in range(1, len(named) + 1)]
     with _hashes([path for path, _ in named]) as hashes, progress_bar("merge") as progress:
+        loras = [load(path) for path, _ in named]
+        strengths = [strength for _, strength in named]
         merged, account = merge_with_account(
-            [(load(path), strength) for path, strength in named],
+            list(zip(loras, strengths, strict=True)),
             method=options.method,
             parameters=_given(options),
             seed=options.seed,
             dense=options.dense,
             retain=options.retain,
-            protect=which_protected(options.protect, labels),
+            protect=protecting(
+                options.protect,
+                labels,
+                lambda: [identify(lora, path) for lora, (path, _) in zip(loras, named, strict=True)],
+                strengths,
+            ),
             mu=options.mu,
             block_strengths=for_inputs("\n".join(options.block_strengths), labels),
             leave_out=options.leave_out,

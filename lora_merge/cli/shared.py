@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from glob import glob, has_magic
 from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -13,6 +14,7 @@ from ..merging.merge import Progress
 from ..metadata.fields import given
 
 Answer = tuple[int, str]
+PATTERNS = "FILE may have * and ? in it, for all files of such names"
 
 
 def overwriting(add: argparse.ArgumentParser) -> None:
@@ -47,6 +49,21 @@ def meta(texts: list[str]) -> dict[str, str]:
             raise ValueError(f"--meta gives {key} twice; give it once.")
         result[key] = value
     return given(result)
+
+
+def paths_and_strengths(texts: Sequence[str]) -> list[tuple[str, float]]:
+    """The two of each FILE or FILE:STRENGTH; of all files that a pattern means, in the order of their names.
+
+    Raises ValueError for a strength that is no number, and for a pattern that means no file.
+    """
+    result = []
+    for text in texts:
+        path, strength = path_and_strength(text)
+        files = [path] if Path(path).exists() or not has_magic(path) else sorted(glob(path))
+        if not files:
+            raise ValueError(f"{path}: there is no file of such a name.")
+        result += [(file, strength) for file in files]
+    return result
 
 
 def path_and_strength(text: str) -> tuple[str, float]:

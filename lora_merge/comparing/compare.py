@@ -20,7 +20,8 @@ from ..algebra.threads import in_order
 from ..files.keys import BIAS_PARTS, WEIGHT_PARTS
 from ..files.lora import Lora
 from ..keywords import named
-from ..merging.align import fused_notes, fused_with_slices, notes_on, unify
+from ..merging.align import fused_with_slices, unify
+from ..merging.report import fused_notes, notes_on
 from ..naming import names
 from ..naming.blocks import place
 from ..naming.unet import infer_layout

@@ -52,7 +52,7 @@ class Measure:
 
 
 def cosine_variance(rows: int, columns: int) -> float:
-    """Of the cosine of two independent (rows, columns) updates; its mean is 0.
+    """Variance of the cosine of two independent (rows, columns) updates; its mean is 0.
 
     E <A, U B V^T>^2 = |A|^2 |B|^2 / (rows * columns) for random rotations U and V.
     """
@@ -242,5 +242,5 @@ class Comparison:
         return min(1.0, curve[min(rank, self.full_rank)] / curve[-1]) if curve[-1] > 0 else None
 
     def megabytes(self, rank: int | None = None) -> float:
-        """Of a merge in float16, cut to that rank or exact; MB of 10**6 bytes."""
+        """Size of a merge in float16, cut to that rank or exact, in MB of 10**6 bytes."""
         return self.numbers[-1 if rank is None else min(rank, self.full_rank)] * 2 / 1e6

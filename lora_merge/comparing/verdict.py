@@ -46,7 +46,7 @@ def _crowds(measure: Measure) -> bool:
     return measure.excess >= max(MATTERS, DEVIATIONS * measure.deviation)
 
 
-def places(comparison: Comparison, which: tuple[int, int]) -> list[tuple[Group, Relation]]:
+def dependent_blocks(comparison: Comparison, which: tuple[int, int]) -> list[tuple[Group, Relation]]:
     """Blocks in which two inputs are not independent, the strongest first; without blocks that hold little of both."""
     found = []
     for block in comparison.blocks:
@@ -68,7 +68,7 @@ def headline(comparison: Comparison) -> str:
     if not pairs:
         return "Nothing to fight: no two of these LoRAs change the same modules."
     kinds = {relation(pair).kind for pair in pairs}
-    local = {what.kind for pair in pairs for _, what in places(comparison, pair.which)}
+    local = {what.kind for pair in pairs for _, what in dependent_blocks(comparison, pair.which)}
     if "oppose" in kinds:
         return "They fight: what one adds another takes away in part."
     if "alike" in kinds:
@@ -93,7 +93,7 @@ def answer(comparison: Comparison) -> list[str]:
     for i in range(len(labels)):
         for j in range(i + 1, len(labels)):
             pair = acting.get((i, j))
-            is_calm = pair and relation(pair).kind == "independent" and not places(comparison, (i, j))
+            is_calm = pair and relation(pair).kind == "independent" and not dependent_blocks(comparison, (i, j))
             (calm if is_calm else lines).append(_sentence(comparison, (i, j), pair))
     return [*lines, *calm] if len(calm) <= _SHOWN else [*lines, f"The other {len(calm)} pairs: independent."]
 
@@ -111,7 +111,7 @@ def _sentence(comparison: Comparison, which: tuple[int, int], pair: Pair | None)
         return f"{both}: {' and '.join(silent)} adds nothing (strength 0, or an update of zeros)."
     if pair is None:
         return f"{both}: they change different modules, so neither touches what the other does there."
-    what, where = relation(pair), places(comparison, which)
+    what, where = relation(pair), dependent_blocks(comparison, which)
     chance = f"by chance up to {DEVIATIONS * pair.cosine_deviation:.2g}"
     cosine = f"cosine {pair.cosine:+.3f} ({chance})"
     if what.kind == "oppose":
@@ -129,8 +129,8 @@ def _sentence(comparison: Comparison, which: tuple[int, int], pair: Pair | None)
     if not where:
         return text
     shown = ", ".join(_at(block, found) for block, found in where[:_SHOWN])
-    meeting = sum(any(one.which == which for one in block.pairs) for block in comparison.blocks)
-    if len(where) > max(_SHOWN, _EVERYWHERE * meeting):
+    shared = sum(any(one.which == which for one in block.pairs) for block in comparison.blocks)
+    if len(where) > max(_SHOWN, _EVERYWHERE * shared):
         return f"{text} Where: nearly everywhere, most in {shown}."
     more = f", and {len(where) - _SHOWN} more blocks" if len(where) > _SHOWN else ""
     return f"{text} Where: {shown}{more}."

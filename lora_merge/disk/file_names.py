@@ -50,7 +50,7 @@ def name_trouble(name: str) -> str | None:
 
 
 def path_trouble(path: str) -> str | None:
-    """The same for a file in folders that "/" separates; says which part is meant."""
+    """Why a file in folders that "/" separates may not be called so, and which part of its path that is; None if it may."""
     *folders, name = path.split("/")
     if len(folders) > MAX_FOLDERS:
         return f"goes {len(folders)} folders deep; write at most {MAX_FOLDERS}"

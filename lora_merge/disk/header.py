@@ -75,12 +75,15 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, Header]]:
         yield file, header
 
 
-def check_written(head: bytes, size: int) -> None:
-    """The same for a file that is not there yet. head: its first bytes, to the end of the header.   size: of the whole."""
+def check_written(head: bytes, parsed: Mapping[str, Any], size: int) -> None:
+    """The same for a file that is not there yet. head: its first bytes, to the end of the header.   parsed: what a reader
+    makes of the header.   size: of the whole.
+    """
     try:
         if len(head) - 8 > MAX_HEADER:
             raise _Refused(f"has {len(head)} bytes of header, and the most are {MAX_HEADER}; leave out metadata.")
-        _check(head[8:], size)
+        _check_text(head[8:])
+        _check(dict(parsed), len(head), size)
     except _Refused as error:
         raise ValueError(f"cannot be written, because nobody could read it again: it {error}") from None
 
@@ -107,18 +110,14 @@ def _read(file: BinaryIO) -> Header:
         raise _Refused(f"claims a header of {length} bytes, and no LoRA has more than {MAX_HEADER}; it is damaged.")
     if 8 + length > size:
         raise _Refused(f"is cut off within its first {length} bytes, at {size}; download it again.")
-    entries, metadata = _check(text, size)
+    entries, metadata = _check(_parse(text), 8 + length, size)
     return Header(entries=entries, metadata=metadata, begin=8 + length, size=size, changed=state.st_mtime_ns)
 
 
-def _check(text: bytes, size: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """The entries, in the order of the data, and the metadata. text: the header.   size: of the whole file."""
-    if text.count(b'"data_offsets"') > MAX_TENSORS:
-        raise _Refused(_too_many(text.count(b'"data_offsets"')))
-    try:
-        parsed = _parse(text)
-    except ValueError as error:
-        raise _Refused(f"is not a safetensors file ({error}); choose one saved as .safetensors.") from None
+def _check(parsed: dict[str, Any], begin: int, size: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """The entries, in the order of the data, and the metadata. parsed: the header.   begin: of the data.   size: of the
+    whole file.
+    """
     metadata = parsed.pop("__metadata__", None)
     # No metadata may be said as null.
     metadata = {} if metadata is None else metadata
@@ -126,7 +125,7 @@ def _check(text: bytes, size: int) -> tuple[dict[str, Any], dict[str, str]]:
         raise _Refused("is damaged: its metadata is not text by name; download it again.")
     entries = {name: _entry(name, entry) for name, entry in parsed.items()}
     order = sorted((start, stop, name) for name, (_, _, start, stop) in entries.items())
-    _check_layout(order, size - 8 - len(text), size)
+    _check_layout(order, size - begin, size)
     return {name: entries[name] for _, _, name in order}, metadata
 
 
@@ -144,6 +143,24 @@ def _something_else(head: bytes) -> str | None:
     return None
 
 
+def _check_text(text: bytes) -> str:
+    """The header as text, of a size that can be read."""
+    if text.count(b'"data_offsets"') > MAX_TENSORS:
+        raise _Refused(_too_many(text.count(b'"data_offsets"')))
+    with _not_safetensors():
+        decoded = text.decode("utf-8")
+        json_text.check_size(decoded, MAX_HEADER)
+    return decoded
+
+
+@contextmanager
+def _not_safetensors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise _Refused(f"is not a safetensors file ({error}); choose one saved as .safetensors.") from None
+
+
 def _parse(text: bytes) -> dict[str, Any]:
     """Name -> entry, and the metadata. Stops at a name that stands there twice and at too many objects."""
     objects = 0
@@ -159,9 +176,11 @@ def _parse(text: bytes) -> dict[str, Any]:
             raise _Refused(f"has {name!r} twice in its header; it is damaged or made to deceive.")
         return result
 
-    header = json_text.parse(text.decode("utf-8"), characters=MAX_HEADER, pairs=pairs)
-    if not isinstance(header, dict):
-        raise ValueError("its header is no JSON object")
+    decoded = _check_text(text)
+    with _not_safetensors():
+        header = json_text.parse(decoded, characters=MAX_HEADER, pairs=pairs)
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
     return header
 
 

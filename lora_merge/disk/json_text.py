@@ -37,10 +37,7 @@ def parse(text: str, *, characters: int = MAX_CHARACTERS, pairs: Callable[[Pairs
 
     characters: the most there may be.   pairs: what becomes of an object's names and values, a dict by default.
     """
-    if len(text) > characters:
-        raise ValueError(f"{len(text)} characters, more than {characters}")
-    if text.count("[") + text.count("{") > MAX_CONTAINERS:
-        raise ValueError(f"more than {MAX_CONTAINERS} lists and objects")
+    check_size(text, characters)
     try:
         value = json.loads(
             text,
@@ -55,6 +52,14 @@ def parse(text: str, *, characters: int = MAX_CHARACTERS, pairs: Callable[[Pairs
     if not text.isascii() or "\\u" in text:
         _check_text(value)
     return value
+
+
+def check_size(text: str, characters: int = MAX_CHARACTERS) -> None:
+    """What `parse` raises for a text that is too large, whatever is in it."""
+    if len(text) > characters:
+        raise ValueError(f"{len(text)} characters, more than {characters}")
+    if text.count("[") + text.count("{") > MAX_CONTAINERS:
+        raise ValueError(f"more than {MAX_CONTAINERS} lists and objects")
 
 
 def parse_object(text: str) -> dict[str, Any]:

@@ -145,11 +145,13 @@ def write(
     Raises OSError where the disk is full.
     """
     names = sorted(tensors, key=lambda name: (_ORDER.index(NAMES[tensors[name].dtype]), name))
+    entries = _entries(names, tensors)
     metadata = {**metadata, **BLANK} if hashed else metadata
-    head = _head(names, tensors, metadata)
+    head = _head(entries, metadata)
     if hashed:
-        check_written(head, len(head) + sum(tensor.nbytes for tensor in tensors.values()))
-    hashes = Hashes(_head(names, tensors, training(metadata))) if hashed else None
+        size = len(head) + sum(tensor.nbytes for tensor in tensors.values())
+        check_written(head, {"__metadata__": metadata, **entries}, size)
+    hashes = Hashes(_head(entries, training(metadata))) if hashed else None
     start = file.tell() if hashes else 0
     file.write(head)
     # Many small writes: in pieces of megabytes Linux looks for as large pages, at five times the cost when memory is full.
@@ -160,19 +162,24 @@ def write(
                 hashes.add(data)
     if hashes:
         file.seek(start)
-        file.write(_head(names, tensors, {**metadata, **hashes.found()}))
+        file.write(_head(entries, {**metadata, **hashes.found()}))
         file.seek(0, 2)
 
 
-def _head(names: Sequence[str], tensors: Mapping[str, Content], metadata: Mapping[str, str]) -> bytes:
-    """The header with its length before it."""
-    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+def _entries(names: Sequence[str], tensors: Mapping[str, Content]) -> dict[str, object]:
+    entries: dict[str, object] = {}
     end = 0
     for name in names:
-        start, end = end, end + tensors[name].nbytes
-        dtype, shape = NAMES[tensors[name].dtype], list(tensors[name].shape)
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    return entries
+
+
+def _head(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+    """The header with its length before it."""
+    whole = {"__metadata__": dict(metadata), **entries} if metadata else entries
+    header = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
 

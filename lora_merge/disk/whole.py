@@ -160,7 +160,7 @@ def _locked(file: BinaryIO) -> bool | None:
 
 
 def _beginning(name: str) -> str:
-    """Of the temporary names for a file, which are as legal as its own, however long that is."""
+    """How the temporary names for a file begin: they are as legal as its own, however long that is."""
     if len(name.encode()) + 1 + _TAIL_BYTES <= MAX_BYTES:
         return f".{name}"
     return f".{name[:40]}.{hashlib.sha256(name.encode()).hexdigest()[:16]}"

@@ -121,7 +121,7 @@ class Pairs:
             tuned, base = (stack.enter_context(tensor_file(path)) for path in self.files)
             for key, in_tuned, in_base in self._pairs:
                 a, b = tuned.tensor(in_tuned), base.tensor(in_base)
-                for name, rows in places(key, self._prefix):
+                for name, rows in named_rows(key, self._prefix):
                     start, end = (round(len(a) * share) for share in rows) if a.ndim else (0, 0)
                     whole = a.ndim == 0 or (start, end) == (0, len(a))
                     yield (name, a, b) if whole else (name, a[start:end], b[start:end])
@@ -145,7 +145,7 @@ def _is_diffusers_transformer(keys: Collection[str]) -> bool:
     return blocks and any(key.startswith(("context_embedder.", "pos_embed.proj.")) for key in keys)
 
 
-def places(key: str, prefix: str) -> list[tuple[str, tuple[float, float]]]:
+def named_rows(key: str, prefix: str) -> list[tuple[str, tuple[float, float]]]:
     """(name for `extract`, first and last share of its rows) of a checkpoint's key; several for a fused weight.
 
     prefix: of names that have none in the file, see `prefix_of`.
@@ -168,7 +168,7 @@ def places(key: str, prefix: str) -> list[tuple[str, tuple[float, float]]]:
         return [(f"{key}{NAMELESS}", whole)]
     name = f"diffusion_model.{key.removeprefix(_MODEL)}" if key.startswith(_MODEL) else key
     module, _, part = name.rpartition(".")
-    spelled = names.spelling(module)
+    spelled = names.kohya_name(module)
     if prefix and spelled == module:
         spelled = prefix + module
     return [(f"{spelled}.{part}", whole)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -43,35 +43,6 @@ class Extraction:
     energy: float
     unwanted: tuple[str, ...] = ()
 
-    def describe(self) -> str:
-        """A few lines for people."""
-        if not self.modules and not self.vectors:
-            return "The two models do not differ: nothing to extract."
-        low, high = self.ranks or (0, 0)
-        rank = f"{low}" if low == high else f"{low} to {high}"
-        lines = [f"Extracted {self.modules} modules, rank {rank}."]
-        if self.modules:
-            lines.append(
-                f"Relative error {self.error:.3g}: {100 * (1 - self.error**2):.2f} % of the difference's energy is kept, "
-                "the most that these ranks can hold."
-            )
-        if self.vectors:
-            lines.append(f"{self.vectors} biases and norms differ and are kept whole.")
-        if self.equal:
-            lines.append(f"{self.equal} weights do not differ and are left out.")
-        if self.unwanted:
-            lines.append(f"Left out, as asked: {_counted(self.unwanted, 'biases and norms')}.")
-        if self.other:
-            lines.append(
-                "Left out, since only weights and biases under the names of LoRA files are extracted: "
-                f"{_counted(self.other, 'parameters')}."
-            )
-        return "\n".join(lines)
-
-
-def _counted(names: Sequence[str], what: str) -> str:
-    return f"{len(names)} {what} ({names[0]}{', ...' if len(names) > 1 else ''})"
-
 
 @named
 def extract(
@@ -88,7 +59,7 @@ def extract(
 
     weights: (name, tuned, base) one after the other; only one pair is held at a time. name: the module as a LoRA file
         spells it (lora_unet_..., diffusion_model.x.y, lora_te_...), with ".weight" or ".bias" at its end. Matrices and
-        convolutions become low-rank updates, vectors whole differences. Other parameters are listed in the account: a
+        convolutions become low-rank updates, vectors whole differences. Other parameters are listed in the Extraction: a
         file could hold their differences, but most loaders would not find them. 8-bit floats and signed integers count
         as the numbers that they are.
     rank: the largest of any module, 1 or more.   keep: (0, 1], stop at the smallest rank that holds this share of a
@@ -107,7 +78,7 @@ def extract(
     for name, tuned, base in weights:
         found.add(name, tuned, base)
     _as_norms(found.diffs)
-    return _lora(found.layers, found.diffs, source), found.account()
+    return _lora(found.layers, found.diffs, source), found.extraction()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -162,7 +133,7 @@ class _Found:
         self.energy += whole
         self.lost += missed
 
-    def account(self) -> Extraction:
+    def extraction(self) -> Extraction:
         ranks = [layer.rank for layer in self.layers.values()]
         return Extraction(
             modules=len(self.layers),
@@ -243,7 +214,7 @@ def _as_norms(diffs: dict[tuple[str, str], Tensor]) -> None:
 
 def _lora(layers: dict[str, Layer], diffs: dict[tuple[str, str], Tensor], source: str) -> Lora:
     modules = dict.fromkeys([*layers, *(module for module, _ in diffs)])
-    spelled = {module: names.spelling(module) for module in modules}
+    spelled = {module: names.kohya_name(module) for module in modules}
     bodies = names.unet_bodies(spelled.values())
     layout = infer_layout(bodies)
     mixed = any(map(unet.is_diffusers, bodies)) and any(map(unet.is_ldm, bodies))

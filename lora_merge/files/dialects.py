@@ -24,7 +24,8 @@ _OF_USO = {
     ".processor.": ".",
 }
 # A difference of a Wan block's modulation, for which those who extract LoRAs have a word of their own.
-_MODULATION = re.compile(r"(.*\bblocks\.\d+|.*\bhead)(\.)diff_m$")
+_MODULATION_END = ".diff_m"
+_MODULATED = re.compile(r".*\b(?:blocks\.\d+|head)")
 RESHAPED = "diffusion_model.img_in.reshape_weight"
 
 
@@ -40,7 +41,7 @@ def renamed(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
                 name = name.replace(theirs, ours)
             result[key] = f"diffusion_model.{name}"
         return result
-    return {key: _MODULATION.sub(r"\1\2modulation.diff", key) for key in state_dict}
+    return {key: _of_extracted(key) for key in state_dict}
 
 
 def added(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -49,6 +50,11 @@ def added(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {}
     a, b = (state_dict[key] for key in _CONTROL[:2])
     return {RESHAPED: torch.tensor([b.shape[0], a.shape[1]])} if a.ndim > 1 and b.ndim > 1 else {}
+
+
+def _of_extracted(key: str) -> str:
+    module = key.removesuffix(_MODULATION_END)
+    return f"{module}.modulation.diff" if module != key and _MODULATED.fullmatch(module) else key
 
 
 def _of_control(key: str) -> str:

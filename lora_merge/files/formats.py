@@ -10,11 +10,11 @@ from typing import Literal, get_args
 import torch
 
 from ..naming.aliases import text_encoder
-from ..naming.families import family_by_shapes
+from ..naming.families import family_by_shapes, family_by_width, written
 from ..naming.family import Family, underscored
 from ..updates.layer import Layer, LoraLayer
 from .lora import Format, Lora
-from .one_naming import family_of_loras, in_own_naming, split
+from .one_naming import family_of_loras, in_own_naming, model_shapes, of_model, split
 
 SaveFormat = Literal["auto", "kohya", "diffusers", "comfy"]
 SAVE_FORMATS: tuple[SaveFormat, ...] = get_args(SaveFormat)
@@ -22,7 +22,7 @@ THEIRS = "transformer."
 
 
 def named_for(lora: Lora, format: SaveFormat) -> tuple[Lora, Format]:
-    """The same updates under the names of a format, and the format to write them in.
+    """(the LoRA under the names of a format, the format to write it in).
 
     auto: for transformers of a known family what both ComfyUI and diffusers read, at no larger size (Family.saved), else
     kohya.
@@ -46,14 +46,27 @@ def named_for(lora: Lora, format: SaveFormat) -> tuple[Lora, Format]:
 
 def _for_all_readers(lora: Lora, family: Family) -> tuple[Lora, Format]:
     if family.saved == "comfy":
-        return _own(lora, family, "comfy"), "comfy"
+        own = _own(lora, family, "comfy")
+        return _in_common(own, family) or own, "comfy"
     own = _own(lora, family, family.saved_fused)
     if _is_plain(lora) and not _has_fused(lora, family):
         try:
-            return _of_diffusers(lora), "diffusers"
+            theirs = _of_diffusers(lora)
         except ValueError:  # a weight that diffusers' model has not
-            pass
+            return own, family.saved_fused
+        if all(family.reads(theirs.spellings[module]) for module in of_model(theirs)):
+            return theirs, "diffusers"
     return own, family.saved_fused
+
+
+def _in_common(lora: Lora, family: Family) -> Lora | None:
+    """A LoRA in the model's own names, in those that both ComfyUI and diffusers read; None where they have no such names for
+    all of it."""
+    modules = of_model(lora)
+    common = {module: name for module in modules if (name := family.common(module))}
+    if len(common) < len(modules) or not _is_plain(lora) or not any(map(family.tells_diffusers, common.values())):
+        return None
+    return replace(lora, spellings=dict(lora.spellings) | {m: f"diffusion_model.{name}" for m, name in common.items()})
 
 
 def _is_plain(lora: Lora) -> bool:
@@ -70,6 +83,7 @@ def _has_fused(lora: Lora, family: Family) -> bool:
 def _own(lora: Lora, family: Family, format: Format) -> Lora:
     """In the model's own names, every slice part of its fused weight."""
     lora = _in_own_naming(lora)
+    _check_slices(lora, family)
     spelled = {}
     for module, known in lora.spellings.items():
         bare = module.removesuffix("_bias")
@@ -84,11 +98,28 @@ def _own(lora: Lora, family: Family, format: Format) -> Lora:
     return replace(lora, spellings=spelled)
 
 
+def _check_slices(lora: Lora, family: Family) -> None:
+    """Raises ValueError for slices of a fused weight that could not become part of it, where ComfyUI has no name for them."""
+    unread = [module for module in lora.spellings if family.fused(module) and written(family, module) is None]
+    if unread:
+        kinds = {lora.carried[m].kind if m in lora.carried else "" for m in unread} - {""}
+        why = (
+            f"they are {' and '.join(sorted(kinds))}" if kinds else "the other slices do not tell where they lie in it"
+        )
+        names = ", ".join(sorted(lora.spellings[module] for module in unread)[:3])
+        raise ValueError(
+            f"{lora.source}: {len(unread)} of its modules ({names}) are slices of weights that {family.name} has in one piece "
+            f"in ComfyUI, which has no names for the slices, and they cannot become part of the whole: {why}. Save it for "
+            "diffusers if it is a plain LoRA, or train on the names of the whole weight."
+        )
+
+
 def _of_diffusers(lora: Lora) -> Lora:
     """In diffusers' names, every fused weight in its slices."""
     # Families with the same names of their own may have others in diffusers: the names that came may tell.
     came, lora = lora, _in_own_naming(lora)
     family = next(filter(None, map(family_by_shapes, map(_model_shapes, (came, lora)))), None)
+    family = family or family_by_width([model_shapes(came)])
     if family is None:
         raise ValueError(
             f"{lora.source}: its modules do not tell which model it is for, so not what diffusers calls them"

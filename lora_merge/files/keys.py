@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from ..updates.build import PARTS
 from ..updates.parts import BIAS_PARTS, DIFF_PARTS, WEIGHT_PARTS
@@ -51,6 +52,7 @@ UNKNOWN = "unknown"
 _SHOWN = 3
 
 
+@lru_cache(maxsize=1 << 14)
 def parse(key: str) -> tuple[str, str] | None:
     """(module as the file spells it, part) of a key that ComfyUI reads; None for any other key.
 

@@ -122,7 +122,7 @@ class Lora:
         """The canonical name of a module given by any of its spellings. Raises KeyError if this LoRA has none."""
         if module in self.spellings:
             return module
-        spelled = names.spelling(module)
+        spelled = names.kohya_name(module)
         for name, known in self.spellings.items():
             if spelled == known:
                 return name
@@ -169,8 +169,10 @@ class Lora:
         Raises ValueError for what the format cannot name or hold, and for values the dtype cannot hold.
         """
         pieces = self.pieces(dtype, format=format, copy=copy)
-        with closing(in_order(_made, pieces.values(), torch.get_num_threads())) as made:
-            return dict(zip(pieces, made, strict=True))
+        unmade = {key: piece for key, piece in pieces.items() if isinstance(piece, Unmade)}
+        with closing(in_order(Unmade.made, unmade.values(), torch.get_num_threads())) as results:
+            made = dict(zip(unmade, results, strict=True))
+        return {key: piece if isinstance(piece, Tensor) else made[key] for key, piece in pieces.items()}
 
     def pieces(self, dtype: torch.dtype | None = None, *, format: Format = "kohya", copy: bool = True) -> Pieces:
         """`to_state_dict`, where the factors of a sum (updates/side_by_side.py) are unmade: they are finite, and whoever
@@ -269,10 +271,6 @@ def _name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _made(piece: Tensor | Unmade) -> Tensor:
-    return piece.made() if isinstance(piece, Unmade) else piece
-
-
 def _contiguous(piece: Tensor | Unmade) -> Tensor | Unmade:
     return piece.contiguous() if isinstance(piece, Tensor) else piece
 
@@ -286,7 +284,7 @@ def _own(tensor: Tensor | Unmade, original: Tensor | Unmade | None) -> Tensor | 
 
 
 def _without_scale(layer: Layer) -> LoraLayer:
-    """The same update as LoRA of scale 1, float32; the scale goes half and half into the factors, or into one if that is
+    """A layer as LoRA of scale 1, float32; the scale goes half and half into the factors, or into one if that is
     exact."""
     if isinstance(layer, LoraLayer) and layer.scale == 1 and layer.mid is None:
         return layer

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..naming.aliases import body, text_encoder
-from ..naming.families import family_of, one_for_all, written
+from ..naming.families import family_by_width, family_of, one_for_all, written
 from ..naming.family import Family, Part, Rows
 from ..updates.layer import Layer, LoraLayer, is_safe
+from ..updates.weight_dependent import DORA, Carried
+from .keys import WEIGHT_PARTS
 from .lora import Lora
 
 Place = tuple[str, Rows]
@@ -32,7 +34,8 @@ class Renaming:
 
 def family_of_loras(loras: Iterable[Lora]) -> Family | None:
     """The one family that each LoRA, as far as it changes the model at all, is recognised as of."""
-    return family_of(filter(None, map(of_model, loras)))
+    changing = [lora for lora in loras if of_model(lora)]
+    return family_of(map(of_model, changing)) or family_by_width(map(model_shapes, changing))
 
 
 def are_read(loras: Iterable[Lora]) -> bool:
@@ -84,6 +87,13 @@ def _behind_one_prefix(loras: Sequence[Lora]) -> list[Lora] | None:
 
 def of_model(lora: Lora) -> list[str]:
     return [module for module, spelled in lora.spellings.items() if text_encoder(spelled) is None]
+
+
+def model_shapes(lora: Lora) -> dict[str, Shape]:
+    """Module of the model -> shape of its weight, as far as the LoRA tells."""
+    shapes = {module: shape for module, is_bias, shape in lora.shapes() if not is_bias}
+    shapes |= {module: update.shape for module, update in lora.carried.items() if update.shape is not None}
+    return {module: shapes.get(module, ()) for module in of_model(lora)}
 
 
 def _new_names(lora: Lora, family: Family) -> Renaming:
@@ -161,7 +171,8 @@ def _fused(lora: Lora, family: Family, shapes: Mapping[str, Shape], every: bool)
     shapes: of all weights in the LoRAs, by their names.
     """
     shapes = {**_whole_shapes(lora, family, every), **shapes}
-    return put_together(lora, lambda module, layer: _place(module, layer, family, shapes), shapes)
+    lora = put_together(lora, lambda module, layer: _place(module, layer, family, shapes), shapes)
+    return _carried_fused(_differences_fused(lora, family, shapes), family, shapes)
 
 
 def put_together(lora: Lora, place_of: Callable[[str, Layer], Place | None], shapes: Mapping[str, Shape]) -> Lora:
@@ -184,30 +195,100 @@ def put_together(lora: Lora, place_of: Callable[[str, Layer], Place | None], sha
 
 def _whole_shapes(lora: Lora, family: Family, every: bool) -> dict[str, Shape]:
     """Shapes of fused weights that are told by their slices alone, as far as ComfyUI reads none of these; or of every one."""
+    sizes = {module: tuple(diff.shape) for (module, part), diff in lora.diffs.items() if part in WEIGHT_PARTS}
+    sizes |= {module: update.shape for module, update in lora.carried.items() if update.shape is not None}
+    sizes |= {module: layer.shape for module, layer in lora.modules.items()}
     slices: dict[str, dict[str, Shape]] = {}
-    for module, layer in lora.modules.items():
+    for module, size in sizes.items():
         if (holders := family.fused(module)) and (every or family.slice_name(module) is None):
             for whole in holders:
-                slices.setdefault(whole, {})[module] = layer.shape
+                slices.setdefault(whole, {})[module] = size
     shapes = {whole: family.whole_shape(whole, known) for whole, known in slices.items()}
     return {whole: shape for whole, shape in shapes.items() if shape is not None}
 
 
 def _place(module: str, layer: Layer, family: Family, shapes: Mapping[str, Shape]) -> Place | None:
-    """The fused weight, and the rows of it, that a slice's update goes to."""
+    """The fused weight, and the rows of it, that a slice's update goes to.
+
+    LoHa and LoKr become LoRA of a high rank there: only where a loader would not read them as they are.
+    """
+    if not isinstance(layer, LoraLayer) and written(family, module) is not None:
+        return None
+    return _rows_in(module, layer.shape, family, shapes) if is_safe(layer) else None
+
+
+def _rows_in(module: str, size: Shape, family: Family, shapes: Mapping[str, Shape]) -> Place | None:
+    """size: of the slice, (out,) of a bias."""
     for whole in sorted(family.fused(module)):
         shape = shapes.get(whole)
-        if shape is None or not isinstance(layer, LoraLayer) or not is_safe(layer):
-            continue
-        rows = family.rows(module, whole, shape)
-        if rows is not None and fits(layer, rows, shape):
+        rows = None if shape is None else family.rows(module, whole, shape)
+        if shape is not None and rows is not None and _fit(size, rows, shape):
             return whole, rows
     return None
 
 
+def _fit(size: Shape, rows: Rows, shape: Shape) -> bool:
+    return size[0] == rows.length and (len(size) == 1 or prod(size[1:]) == prod(shape[1:]))
+
+
 def fits(layer: Layer, rows: Rows, shape: Shape) -> bool:
     """Whether an update can be of these rows of a weight of this shape."""
-    return layer.shape[0] == rows.length and prod(layer.shape[1:]) == prod(shape[1:])
+    return _fit(layer.shape, rows, shape)
+
+
+def _differences_fused(lora: Lora, family: Family, shapes: Mapping[str, Shape]) -> Lora:
+    """The same for whole differences of slices' weights and biases, with zeros in the rows of slices that have none."""
+    found: dict[tuple[str, str], list[tuple[Rows, Tensor]]] = {}
+    gone = set()
+    for (module, part), diff in lora.diffs.items():
+        if part not in ("diff", "diff_b") or written(family, module) is not None:
+            continue
+        place = _rows_in(module, tuple(diff.shape), family, shapes)
+        if place is not None and (part == "diff_b" or place[0] not in lora.modules):
+            found.setdefault((place[0], part), []).append((place[1], diff))
+            gone.add((module, part))
+    if not found:
+        return lora
+    diffs = {key: diff for key, diff in lora.diffs.items() if key not in gone}
+    for (whole, part), parts in found.items():
+        diffs[whole, part] = _side_by_side(parts, shapes[whole] if part == "diff" else shapes[whole][:1])
+    return replace(lora, diffs=diffs, spellings=dict(lora.spellings) | {whole: whole for whole, _ in found})
+
+
+def _side_by_side(parts: Sequence[tuple[Rows, Tensor]], shape: Shape) -> Tensor:
+    dtypes = {tensor.dtype for _, tensor in parts}
+    whole = torch.zeros(shape, dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    for rows, tensor in parts:
+        whole[rows.start : rows.start + rows.length] = tensor.reshape(rows.length, *shape[1:])
+    return whole
+
+
+def _carried_fused(lora: Lora, family: Family, shapes: Mapping[str, Shape]) -> Lora:
+    """The same for DoRA that scales the rows of the weight, of which each is its own: where every row has its scale."""
+    found: dict[str, list[tuple[Rows, str]]] = {}
+    for module, update in lora.carried.items():
+        if written(family, module) is None and update.shape is not None and _scales_rows(update):
+            if (place := _rows_in(module, update.shape, family, shapes)) is not None:
+                found.setdefault(place[0], []).append((place[1], module))
+    carried = dict(lora.carried)
+    for whole, slices in found.items():
+        if sum(rows.length for rows, _ in slices) < shapes[whole][0]:
+            continue
+        own = [(rows, carried.pop(module)) for rows, module in slices]
+        layers = [(rows, LoraLayer(one.parts["up"], one.parts["down"], one.alpha)) for rows, one in own]
+        scales = [(rows, one.parts["dora_scale"].flatten(1)) for rows, one in own]
+        parts = stacked(layers, shapes[whole]).parts() | {"dora_scale": _side_by_side(scales, (shapes[whole][0], 1))}
+        carried[whole] = Carried(DORA, parts, None, shapes[whole])
+    gone = lora.carried.keys() - carried.keys()
+    spellings = {module: name for module, name in lora.spellings.items() if module not in gone}
+    return replace(lora, carried=carried, spellings=spellings) if gone else lora
+
+
+def _scales_rows(update: Carried) -> bool:
+    if update.kind != DORA or update.parts.keys() != {"up", "down", "dora_scale"}:
+        return False
+    scale = update.parts["dora_scale"]
+    return update.shape is not None and scale.shape[0] == scale.numel() == update.shape[0] and scale.ndim > 1
 
 
 def stacked(parts: Sequence[tuple[Rows, Layer]], shape: Shape) -> LoraLayer:
@@ -252,7 +333,7 @@ def split(layer: LoraLayer, parts: Sequence[Part]) -> dict[str, LoraLayer]:
 
 
 def _without_idle(layer: LoraLayer) -> LoraLayer:
-    """The same update without the ranks whose column of up is zero, at the same scale."""
+    """A layer without the ranks whose column of up is zero, at the same scale."""
     used = layer.up.flatten(1).any(dim=0)
     if layer.mid is not None or bool(used.all()) or not bool(used.any()):
         return layer

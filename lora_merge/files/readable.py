@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..updates.layer import Unmade, meeting_shape
+from ..updates.layer import Unmade, shape_of_both
 from .lora import Lora
 
 _SHOWN = 3
@@ -79,7 +79,7 @@ def _same(lora: Lora, module: str, again: Lora, found: str) -> bool:
     first, second = lora.modules.get(module), again.modules.get(found)
     if (first is None) != (second is None) or (module in lora.carried) != (found in again.carried):
         return False
-    return first is None or second is None or meeting_shape(first.shape, second.shape) is not None
+    return first is None or second is None or shape_of_both(first.shape, second.shape) is not None
 
 
 def _diffs(lora: Lora) -> dict[str, dict[str, tuple[int, ...]]]:

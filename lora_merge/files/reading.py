@@ -164,7 +164,7 @@ def _nothing(source: str, unread: Sequence[str]) -> str:
 
 def _canonical(parts: Mapping[str, object], contents: Contents, source: str) -> dict[str, str]:
     """Canonical name -> module as spelled; fills the spellings. Raises ValueError if two are one."""
-    spelled = {module: names.spelling(module) for module in parts}
+    spelled = {module: names.kohya_name(module) for module in parts}
     layout = infer_layout(names.unet_bodies(spelled.values()))
     raw_of: dict[str, str] = {}
     for module, name in spelled.items():

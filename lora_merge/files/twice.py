@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..naming import aliases
 from ..naming.families import family_of
-from ..updates.layer import Layer, meeting_shape
+from ..updates.layer import Layer, shape_of_both
 from ..updates.weight_dependent import BUNDLED, Carried
 from .keys import BIAS_PARTS
 
@@ -46,12 +46,25 @@ def named(
     owner: int = 0,
 ) -> list[Named]:
     """Every update of a LoRA, with the fields of one. owner: its number among others."""
-    found = [Named(owner, module, spellings[module], False, layer.shape) for module, layer in modules.items()]
+    found = [
+        Named(owner=owner, canonical=module, spelling=spellings[module], is_bias=False, shape=layer.shape)
+        for module, layer in modules.items()
+    ]
     for (module, part), diff in diffs.items():
-        found.append(Named(owner, module, spellings[module], part in BIAS_PARTS, tuple(diff.shape)))
+        found.append(
+            Named(
+                owner=owner,
+                canonical=module,
+                spelling=spellings[module],
+                is_bias=part in BIAS_PARTS,
+                shape=tuple(diff.shape),
+            )
+        )
     for module, update in carried.items():
         if update.kind != BUNDLED:
-            found.append(Named(owner, module, spellings[module], False, update.shape))
+            found.append(
+                Named(owner=owner, canonical=module, spelling=spellings[module], is_bias=False, shape=update.shape)
+            )
     return found
 
 
@@ -160,7 +173,7 @@ def _may_meet(first: tuple[int, ...] | None, second: tuple[int, ...] | None) -> 
     if first is None or second is None:
         return True
     if len(first) == len(second) or 1 not in (len(first), len(second)):
-        return meeting_shape(first, second) is not None
+        return shape_of_both(first, second) is not None
     # A vector of as many values, or the rows alone of a matrix.
     return first[:1] == second[:1] or prod(first) == prod(second)
 

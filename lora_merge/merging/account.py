@@ -8,14 +8,10 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from ..disk.hashes import stated
-from ..files.lora import too_small
-from ..methods.table import METHODS, Parameter
 from ..one_module.tally import Tally
 from ..settings.options import MergeOptions
+from .by_target import ModelNames
 from .plan import Plan
-
-# An effect below these is worth a warning: for the protected LoRA, and for any other.
-_AS_IT_IS, _HALF = 0.99, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +26,8 @@ class Source:
     merged, passed_through, refused: what became of its modules; they add up to `modules`. Refused ones are left out of
         the result, which happens on request only.
     effect: how strong it is in what the method made, before any cut: the coefficients of strength * update that come
-        nearest to it (least squares over all modules). 1 for the linear sum; None if it had no energy.
+        nearest to it (least squares over all modules). 1 for the linear sum, and of its share in a mean; None if it had no
+        energy.
     stepped_aside: share of its energy left after it made room for the protected LoRA, 1 if it did not.
     protected: the others stepped aside for it.   block_strengths: what was asked for, "" for none.
     sha256: of its file, None where there is no file or nobody said.   weights: sha256 of all behind its file's header, as
@@ -63,6 +60,7 @@ class Account:
     relative_error: of the cut, all updates together, Frobenius norm against what the method made; 0 for an exact merge.
     options: all that was asked for, defaults filled in.   ranks: smallest, median and largest rank of the result.
     warnings: what the user should know, in sentences.   rebalanced: modules whose factors were balanced for float16.
+    model: what a connected model said of the inputs' names, where these do not tell by themselves.
     """
 
     sources: tuple[Source, ...]
@@ -75,6 +73,7 @@ class Account:
     ranks: tuple[int, float, int] | None = None
     warnings: tuple[str, ...] = ()
     rebalanced: int = 0
+    model: ModelNames | None = None
 
 
 def account_of(plan: Plan, tally: Tally, sha256: Sequence[str | None]) -> Account:
@@ -82,7 +81,6 @@ def account_of(plan: Plan, tally: Tally, sha256: Sequence[str | None]) -> Accoun
     options = plan.options
     effects = [1.0] * len(plan.loras) if _is_sum(options) else tally.effects()
     sources = [_source(plan, tally, index, effects[index], sha256[index]) for index in range(len(plan.loras))]
-    rounded = [too_small(tally.too_small, options.out_dtype)] if tally.too_small else []
     return Account(
         sources=tuple(sources),
         method=options.method,
@@ -92,14 +90,8 @@ def account_of(plan: Plan, tally: Tally, sha256: Sequence[str | None]) -> Accoun
         relative_error=math.sqrt(tally.lost_energy / tally.energy) if tally.energy > 0 else 0.0,
         options=options,
         ranks=(min(tally.ranks), median(tally.ranks), max(tally.ranks)) if tally.ranks else None,
-        warnings=(
-            *plan.warnings,
-            *rounded,
-            *_idle(options),
-            *_scaled_protection(sources, options),
-            *_lost(sources, options),
-        ),
         rebalanced=tally.rebalanced,
+        model=plan.model,
     )
 
 
@@ -139,52 +131,3 @@ def _retention(options: MergeOptions, tally: Tally, index: int) -> float | None:
 
 def _is_sum(options: MergeOptions) -> bool:
     return options.the_method.combine is None
-
-
-def _scaled_protection(sources: Sequence[Source], options: MergeOptions) -> list[str]:
-    *others, last = [name for name, method in METHODS.items() if not method.scales_down]
-    return [
-        f"method {options.method} scales down what it merges: about {100 * (source.effect or 0):.0f} % is left of "
-        f"{source.name}, which is protected. {', '.join(others)} and {last} keep it."
-        for source in sources
-        if source.protected and options.the_method.scales_down and (source.effect or 0) < _AS_IT_IS
-    ]
-
-
-def _idle(options: MergeOptions) -> list[str]:
-    method, values = options.the_method, options.values
-    name = method.neutral(values)
-    if name is None or not method.is_sum(values):
-        return []
-    return [
-        f"{name} is {values[name]:g}, at which method {options.method} prunes nothing: this is the plain sum. "
-        f"Choose a {_away(method.parameters[name])} {name}."
-    ]
-
-
-def _away(parameter: Parameter) -> str:
-    """Which way from the neutral value the others are."""
-    return "lower" if parameter.neutral == parameter.high else "higher"
-
-
-def _lost(sources: Sequence[Source], options: MergeOptions) -> list[str]:
-    """Inputs of which the method or the cut has left less than half."""
-    gentler = [
-        f"a {'higher' if _away(parameter) == 'lower' else 'lower'} {name}, or "
-        for name, parameter in options.the_method.parameters.items()
-        if parameter.neutral is not None
-    ]
-    result = []
-    for source in sources:
-        warned = source.protected and options.the_method.scales_down
-        if source.effect is not None and source.effect < _HALF and not warned:
-            result.append(
-                f"method {options.method} leaves about {100 * max(0.0, source.effect):.0f} % of {source.name}. Choose "
-                f"{''.join(gentler)}another method such as linear."
-            )
-        if options.cuts and source.retention is not None and source.retention < _HALF:
-            result.append(
-                f"the cut leaves {100 * source.retention:.0f} % of the energy of {source.name}. Choose a higher rank, or "
-                "retain or balanced, which look after the weaker LoRA."
-            )
-    return result

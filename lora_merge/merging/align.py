@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..files.keys import unread_text
 from ..files.lora import Lora
 from ..files.one_naming import Renaming, are_read, in_own_naming, renamed
 from ..files.twice import Named, Pair, pairs_text, slices, twice, undecided
-from ..metadata.adapter_config import peft_remarks
 from ..naming import encoders, names, unet
 from ..naming.unet import Layout
-from ..updates.layer import meeting_shape
+from ..updates.layer import shape_of_both
 
 
 def unify(loras: Sequence[Lora]) -> list[Lora]:
@@ -59,7 +57,7 @@ def _in_one_naming(loras: list[Lora]) -> list[Lora]:
 
 def _in_one_encoder(loras: list[Lora]) -> list[Lora]:
     """The LoRAs with one name for each module of a text encoder, where their names tell that they mean the same one."""
-    same = encoders.meeting(spelling for lora in loras for spelling in lora.spellings.values())
+    same = encoders.aligned(spelling for lora in loras for spelling in lora.spellings.values())
     if not same:
         return loras
     made = []
@@ -101,24 +99,6 @@ def fused_with_slices(loras: Sequence[Lora]) -> list[Pair]:
     return slices(_updates(loras))
 
 
-def fused_notes(pairs: Sequence[Pair], loras: Sequence[Lora]) -> list[str]:
-    """What to say about them where modules that meet are looked at together; nothing without pairs."""
-    if not pairs:
-        return []
-    shown = pairs_text(pairs, [lora.source for lora in loras])
-    return [f"a weight as a whole and a slice of it do not meet here, each goes its own way: {shown}"]
-
-
-def notes_on(loras: Sequence[Lora]) -> list[str]:
-    """Sentences about the inputs for a report: what of them has no effect, and what is known of how they were made."""
-    unread = [
-        f"{lora.source} holds what has no effect in ComfyUI and is left out: {unread_text(lora.keys.unread)}"
-        for lora in loras
-        if lora.keys.unread
-    ]
-    return unread + [f"{lora.source}: {remark}" for lora in loras for remark in peft_remarks(lora.metadata)]
-
-
 def _rename(lora: Lora, layout: Layout) -> Lora:
     # Spellings that `tidy` replaced by canonical ones give the same name again: to_ldm leaves ldm names alone.
     new = {old: names.canonical(spelling, layout) for old, spelling in lora.spellings.items()}
@@ -143,7 +123,7 @@ def _clashes(loras: Sequence[Lora]) -> list[str]:
     for lora in loras:
         for module, is_bias, shape in lora.shapes():
             other, known = first.setdefault((module, is_bias), (lora, shape))
-            if meeting_shape(known, shape) is None:
+            if shape_of_both(known, shape) is None:
                 what = f"{lora.spellings[module]}{' (bias)' if is_bias else ''}"
                 found.setdefault(
                     module,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..files.lora import Lora
 from ..files.one_naming import Place, Renaming, Shape, can_turn, fits, of_model, put_together, renamed
@@ -29,11 +30,49 @@ class Target:
     @property
     def spelling(self) -> str:
         """How the whole weight is written, which every ComfyUI reads."""
-        return names.spelling(self.weight.removesuffix(".weight"))
+        return names.kohya_name(self.weight.removesuffix(".weight"))
 
     @property
     def canonical(self) -> str:
         return names.canonical(self.spelling, Layout())
+
+
+@dataclass(frozen=True, eq=False)
+class ModelNames:
+    """What a model says of names. targets: spelling -> what it stands for.   shapes: of the model's weights."""
+
+    targets: Mapping[str, Target]
+    shapes: Mapping[str, Shape]
+
+    def of(self, loras: Sequence[Lora]) -> ModelNames:
+        """As much of it as counts for these LoRAs."""
+        known = {names.kohya_name(name): target for name, target in self.targets.items()}
+        used = {s: known[s] for lora in loras for module in of_model(lora) if (s := lora.spellings[module]) in known}
+        return ModelNames(used, {target.weight: self.shapes[target.weight] for target in used.values()})
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON can hold it: of each name the number of its weight, its rows, whether the halves change places."""
+        numbers = {weight: number for number, weight in enumerate(self.shapes)}
+        names = {
+            name: [numbers[t.weight], *([] if t.rows is None else [t.rows.start, t.rows.length])]
+            for name, t in self.targets.items()
+        }
+        turned = [name for name, target in self.targets.items() if target.turned]
+        return {"weights": {w: [*shape] for w, shape in self.shapes.items()}, "names": names, "turned": turned}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelNames:
+        """Undoes `to_dict`. Raises ValueError, KeyError, TypeError, IndexError or AttributeError for anything else."""
+        shapes = {str(weight): tuple(map(int, shape)) for weight, shape in values["weights"].items()}
+        weights, turned = [*shapes], {*values["turned"]}
+        targets = {}
+        for name, (number, *rows) in values["names"].items():
+            weight = weights[int(number)]
+            own = Rows(*map(int, rows)) if rows else None
+            if own is not None and not 0 <= own.start < own.start + own.length <= shapes[weight][0]:
+                raise ValueError(f"{name} is rows {own.start} to {own.start + own.length} of {weight}")
+            targets[str(name)] = Target(weight, own, name in turned)
+        return cls(targets, shapes)
 
 
 def by_target(loras: Sequence[Lora], targets: Mapping[str, Target], shapes: Mapping[str, Shape]) -> list[Lora]:
@@ -43,7 +82,7 @@ def by_target(loras: Sequence[Lora], targets: Mapping[str, Target], shapes: Mapp
     Slices become part of the whole weight where a LoRA changes that. What the model has no place for keeps its name.
     Raises ValueError for a LoRA of which nothing has a place in the model.
     """
-    known = {names.spelling(name): target for name, target in targets.items()}
+    known = {names.kohya_name(name): target for name, target in targets.items()}
     homes = [
         {module: known[s] for module in of_model(lora) if (s := lora.spellings[module]) in known} for lora in loras
     ]

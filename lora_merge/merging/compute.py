@@ -21,8 +21,8 @@ from ..one_module.module import ModuleMerger
 from ..one_module.tally import Finished, Tally
 from ..one_module.unshared import allocate_around
 from ..updates.layer import Layer, LoraLayer
+from .budget import numbers_within
 from .plan import Plan
-from .sizes import numbers_within
 
 Progress = Callable[[int, int], None]
 

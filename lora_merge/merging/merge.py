@@ -19,6 +19,7 @@ from ..metadata.inherit import is_picture
 from ..settings.options import MergeOptions, Protect
 from ..settings.strengths import Blocks
 from .account import Account, Source
+from .by_target import ModelNames
 from .compute import Progress, compute
 from .outcome import outcome
 from .plan import Input, plan
@@ -54,6 +55,7 @@ def merge(
     progress: Progress | None = None,
     sha256: Hashes = (),
     metadata: Mapping[str, str] | None = None,
+    model: ModelNames | None = None,
 ) -> Lora:
     """One LoRA whose update of every module is the sum of strength * update over the (lora, strength) inputs.
 
@@ -93,6 +95,7 @@ def merge(
         progress=progress,
         sha256=sha256,
         metadata=metadata,
+        model=model,
     )[0]
 
 
@@ -123,6 +126,7 @@ def merge_with_account(
     progress: Progress | None = None,
     sha256: Hashes = (),
     metadata: Mapping[str, str] | None = None,
+    model: ModelNames | None = None,
 ) -> tuple[Lora, Account]:
     """`merge`, and what it did to each input.
 
@@ -135,6 +139,7 @@ def merge_with_account(
         out (keep, retain, max_mb); what it raises ends the merge.
     sha256: of the inputs' files, for the provenance; a function is asked for them at the end.
     metadata: for the result, before what it keeps of its inputs' (inherit.py); an empty value keeps nothing of that name.
+    model: what the model that the LoRAs are for says of their names, where these do not tell what is one weight.
     Raises ValueError without inputs, for options that are out of range or contradict one another, a strength that is not
     finite, for LoRAs that were made for different base models, and for modules that do not add up.
     """
@@ -156,7 +161,7 @@ def merge_with_account(
         leave_out=leave_out,
         out_dtype=out_dtype,
     )
-    planned = plan(inputs, options, block_strengths, metadata)
+    planned = plan(inputs, options, block_strengths, metadata, model)
     threads = torch.get_num_threads() if workers is None else max(1, workers)
     computed = compute(planned, threads=threads, device=torch.device(device), progress=progress)
     return outcome(planned, computed, list(sha256() if callable(sha256) else sha256))
@@ -188,6 +193,7 @@ def resize(
     progress: Progress | None = None,
     sha256: Hashes = (),
     metadata: Mapping[str, str] | None = None,
+    model: ModelNames | None = None,
 ) -> Lora:
     """A smaller LoRA for the same, cut where least is lost. Its metadata stays, with the provenance added.
 
@@ -218,6 +224,7 @@ def resize(
         progress=progress,
         sha256=sha256,
         metadata=metadata,
+        model=model,
     )[0]
 
 
@@ -247,6 +254,7 @@ def resize_with_account(
     progress: Progress | None = None,
     sha256: Hashes = (),
     metadata: Mapping[str, str] | None = None,
+    model: ModelNames | None = None,
 ) -> tuple[Lora, Account]:
     """`resize`, and what it did."""
     if not MergeOptions(rank=rank, keep=keep, retain=retain, max_mb=max_mb).cuts:
@@ -281,6 +289,7 @@ def resize_with_account(
         progress=progress,
         sha256=sha256,
         metadata={**pictures, **(metadata or {})},
+        model=model,
     )
     merged_from = {MERGED_FROM: lora.metadata.get(MERGED_FROM, "")}
     return replace(small, metadata=changed(small.metadata, merged_from), source=lora.source), account

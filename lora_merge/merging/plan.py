@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..files.lora import Lora
+from ..files.twice import Pair
 from ..metadata.fields import ARCHITECTURE, changed, given
 from ..metadata.inherit import inherited
 from ..naming.aliases import is_foreign
@@ -13,7 +14,8 @@ from ..one_module.differences import dense_modules
 from ..one_module.protect import protected_input
 from ..settings.options import MergeOptions
 from ..settings.strengths import Blocks, Strengths, strengths_of
-from .align import fused_notes, fused_with_slices, notes_on, unify
+from .align import fused_with_slices, unify
+from .by_target import ModelNames, by_target
 from .passthrough import Passthrough, passthrough_of, refusal
 
 Input = tuple[Lora, float]
@@ -30,7 +32,10 @@ class Plan:
     spellings: canonical name -> the name that the result gives a module.
     sharing: inputs of which anything is in the sum.
     metadata: that the result starts with.   names_architecture: whether the result says what it is for by itself.
-    warnings: what the user should know so far, in sentences.
+    remarks: what the inputs' metadata says that the user should know.
+    fused: modules of two inputs of which one is a slice of the other's weight, where the method would look at both.
+    model: what a model said of their names, as far as anything was changed by it.
+    protects_nobody: whether someone was to be protected, and none of the inputs is such a LoRA.
     """
 
     loras: Sequence[Lora]
@@ -43,7 +48,10 @@ class Plan:
     sharing: Sequence[Lora]
     metadata: Mapping[str, str]
     names_architecture: bool
-    warnings: Sequence[str]
+    remarks: Sequence[str]
+    fused: Sequence[Pair]
+    protects_nobody: bool
+    model: ModelNames | None
 
 
 def plan(
@@ -51,17 +59,19 @@ def plan(
     options: MergeOptions,
     block_strengths: Blocks | Sequence[Blocks] = None,
     metadata: Mapping[str, str] | None = None,
+    model: ModelNames | None = None,
 ) -> Plan:
-    """The plan of a merge; block_strengths, metadata and what is raised are those of `merge_with_account`."""
+    """The plan of a merge; block_strengths, metadata, model and what is raised are those of `merge_with_account`."""
     options.check(len(inputs))
     wanted = given(metadata)
-    loras = unify([lora for lora, _ in inputs])
-    strengths = strengths_of(loras, [strength for _, strength in inputs], block_strengths)
+    loras, told = _met([lora for lora, _ in inputs], model)
+    base, averaged = [strength for _, strength in inputs], options.the_method.averages
+    strengths = strengths_of(loras, base, block_strengths, averaged=averaged)
     sharing = [lora for index, lora in enumerate(loras) if _has_part(lora, index, strengths)]
-    kept, warnings = inherited(sharing)
+    kept, remarks = inherited(sharing)
     notes = changed(kept, wanted)
-    warnings += [*notes_on(loras), *_fused(options, loras)]
-    options, unprotected = _protecting(options, loras, strengths)
+    meets = options.the_method.combine is not None or bool(options.mu)
+    options, protects_nobody = _protecting(options, loras, strengths)
     passthrough = passthrough_of(loras, strengths)
     if passthrough.refused and not options.leave_out:
         raise ValueError(refusal(loras, passthrough))
@@ -79,13 +89,20 @@ def plan(
         sharing=sharing,
         metadata=notes,
         names_architecture=ARCHITECTURE not in notes and ARCHITECTURE not in wanted,
-        warnings=[*warnings, *unprotected],
+        remarks=remarks,
+        fused=fused_with_slices(loras) if meets else [],
+        protects_nobody=protects_nobody,
+        model=told,
     )
 
 
-def _fused(options: MergeOptions, loras: Sequence[Lora]) -> list[str]:
-    meets = options.the_method.combine is not None or options.mu
-    return fused_notes(fused_with_slices(loras), loras) if meets else []
+def _met(loras: Sequence[Lora], model: ModelNames | None) -> tuple[list[Lora], ModelNames | None]:
+    """The LoRAs with canonical names that agree, and what the model said where that changed anything."""
+    if model is None:
+        return unify(loras), None
+    met = by_target(loras, model.targets, model.shapes)
+    changed = any(one is not other for one, other in zip(loras, met, strict=True))
+    return unify(met), model.of(loras) if changed else None
 
 
 def _modules(loras: Sequence[Lora], whole: Mapping[str, None], passthrough: Passthrough) -> list[str]:
@@ -94,16 +111,12 @@ def _modules(loras: Sequence[Lora], whole: Mapping[str, None], passthrough: Pass
     return [module for module in in_all if module not in passthrough.updates]
 
 
-def _protecting(
-    options: MergeOptions, loras: Sequence[Lora], strengths: Strengths
-) -> tuple[MergeOptions, Sequence[str]]:
-    """The options with the number of whom `auto` protects, and a sentence if that is nobody."""
+def _protecting(options: MergeOptions, loras: Sequence[Lora], strengths: Strengths) -> tuple[MergeOptions, bool]:
+    """The options with the number of whom `auto` protects, and whether that is nobody although there is a mu."""
     if options.protect != "auto":
-        return options, []
+        return options, False
     options = replace(options, protect=protected_input(loras, strengths.base))
-    if options.protect is None and options.mu:
-        return options, ["no input is recognised as an acceleration LoRA, so no LoRA is protected and mu has no effect"]
-    return options, []
+    return options, options.protect is None and bool(options.mu)
 
 
 def _has_part(lora: Lora, index: int, strengths: Strengths) -> bool:

@@ -12,6 +12,7 @@ from ..disk import json_text
 from ..metadata.fields import PROVENANCE_KEY
 from ..settings.options import MergeOptions, options_from_dict
 from .account import Account
+from .by_target import ModelNames
 
 VERSION = 2
 
@@ -31,10 +32,11 @@ class Ingredient:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a merge was told."""
+    """All that a merge was told. model: by a connected model, of what the inputs call its weights."""
 
     inputs: tuple[Ingredient, ...]
     options: MergeOptions
+    model: ModelNames | None = None
 
 
 def to_json(account: Account) -> str:
@@ -56,6 +58,7 @@ def to_json(account: Account) -> str:
         }
         for source in account.sources
     ]
+    told = {} if account.model is None else {"model": account.model.to_dict()}
     return json.dumps(
         {
             "version": VERSION,
@@ -66,6 +69,7 @@ def to_json(account: Account) -> str:
             "ranks": account.ranks,
             "options": account.options.to_dict(),
             "torch": torch.__version__,
+            **told,
         }
     )
 
@@ -88,6 +92,7 @@ def recipe_of(metadata: Mapping[str, str], source: str) -> Recipe:
             )
             for entry in notes["inputs"]
         )
-        return Recipe(inputs, options_from_dict(dict(notes["options"])))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        model = ModelNames.from_dict(notes["model"]) if "model" in notes else None
+        return Recipe(inputs, options_from_dict(dict(notes["options"])), model)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{source}: what it says of how it was made cannot be read ({error}).") from None

@@ -9,15 +9,22 @@ from math import prod
 import torch
 
 from ..files.keys import unread_text
-from ..files.lora import Lora
+from ..files.lora import Lora, too_small
+from ..files.twice import Pair, pairs_text
 from ..metadata.about import shown
 from ..metadata.adapter_config import peft_remarks
+from ..methods.table import METHODS, Parameter
+from ..one_module.tally import Tally
 from ..settings.options import MergeOptions
 from ..updates.layer import Layer, LoraLayer
 from .account import Account, Source
+from .plan import Plan
 from .provenance import recipe_of
 
 _INPUTS = 50
+# An effect below these is worth a warning: for the protected LoRA, and for any other.
+_AS_IT_IS, _HALF = 0.99, 0.5
+_NOBODY = "no input is recognised as an acceleration LoRA, so no LoRA is protected and mu has no effect"
 
 
 def describe(lora: Lora) -> str:
@@ -131,6 +138,9 @@ def _method_lines(account: Account) -> list[str]:
         lines.append("Effect of each input in the result, 100 % being strength * LoRA as it is:")
         for source in account.sources:
             lines.append(f"  {source.name}: {'no update' if source.effect is None else f'{100 * source.effect:.1f} %'}")
+    if account.options.the_method.averages:
+        total = sum(source.strength for source in account.sources)
+        lines.append(f"The mean of the LoRAs: each strength is a weight, divided by their sum, {total:g}.")
     if account.options.mu and account.options.protect is not None:
         left = [
             f"{source.name} keeps {100 * source.stepped_aside:.1f} % of its energy there"
@@ -200,3 +210,85 @@ def _part(module: str) -> str:
 
 def _span(low: float, high: float) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def warnings_of(account: Account, plan: Plan, tally: Tally) -> tuple[str, ...]:
+    """What a user should know of a merge besides its numbers: of the inputs first, then of what became of them."""
+    options = account.options
+    return (
+        *plan.remarks,
+        *notes_on(plan.loras),
+        *fused_notes(plan.fused, plan.loras),
+        *([_NOBODY] if plan.protects_nobody else []),
+        *([too_small(tally.too_small, options.out_dtype)] if tally.too_small else []),
+        *_idle(options),
+        *_scaled_protection(account.sources, options),
+        *_lost(account.sources, options),
+    )
+
+
+def fused_notes(pairs: Sequence[Pair], loras: Sequence[Lora]) -> list[str]:
+    """What to say about them where modules that meet are looked at together; nothing without pairs."""
+    if not pairs:
+        return []
+    shown = pairs_text(pairs, [lora.source for lora in loras])
+    return [f"a weight as a whole and a slice of it do not meet here, each goes its own way: {shown}"]
+
+
+def notes_on(loras: Sequence[Lora]) -> list[str]:
+    """Sentences about the inputs for a report: what of them has no effect, and what is known of how they were made."""
+    unread = [
+        f"{lora.source} holds what has no effect in ComfyUI and is left out: {unread_text(lora.keys.unread)}"
+        for lora in loras
+        if lora.keys.unread
+    ]
+    return unread + [f"{lora.source}: {remark}" for lora in loras for remark in peft_remarks(lora.metadata)]
+
+
+def _scaled_protection(sources: Sequence[Source], options: MergeOptions) -> list[str]:
+    *others, last = [name for name, method in METHODS.items() if not method.scales_down]
+    return [
+        f"method {options.method} scales down what it merges: about {100 * (source.effect or 0):.0f} % is left of "
+        f"{source.name}, which is protected. {', '.join(others)} and {last} keep it."
+        for source in sources
+        if source.protected and options.the_method.scales_down and (source.effect or 0) < _AS_IT_IS
+    ]
+
+
+def _idle(options: MergeOptions) -> list[str]:
+    method, values = options.the_method, options.values
+    name = method.neutral(values)
+    if name is None or not method.is_sum(values):
+        return []
+    return [
+        f"{name} is {values[name]:g}, at which method {options.method} prunes nothing: this is the plain sum. "
+        f"Choose a {_away(method.parameters[name])} {name}."
+    ]
+
+
+def _away(parameter: Parameter) -> str:
+    """Which way from the neutral value the others are."""
+    return "lower" if parameter.neutral == parameter.high else "higher"
+
+
+def _lost(sources: Sequence[Source], options: MergeOptions) -> list[str]:
+    """Inputs of which the method or the cut has left less than half."""
+    gentler = [
+        f"a {'higher' if _away(parameter) == 'lower' else 'lower'} {name}, or "
+        for name, parameter in options.the_method.parameters.items()
+        if parameter.neutral is not None
+    ]
+    result = []
+    for source in sources:
+        warned = source.protected and options.the_method.scales_down
+        if source.effect is not None and source.effect < _HALF and not warned:
+            result.append(
+                f"method {options.method} leaves about {100 * max(0.0, source.effect):.0f} % of {source.name}. Choose "
+                f"{''.join(gentler)}another method such as linear."
+            )
+        if options.cuts and source.retention is not None and source.retention < _HALF:
+            result.append(
+                f"the cut leaves {100 * source.retention:.0f} % of the energy of {source.name}. Choose a higher rank, or "
+                "retain or balanced, which look after the weaker LoRA."
+            )
+    return result

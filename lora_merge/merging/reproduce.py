@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -15,9 +15,9 @@ from ..algebra.scaling import levelled
 from ..algebra.sums import stacked
 from ..disk.hashes import weights_sha256
 from ..disk.tensor_file import read
-from ..files.formats import named_for
+from ..files.formats import SAVE_FORMATS, named_for
 from ..files.load_save import load
-from ..files.lora import Format, Lora
+from ..files.lora import Lora
 from ..keywords import named
 from ..recognise.identity import sha256_of
 from ..settings.options import DTYPES
@@ -61,17 +61,17 @@ def reproduce(
     recipe = recipe_of(given.metadata, path.name)
     found = _find(recipe.inputs, [Path(folder) for folder in folders] or [path.parent], path)
     tensors, _ = read(path)
-    dtype, format = _dtype(tensors), _format(tensors)
+    dtype = _dtype(tensors)
     inputs = [(load(file), entry.strength) for file, entry in zip(found, recipe.inputs, strict=True)]
     made, _ = merge_with_account(
         inputs,
         block_strengths=[entry.block_strengths for entry in recipe.inputs],
         workers=workers,
         progress=progress,
+        model=recipe.model,
         **vars(replace(recipe.options, out_dtype=recipe.options.out_dtype or dtype)),
     )
-    made, written_in = named_for(made, format)
-    state = made.to_state_dict(dtype, format=written_in, copy=False)
+    state = _as_written(made, dtype, tensors)
     if state.keys() != tensors.keys():
         differing = sorted(state.keys() ^ tensors.keys())
         raise ValueError(
@@ -124,11 +124,18 @@ def _dtype(tensors: dict[str, Tensor]) -> torch.dtype:
     return max(set(kinds), key=kinds.count) if kinds else torch.float32
 
 
-def _format(tensors: dict[str, Tensor]) -> Format:
-    in_peft = [key for key in tensors if key.endswith(".lora_A.weight")]
-    if not in_peft:
-        return "kohya"
-    return "comfy" if any(key.startswith("diffusion_model.") for key in in_peft) else "diffusers"
+def _as_written(made: Lora, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The LoRA as a state dict in the format whose keys are those of the file; where none is, as it is saved without a wish."""
+    for format in SAVE_FORMATS:
+        try:
+            lora, written_in = named_for(made, format)
+            pieces = lora.pieces(dtype, format=written_in, copy=False)
+        except ValueError:  # what the format cannot hold
+            continue
+        if pieces.keys() == tensors.keys():
+            return lora.to_state_dict(dtype, format=written_in, copy=False)
+    lora, written_in = named_for(made, "auto")
+    return lora.to_state_dict(dtype, format=written_in, copy=False)
 
 
 def _difference(first: Lora, second: Lora) -> float:

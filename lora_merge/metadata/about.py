@@ -89,7 +89,7 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
 
 
 def most_frequent_tags(metadata: Mapping[str, str]) -> list[str]:
-    """Of the captions it was trained on; [] where that is not said, or not so that it can be read."""
+    """Tags of the captions it was trained on; [] where that is not said, or not so that it can be read."""
     try:
         return tags.top(tags.read(metadata), _TAGS)
     except ValueError:

@@ -64,7 +64,7 @@ class AdapterScales:
 
 
 class _Scales:
-    """Of one part of a model. The first pattern that fits a module says its alpha, as in PEFT."""
+    """Scales of the modules of one part of a model. The first pattern that fits one says its alpha, as in PEFT."""
 
     def __init__(self, config: Mapping[str, Any]):
         patterns = config.get("alpha_pattern") or {}

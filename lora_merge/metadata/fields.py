@@ -14,6 +14,8 @@ OURS = "lcm_kit."
 # In every file that `save` writes: what may be replaced without asking.
 SAVED_KEY = "lcm_kit.saved"
 PROVENANCE_KEY = "lcm_kit.merge"
+# Written by whoever makes a LoRA with known settings; the name of a preset.
+PRESET_KEY = "lcm_kit.preset"
 MERGED_FROM = "modelspec.merged_from"
 ARCHITECTURE, IMPLEMENTATION = "modelspec.architecture", "modelspec.implementation"
 _DISTILLED_KEY = "lcm_kit.distillation"

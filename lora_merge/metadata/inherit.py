@@ -12,9 +12,9 @@ from typing import Protocol
 
 from . import tags
 from .about import WORDS, remarks, shown, words_in
-from .fields import is_hash, is_scale
+from .fields import PRESET_KEY, is_hash, is_scale
 
-# Facts about the base model: true of the sum if all who state them agree.
+# Facts about the base model and how to sample: true of the sum if all who state them agree.
 _AGREED = (
     "ss_base_model_version",
     "ss_v2",
@@ -35,6 +35,7 @@ _AGREED = (
     "modelspec.resolution",
     "modelspec.encoder_layer",
     "modelspec.timestep_range",
+    PRESET_KEY,
 )
 _TAGS = ("modelspec.tags", "tags", "ssmd_keywords", "ssmd_tags")
 _AUTHORS = ("modelspec.author", "ssmd_author", "author")

@@ -70,6 +70,7 @@ class Method:
     elects: entries of the weaker sign fall away.   scales_down: inputs come out weaker than strength * update, as a rule.
     refuses: values of its parameters -> why they do not go together, or None.
     exact_inputs: how many inputs it takes, 0 for any number.   signed: strengths may be negative.
+    averages: strengths are weights of a mean, each divided by the sum of all.
     """
 
     combine: Combine | None
@@ -82,6 +83,7 @@ class Method:
     scales_down: bool = False
     exact_inputs: int = 0
     signed: bool = True
+    averages: bool = False
     refuses: Callable[[Mapping[str, float]], str | None] | None = None
 
     def neutral(self, values: Mapping[str, float]) -> str | None:
@@ -202,6 +204,14 @@ METHODS: dict[str, Method] = {
         combine=None,
         summary="the sum of strength * delta, exact; strengths count as they are and are never averaged",
         source="Luo et al. 2023, LCM-LoRA, arXiv 2311.05556, equation 3",
+    ),
+    # Of deltas: the product of two averaged factors is another update than the mean of the products.
+    "average": Method(
+        combine=None,
+        summary="the mean of the deltas, exact, with the strengths as weights: for checkpoints of one training",
+        source="Izmailov et al. 2018, Stochastic Weight Averaging, arXiv 1803.05407",
+        scales_down=True,
+        averages=True,
     ),
     "ties": Method(
         combine=_each(_trim, _disjoint_mean),

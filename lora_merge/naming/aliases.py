@@ -9,7 +9,7 @@ ComfyUI and are no such case; `slices_of` tells them.
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, lru_cache
 
 from . import unet
 from .families import TRANSFORMERS
@@ -25,6 +25,8 @@ _TEXT = re.compile(
     r"lora_(te[123]?|prior_te)_(.+)|text_encoders\.(?:(\w+)\.)?transformer\.(.+)|text_encoders\.(\w+)\.(.+)"
 )
 _CLIP = re.compile(r"text_model_|text_projection")
+# Names that a file, a merge and its result ask about again and again; the largest LoRAs have some 4,000 modules.
+_remembered = lru_cache(maxsize=1 << 14)
 _FIRST, _SECOND = {"te", "te1", "clip_l", "clip_h"}, {"te2", "clip_g"}
 
 
@@ -54,11 +56,13 @@ def _meaning(body: str) -> tuple[str, tuple[frozenset[str], frozenset[str]]]:
     return (match[2], _meanings().get((match[1], match[3]), nothing)) if match else ("", nothing)
 
 
+@_remembered
 def body(canonical: str) -> str:
     """A model's module without prefix, endings that differ from tool to tool made alike."""
     return alike(_PREFIX.sub("", canonical, count=1))
 
 
+@_remembered
 def sites(canonical: str) -> frozenset[str]:
     """Every name that this module of a model may have in its own naming, its own body among them."""
     name = body(canonical)
@@ -96,6 +100,7 @@ def prefix_class(canonical: str) -> str:
     return next((p for p in ("lora_unet_", "lora_transformer_") if canonical.startswith(p)), "")
 
 
+@_remembered
 def text_encoder(spelling: str) -> tuple[str, str] | None:
     """(encoder, body) of a text encoder's module: te, te1, te2, te3, prior_te, or ComfyUI's word; None for a model's."""
     match = _TEXT.fullmatch(spelling)

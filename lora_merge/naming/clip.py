@@ -21,7 +21,7 @@ def _recognises(names: Collection[str]) -> bool:
     return any(_TEXT.fullmatch(name) for name in names)
 
 
-def _spelling(name: str) -> str | None:
+def _kohya_name(name: str) -> str | None:
     if match := _TEXT_ENCODER.fullmatch(name):
         return f"lora_te{(match[1] or '')[1:]}_{underscored(match[2])}"
     if name.startswith("text_model."):
@@ -69,7 +69,7 @@ def _path(module: str) -> str | None:
 FAMILY = Family(
     name="text encoder",
     recognises=_recognises,
-    spelling=_spelling,
+    kohya_name=_kohya_name,
     canonical=_canonical,
     dotted=_dotted,
     tidy=_tidy,

@@ -24,7 +24,7 @@ def _kind(body: str) -> str:
     return next((kind for kind, words in _KINDS if words.match(body)), "other")
 
 
-def meeting(spellings: Iterable[str]) -> dict[str, str]:
+def aligned(spellings: Iterable[str]) -> dict[str, str]:
     """{spelling of a module: spelling of the same one} for all that LoRAs together call a module of a text encoder, where
     they have several; ComfyUI's word is written where there is one."""
     called: dict[tuple[str, str], dict[str, str]] = {}

@@ -120,6 +120,21 @@ def family_by_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
     return known[0] if all(parts(other) == parts(known[0]) for other in known[1:]) else None
 
 
+def family_by_width(loras: Iterable[Mapping[str, tuple[int, ...]]]) -> Family | None:
+    """The family of LoRAs whose names are two families', each {canonical name: shape}: by the width of their models."""
+    loras = list(loras)
+    known = [
+        family
+        for family in TRANSFORMERS
+        if family.width
+        and all(
+            family.recognises(shapes) and any(shape[1:] == (family.width,) for shape in shapes.values())
+            for shapes in loras
+        )
+    ]
+    return known[0] if loras and len(known) == 1 else None
+
+
 def _own(family: Family, canonical: str) -> str:
     return family.own(canonical) or canonical
 

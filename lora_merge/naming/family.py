@@ -74,14 +74,15 @@ def _as_they_are(spellings: Mapping[str, str]) -> dict[str, str]:
 class Family:
     """Functions of module names. What is not of the family is None to each of them, so that the next one is asked.
 
-    A *spelling* is how a module is written in kohya's format (names.spelling), a *canonical* name is the same for all
+    A *spelling* is how a module is written in kohya's format (names.kohya_name), a *canonical* name is the same for all
     spellings of a weight. layout: what translates between the block namings of a model (unet.Layout).
 
     name: for people.
     recognises: (canonical names of a whole LoRA) -> whether it may be for such a model, as far as names can tell; other
         families may know the same names (families.family_of).
+    width: columns of the weights that its blocks' attention reads with; of a family whose names another one has, too.
     sure: every LoRA has to tell that it is of this family, since another one has names and sizes like it.
-    spelling: (a file's module, wrappers taken off) -> its spelling.
+    kohya_name: (a file's module, wrappers taken off) -> its spelling.
     canonical: (spelling, layout) -> canonical name.
     dotted: (spelling, layout) -> diffusers' spelling with dots.
     tidy: {canonical name: spelling} -> the same in one naming, where readers know no mix of two.
@@ -99,6 +100,8 @@ class Family:
     dots: canonical own name -> the own name with dots, without prefix (`double_blocks.0.img_attn.qkv`).
     parts: (canonical own name, shape) -> what diffusers has for the weight; () where nothing is known.
     slice_name: canonical name of a slice -> a spelling that every ComfyUI reads; None if there is none.
+    common: canonical own name -> a dotted name, without prefix, that both ComfyUI and diffusers read, where that is neither
+        the own name nor diffusers'.   tells_diffusers: such a name -> whether diffusers knows by it what the file is.
     saved: the format that both ComfyUI and diffusers read, as far as there is one: "comfy" or "diffusers".
     saved_fused: the same for fused weights, which in diffusers' slices would be larger: "comfy" or "kohya".
     reads: spelling -> whether every ComfyUI, as far as it has the model, reads it.
@@ -109,7 +112,7 @@ class Family:
 
     name: str
     recognises: Callable[[Collection[str]], bool] = lambda names: False
-    spelling: Callable[[str], str | None] = _none
+    kohya_name: Callable[[str], str | None] = _none
     canonical: Callable[[str, Any], str | None] = _none
     dotted: Callable[[str, Any], str | None] = _none
     tidy: Callable[[Mapping[str, str]], dict[str, str]] = _as_they_are
@@ -131,6 +134,9 @@ class Family:
     suits: Callable[[str, tuple[int, ...]], bool] = lambda own, shape: True
     saved: Literal["comfy", "diffusers"] = "comfy"
     saved_fused: Literal["comfy", "kohya"] = "comfy"
+    common: Callable[[str], str | None] = _none
+    tells_diffusers: Callable[[str], bool] = lambda name: False
+    width: int = 0
     sure: bool = False
 
     @property

@@ -125,6 +125,8 @@ FLUX_2 = transformer(
 # Chroma has a network of its own instead of modulation.
 CHROMA = transformer(
     "Chroma",
+    saved="diffusers",
+    saved_fused="kohya",
     stacks=(
         replace(DOUBLE, whole={own: theirs for own, theirs in DOUBLE.whole.items() if "mod." not in own}),
         replace(SINGLE, whole={own: theirs for own, theirs in SINGLE.whole.items() if "modulation" not in own}, depth=38),

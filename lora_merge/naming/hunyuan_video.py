@@ -6,6 +6,7 @@ and ComfyUI reads both. diffusers' names it does not read.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from . import flux
@@ -92,7 +93,22 @@ _OUTSIDE = {
     **dict.fromkeys((*_OF_1_5, *flux.TURNED), ""),
 }
 
-FAMILY = transformer(
+# diffusers knows Tencent's names by this one. What it makes of the refiner's qkv and of the layers outside of blocks is wrong
+# (both factors are cut in three), so those are written as ComfyUI has them.
+_KNOWN_BY = ".img_attn_qkv"
+_IN_COMMON = {
+    own: tencent.split()[0] for own, tencent in (*_DOUBLE_ALSO.items(), *_SINGLE_ALSO.items()) if "norm" not in own
+}
+_OWN = re.compile(r"(double_blocks|single_blocks)\.(\d+)\.(.+)")
+
+
+def _common(own: str) -> str | None:
+    match = _OWN.fullmatch(_TABLES.dots(own) or "")
+    name = _IN_COMMON.get(match[3]) if match else None
+    return f"{match[1]}.{match[2]}.{name}" if match and name else None
+
+
+_TABLES = transformer(
     "HunyuanVideo",
     stacks=(_of_flux(flux.DOUBLE, 54, _DOUBLE_ALSO), _of_flux(flux.SINGLE, 40, _SINGLE_ALSO), _REFINER),
     outside={own: f"{_unread(theirs)} {own}" for own, theirs in _OUTSIDE.items()},
@@ -101,3 +117,4 @@ FAMILY = transformer(
     ratios=flux.RATIOS,
     sure=True,
 )
+FAMILY = replace(_TABLES, common=_common, tells_diffusers=lambda name: name.endswith(_KNOWN_BY))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from . import unet
 from .aliases import text_encoder
@@ -23,7 +24,8 @@ _WRAPPED = re.compile(r"(?:(unet|transformer|text_encoder(?:_[23])?)\.)?base_mod
 _OF_TRANSFORMER = re.compile(r"(?:transformer\.|lycoris_|(?:unet\.|transformer\.)?base_model\.model\.)(.+)")
 
 
-def spelling(module: str) -> str:
+@lru_cache(maxsize=1 << 14)
+def kohya_name(module: str) -> str:
     """How a module of a file is written in kohya format, in a form that ComfyUI's key maps know.
 
     UNet and CLIP modules get kohya's prefix and underscores, their block naming (diffusers or ldm) stays;
@@ -36,13 +38,13 @@ def spelling(module: str) -> str:
     if name.startswith("diffusion_model.") and name.endswith(".bias"):
         return module
     for family in FAMILIES:
-        if (found := family.spelling(name)) is not None:
+        if (found := family.kohya_name(name)) is not None:
             return found
     return f"lora_unet_{unet.body_as_written(name)}" if name.startswith("lora_unet_") else module
 
 
 def canonical(name: str, layout: Layout) -> str:
-    """The canonical name of a `spelling`; `layout` translates between the block namings of its UNet."""
+    """The canonical name of a `kohya_name`; `layout` translates between the block namings of its UNet."""
     for family in FAMILIES:
         if (found := family.canonical(name, layout)) is not None:
             return found
@@ -75,7 +77,7 @@ def tidy(names: dict[str, str]) -> dict[str, str]:
 
 
 def dotted(name: str, layout: Layout) -> str | None:
-    """The diffusers spelling of a `spelling`, with dots (`unet.down_blocks.0...`); None if there is no safe one."""
+    """The diffusers spelling of a `kohya_name`, with dots (`unet.down_blocks.0...`); None if there is no safe one."""
     if name.startswith("transformer."):
         return name
     return next((found for family in FAMILIES if (found := family.dotted(name, layout)) is not None), None)

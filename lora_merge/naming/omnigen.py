@@ -29,4 +29,5 @@ FAMILY = transformer(
     outside={name: name for name in _OUTSIDE.split()},
     parameters=("image_index_embedding",),
     own_read_as=("",),
+    width=2520,
 )

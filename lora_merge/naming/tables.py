@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from math import prod
 
@@ -29,6 +30,7 @@ _ENDINGS = (
 )
 
 
+@lru_cache(maxsize=16384)  # every family is asked for every name of a LoRA, several times
 def alike(body: str) -> str:
     """An underscored name without prefix, endings that differ from tool to tool made alike."""
     for pattern, ending in _ENDINGS:

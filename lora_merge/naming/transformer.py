@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -58,6 +59,8 @@ class Tables:
         theirs_read_as: Collection[str],
         theirs_behind_kohya: bool,
     ):
+        # What a name is in this family never changes, and every family is asked for every name, often.
+        self._parse = lru_cache(maxsize=4096)(self._parsed)
         self._entries: dict[tuple[str, str], _Entry] = {}
         self._theirs_of: dict[str, list[str]] = {}
         self._slices_of: dict[str, tuple[list[str], Fused]] = {}
@@ -85,19 +88,19 @@ class Tables:
                 self._put_slices(own, slices, fused, stack)
 
     def _put(self, own: str, theirs: list[str], depth: int) -> None:
-        self._add(_Entry(own, own, depth, is_own=True))
+        self._add(_Entry(own, own=own, depth=depth, is_own=True))
         self._theirs_of[own] = [name.removeprefix("~") for name in theirs]
         for prefix in self._own_read_as:
             if own not in self._parameters or prefix == _DOTTED:
                 self._read[prefix][0].add(underscored(own) if prefix.endswith("_") else own)
         for name in theirs:
-            self._add(_Entry(name.removeprefix("~"), own, depth))
+            self._add(_Entry(name.removeprefix("~"), own=own, depth=depth))
             self._read_theirs(name)
 
     def _put_slices(self, own: str, slices: list[str], fused: Fused, stack: Stack) -> None:
         self._slices_of.setdefault(own, ([name.removeprefix("~") for name in slices], fused))
         for number, name in enumerate(slices):
-            self._add(_Entry(name.removeprefix("~"), "", stack.depth, ((own, fused, number, 1),)))
+            self._add(_Entry(name.removeprefix("~"), own="", depth=stack.depth, holders=((own, fused, number, 1),)))
             self._read_theirs(name)
         for piece, (first, count) in fused.pieces.items():
             entry = self._entries[_key(f"{stack.own}.{{}}.{piece}")]
@@ -117,7 +120,7 @@ class Tables:
 
     # ---- what Family asks
 
-    def _parse(self, canonical: str) -> tuple[_Entry, str, str] | None:
+    def _parsed(self, canonical: str) -> tuple[_Entry, str, str] | None:
         """(entry, number of the block, prefix)."""
         match = _PREFIX.fullmatch(canonical)
         if match is None:
@@ -278,6 +281,7 @@ def transformer(
     theirs_behind_kohya: bool = False,
     ratios: Mapping[str, float] | None = None,
     sure: bool = False,
+    width: int = 0,
     saved: Literal["comfy", "diffusers"] = "comfy",
     saved_fused: Literal["comfy", "kohya"] = "comfy",
 ) -> Family:
@@ -291,7 +295,7 @@ def transformer(
     own_read_lately: what newer versions alone read before an own name with dots.
     theirs_behind_kohya: whether trainers write diffusers' names behind `lora_unet_` or `diffusion_model.`.
     ratios: template of an own name -> rows for each column, where that tells the family from one with like names.
-    sure, saved, saved_fused: see Family.
+    sure, width, saved, saved_fused: see Family.
     """
     turned = turned or {}
     outside = {**dict.fromkeys(turned, ""), **outside}
@@ -312,6 +316,7 @@ def transformer(
         templates=tables.templates,
         suits=lambda own, shape: tables.suits(own, shape, ratios or {}),
         sure=sure,
+        width=width,
         saved=saved,
         saved_fused=saved_fused,
     )

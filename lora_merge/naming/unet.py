@@ -90,11 +90,13 @@ class Layout:
         return self.upsampler_slots.get(level, default)
 
 
+@lru_cache(maxsize=8192)
 def is_diffusers(name: str) -> bool:
     """Whether the name can only be a diffusers UNet's."""
     return name == "time_embedding_cond_proj" or to_ldm(name, Layout()) is not None
 
 
+@lru_cache(maxsize=8192)
 def is_ldm(name: str) -> bool:
     """Whether the name can only be an ldm UNet's."""
     return name in _BASIC_BACK or to_diffusers(name, Layout()) is not None
@@ -232,7 +234,7 @@ _KOHYA = "lora_unet_"
 _LEVEL = re.compile(r"(down|up)_blocks_(\d+)_")
 _IN, _OUT = ("conv_in", "time_embedding", "add_embedding", "class_embedding"), ("conv_out", "conv_norm_out")
 # Wan Fun's trainer writes two underscores; ComfyUI replaces them only if one particular key is there. Any number of
-# them counts as one, so that a spelling's spelling is itself.
+# them counts as one, so that the kohya name of a kohya name is itself.
 _WRITTEN = re.compile(r"^(?:unet\.|diffusion_model\.|lora_unet_[_.]*|lycoris_)")
 
 
@@ -251,7 +253,7 @@ def _recognises(names: Collection[str]) -> bool:
     return any(is_diffusers(body) or is_ldm(body) for body in found)
 
 
-def _spelling(name: str) -> str | None:
+def _kohya_name(name: str) -> str | None:
     body = _without_processor(body_as_written(name))
     return f"{_KOHYA}{body}" if is_diffusers(body) or is_ldm(body) else None
 
@@ -309,7 +311,7 @@ def _place(module: str, layout: Layout) -> Place | None:
 FAMILY = Family(
     name="Stable Diffusion UNet",
     recognises=_recognises,
-    spelling=_spelling,
+    kohya_name=_kohya_name,
     canonical=_canonical,
     dotted=_dotted,
     tidy=_tidy,

@@ -82,4 +82,5 @@ LUMINA_2 = transformer(
         "final_layer.linear": "~norm_out.linear_2",
     },
     theirs_read_as=_READ_AS,
+    width=2304,
 )

@@ -167,10 +167,11 @@ class ModuleMerger:
             cut = uncut(whole, terms) if rank else None
             # In its own size already.
             return replace(_raised(replace(done, cut=cut), power), layer=whole)
+        dtype = self.options.out_dtype or torch.float32
         if not rank:
-            layer = weighted_sum(terms, self.options.out_dtype or torch.float32)
-            return _raised(replace(done, layer=layer), power)
-        cut = truncated_sum(terms, rank, balanced=self.options.balanced, known=self.known.pop(module, None))
+            return _raised(replace(done, layer=weighted_sum(terms, dtype)), power)
+        known = self.known.pop(module, None)
+        cut = truncated_sum(terms, rank, balanced=self.options.balanced, known=known, dtype=dtype)
         return _raised(replace(done, layer=cut.layer, cut=cut), power)
 
     def _stays(self, whole: Layer, rank: int) -> bool:

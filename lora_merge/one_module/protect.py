@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -30,6 +30,20 @@ def which_protected(text: str, labels: Sequence[str]) -> int | Literal["auto"] |
         ) from None
 
 
+def protecting(
+    text: str, labels: Sequence[str], identities: Callable[[], Sequence[Identity | None]], strengths: Sequence[float]
+) -> int | Literal["auto"] | None:
+    """As `which_protected`, but `auto` finds the LoRA by all that is known of the inputs, the hashes of their files too.
+
+    identities: asked only where it counts.
+    """
+    which = which_protected(text, labels)
+    if which != "auto":
+        return which
+    found = protected_of(identities(), strengths)
+    return which if found is None else found
+
+
 def stepping_aside(terms: Sequence[Term], protected: int, mu: float, energy: float = 0.5) -> list[Term]:
     """The terms of one weight, all but the protected one weakened along its leading input directions.
 
@@ -53,7 +67,7 @@ def stepping_aside(terms: Sequence[Term], protected: int, mu: float, energy: flo
 
 
 def dense_stepping_aside(deltas: Sequence[Tensor], protected: int, mu: float, energy: float = 0.5) -> list[Tensor]:
-    """The same for whole updates (out, in, *kernel) of one weight."""
+    """stepping_aside for whole updates (out, in, *kernel) of one weight."""
     if mu == 0 or len(deltas) == 1 or not deltas[protected].any():
         return list(deltas)
     rows = deltas[0].shape[0]
@@ -93,7 +107,7 @@ def protected_input(loras: Sequence[Lora], strengths: Sequence[float]) -> int | 
 
 
 def protected_of(identities: Sequence[Identity | None], strengths: Sequence[float]) -> int | None:
-    """The same for inputs of which it is known what they are, also by the hash of a file.
+    """protected_input for inputs of which it is known what they are, also by the hash of a file.
 
     Of several the first; one that is a published file or covers what acceleration LoRAs cover goes before one that only
     says so.

@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import islice
 from math import prod
 
 from ..naming import unet
@@ -72,7 +73,7 @@ class Base:
 
     @cached_property
     def ldm_modules(self) -> Mapping[str, Shape]:
-        """The same under ldm names, which are ComfyUI's."""
+        """`modules` under ldm names, which are ComfyUI's."""
         slots = {level: 2 if blocks[-1] else 1 for level, blocks in enumerate(self.up)}
         layout = Layout(self.res_blocks, len(self.channels), slots)
         return {unet.to_ldm(name, layout) or name: shape for name, shape in self.modules.items()}
@@ -139,15 +140,23 @@ _FOUR = (320, 640, 1280, 1280)
 _DOWN = ((1, 1), (1, 1), (1, 1), (0, 0))
 _UP = ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1))
 
+
+def _of_sdxl(
+    name: str, *, down: tuple[tuple[int, ...], ...], up: tuple[tuple[int, ...], ...], middle: int | None
+) -> Base:
+    """SDXL or one that was pruned from it."""
+    return Base(name, context=2048, linear=True, channels=_THREE, down=down, up=up, middle=middle, added=2816)
+
+
 # Depths as in the models' own configurations, which ComfyUI repeats in comfy/model_detection.py (0.30.0).
 BASES: tuple[Base, ...] = (
-    Base("SD1.5", 768, False, _FOUR, _DOWN, _UP, 1),
-    Base("SD2", 1024, True, _FOUR, _DOWN, _UP, 1),
-    Base("SDXL", 2048, True, _THREE, ((0, 0), (2, 2), (10, 10)), ((10, 10, 10), (2, 2, 2), (0, 0, 0)), 10, 2816),
-    Base("SSD-1B", 2048, True, _THREE, ((0, 0), (2, 2), (4, 4)), ((4, 4, 10), (2, 1, 1), (0, 0, 0)), 0, 2816),
-    Base("Segmind-Vega", 2048, True, _THREE, ((0, 0), (1, 1), (2, 2)), ((2, 2, 2), (1, 1, 1), (0, 0, 0)), 0, 2816),
-    Base("KOALA-1B", 2048, True, _THREE, ((0,), (2,), (6,)), ((6, 6), (2, 2), (0, 0)), 6, 2816),
-    Base("KOALA-700M", 2048, True, _THREE, ((0,), (2,), (5,)), ((5, 5), (2, 2), (0, 0)), None, 2816),
+    Base("SD1.5", context=768, linear=False, channels=_FOUR, down=_DOWN, up=_UP, middle=1),
+    Base("SD2", context=1024, linear=True, channels=_FOUR, down=_DOWN, up=_UP, middle=1),
+    _of_sdxl("SDXL", down=((0, 0), (2, 2), (10, 10)), up=((10, 10, 10), (2, 2, 2), (0, 0, 0)), middle=10),
+    _of_sdxl("SSD-1B", down=((0, 0), (2, 2), (4, 4)), up=((4, 4, 10), (2, 1, 1), (0, 0, 0)), middle=0),
+    _of_sdxl("Segmind-Vega", down=((0, 0), (1, 1), (2, 2)), up=((2, 2, 2), (1, 1, 1), (0, 0, 0)), middle=0),
+    _of_sdxl("KOALA-1B", down=((0,), (2,), (6,)), up=((6, 6), (2, 2), (0, 0)), middle=6),
+    _of_sdxl("KOALA-700M", down=((0,), (2,), (5,)), up=((5, 5), (2, 2), (0, 0)), middle=None),
 )
 BY_NAME: Mapping[str, Base] = {base.name: base for base in BASES}
 
@@ -168,6 +177,7 @@ class Recognised:
     branches: tuple[str, ...] = ()
 
 
+@lru_cache(maxsize=1 << 14)
 def kind_of(module: str) -> str | None:
     """Which of the fourteen kinds a module is (`attn2_to_k`, `conv1`, `time_emb_proj`, ...); None for any other."""
     if _DOWNSAMPLER.fullmatch(module):
@@ -190,7 +200,9 @@ def recognise(modules: Mapping[str, Shape]) -> Recognised:
     possible: list[str] = []
     complete: list[str] = []
     for base in BASES:
-        hits = sum(_same_weight(base.shape(name), shape) for name, shape in modules.items())
+        others = (name for name, shape in modules.items() if not _same_weight(base.shape(name), shape))
+        # No more than it takes to rule a base out.
+        hits = len(modules) - len(list(islice(others, 1 + int((1 - _COMPLETE) * len(modules)))))
         if hits < _COMPLETE * len(modules):
             continue
         possible.append(base.name)

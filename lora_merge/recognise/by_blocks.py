@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 
 from ..naming.blocks import place
@@ -118,6 +118,7 @@ def body_of(canonical: str) -> str:
     return without_prefix(canonical)
 
 
+@lru_cache(maxsize=8192)  # a LoRA is looked at when it is loaded, applied, merged and saved
 def _module(canonical: str, shape: Shape) -> _Module:
     body = body_of(canonical)
     names, slices = [body], []
@@ -125,7 +126,13 @@ def _module(canonical: str, shape: Shape) -> _Module:
         if family.translates and (own := family.own(canonical)) is not None:
             names.append(without_prefix(own))
         slices += sorted(family.fused(canonical))
-    return _Module(canonical, body, tuple(dict.fromkeys(names)), tuple(dict.fromkeys(slices)), shape)
+    return _Module(
+        canonical=canonical,
+        body=body,
+        names=tuple(dict.fromkeys(names)),
+        slices=tuple(dict.fromkeys(slices)),
+        shape=shape,
+    )
 
 
 def _place_in(base: Transformer, module: _Module) -> str | None:

@@ -79,21 +79,32 @@ _FLUX2_TURBO, _LTX2_DISTILLED = "Flux.2 Turbo", "LTX-2 distilled"
 
 def _lcm(base: str, sha256: str, repository: str, size: int | None, modules: int, parameters: int) -> Published:
     return Published(
-        f"LCM-LoRA {base}", base, "LCM", sha256, repository,
+        f"LCM-LoRA {base}", base=base, preset="LCM", sha256=sha256, repository=repository,
         bytes=size, modules=modules, rank=64, alpha=8.0, parameters=parameters,
     )  # fmt: skip
 
 
 def _hyper(family: str, base: str, steps: str, preset: str, sha256: str, size: int | None = None) -> Published:
     return Published(
-        f"Hyper-{family} {steps}", base, preset, sha256, _HYPER, f"Hyper-{family}-{steps}-lora.safetensors", size
+        f"Hyper-{family} {steps}",
+        base=base,
+        preset=preset,
+        sha256=sha256,
+        repository=_HYPER,
+        file=f"Hyper-{family}-{steps}-lora.safetensors",
+        bytes=size,
     )
 
 
 def _pcm(base: str, kind: str, preset: str, *hashes: str) -> list[Published]:
     folder = {"SD1.5": "sd15", "SDXL": "sdxl"}[base]
     file = f"{folder}/pcm_{folder}_{kind}_converted.safetensors"
-    return [Published(f"PCM {base} {kind.replace('_', ' ')}", base, preset, sha256, _PCM, file) for sha256 in hashes]
+    return [
+        Published(
+            f"PCM {base} {kind.replace('_', ' ')}", base=base, preset=preset, sha256=sha256, repository=_PCM, file=file
+        )
+        for sha256 in hashes
+    ]
 
 
 def _qwen(
@@ -104,7 +115,8 @@ def _qwen(
     repository = f"lightx2v/{kind}-Lightning" if "2511" in kind else "lightx2v/Qwen-Image-Lightning"
     folder = f"{kind}/" if "2509" in kind else ""
     return Published(
-        name, "Qwen-Image", f"Qwen-Image-Lightning {steps} steps", sha256, repository, f"{folder}{name}.safetensors",
+        name, base="Qwen-Image", preset=f"Qwen-Image-Lightning {steps} steps", sha256=sha256, repository=repository,
+        file=f"{folder}{name}.safetensors",
         bytes=size, about=about, steps=steps,
     )  # fmt: skip
 
@@ -122,7 +134,7 @@ def _wan(
 ) -> Published:
     """A LoRA of lightx2v's: 4 steps without guidance, by self-forcing and DMD."""
     return Published(
-        f"lightx2v {name}", "Wan 2.1/2.2 14B", preset, sha256, repository, file,
+        f"lightx2v {name}", base="Wan 2.1/2.2 14B", preset=preset, sha256=sha256, repository=repository, file=file,
         bytes=size, about=about, steps=4, expert=expert,
     )  # fmt: skip
 
@@ -134,27 +146,28 @@ PUBLISHED: tuple[Published, ...] = (
          "latent-consistency/lcm-lora-sdxl", 393_855_224, 788, 196_751_360),
     _lcm("SSD-1B", "7adaaa69db6f011058a19fd1d5315fdf19ef79fcd513cdab30e173833fd5c59b",
          "latent-consistency/lcm-lora-ssd-1b", None, 423, 104_902_656),
-    Published("LCM-LoRA SDXL (Fooocus's copy)", "SDXL", "LCM",
-              "c3dbf7eb26dd00ae6b6b95da69be9f1cb95a3b2c5bcf9be82323227a19b91329",
-              "lllyasviel/misc", "sdxl_lcm_lora.safetensors", 393_854_624),
-    Published("Segmind-VegaRT", "Segmind-Vega", "LCM",
-              "9b6e8cd833fa205eaeeed391ca623a6f2546e447470bd1c5dcce3fa8d2f26afb", "segmind/Segmind-VegaRT"),
-    Published("TCD-LoRA SDXL", "SDXL", "TCD",
-              "2c777bc60abf41d3eb0fe405d23d73c280a020eea5adf97a82a141592c33feba", "h1t/TCD-SDXL-LoRA"),
-    Published("TCD-LoRA SD1.5", "SD1.5", "TCD",
-              "eaecb24a1cda4411eab67275b1d991071216ac93693e8fa0c9226c9df0386232", "h1t/TCD-SD15-LoRA"),
-    Published("DMD2 SDXL 4 steps", "SDXL", "DMD2",
-              "b3d9173815a4b595991c3a7a0e0e63ad821080f314a0b2a3cc31ecd7fcf2cbb8",
-              _DMD2, "dmd2_sdxl_4step_lora_fp16.safetensors", 393_854_592),
-    Published("DMD2 SDXL 4 steps (fp32)", "SDXL", "DMD2",
-              "a374289e9446d7f14d2037c4b3770756b7b52c292142a691377c3c755010a1bb",
-              _DMD2, "dmd2_sdxl_4step_lora.safetensors", 787_359_616),
-    Published("SDXL-Lightning 2 steps", "SDXL", "Lightning 2 steps",
-              "04fafc778385b24144498a8247498ae4fb7a69f702ea0566bdce2845a31fcc43",
-              _LIGHTNING, "sdxl_lightning_2step_lora.safetensors"),
-    Published("SDXL-Lightning 4 steps", "SDXL", "Lightning 4 steps",
-              "bf56cf2657efb15e465d81402ed481d1e11c4677e4bcce1bc11fe71ad8506b79",
-              _LIGHTNING, "sdxl_lightning_4step_lora.safetensors", 393_854_592),
+    Published("LCM-LoRA SDXL (Fooocus's copy)", base="SDXL", preset="LCM",
+              sha256="c3dbf7eb26dd00ae6b6b95da69be9f1cb95a3b2c5bcf9be82323227a19b91329",
+              repository="lllyasviel/misc", file="sdxl_lcm_lora.safetensors", bytes=393_854_624),
+    Published("Segmind-VegaRT", base="Segmind-Vega", preset="LCM",
+              sha256="9b6e8cd833fa205eaeeed391ca623a6f2546e447470bd1c5dcce3fa8d2f26afb",
+              repository="segmind/Segmind-VegaRT"),
+    Published("TCD-LoRA SDXL", base="SDXL", preset="TCD",
+              sha256="2c777bc60abf41d3eb0fe405d23d73c280a020eea5adf97a82a141592c33feba", repository="h1t/TCD-SDXL-LoRA"),
+    Published("TCD-LoRA SD1.5", base="SD1.5", preset="TCD",
+              sha256="eaecb24a1cda4411eab67275b1d991071216ac93693e8fa0c9226c9df0386232", repository="h1t/TCD-SD15-LoRA"),
+    Published("DMD2 SDXL 4 steps", base="SDXL", preset="DMD2",
+              sha256="b3d9173815a4b595991c3a7a0e0e63ad821080f314a0b2a3cc31ecd7fcf2cbb8",
+              repository=_DMD2, file="dmd2_sdxl_4step_lora_fp16.safetensors", bytes=393_854_592),
+    Published("DMD2 SDXL 4 steps (fp32)", base="SDXL", preset="DMD2",
+              sha256="a374289e9446d7f14d2037c4b3770756b7b52c292142a691377c3c755010a1bb",
+              repository=_DMD2, file="dmd2_sdxl_4step_lora.safetensors", bytes=787_359_616),
+    Published("SDXL-Lightning 2 steps", base="SDXL", preset="Lightning 2 steps",
+              sha256="04fafc778385b24144498a8247498ae4fb7a69f702ea0566bdce2845a31fcc43",
+              repository=_LIGHTNING, file="sdxl_lightning_2step_lora.safetensors"),
+    Published("SDXL-Lightning 4 steps", base="SDXL", preset="Lightning 4 steps",
+              sha256="bf56cf2657efb15e465d81402ed481d1e11c4677e4bcce1bc11fe71ad8506b79",
+              repository=_LIGHTNING, file="sdxl_lightning_4step_lora.safetensors", bytes=393_854_592),
     _hyper("SDXL", "SDXL", "1step", "Hyper-SD unified",
            "c912df184c5116792d2c604d26c6bc2aa916685f4a793755255cda1c43a3c78a"),
     _hyper("SDXL", "SDXL", "2steps", "Hyper-SD 2 steps",
@@ -280,15 +293,18 @@ PUBLISHED: tuple[Published, ...] = (
     _wan("Wan 2.1 I2V 480p, rank 128", _WAN_21,
          "5c324ada09cfa447844f5d9a57240463a515de38270ef40c7513d74be3e64e72", _KIJAI,
          "Lightx2v/lightx2v_I2V_14B_480p_cfg_step_distill_rank128_bf16.safetensors", 1_466_506_280),
-    Published("Flux.2 dev Turbo", "Flux.2 dev", _FLUX2_TURBO,
-              "011487390b8020baf22a9d543930c90d74a4809b7241bee6b0622777b17b413b", "fal/FLUX.2-dev-Turbo",
-              "comfy/Flux_2-Turbo-LoRA_comfyui.safetensors", 2_760_814_880, steps=8),
-    Published("LTX-2.3 distilled, rank 384", "LTX-2", _LTX2_DISTILLED,
-              "aec1918d71536467cf71f5546c42d6bbe894f0a06115134f2a127d821301c6a4", "Lightricks/LTX-2.3",
-              "ltx-2.3-22b-distilled-lora-384.safetensors", 7_605_507_256, steps=8),
-    Published("LTX-2.3 distilled, rank 384, v1.1", "LTX-2", _LTX2_DISTILLED,
-              "fca5735c41013042a3a32d0d2829e403a5c8b094dbe01312d9d21da0db47dac9", "Lightricks/LTX-2.3",
-              "ltx-2.3-22b-distilled-lora-384-1.1.safetensors", 7_605_507_256, steps=8),
+    Published("Flux.2 dev Turbo", base="Flux.2 dev", preset=_FLUX2_TURBO,
+              sha256="011487390b8020baf22a9d543930c90d74a4809b7241bee6b0622777b17b413b",
+              repository="fal/FLUX.2-dev-Turbo", file="comfy/Flux_2-Turbo-LoRA_comfyui.safetensors",
+              bytes=2_760_814_880, steps=8),
+    Published("LTX-2.3 distilled, rank 384", base="LTX-2", preset=_LTX2_DISTILLED,
+              sha256="aec1918d71536467cf71f5546c42d6bbe894f0a06115134f2a127d821301c6a4",
+              repository="Lightricks/LTX-2.3", file="ltx-2.3-22b-distilled-lora-384.safetensors", bytes=7_605_507_256,
+              steps=8),
+    Published("LTX-2.3 distilled, rank 384, v1.1", base="LTX-2", preset=_LTX2_DISTILLED,
+              sha256="fca5735c41013042a3a32d0d2829e403a5c8b094dbe01312d9d21da0db47dac9",
+              repository="Lightricks/LTX-2.3", file="ltx-2.3-22b-distilled-lora-384-1.1.safetensors",
+              bytes=7_605_507_256, steps=8),
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 
 from ..files.lora import Lora
 from ..metadata.about import merged_inputs
-from ..metadata.fields import ARCHITECTURE, MERGED_FROM, OURS, PROVENANCE_KEY
+from ..metadata.fields import ARCHITECTURE, MERGED_FROM, OURS, PRESET_KEY, PROVENANCE_KEY
 from ..naming import names
 from . import by_blocks
 from .base_models import Recognised, Shape, recognise
@@ -23,8 +23,6 @@ from .catalogue import PUBLISHED, Expert, Published
 
 Number = TypeVar("Number", int, float)
 How = Literal["sha256", "structure", "metadata", "unknown"]
-# Written by whoever makes a LoRA with known settings; the name of a preset.
-PRESET_KEY = "lcm_kit.preset"
 SURE = {
     "sha256": "certainly: by sha256, it is the published file byte for byte",
     "structure": "very likely: by structure, its modules, rank, alpha and size; LoRAs of the same training script look alike",
@@ -238,7 +236,7 @@ def _published(
 
 
 def _may_be_published(size: int, structure: Structure, catalogue: Sequence[Published]) -> bool:
-    """By its size, or by its structure where nobody states the size."""
+    """Whether a file may be a published one, by its size, or by its structure where nobody states the size."""
     for entry in catalogue:
         may = entry.may_have(size)
         if may or (may is None and structure.accelerates and entry.base in structure.recognised.bases):

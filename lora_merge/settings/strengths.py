@@ -21,32 +21,48 @@ Blocks = BlockStrengths | str | None
 
 
 class Strengths:
-    """base: of each input.   blocks: of each input, None for 1 everywhere.   layout: of the UNet the names belong to."""
+    """base: of each input, as it was given.   blocks: of each input, None for 1 everywhere.   layout: of the UNet the names
+    belong to.   averaged: the sum of all is 1 instead, before blocks count.
+    """
 
-    def __init__(self, base: Sequence[float], blocks: Sequence[BlockStrengths | None], layout: Layout):
+    def __init__(
+        self, base: Sequence[float], blocks: Sequence[BlockStrengths | None], layout: Layout, averaged: bool = False
+    ):
         self.base = tuple(base)
+        total = math.fsum(base) if averaged else 1.0
+        self._shares = tuple(strength / total for strength in base) if averaged else self.base
         self.blocks = tuple(blocks)
         self.layout = layout
 
     def at(self, module: str) -> tuple[float, ...]:
-        """Of each input, by the module's canonical name."""
+        """Strength of each input at a module, which is given by its canonical name."""
         if not any(self.blocks):
-            return self.base
+            return self._shares
         return tuple(
             strength if blocks is None else strength * blocks.factor(module, self.layout)
-            for strength, blocks in zip(self.base, self.blocks, strict=True)
+            for strength, blocks in zip(self._shares, self.blocks, strict=True)
         )
 
 
-def strengths_of(loras: Sequence[Lora], base: Sequence[float], blocks: Blocks | Sequence[Blocks]) -> Strengths:
-    """blocks: one for all inputs, or one for each.
+def strengths_of(
+    loras: Sequence[Lora], base: Sequence[float], blocks: Blocks | Sequence[Blocks], *, averaged: bool = False
+) -> Strengths:
+    """blocks: one for all inputs, or one for each.   averaged: the strengths are weights of a mean.
 
     Raises ValueError for a strength that is not finite, another number of blocks than inputs, a text that
-    parse_block_strengths refuses, and a name in it that means no module of an input that it is for.
+    parse_block_strengths refuses, a name in it that means no module of an input that it is for, and for weights of a mean
+    that are negative, or all 0.
     """
     for lora, strength in zip(loras, base, strict=True):
         if not math.isfinite(strength):
             raise ValueError(f"{lora.source}: strength is {strength}, but it has to be a finite number")
+        if averaged and strength < 0:
+            raise ValueError(
+                f"{lora.source}: strength is {strength:g}, but in an average it is a weight, 0 or more. Choose method linear "
+                "to subtract a LoRA."
+            )
+    if averaged and not any(base):
+        raise ValueError("all strengths are 0, but in an average they are weights: give at least one above 0.")
     parsed = _parsed(blocks, len(loras))
     layout = Layout()
     if any(parsed):
@@ -54,11 +70,11 @@ def strengths_of(loras: Sequence[Lora], base: Sequence[float], blocks: Blocks | 
         layout = infer_layout(bodies)
         _check_work(loras, parsed)
         _check_met(loras, parsed, layout)
-    return Strengths([float(strength) for strength in base], parsed, layout)
+    return Strengths([float(strength) for strength in base], parsed, layout, averaged)
 
 
 def _parsed(blocks: Blocks | Sequence[Blocks], inputs: int) -> list[BlockStrengths | None]:
-    """Of each input."""
+    """Block strengths of each input, None where it has none."""
     each = [blocks] * inputs if blocks is None or isinstance(blocks, (BlockStrengths, str)) else list(blocks)
     if len(each) != inputs:
         raise ValueError(f"there are block strengths for {len(each)} inputs, but {inputs} inputs")

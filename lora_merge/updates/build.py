@@ -6,12 +6,11 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from . import weight_dependent as carried
 from .layer import Layer, LoraLayer
 from .loha import LohaLayer
 from .lokr import LokrLayer
 from .parts import DIFF_PARTS, WEIGHT_PARTS
-from .weight_dependent import Carried
+from .weight_dependent import BOFT, BUNDLED, DORA, GLORA, OFT, REPLACED, RESIZED, Carried
 
 # Kind -> parts that have to be there, parts that may.
 _KINDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -25,15 +24,15 @@ _KINDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset(),
         frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
     ),
-    carried.GLORA: (frozenset({"a1", "a2", "b1", "b2"}), frozenset()),
-    carried.OFT: (frozenset({"oft_blocks"}), frozenset({"rescale"})),
-    carried.REPLACED: (frozenset({"set_weight"}), frozenset()),
-    carried.BUNDLED: (frozenset({"bundle"}), frozenset()),
+    GLORA: (frozenset({"a1", "a2", "b1", "b2"}), frozenset()),
+    OFT: (frozenset({"oft_blocks"}), frozenset({"rescale"})),
+    REPLACED: (frozenset({"set_weight"}), frozenset()),
+    BUNDLED: (frozenset({"bundle"}), frozenset()),
 }
 _KIND_OF = {part: kind for kind, (needed, allowed) in _KINDS.items() for part in needed | allowed}
 ADDITIVE = ("LoRA", "LoHa", "LoKr")
 # Parts that make an additive kind depend on the weight.
-_MODIFIERS = {"dora_scale": carried.DORA, "magnitude": carried.DORA, "reshape_weight": carried.RESIZED}
+_MODIFIERS = {"dora_scale": DORA, "magnitude": DORA, "reshape_weight": RESIZED}
 # Of any kind, without alpha.
 PARTS = frozenset({*_KIND_OF, *_MODIFIERS, *DIFF_PARTS})
 
@@ -82,7 +81,7 @@ def ignores_alpha(parts: Collection[str]) -> bool:
     """Whether alpha has no effect beside these parts, so that any value of it will do."""
     if "alpha" in idle(parts):
         return True
-    return carried.REPLACED in kinds_of(parts) or {"lokr_w1", "lokr_w2"} <= set(parts)
+    return REPLACED in kinds_of(parts) or {"lokr_w1", "lokr_w2"} <= set(parts)
 
 
 def build(parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, ...] = ()) -> Layer | Carried | None:
@@ -99,18 +98,18 @@ def build(parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, .
     own = {name: part for name, part in parts.items() if name not in DIFF_PARTS and name != "alpha"}
     if layer is not None and _MODIFIERS.keys().isdisjoint(parts):
         return layer
-    if kind == carried.OFT:
+    if kind == OFT:
         return _oft(own, alpha)
-    if kind == carried.GLORA:
+    if kind == GLORA:
         return Carried(kind, own, alpha, _glora_shape(own))
-    if kind == carried.REPLACED:
+    if kind == REPLACED:
         return Carried(kind, own, alpha, tuple(own["set_weight"].shape))
-    if kind == carried.BUNDLED or layer is None:
-        return Carried(carried.BUNDLED, own, alpha)
+    if kind == BUNDLED or layer is None:
+        return Carried(BUNDLED, own, alpha)
     if "reshape_weight" in parts:
         if parts["reshape_weight"].ndim != 1:
             raise ValueError(f"reshape_weight is {tuple(parts['reshape_weight'].shape)}, but it is a list of sizes")
-        return Carried(carried.RESIZED, own, alpha)
+        return Carried(RESIZED, own, alpha)
     if "magnitude" in own:
         # PEFT's (out,) or (1, out, 1, 1) as the (out, 1, ...) by which ComfyUI multiplies the weight.
         rows = own.pop("magnitude")
@@ -119,7 +118,7 @@ def build(parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, .
         own["dora_scale"] = rows.reshape(-1, *(1 for _ in layer.shape[1:]))
     if own["dora_scale"].ndim == 0:
         raise ValueError("dora_scale is a single number, but it has one for each row or column")
-    return Carried(carried.DORA, own, alpha, layer.shape)
+    return Carried(DORA, own, alpha, layer.shape)
 
 
 def _additive(kind: str, parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, ...]) -> Layer:
@@ -149,7 +148,7 @@ def _oft(own: Mapping[str, Tensor], alpha: float | None) -> Carried:
         raise ValueError(
             f"oft_blocks is {shape}, but OFT needs (blocks, size, size), BOFT (factors, blocks, size, size)"
         )
-    return Carried(carried.OFT if len(shape) == 3 else carried.BOFT, own, alpha, (shape[-3] * shape[-2],))
+    return Carried(OFT if len(shape) == 3 else BOFT, own, alpha, (shape[-3] * shape[-2],))
 
 
 def _glora_shape(own: Mapping[str, Tensor]) -> tuple[int, ...]:

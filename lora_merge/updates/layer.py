@@ -79,7 +79,7 @@ class Layer(ABC):
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Of its parts."""
+        """The dtypes of its parts."""
         return {part.dtype for part in self.parts().values()}
 
     @property
@@ -290,7 +290,7 @@ def whole_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix, torch.eye(columns, dtype=matrix.dtype, device=matrix.device)
 
 
-def meeting_shape(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...] | None:
+def shape_of_both(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...] | None:
     """Shape of the weight that two updates of the same module share, or None if there is no such weight.
 
     A 1x1 convolution and a linear layer are the same matrix, and some tools write a 3x3 convolution's down

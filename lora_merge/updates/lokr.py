@@ -95,7 +95,7 @@ class LokrLayer(Layer):
         return {name: part for name, part in found.items() if part is not None}
 
     def without_core(self) -> LokrLayer:
-        """The same update with the second matrix whole and the scale in it, float32; itself if it has no Tucker core."""
+        """The layer with the second matrix whole and the scale in it, float32; itself if it has no Tucker core."""
         if self.t2 is None or self.w2_a is None or self.w2_b is None:
             return self
         core, a, b = (part.detach().to(torch.float32) for part in (self.t2, self.w2_a, self.w2_b))

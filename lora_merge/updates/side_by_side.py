@@ -52,7 +52,7 @@ class Sum(LoraLayer):
     def dim(self) -> int:
         return self.rank
 
-    @property
+    @cached_property
     def rank(self) -> int:
         return sum(share.rank for share in self.shares)
 

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lcm_kit.launch.data import read_captions
+from lcm_kit.launch.options import parsed
+from lcm_kit.launch.run import _settings
+
 TRAIN = Path(__file__).resolve().parents[2] / "demo" / "train"
 
 
@@ -92,3 +96,20 @@ def test_a_batch_shows_each_concept_in_the_style_it_says(script):
     pictures, _, style = classifier.batch(sets, 40, torch.Generator().manual_seed(0))
     torch.testing.assert_close(pictures[:, 0, 32, 32], style / 3)
     assert set(style.tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("kind", "phases", "steps", "style"), [("phased", 4, 300, False), ("ink_fast", 4, 300, True)])
+def test_the_refined_loras_are_asked_of_the_command_in_words_it_knows(
+    script, monkeypatch, tmp_path, kind, phases, steps, style
+):
+    lcm = script("lcm")
+    monkeypatch.setattr(lcm, "WORK", tmp_path)
+    words = [*map(str, lcm.data(kind))]
+    options = parsed(["--checkpoint", "model.safetensors", "-o", "lora.safetensors", *words])
+    settings = _settings(options)
+    assert (settings.phases, settings.steps, settings.batch * settings.accumulate) == (phases, steps, 24)
+    assert settings.grid(1000) == [124, 249, 374, 499, 624, 749, 874, 999]
+    assert bool(options.lora) == style
+    assert options.start_from == str(lcm.LORAS["lcm"])
+    captions = read_captions(options.prompts)
+    assert len(captions) == len({*captions}) == 2 * len(lcm.NAMES)

@@ -76,6 +76,7 @@ def test_defaults_are_those_of_the_settings():
 OTHERS = {
     "steps": 9, "batch": 9, "accumulate": 9, "learning_rate": 0.5, "warmup": 9, "decay": 0.5, "weight_decay": 0.5,
     "betas": (0.5, 0.7), "clip": 0.5, "guidance_min": 2.5, "guidance_max": 9.5, "skip": 9, "original_steps": 9,
+    "phases": 9,
     "huber_c": 0.5, "weighting": "v", "average": 0.5, "caption_dropout": 0.5, "seed": 9,
     "optimizer": "sgd", "decay_shape": "cosine",
 }  # fmt: skip

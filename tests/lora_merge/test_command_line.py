@@ -1,12 +1,17 @@
+import hashlib
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lcm_kit.lora_merge import load
 from lcm_kit.lora_merge.__main__ import main
+from lcm_kit.lora_merge.cli import merge as cli_merge
+from lcm_kit.lora_merge.recognise.catalogue import Published
+from lcm_kit.lora_merge.recognise.identity import identify
 from lcm_kit.tests.helpers import ROOT
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
@@ -119,3 +124,29 @@ def test_overwriting_is_asked_for_twice_where_somebody_elses_file_would_go(files
             assert (files / "lcm.safetensors").read_bytes() == before
         assert main([*command, *([word] if word else [])]) == status
     assert "--overwrite-any" in capsys.readouterr().err
+
+
+def test_auto_protects_a_lora_that_only_its_files_hash_tells(tmp_path, monkeypatch):
+    """As the node does: a published LoRA for a transformer looks like any other."""
+    module = "diffusion_model.blocks.0.self_attn.q"
+    for name, seed in (("style", 1), ("fast", 2)):
+        save_file(kohya(module, *factors(8, 2, 8, seed=seed)), tmp_path / f"{name}.safetensors")
+    fast = tmp_path / "fast.safetensors"
+    row = Published(
+        "Test",
+        "Wan 2.1/2.2 14B",
+        "LCM",
+        hashlib.sha256(fast.read_bytes()).hexdigest(),
+        "a/b",
+        bytes=fast.stat().st_size,
+    )
+    monkeypatch.setattr(cli_merge, "identify", partial(identify, catalogue=[row]))
+    made = {}
+    for protect in ("auto", "2", "none"):
+        out = tmp_path / f"{protect}.safetensors"
+        mu = [] if protect == "none" else ["--mu", "1"]
+        command = ["merge", str(tmp_path / "style.safetensors"), str(fast), "-o", str(out), "--protect", protect, *mu]
+        assert main(command) == 0
+        made[protect] = load_file(out)
+    assert all(torch.equal(made["auto"][key], made["2"][key]) for key in made["2"])
+    assert not all(torch.equal(made["auto"][key], made["none"][key]) for key in made["none"])

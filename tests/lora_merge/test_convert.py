@@ -112,3 +112,33 @@ def test_what_is_asked_wrongly_is_said_and_nothing_is_written(file, more, messag
     assert status == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+# Two models whose names in diffusers are the same: grouped attention, 3 rows of q to 1 of k and of v.
+@pytest.mark.parametrize(
+    ("width", "own"),
+    [
+        (2304, {"attention.qkv": (3840, 2304), "attention.out": (2304, 2304)}),  # Lumina 2, fused in ComfyUI
+        (2520, {"attn.to_q": (2520, 2520), "attn.to_k": (840, 2520), "attn.to_v": (840, 2520),
+                "attn.to_out.0": (2520, 2520)}),  # OmniGen 2, as in diffusers
+    ],
+)  # fmt: skip
+def test_names_of_two_models_are_told_apart_by_their_width(tmp_path, width, own):
+    file, state = tmp_path / "attention.safetensors", {}
+    for seed, name in enumerate(("to_q", "to_k", "to_v", "to_out.0")):
+        rows = width if name in ("to_q", "to_out.0") else width // 3
+        up, down = factors(rows, 1, width, seed=seed)
+        module = f"transformer.layers.0.attn.{name}"
+        state |= {f"{module}.lora_B.weight": up, f"{module}.lora_A.weight": down}
+    save_file(state, file)
+    status, out = convert(file)
+    assert status == 0
+    lora = load(out)
+    assert {name: lora.modules[module].shape for module, name in lora.spellings.items()} == {
+        f"diffusion_model.layers.0.{name}": shape for name, shape in own.items()
+    }
+    back = out.with_name("back.safetensors")
+    assert main(["convert", str(out), "-o", str(back), "--format", "diffusers"]) == 0
+    again = load_file(back)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], state[key]) for key in state)

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 from lcm_kit.lora_merge import Lora, load
 from lcm_kit.lora_merge.__main__ import main
-from lcm_kit.lora_merge.extracting.checkpoints import places
+from lcm_kit.lora_merge.extracting.checkpoints import named_rows
 from lcm_kit.lora_merge.extracting.extract import extract
+from lcm_kit.lora_merge.extracting.report import describe
 from lcm_kit.tests.lora_merge.make import dense, factors, generator, relative
 
 LINEAR = "lora_unet_middle_block_1_proj_in"
@@ -83,14 +84,14 @@ def test_equal_weights_are_left_out_and_others_are_accounted_for():
         ("lora_unet_middle_block_1_norm", "b_norm"): 1.0,
     }
     assert (account.modules, account.vectors, account.equal, account.other) == (1, 3, 1, ("positions",))
-    assert "1 weights do not differ" in account.describe()
+    assert "1 weights do not differ" in describe(account)
     again = Lora.from_state_dict(lora.to_state_dict())
     assert again.diffs.keys() == lora.diffs.keys()
     none, account = extract(weights, rank=2, vectors=False)
     assert not none.diffs
     assert (len(account.unwanted), account.other) == (3, ("positions",))
-    assert re.search(r"^Left out, as asked: 3 biases and norms \(\S+, \.\.\.\)\.$", account.describe(), re.M)
-    assert account.describe().endswith("under the names of LoRA files are extracted: 1 parameters (positions).")
+    assert re.search(r"^Left out, as asked: 3 biases and norms \(\S+, \.\.\.\)\.$", describe(account), re.M)
+    assert describe(account).endswith("under the names of LoRA files are extracted: 1 parameters (positions).")
 
 
 def test_rounding_of_float32_is_no_difference():
@@ -142,11 +143,11 @@ def test_bad_input_is_refused(weights, options, said):
     ],
 )  # fmt: skip
 def test_checkpoint_keys_get_the_names_of_lora_files(key, prefix, name):
-    assert places(key, prefix) == [(name, (0.0, 1.0))]
+    assert named_rows(key, prefix) == [(name, (0.0, 1.0))]
 
 
 def test_the_fused_attention_of_open_clip_is_taken_apart():
-    found = places("conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj_weight", "")
+    found = named_rows("conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj_weight", "")
     assert [name for name, _ in found] == [
         f"lora_te2_text_model_encoder_layers_3_self_attn_{x}_proj.weight" for x in "qkv"
     ]

@@ -211,7 +211,7 @@ def test_what_needs_no_translation_is_as_it_was():
 
 
 def canonical(spelled):
-    return names.canonical(names.spelling(spelled), Layout())
+    return names.canonical(names.kohya_name(spelled), Layout())
 
 
 @pytest.mark.parametrize("fused", [name for name, parts in PARTS.items() if len(parts) > 1])

@@ -162,6 +162,20 @@ def test_a_lora_that_states_its_preset_is_believed_last():
     assert official.how == "structure"
 
 
+def test_a_phased_lora_of_the_lcm_loras_structure_is_what_it_says():
+    found = identify(lora("SD1.5", metadata={identity.PRESET_KEY: "Phased LCM 4 steps"}))
+    assert (found.how, found.preset, found.bases) == ("metadata", "Phased LCM 4 steps", ("SD1.5",))
+
+
+def test_a_merge_has_the_preset_of_the_one_that_states_one():
+    """Its name would say another: an LCM-LoRA's, whose timesteps it does not know."""
+    phased = Lora.from_state_dict(small(), metadata={identity.PRESET_KEY: "Phased LCM 4 steps"}, source="lcm_fast")
+    style = Lora.from_state_dict(small(seed=1), source="ink")
+    found = identify(merge([(style, 0.8), (phased, 1.0)]))
+    assert (found.preset, found.kind) == ("Phased LCM 4 steps", "merge with Phased LCM 4 steps in it")
+    assert identify(merge([(style, 0.8), (phased, 0.0)])).preset is None
+
+
 def test_words_that_contradict_the_structure_win():
     """DMD2 and TCD LoRAs can have the modules, rank and alpha of the LCM-LoRA."""
     found = identify(lora("SDXL", metadata={"modelspec.title": "DMD2 sdxl 4 step"}))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lcm_kit.lora_merge import LoraLayer
-from lcm_kit.lora_merge.updates.layer import exponent, is_safe, largest, meeting_shape, unfolded, whole_factors
+from lcm_kit.lora_merge.updates.layer import exponent, is_safe, largest, shape_of_both, unfolded, whole_factors
 from lcm_kit.tests.lora_merge.make import dense, factors, relative
 
 
@@ -87,8 +87,8 @@ def test_a_layer_cannot_be_changed():
     ],
 )
 def test_shapes_of_one_weight_meet(first, second, common):
-    assert meeting_shape(first, second) == common
-    assert meeting_shape(second, first) == common
+    assert shape_of_both(first, second) == common
+    assert shape_of_both(second, first) == common
 
 
 def sized(first, second, *, middle=None, dtype=torch.float32):

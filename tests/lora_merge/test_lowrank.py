@@ -154,7 +154,8 @@ def test_what_is_known_of_the_directions_makes_the_same_cut_bit_for_bit(count, b
     terms = [(layer(40, 5 + n, 30, kernel, alpha=2.0, seed=n), 0.5 + n) for n in range(count)]
     known = directions(terms, balanced=balanced).known()
     assert known is not None
-    assert {max(part.shape) for part in vars(known).values()} == {sum(one.rank for one, _ in terms)}
+    kept = [part for part in vars(known).values() if isinstance(part, torch.Tensor)]
+    assert {max(part.shape) for part in kept} == {sum(one.rank for one, _ in terms)}
     for rank in (1, 3, 4):
         anew, again = (
             truncated_sum(terms, rank, balanced=balanced),
@@ -180,3 +181,17 @@ def test_singular_vectors_are_orthonormal_however_far_the_singular_values_are_ap
     for vectors in (u.T @ u, vh @ vh.T):
         torch.testing.assert_close(vectors, torch.eye(3).double(), rtol=0, atol=1e-6)  # float32 needs no more
     torch.testing.assert_close(s, torch.tensor(singular).double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("strengths", [(1.0,), (-0.7,), (0.0, 1.3), (0.9, -0.4)])
+def test_what_is_kept_is_what_a_singular_value_decomposition_of_the_whole_update_keeps(strengths):
+    """Also of a LoRA alone, where nothing but its singular values is looked at."""
+    terms = [(layer(40, 5 + n, 30, alpha=2.0, seed=n), strength) for n, strength in enumerate(strengths)]
+    u, s, vh = torch.linalg.svd(exact(terms).double(), full_matrices=False)
+    rank = int((s > 1e-6 * s[0]).sum())
+    kept = directions(terms).prospect().kept
+    for r in range(1, rank):
+        assert kept[0, r].item() == pytest.approx(float(s[:r].square().sum()), rel=1e-5)
+        for row, term in enumerate(terms, start=1):
+            inside = u[:, :r].T @ exact([term]).double() @ vh[:r].T
+            assert kept[row, r].item() == pytest.approx(float(inside.square().sum()), rel=1e-4, abs=1e-9)

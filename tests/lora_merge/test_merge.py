@@ -154,7 +154,7 @@ def test_names_of_two_unets_do_not_mix():
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"method": "average"}, "method is 'average', but it has to be one of: linear"),
+        ({"method": "median"}, "method is 'median', but it has to be one of: linear"),
         ({"rank": -1}, "rank is -1"),
     ],
 )

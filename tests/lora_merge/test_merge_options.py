@@ -19,9 +19,9 @@ from lcm_kit.lora_merge import (
     resize_with_account,
     save,
 )
-from lcm_kit.lora_merge.merging.sizes import numbers_within
+from lcm_kit.lora_merge.merging.budget import numbers_within
+from lcm_kit.lora_merge.metadata.fields import PRESET_KEY
 from lcm_kit.lora_merge.one_module.protect import which_protected
-from lcm_kit.lora_merge.recognise.identity import PRESET_KEY
 from lcm_kit.lora_merge.settings.options import MergeOptions, options_from_dict
 from lcm_kit.tests.lora_merge.make import dense, factors, generator, kohya, relative
 

@@ -9,7 +9,7 @@ import torch
 from lcm_kit.lora_merge import METHODS, Lora, MergeOptions, describe_merge, load, merge, merge_with_account, save
 from lcm_kit.lora_merge.__main__ import main
 from lcm_kit.lora_merge.merging.account import Source
-from lcm_kit.lora_merge.merging.account import _lost as lost
+from lcm_kit.lora_merge.merging.report import _lost as lost
 from lcm_kit.lora_merge.merging.reproduce import reproduce
 from lcm_kit.lora_merge.methods import table
 from lcm_kit.lora_merge.methods.table import Method, Parameter, all_parameters

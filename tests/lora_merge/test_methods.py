@@ -153,6 +153,7 @@ def test_defaults_are_those_of_the_table():
     }
     assert defaults == {
         "linear": {},
+        "average": {},
         "ties": {"density": 0.2},
         "dare": {"density": 0.9},
         "dare_ties": {"density": 0.9},
@@ -239,7 +240,7 @@ def test_in_the_core_space_a_method_leaves_as_much_as_on_whole_weights(method):
     assert core == pytest.approx(whole, abs=0.1)
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.exact_inputs == 0])
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not (row.exact_inputs or row.averages)])
 def test_a_density_of_one_without_election_is_the_sum(method):
     merged = merge(INPUTS, method=method, density=1.0)
     if method in ("linear", "dare", "della", "magnitude", "breadcrumbs"):
@@ -269,7 +270,7 @@ def test_the_result_of_each_method_does_not_depend_on_the_factors(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_lora_with_nothing_to_prune_is_itself(method):
-    if METHODS[method].exact_inputs:
+    if METHODS[method].exact_inputs or METHODS[method].averages:
         return
     merged = merge([(LORAS[0], -0.5)], method=method, density=1.0)
     for module in SHAPES:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lcm_kit.lora_merge import Lora as LoraOf
 from lcm_kit.lora_merge import LoraLayer, load, merge, save
 from lcm_kit.lora_merge.disk.header import MAX_NAME
-from lcm_kit.lora_merge.naming.names import spelling
+from lcm_kit.lora_merge.naming.names import kohya_name
 from lcm_kit.lora_merge.updates.weight_dependent import Carried
 from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import factors, kohya, relative
@@ -102,7 +102,7 @@ def test_what_load_reads_save_writes(tmp_path_factory, modules):
 @given(NAMES)
 def test_the_spelling_of_a_spelling_is_itself_however_many_underscores(name):
     if "processor_processor" not in name:
-        assert spelling(spelling(name)) == spelling(name)
+        assert kohya_name(kohya_name(name)) == kohya_name(name)
 
 
 def test_three_underscores_are_one_module_with_one():

@@ -37,7 +37,7 @@ def test_a_plan_says_what_meets_what():
     assert planned.metadata["modelspec.title"] == "both"
     assert planned.spellings.keys() == {*planned.modules, "lora_unet_d"}
     assert [one.source for one in planned.sharing] == ["first", "second"]
-    assert planned.warnings == []
+    assert (planned.remarks, planned.fused, planned.protects_nobody) == ([], [], False)
 
 
 def test_a_plan_leaves_out_of_the_sum_who_has_no_part_in_it():
@@ -49,9 +49,8 @@ def test_a_plan_leaves_out_of_the_sum_who_has_no_part_in_it():
 def test_a_plan_settles_whom_auto_protects():
     planned = plan(INPUTS, MergeOptions(protect="auto", mu=1.0))
     assert planned.options.protect is None
-    assert planned.warnings == [
-        "no input is recognised as an acceleration LoRA, so no LoRA is protected and mu has no effect"
-    ]
+    assert planned.protects_nobody
+    assert not plan(INPUTS, MergeOptions(protect="auto")).protects_nobody
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from lcm_kit.lora_merge.disk import tensor_file as module
+from lcm_kit.lora_merge.disk.header import MAX_DIMENSIONS, MAX_NAME, MAX_TENSORS
+from lcm_kit.lora_merge.disk.json_text import MAX_CONTAINERS
 from lcm_kit.lora_merge.disk.tensor_file import read, tensor_file, write
 from lcm_kit.tests.helpers import ROOT
 
@@ -161,3 +164,32 @@ def test_a_file_that_is_cut_off_after_it_was_loaded_ends_no_process(tmp_path):
     command = [sys.executable, "-c", TRUNCATED, tmp_path / "x.safetensors", tmp_path / "out.safetensors"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "right\n" * 3), done.stderr
+
+
+UNREADABLE = {
+    "an ordinary one": ({"a": torch.ones(2)}, {"title": "ä [{"}),
+    "without metadata": ({"a": torch.ones(2)}, {}),
+    "a long name": ({"a" * (MAX_NAME + 1): torch.ones(2)}, {}),
+    "an empty name": ({"": torch.ones(2)}, {}),
+    "a name with a line break": ({"a\nb": torch.ones(2)}, {}),
+    "a name with a quote": ({'a"b': torch.ones(2)}, {}),
+    "many dimensions": ({"a": torch.ones((1,) * (MAX_DIMENSIONS + 1))}, {}),
+    "too many brackets": ({"a": torch.ones(2)}, {"title": "[" * (MAX_CONTAINERS + 1)}),
+    "what looks like offsets": ({"a": torch.ones(2)}, {"title": '"data_offsets"' * (MAX_TENSORS + 1)}),
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_what_is_refused_before_it_is_written_is_what_nobody_could_read(tmp_path, what):
+    tensors, metadata = UNREADABLE[what]
+    path, hashed = tmp_path / "unchecked.safetensors", tmp_path / "hashed.safetensors"
+    with path.open("wb") as file:
+        write(file, tensors, metadata)
+    try:
+        read(path)
+        readable = True
+    except ValueError:
+        readable = False
+    with hashed.open("wb") as file, nullcontext() if readable else pytest.raises(ValueError, match="nobody could read"):
+        write(file, tensors, metadata, hashed=True)
+    assert (hashed.stat().st_size > 0) is readable

@@ -1,6 +1,7 @@
 """Bases of transformers by names and shapes, against the models that diffusers builds, and each against all others."""
 
 import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -48,6 +49,12 @@ def test_a_pruned_model_is_its_base_until_a_tenth_is_missing(name):
     assert base_of(modules) is None or base_of(modules).name != name
 
 
+@cache
+def bases_of(lora):
+    """The bases of a LoRA of every module of one."""
+    return recognise(modules_of(lora)).bases
+
+
 def counts_on(lora, model):
     """What becomes of a LoRA of every module of one base on a model of another."""
     mine, theirs = BY_NAME[lora].modules, BY_NAME[model].modules
@@ -60,8 +67,7 @@ def counts_on(lora, model):
 @pytest.mark.parametrize("model", NAMES)
 def test_a_lora_is_taken_by_the_models_of_its_base_alone(lora, model):
     """Every pair. It may be for another base as well where that one holds all that it changes."""
-    bases = recognise(modules_of(lora)).bases
-    counts = counts_on(lora, model)
+    bases, counts = bases_of(lora), counts_on(lora, model)
     taken = model in bases
     assert taken is (lora == model or inside(lora, model))
     assert is_wrong_base(counts, bases, model, accelerates=False, demand_all=True) is not taken

@@ -190,6 +190,7 @@ PUBLISHED = {
     "PCM normal cfg 8 steps": (8, 4.5, 0.0),
     "PCM normal cfg 16 steps": (16, 7.5, 0.0),
     "PCM LCM-like": (4, 1.0, 1.0),
+    **{f"Phased LCM {steps} steps": (steps, 1.0, 0.0) for steps in (2, 4, 8)},
     "TDD": (4, 1.7, 0.2),
     "Turbo": (1, 1.0, 1.0),
 }

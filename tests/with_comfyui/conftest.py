@@ -16,6 +16,15 @@ from lcm_kit.tests.helpers import ROOT
 
 DEMO_MODELS = ROOT / "demo" / "models"
 HOME = None
+# Few tests, but long ones: minutes of training, of prompts one after the other, of web pages.
+LONG = (
+    "test_distillation_command.py",
+    "test_soak.py",
+    "test_hostile_texts.py",
+    "test_markup_in_page.py",
+    "test_browser.py",
+    "test_soak_trainings.py",
+)
 
 if os.environ.get("COMFYUI_PATH"):
     from comfy.cli_args import args
@@ -41,6 +50,18 @@ class NeedsComfyUI(pytest.Module):
 def pytest_pycollect_makemodule(module_path, parent):
     # Not an importorskip in every file: those would skip as well when a broken ComfyUI fails to import.
     return None if HOME else NeedsComfyUI.from_parent(parent, path=module_path)
+
+
+def pytest_configure(config):
+    # pytest-xdist would begin with the files of the most tests.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, so that no process is alone with one at the end."""
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
 
 
 def pytest_unconfigure():

@@ -63,6 +63,7 @@ _WAN = {
 }  # fmt: skip
 _LTX_2 = _LTX | {
     "audio_in_channels": 8, "audio_cross_attention_dim": 16, "audio_attention_head_dim": 8, "audio_num_attention_heads": 2,
+    "connector_attention_head_dim": 8, "connector_num_attention_heads": 2,
 }  # fmt: skip
 _VACE = _WAN | {"vace_layers": 2, "vace_in_dim": 4}
 _AURA = {
@@ -124,6 +125,7 @@ MODELS = {
     "Wan VACE": ("WAN21_Vace", "wan.model", "VaceWanModel", _VACE, None),
     "Wan": ("WAN21", "wan.model", "WanModel", _WAN, None),
     "Wan I2V": ("WAN21", "wan.model", "WanModel", _WAN | {"model_type": "i2v"}, None),
+    "Wan Animate 2": ("WAN_Animate2", "wan.model_animate2", "WanAnimate2Model", _WAN | {"model_type": "animate2"}, None),
     "AuraFlow": ("AuraFlow", "aura.mmdit", "MMDiT", _AURA, None),
     "PixArt": ("PixArt", "pixart.pixartms", "PixArtMS", _PIXART, None),
     "HunyuanDiT": ("HunyuanDiT", "hydit.models", "HunYuanDiT", _HYDIT, None),

@@ -21,8 +21,8 @@ MAKERS = {
     "LATENT": [("EmptyLatentImage", 0), ("LCMKitKSampler", 0), ("LCMKitEdit", 0), ("VAEEncode", 0), ("SamplerCustom", 0)],
     "IMAGE": [("VAEDecode", 0), ("LCMKitDistill", 1)],
     "LORA_MODEL": [("LCMKitLoadLoRA", 0), ("LCMKitMergeLoRA", 0), ("LCMKitResizeLoRA", 0), ("LCMKitExtractLoRA", 0),
-                   ("LCMKitDistill", 0), ("LCMKitLoader", 2)],
-    "LCM_PRESET": [("LCMKitPreset", 0), ("LCMKitLoader", 6)],
+                   ("LCMKitDistill", 0), ("LCMKitLoader", 3)],
+    "LCM_PRESET": [("LCMKitPreset", 0), ("LCMKitLoader", 2)],
     "SAMPLER": [("LCMKitSampler", 0), ("KSamplerSelect", 0)],
     "SIGMAS": [("LCMKitScheduler", 0)],
 }  # fmt: skip

@@ -85,9 +85,5 @@ def cores_sampler(seed=SEED):
     return comfy.samplers.KSAMPLER(sample)
 
 
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
-
-
 def picture(channels=4, size=8, batch=1, seed=9):
     return {"samples": torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))}

@@ -63,7 +63,7 @@ def load(model):
 @pytest.mark.parametrize("base", NAMES)
 def test_it_finds_the_file_for_the_model_whatever_it_is_called(official, base):
     model = bases.model(base)
-    changed, _, lora, *_, report, preset = load(model)
+    changed, _, preset, lora, *_, report = load(model)
     name = f"{NAMES.index(base)}.safetensors"
     by_name = LCMLoader.execute(model, name, 1.0, "refuse").result
     assert changed.patches.keys() == by_name[0].patches.keys()
@@ -95,9 +95,9 @@ def test_on_a_model_of_no_known_base_it_is_the_one_that_fits_and_is_said_to_be_o
     with pytest.raises(ValueError, match="LCM Kit knows of none for such models: choose a file by name"):
         load(model)
     put(loras, "x.safetensors", tiny.lora(model, seed=2), **{"lcm_kit.preset": "TCD"})
-    assert load(model)[2].name == "x.safetensors"
+    assert load(model)[3].name == "x.safetensors"
     put(loras, "y.safetensors", tiny.lora(model, seed=3), **{"lcm_kit.preset": "LCM"})
-    *_, lora, _, _, report, preset = load(model)
+    _, _, preset, lora, *_, report = load(model)
     assert (lora.name, preset.name) == ("y.safetensors", "LCM")
     assert "Others that fit, to be chosen by name: x.safetensors (TCD LoRA)." in report
 
@@ -112,7 +112,7 @@ def test_a_merge_with_a_style_and_a_broken_file_are_none_of_them(loras):
         load(model)
     save(lcm, loras / "z.safetensors")
     folder_paths.filename_list_cache.pop("loras", None)
-    assert load(model)[2].name == "z.safetensors"
+    assert load(model)[3].name == "z.safetensors"
 
 
 def test_files_are_looked_at_once_while_they_stay_as_they_are(loras, monkeypatch):

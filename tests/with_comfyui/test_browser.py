@@ -119,6 +119,10 @@ def test_example_workflow_opens_whole_in_view_and_is_the_prompt_of_its_descripti
 
 def test_the_report_is_on_the_node_after_a_run(page):
     open_graph(page, lcm_only(TINY, Shot("cat face", seed=7, steps=4)))
+    # All of it in view: the page takes a node's picture when it draws the node.
+    page.evaluate(
+        "() => { app.canvas.ds.scale = 0.5; app.canvas.ds.offset = [200, 200]; app.canvas.setDirty(true, true); }"
+    )
     page.get_by_test_id("queue-button").click()
     page.wait_for_function("() => app.graph.nodes.find(n => n.type === 'SaveImage').imgs?.length")
     report = report_on(page, "LCMKitLoader")

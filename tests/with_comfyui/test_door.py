@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from comfy_api.latest import io
 
-from lcm_kit.host.door.check import check
+from lcm_kit.host.door.check import check, name_in_words
 from lcm_kit.host.door.choices import is_dynamic_choice, keys
 from lcm_kit.host.door.links import KINDS
 from lcm_kit.host.door.node import Node, in_the_name_of
@@ -135,9 +135,7 @@ def test_a_value_that_an_input_does_not_take_is_refused_in_words(node_id, name, 
     wrap = (lambda value: [value]) if schema.is_input_list else (lambda value: value)
     given = {key: wrap(value) for key, value in legal(schema).items()}
     for value in illegal(entry, links):
-        with pytest.raises(
-            ValueError, match=f"^{schema.display_name.replace('(', '[(]').replace(')', '[)]')}: "
-        ) as error:
+        with pytest.raises(ValueError, match=f"^{name_in_words(schema)}: ") as error:
             node.execute(**given | {name: wrap(value)})
         message = str(error.value)
         assert name in message, (value, message)
@@ -294,4 +292,4 @@ def test_methods_and_dtypes_out_of_their_lists_are_named(links):
     with pytest.raises(ValueError, match=f"method is 'nonsense', .* one of {', '.join(METHODS)}"):
         NODES["LCMKitMergeLoRA"].execute(**merge, method="nonsense")
     with pytest.raises(ValueError, match=r"dtype is 'fp8', .* one of fp16, bf16, fp32"):
-        NODES["LCMKitResizeLoRA"].execute(links["LORA_MODEL"], 1, 0.0, "fp8")
+        NODES["LCMKitResizeLoRA"].execute(links["LORA_MODEL"], {"size": "rank", "rank": 1}, "fp8")

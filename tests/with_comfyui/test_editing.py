@@ -17,8 +17,9 @@ from lcm_kit.nodes.editing import LCMEdit
 from lcm_kit.nodes.sampling import LCMKSampler
 from lcm_kit.samplers.noise import StepNoise, level_numbers
 from lcm_kit.samplers.schedule import lcm_timesteps
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import tiny
-from lcm_kit.tests.with_comfyui.sampled import CAT, DOG, SEED, relative
+from lcm_kit.tests.with_comfyui.sampled import CAT, DOG, SEED
 from lcm_kit.tests.with_comfyui.sampled import edited as edit
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -221,7 +222,7 @@ class MiddleControl(comfy.controlnet.ControlBase):
 
 @pytest.mark.parametrize(("to_all", "calls"), [(True, 8), (False, 4)])
 def test_a_controlnet_on_the_target_reaches_the_source_where_its_node_says_so(to_all, calls):
-    model, latent = tiny.small_model(ModelType.V_PREDICTION), tiny.latent(seed=9)
+    model, latent = tiny.tiny_model(ModelType.V_PREDICTION, **tiny.WITH_MIDDLE), tiny.latent(seed=9)
     control = MiddleControl()
     target = [[DOG[0][0], {"control": control, "control_apply_to_uncond": to_all}]]
     controlled = edit(model, latent, target=target)

@@ -121,7 +121,7 @@ def test_quantised_weights_are_read_through_comfyui_s_own_conversion(name):
 
 def test_weights_that_cannot_be_read_are_refused_with_their_number():
     """As a pack's own format has them: bytes, and nothing of ComfyUI's to make numbers of them."""
-    base, packed = tiny.small_model(), tiny.small_model()
+    base, packed = (tiny.tiny_model(**tiny.WITH_MIDDLE) for _ in range(2))
     for place in ("to_q", "to_k", "to_v"):
         layer = comfy.utils.get_attr(packed.model, KEY.replace("to_q", place))
         layer.weight = torch.nn.Parameter(torch.zeros(64, 40, dtype=torch.uint8), requires_grad=False)
@@ -211,7 +211,7 @@ def test_the_command_names_the_weights_of_every_model_as_comfyui_knows_them(name
     keys = {key.removeprefix("diffusion_model."): key for key in dits.shapes(name)}
     prefix = checkpoints.prefix_of(keys)
     for key, weight in keys.items():
-        ((spelled, rows),) = checkpoints.places(key, prefix)
+        ((spelled, rows),) = checkpoints.named_rows(key, prefix)
         module, _, part = spelled.rpartition(".")
         assert rows == (0.0, 1.0)
         if part == "weight":
@@ -237,5 +237,5 @@ def test_the_command_names_diffusers_weights_as_comfyui_knows_them(name):
     weights = [key for key in table if key.endswith(".weight")]
     assert len(weights) > 20
     for key in weights:
-        ((spelled, _),) = checkpoints.places(key, prefix)
+        ((spelled, _),) = checkpoints.named_rows(key, prefix)
         assert dits.target_of(homes[spelled.removesuffix(".weight")])[0] == dits.target_of(table[key])[0]

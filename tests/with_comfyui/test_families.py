@@ -74,7 +74,22 @@ def distilled(family, model, **widgets):
     ).result[0]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["Wan", "Flux", "Qwen-Image", "Z-Image"])
+DISTILLED = ("Wan", "Flux", "Qwen-Image", "Z-Image")
+# Trained too, for fewer steps than would lower a loss.
+TRAINED = ("SD3", "HunyuanVideo")
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_distill_trains_a_lora_that_core_loads_whole(name, caplog):
+    family = FAMILIES[name]
+    model = family.model()
+    lora = distilled(family, model, steps=2)
+    with_lora, _ = comfy.sd.load_lora_for_models(model, None, dict(lora), 1.0, 0)
+    assert "not loaded" not in caplog.text
+    assert with_lora.patches
+
+
+@pytest.mark.parametrize("name", DISTILLED)
 def test_distill_lowers_the_loss_with_checkpointing_and_without(name, monkeypatch, caplog):
     monkeypatch.setattr(distilling, "Settings", partial(Settings, warmup=1))
     family = FAMILIES[name]

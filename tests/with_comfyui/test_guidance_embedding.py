@@ -20,6 +20,7 @@ from lcm_kit.nodes.loading import ApplyLoRA
 from lcm_kit.nodes.sampling import LCMKSampler
 from lcm_kit.samplers.guidance import guidance_embedding
 from lcm_kit.samplers.noise import StepNoise, level_numbers
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.samplers import toy
 from lcm_kit.tests.with_comfyui import tiny
 
@@ -97,10 +98,6 @@ def own_model(shared, monkeypatch):
 
 def applied(model, guidance=8.0, unet_name=NAME):
     return LCMGuidanceEmbedding.execute(model=model, unet_name=unet_name, guidance=guidance).result[0]
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def output_of(model, x, times, context):

@@ -64,6 +64,7 @@ def test_every_text_input_is_tried(client):
     assert sorted(found) == sorted(INPUTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), INPUTS)
 def test_the_server_answers_others_meanwhile(client, server, kind, name):
     info, slowest, stop = client.object_info(), [], threading.Event()
@@ -80,7 +81,10 @@ def test_the_server_answers_others_meanwhile(client, server, kind, name):
     try:
         for title, text in TEXTS.items():
             said = said_of(client, hostile(info, kind, name, text))
-            assert said is None or (info[kind]["display_name"] in said and len(said) < 10_000), (title, said)
+            assert said is None or (info[kind]["display_name"].partition(" (")[0] in said and len(said) < 10_000), (
+                title,
+                said,
+            )
     finally:
         stop.set()
         other.join()

@@ -122,7 +122,7 @@ def reporting():
     inputs = {"model": loaded.model, "clip": loaded.clip}
     applied = graph.add("LCMKitApplyLoRA", **inputs, lora=merged, strength_model=1.0, strength_clip=1.0)
     graph.add("PreviewAny", source=[applied, 2])
-    resized = graph.add("LCMKitResizeLoRA", lora=lora, rank=8, keep=0.0, dtype="fp16")
+    resized = graph.add("LCMKitResizeLoRA", lora=lora, size="rank", **{"size.rank": 8}, dtype="fp16")
     graph.add("PreviewAny", source=[resized, 1])
     loras = {"lora_1": lora, "lora_2": graph[merged[0]]["inputs"]["lora_2"]}
     graph.add("LCMKitCompareLoRA", rank=0, **loras, **{f"strength_{n}": 1.0 for n in range(1, 5)})
@@ -134,7 +134,7 @@ def failing(type_, **inputs):
     graph = Graph()
     loaded = load(graph, TINY)
     if type_ == "LCMKitLoader":
-        node = graph.add(type_, model=loaded.model, strength=1.0, wrong_base="refuse", **inputs)
+        node = graph.add(type_, model=loaded.model, strength_model=1.0, wrong_base="refuse", **inputs)
     elif type_ == "LCMKitScheduler":
         node = graph.add(type_, model=loaded.model, steps=4, denoise=1.0, original_steps=50, **inputs)
     elif type_ == "LCMKitMergeLoRA":
@@ -148,7 +148,7 @@ def failing(type_, **inputs):
     else:
         node = graph.add(type_, **inputs)
     # What shows a result is given the shortest one, should there be any.
-    graph.add("PreviewAny", source=[node, {"LCMKitLoader": 5, "LCMKitMergeLoRA": 1, "LCMKitLoadLoRA": 1}.get(type_, 0)])
+    graph.add("PreviewAny", source=[node, {"LCMKitLoader": 6, "LCMKitMergeLoRA": 1, "LCMKitLoadLoRA": 1}.get(type_, 0)])
     return graph
 
 
@@ -208,6 +208,22 @@ def test_what_strangers_run_does_nothing_in_open_pages(runner, onlooker, server)
     runner.wait_for_timeout(500)
     assert [harm(runner), harm(onlooker)] == [[0, []]] * 2
     assert [page.evaluate("() => window.texts") for page in (runner, onlooker)] == [[], []]
+
+
+def test_a_report_that_a_strangers_workflow_brings_is_text(runner):
+    """On a node of ours and on another pack's, which may have one too. Anything but text is no report."""
+    graph = Graph()
+    shown = graph.add("PreviewAny", source=[graph.add("LCMKitLoadLoRA", lora_name=TINY.lcm), 1])
+    graph.add("PreviewAny", source=[shown, 0])
+    open_graph(runner, graph, "brought")
+    workflow = runner.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
+    for node, report in zip(workflow["nodes"], (MARKUP, MARKUP, {"length": 1e9}), strict=True):
+        node["properties"]["lcm_kit_report"] = report
+    runner.evaluate("graph => app.loadGraphData(graph)", workflow)
+    runner.wait_for_timeout(1000)
+    boxes = """() => app.graph.nodes.flatMap(n => n.widgets ?? []).filter(w => w.name === "lcm_kit_report").map(w => w.element.value)"""
+    assert runner.evaluate(boxes) == [MARKUP] * 2
+    assert harm(runner) == [0, []]
 
 
 def test_no_name_of_a_file_becomes_markup_in_a_list(runner, hostile):

@@ -20,7 +20,7 @@ STRENGTHS = (1.0, 0.8, -0.3)
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.small_model()
+    return tiny.tiny_model(**tiny.WITH_MIDDLE)  # some block strengths are of the middle
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from lcm_kit.host.sampling.negative.unet import UNetRoad
 from lcm_kit.nodes.guidance import LCMNegativePrompt
 from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler
 from lcm_kit.nodes.scheduling import LCMScheduler
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import tiny
 
 SEED = 5
@@ -95,10 +96,6 @@ def rows_projected(model):
     hook = attn2.to_k.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     yield seen
     hook.remove()
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 # ---- neutral points

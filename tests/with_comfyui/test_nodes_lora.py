@@ -151,16 +151,16 @@ def test_lcm_loader_applies_and_gives_settings(model, put):
     result = LCMLoader.execute(model, name, 1.0, "refuse").result
     assert_same_weights(result[0], by_comfyui(model, (tensors, 1.0)))
     count = len(tiny.modules(model))
-    assert result[3:5] == (4, 1.0)
-    assert f"{count} of {count} modules applied" in result[5]
-    assert set(result[2]) == set(tensors)
+    assert result[4:6] == (4, 1.0)
+    assert f"{count} of {count} modules applied" in result[6]
+    assert set(result[3]) == set(tensors)
     assert model.patches == {}
 
 
 def test_the_report_says_what_a_lora_is_and_how_to_sample_with_it(model, put):
     name = put("a.safetensors", tiny.lora(model, rank=4, alpha=2.0), {"lcm_kit.preset": "TCD"})
     total, parameters = len(tiny.modules(model)), sum(t.numel() for k, t in tiny.lora(model).items() if "lora_" in k and "alpha" not in k)  # fmt: skip
-    assert LCMLoader.execute(model, name, 0.5, "refuse").result[5].splitlines() == [
+    assert LCMLoader.execute(model, name, 0.5, "refuse").result[6].splitlines() == [
         f"a.safetensors: {total} of {total} modules applied at strength 0.5.",
         "It is: TCD LoRA, likely: by metadata, the file says so.",
         "Made for: not known, this model: of ComfyUI's class TinyConfig.",
@@ -172,7 +172,7 @@ def test_the_report_says_what_a_lora_is_and_how_to_sample_with_it(model, put):
 def test_all_three_nodes_say_the_same_about_a_lora(model, put):
     name = put("a.safetensors", tiny.lora(model), {"lcm_kit.preset": "LCM"})
     reports = [
-        LCMLoader.execute(model, name, 1.0, "refuse").result[5],
+        LCMLoader.execute(model, name, 1.0, "refuse").result[6],
         applied(model, loaded(name))[2],
         LoadLoRA.execute(name).result[1],
     ]
@@ -195,7 +195,7 @@ def test_all_three_nodes_say_the_same_about_a_lora(model, put):
 )
 def test_settings_are_those_of_the_preset(model, put, preset, settings):
     name = put("a.safetensors", tiny.lora(model), {"lcm_kit.preset": preset})
-    *_, steps, cfg, report, chosen = LCMLoader.execute(model, name, 1.0, "refuse").result
+    _, _, chosen, _, steps, cfg, report = LCMLoader.execute(model, name, 1.0, "refuse").result
     assert (steps, cfg) == settings == (chosen.steps, chosen.cfg)
     assert chosen is PRESETS[preset]
     assert f"Settings ({preset}): " in report
@@ -216,7 +216,7 @@ def test_what_is_not_known_gets_no_settings_and_whoever_asks_for_them_is_told(
     model, put, name, metadata, words, strength
 ):
     """Never those of another method: such a picture would look like an answer."""
-    *_, steps, cfg, report, chosen = LCMLoader.execute(
+    _, _, chosen, _, steps, cfg, report = LCMLoader.execute(
         model, put(name, style(model), metadata), strength, "refuse"
     ).result
     assert chosen is None
@@ -235,7 +235,7 @@ def style(model):
 
 def test_an_acceleration_lora_by_its_modules_that_is_not_known_gets_no_settings_either(model, put):
     for node in (
-        lambda name: LCMLoader.execute(model, name, 1.0, "refuse").result[5],
+        lambda name: LCMLoader.execute(model, name, 1.0, "refuse").result[6],
         lambda name: LoadLoRA.execute(name).result[1],
     ):
         report = node(put("a.safetensors", tiny.lora(model)))
@@ -250,7 +250,7 @@ def test_a_style_lora_in_the_other_nodes_is_not_asked_for_settings(model, put):
 
 
 def test_nodes_that_take_a_preset_do_without_where_the_loader_has_none(model, put):
-    *_, preset = LCMLoader.execute(model, put("ink.safetensors", style(model)), 1.0, "refuse").result
+    preset = LCMLoader.execute(model, put("ink.safetensors", style(model)), 1.0, "refuse").result[2]
     assert preset is None
     inputs = {"model": model, "steps": 3, "denoise": 1.0, "original_steps": 50, "timesteps": ""}
     with_none = LCMScheduler.execute(**inputs, preset=preset).result[0]
@@ -264,7 +264,7 @@ def test_nodes_that_take_a_preset_do_without_where_the_loader_has_none(model, pu
 def test_strength_zero_leaves_the_model(model, put, node):
     name = put("lcm.safetensors", tiny.lora(model))
     if node == "loader":
-        changed, *_, report, _ = LCMLoader.execute(model, name, 0.0, "refuse").result
+        changed, *_, report = LCMLoader.execute(model, name, 0.0, "refuse").result
     else:
         changed, _, report = applied(model, loaded(name), strength_model=0.0)
     assert changed is model
@@ -405,8 +405,8 @@ def test_a_lora_stack_is_applied_before_the_lcm_lora(model, put):
     assert_same_weights(result[0], by_comfyui(model, (style, 0.8), (other, -0.3), (lcm, 1.0)))
     _, expected_clip = comfy.sd.load_lora_for_models(model, clip, dict(style), 0.8, 0.5)
     assert_same_weights(result[1].patcher, expected_clip.patcher)
-    assert result[5].startswith("lcm.safetensors: ")
-    lines = result[5].splitlines()
+    assert result[6].startswith("lcm.safetensors: ")
+    lines = result[6].splitlines()
     assert any(line.startswith("style.safetensors: ") and "strength 0.8 (text encoder 0.5)" in line for line in lines)
     assert any(line.startswith("other.safetensors: ") for line in lines)
 
@@ -458,8 +458,8 @@ def test_a_stack_may_name_a_file_by_its_path(model, put, tmp_path):
         model, put("lcm.safetensors", lcm), 1.0, "refuse", None, [(str(path), 0.8, 0.5)]
     ).result  # fmt: skip
     assert_same_weights(result[0], by_comfyui(model, (style, 0.8), (lcm, 1.0)))
-    assert any(line.startswith("style.safetensors: ") for line in result[5].splitlines())
-    assert str(tmp_path) not in result[5]
+    assert any(line.startswith("style.safetensors: ") for line in result[6].splitlines())
+    assert str(tmp_path) not in result[6]
     pickle = tmp_path / "style.pt"
     pickle.write_bytes(path.read_bytes())
     with pytest.raises(ValueError, match=r"lora_stack: .* is not in the loras folder"):
@@ -532,7 +532,7 @@ def test_a_lora_that_leaves_much_of_the_model_alone_is_refused_by_the_lcm_loader
     )
     with pytest.raises(ValueError, match=message):
         LCMLoader.execute(deep, name, 1.0, "refuse")
-    assert "pictures may be spoilt" in LCMLoader.execute(deep, name, 1.0, "warn").result[5]
+    assert "pictures may be spoilt" in LCMLoader.execute(deep, name, 1.0, "warn").result[6]
     # not by the node for any LoRA: nobody says that a style has to cover the model
     assert len(applied(deep, loaded(name))[0].patches) == few
 
@@ -547,7 +547,7 @@ def test_apply_can_be_told_to_apply_what_fits(model, wide):
 def test_warn_applies_what_fits_and_says_what_does_not(model, wide, put, caplog):
     caplog.set_level(logging.WARNING)
     result = LCMLoader.execute(model, put("wide.safetensors", tiny.lora(wide, seed=4)), 1.0, "warn").result
-    assert "have another shape than this model's weights" in result[5]
+    assert "have another shape than this model's weights" in result[6]
     assert "have another shape than this model's weights" in caplog.text
     fitting = {
         key: value

@@ -243,14 +243,16 @@ def test_what_is_switched_off_leaves_a_merge_of_the_rest(model, on):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_lora_left_is_its_strength_times_itself_by_every_method(pair, method):
+    """But of a mean, where the strength is its weight: that of one is itself."""
+    strength = 1.0 if METHODS[method].averages else 0.7
     ours, text = merged((None, 1.0), (pair[1], 0.7), method=method)
     found, given = LoraWeights(ours, name="x"), LoraWeights(pair[1], name="y")
     found, given = to_lora(found), to_lora(given)
     assert found.modules.keys() == given.modules.keys()
     for module in given.modules:
-        torch.testing.assert_close(found.delta(module), 0.7 * given.delta(module))
-    assert "Note: One LoRA is connected: the result is lora_2 * 0.7" in text
-    assert (f"method {method} has nothing to merge" in text) == (method != "linear")
+        torch.testing.assert_close(found.delta(module), strength * given.delta(module))
+    assert ("Note: One LoRA is connected: the result is lora_2 * 0.7" in text) == (strength != 1)
+    assert (f"method {method} has nothing to merge" in text) == (method not in ("linear", "average"))
 
 
 def test_one_lora_left_is_cut_as_it_is_asked(pair):
@@ -304,25 +306,27 @@ def test_a_merge_of_files_names_their_hashes_and_is_made_again_from_its_file(pai
 
 
 @pytest.mark.parametrize(
-    ("widgets", "keywords"), [({"rank": 2}, {"rank": 2}), ({"rank": 0, "keep": 0.9}, {"keep": 0.9})]
+    ("size", "keywords"),
+    [
+        ({"size": "rank", "rank": 2}, {"rank": 2}),
+        ({"size": "keep", "keep": 0.9}, {"keep": 0.9}),
+    ],
 )
 @pytest.mark.parametrize(("dtype", "of"), [("fp16", torch.float16), ("fp32", torch.float32)])
-def test_resize_is_that_of_lora_merge_in_the_dtype(pair, widgets, keywords, dtype, of):
-    small, text = ResizeLoRA.execute(pair[1], **({"keep": 0.0} | widgets), dtype=dtype).result
+def test_resize_is_that_of_lora_merge_in_the_dtype(pair, size, keywords, dtype, of):
+    small, text = ResizeLoRA.execute(pair[1], size, dtype).result
     assert same(small, resize(to_lora(pair[1]), **keywords, out_dtype=of).to_state_dict())
     assert {tensor.dtype for key, tensor in small.items() if not key.endswith("alpha")} == {of}
     assert "Left of each input's energy" in text
 
 
 def test_resize_to_a_size_gives_a_file_of_that_size(pair, loras_folder):
-    small = ResizeLoRA.execute(pair[1], 0, 0.0, "fp16", 0.03).result[0]
+    small = ResizeLoRA.execute(pair[1], {"size": "file size", "max_mb": 0.03}, "fp16").result[0]
     path = saved(small, "small", dtype="fp16")
     assert os.path.getsize(path) <= 30_000
     assert len(load(path).modules) == len(to_lora(pair[1]).modules)
 
 
-def test_resize_wants_one_aim(pair):
-    with pytest.raises(ValueError, match=r"rank and keep are given"):
-        ResizeLoRA.execute(pair[1], 32, 0.9, "fp16")
-    with pytest.raises(ValueError, match="how small the result is to be"):
-        ResizeLoRA.execute(pair[1], 0, 0.0, "fp16")
+def test_resize_wants_to_be_told_what_makes_it_small(pair):
+    with pytest.raises(ValueError, match=r"size is missing or unknown\. Choose one of rank, keep, file size"):
+        ResizeLoRA.execute(pair[1], dtype="fp16")

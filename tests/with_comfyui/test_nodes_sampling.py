@@ -14,6 +14,7 @@ from nodes import LatentFromBatch, SetLatentNoiseMask
 from lcm_kit.nodes.sampling import LCMKSampler, LCMSampler
 from lcm_kit.nodes.scheduling import LCMScheduler
 from lcm_kit.samplers.noise import StepNoise, level_numbers
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import tiny
 
 STEP_COUNTS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 25, 50]
@@ -49,10 +50,6 @@ def through_sampler_custom(model, latent, *, steps=4, denoise=1.0, gamma=1.0, se
     return custom.SamplerCustom.execute(
         model, True, noise_seed, 1.0, tiny.cond(1), tiny.cond(2), sampler, sigmas, latent
     ).result[0]["samples"]
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 # ---- schedule
@@ -292,14 +289,6 @@ def test_cfg_equals_cores_cfg():
         model, True, SEED, 1.5, tiny.cond(1), tiny.cond(2), sampler, scheduled(model), latent
     ).result[0]["samples"]
     assert torch.equal(lcm(model, latent, cfg=1.5, negative=tiny.cond(2)), expected)
-
-
-def test_cfg_without_a_negative_is_cfg_one_and_says_so(caplog):
-    model = tiny.small_model()
-    assert torch.equal(lcm(model, tiny.latent(), cfg=1.5), lcm(model, tiny.latent()))
-    (warning,) = [record.getMessage() for record in caplog.records]
-    assert "cfg is 1.5, but no negative prompt is connected" in warning
-    assert "cfg 1 is used" in warning
 
 
 def test_cfg_without_a_negative_is_fine_where_no_step_uses_it():

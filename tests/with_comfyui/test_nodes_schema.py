@@ -6,6 +6,7 @@ import re
 
 import pytest
 from comfy_api.latest import io
+from PIL import Image
 
 from lcm_kit.host.door.choices import is_dynamic_choice, keys, with_all_inside
 from lcm_kit.host.door.node import Node
@@ -44,6 +45,7 @@ CONTRACT = {
             ("return_with_leftover_noise", "BOOLEAN", False),
             ("model_low", "MODEL", None),
             ("boundary", "FLOAT", 0.875),
+            ("clip", "CLIP", None),
         ],
         ["LATENT"],
     ),
@@ -78,7 +80,7 @@ CONTRACT = {
         ["SAMPLER"],
     ),
     "LCMKitPreset": (
-        "LCM Preset",
+        "LCM Preset (TCD, DMD2, Hyper, Lightning, Turbo)",
         [("name", "COMBO", "LCM"), ("steps", "INT", 0)],
         [],
         ["LCM_PRESET", "INT", "FLOAT", "STRING"],
@@ -102,7 +104,7 @@ CONTRACT = {
         ["MODEL"],
     ),
     "LCMKitGrid": (
-        "LCM Grid (strength x steps)",
+        "LCM Grid (XY plot)",
         [
             ("model", "MODEL", None),
             ("latent_image", "LATENT", None),
@@ -133,15 +135,15 @@ CONTRACT = {
         [
             ("model", "MODEL", None),
             ("lora_name", "COMBO", None),
-            ("strength", "FLOAT", 1.0),
+            ("strength_model", "FLOAT", 1.0),
             ("wrong_base", "COMBO", "refuse"),
         ],
         [("clip", "CLIP", None), ("lora_stack", "LORA_STACK", None)],
-        ["MODEL", "CLIP", "LORA_MODEL", "INT", "FLOAT", "STRING", "LCM_PRESET"],
+        ["MODEL", "CLIP", "LCM_PRESET", "LORA_MODEL", "INT", "FLOAT", "STRING"],
     ),
     "LCMKitLoadLoRA": ("Load LoRA (weights)", [("lora_name", "COMBO", None)], [], ["LORA_MODEL", "STRING"]),
     "LCMKitLoRAMix": (
-        "LoRA Mix",
+        "LoRA Mix (LoRA stack)",
         [
             ("model", "MODEL", None),
             ("lcm_lora", "COMBO", "auto"),
@@ -162,7 +164,7 @@ CONTRACT = {
         ["MODEL", "CLIP", "LORA_MODEL", "LCM_PRESET", "LORA_STACK", "STRING"],
     ),
     "LCMKitMergeLoRA": (
-        "Merge LoRAs",
+        "Merge LoRAs (add, TIES, DARE)",
         [*STRENGTHS, ("method", CHOICE, None), ("size", CHOICE, None)],
         [
             *LORAS,
@@ -176,8 +178,8 @@ CONTRACT = {
     ),
     "LCMKitResizeLoRA": (
         "Resize LoRA",
-        [("lora", "LORA_MODEL", None), ("rank", "INT", 32), ("keep", "FLOAT", 0.0), ("dtype", "COMBO", "fp16")],
-        [("max_mb", "FLOAT", 0.0)],
+        [("lora", "LORA_MODEL", None), ("size", CHOICE, None), ("dtype", "COMBO", "fp16")],
+        [],
         ["LORA_MODEL", "STRING"],
     ),
     "LCMKitApplyLoRA": (
@@ -227,7 +229,7 @@ CONTRACT = {
         ["LORA_MODEL", "STRING"],
     ),
     "LCMKitNegativePrompt": (
-        "LCM Negative Prompt (NAG)",
+        "LCM Negative Prompt (NAG, cfg 1)",
         [
             ("model", "MODEL", None),
             ("negative", "CONDITIONING", None),
@@ -246,7 +248,7 @@ CONTRACT = {
         ["MODEL"],
     ),
     "LCMKitLimitDenoised": (
-        "Limit Denoised (x0)",
+        "Limit Denoised (dynamic thresholding)",
         [("model", "MODEL", None), ("quantile", "FLOAT", 0.95)],
         [],
         ["MODEL"],
@@ -286,6 +288,8 @@ CONTRACT = {
             ("optimizer", "COMBO", "adamw"),
             ("tf32", "BOOLEAN", False),
             ("start_from", "LORA_MODEL", None),
+            ("phases", "INT", 1),
+            ("recipe", "COMBO", "none"),
         ],
         ["LORA_MODEL", "IMAGE", "STRING"],
     ),
@@ -296,6 +300,7 @@ CHOICES = {
     "LCMKitMergeLoRA": {
         "method": {
             "linear": [],
+            "average": [],
             "ties": [("density", "FLOAT", 0.2), DENSE],
             "dare": [("density", "FLOAT", 0.9), SEED, DENSE],
             "dare_ties": [("density", "FLOAT", 0.9), SEED, DENSE],
@@ -311,6 +316,13 @@ CHOICES = {
             "rank": [("rank", "INT", 64)],
             "keep": [("keep", "FLOAT", 0.98)],
             "retain": [("retain", "FLOAT", 0.9)],
+            "file size": [("max_mb", "FLOAT", 100.0)],
+        },
+    },
+    "LCMKitResizeLoRA": {
+        "size": {
+            "rank": [("rank", "INT", 32)],
+            "keep": [("keep", "FLOAT", 0.98)],
             "file size": [("max_mb", "FLOAT", 100.0)],
         },
     },
@@ -427,19 +439,34 @@ def test_what_a_page_knows_of_a_node_is_no_markup(node_id):
 
 
 def test_help_pages_are_markdown_without_html_or_strange_links():
-    for page in (ROOT / "web" / "docs").iterdir():
+    for page in (ROOT / "web" / "docs").glob("*.md"):
         text = page.read_text(encoding="utf-8")
         assert re.findall(r"<[a-zA-Z/!?][^>]*>", text) == [], page.name
-        assert [link for link in re.findall(r"\]\(([^)]*)\)", text) if not link.startswith("https://")] == [], page.name
+        links = re.findall(r"\]\(([^)]*)\)", text)
+        assert [link for link in links if not link.startswith("https://") and link != f"{page.stem}.webp"] == [], (
+            page.name
+        )
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_a_help_page_has_its_picture(node_id):
+    """If it is missing: make pictures ONLY=the node's id."""
+    folder = ROOT / "web" / "docs"
+    assert re.findall(r"!\[[^\]]+\]\((.*?)\)", (folder / f"{node_id}.md").read_text(encoding="utf-8")) == [
+        f"{node_id}.webp"
+    ]
+    picture = folder / f"{node_id}.webp"
+    assert picture.stat().st_size <= 60_000
+    with Image.open(picture) as opened:
+        assert opened.width >= 250
 
 
 @pytest.mark.parametrize("node_id", CONTRACT)
 def test_a_report_is_there_again_where_the_host_can_do_it(node_id):
     schema = NODES[node_id].GET_SCHEMA()
-    reports = any(output.display_name == "report" for output in schema.outputs)
     if not hasattr(io.Schema, "has_intermediate_output"):
         pytest.skip("a newer ComfyUI sends the report of a cached node again")
-    assert schema.has_intermediate_output == reports
+    assert schema.has_intermediate_output
 
 
 def test_the_seed_of_the_sampler_node_is_not_randomised_by_the_page():

@@ -205,12 +205,6 @@ def test_timesteps_and_a_preset_together_are_refused(model):
         scheduled(model, timesteps=" 999, 499", preset=preset("TCD"))
 
 
-def test_a_preset_with_a_cfg_says_that_it_lacks_a_negative_prompt(model, caplog):
-    without = lcm(model, preset=preset("TDD"), negative=None)
-    assert torch.equal(without, lcm(model, gamma=0.2, original_steps=250))
-    assert "cfg is 1.7, but no negative prompt is connected" in caplog.text
-
-
 # ---- custom timesteps of the scheduler node
 
 

@@ -57,7 +57,9 @@ def fault_of(error, graph, names, home):
 
 def test_every_answer_is_a_result_or_a_sentence(client, server, tidy):
     info = client.object_info()
-    names = {kind: about["display_name"] for kind, about in info.items() if kind.startswith("LCMKit")}
+    names = {
+        kind: about["display_name"].partition(" (")[0] for kind, about in info.items() if kind.startswith("LCMKit")
+    }
     kinds = sorted(names)
     counted, wrong = {}, []
     for number in range(GRAPHS):

@@ -135,7 +135,7 @@ def kept(homes, has_shape):
     for spelled, home in homes.items():
         if has_shape(dits.target_of(home)[0]):
             written = names.tidy(
-                {names.canonical(names.spelling(spelled), Layout()): names.spelling(spelled)}
+                {names.canonical(names.kohya_name(spelled), Layout()): names.kohya_name(spelled)}
             ).popitem()[1]
             if homes.get(written) != home:
                 lost[spelled] = written

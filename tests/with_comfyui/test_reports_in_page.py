@@ -1,6 +1,7 @@
 """A node's report in ComfyUI's real page: it stays where it was shown, and goes into no prompt and no saved workflow."""
 
 import json
+import re
 
 import pytest
 
@@ -19,7 +20,8 @@ def graph_of_reports():
     )
     graph.add("PreviewAny", source=[applied, 2])
     loras = {f"lora_{n}": graph[merged[0]]["inputs"][f"lora_{n}"] for n in (1, 2)}
-    graph.add("LCMKitCompareLoRA", rank=0, **loras, **{f"strength_{n}": 1.0 for n in range(1, 5)})
+    compared = graph.add("LCMKitCompareLoRA", rank=0, **loras, **{f"strength_{n}": 1.0 for n in range(1, 5)})
+    graph.add("PreviewAny", source=[compared, 1])
     return graph
 
 
@@ -112,10 +114,16 @@ def test_reports_in_a_subgraph(page, server):
     assert page.evaluate(inside) == told
 
 
-def test_reports_come_again_in_a_page_that_was_loaded_anew(browser, server, page, told):
-    """With the next run, which is cached: on all nodes where the host can do it, on output nodes with any."""
+def test_reports_are_kept_with_a_workflow_and_come_again_in_a_page_that_was_loaded_anew(browser, server, page, told):
+    """Of one without them with the next run, which is cached: on all nodes where the host can do it, on output nodes with any."""
     new = opened_page(browser, server)
-    new.evaluate("graph => app.loadGraphData(graph)", saved(page))
+    kept = saved(page)
+    new.evaluate("graph => app.loadGraphData(graph)", kept)
+    new.wait_for_function("() => app.graph.nodes.some(n => n.type === 'LCMKitMergeLoRA')")
+    assert reports(new) == told
+    for node in kept["nodes"]:
+        node["properties"].pop("lcm_kit_report", None)
+    new.evaluate("graph => app.loadGraphData(graph)", kept)
     new.wait_for_function("() => app.graph.nodes.some(n => n.type === 'LCMKitMergeLoRA')")
     assert reports(new) == dict.fromkeys(REPORTING)
     run_in_page(new)
@@ -138,3 +146,24 @@ def test_a_report_is_as_large_as_its_text_and_read_only(page, told):
     assert len(boxes) == len(REPORTING) + 1  # Load LoRA twice
     assert all(box["readOnly"] for box in boxes)
     assert [box for box in boxes if not box["fits"] and box["height"] < 250] == []
+
+
+def test_reports_in_nodes_2_0_stay_and_are_seen_whole(browser, server):
+    new = opened_page(browser, server, **{"Comfy.VueNodes.Enabled": True})
+    forget(new, server)
+    open_graph(new, graph_of_reports(), "nodes 2.0")
+    run_in_page(new)
+    told = reports(new)
+    assert None not in told.values()
+    change_tabs(new, "LCMKitMergeLoRA")
+    assert reports(new) == told
+    for type_ in ("Merge LoRAs", "Apply LoRA"):
+        box = new.get_by_label(re.compile(f"^{type_}.*: report$"))
+        assert box.evaluate(
+            "box => box.getBoundingClientRect().height > 20 && box.scrollHeight <= box.clientHeight + 2"
+        )
+    assert new.evaluate(
+        "() => app.graph.nodes.filter(n => /^LCMKit/.test(n.type)).every(n => n.properties.lcm_kit_report)"
+    )
+    new.evaluate("() => app.graph.clear()")
+    new.close()

@@ -9,6 +9,7 @@ from comfy_extras import nodes_latent
 from nodes import LatentFromBatch
 
 from lcm_kit.host.sampling.batch import indices_by_noise
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import tiny
 from lcm_kit.tests.with_comfyui.sampled import (
     SEED,
@@ -17,7 +18,6 @@ from lcm_kit.tests.with_comfyui.sampled import (
     ksampler,
     ours,
     picture,
-    relative,
     sampler_custom,
     scheduled,
 )

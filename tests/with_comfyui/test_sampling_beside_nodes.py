@@ -18,16 +18,19 @@ from comfy_extras import (
     nodes_differential_diffusion,
     nodes_eps,
     nodes_freelunch,
+    nodes_fresca,
     nodes_hypertile,
     nodes_mahiro,
     nodes_model_downscale,
     nodes_pag,
     nodes_sag,
+    nodes_tcfg,
     nodes_tomesd,
 )
 from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras.nodes_model_advanced import RescaleCFG
 
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import tiny
 from lcm_kit.tests.with_comfyui.sampled import (
     CAT,
@@ -37,7 +40,6 @@ from lcm_kit.tests.with_comfyui.sampled import (
     ksampler,
     ours,
     picture,
-    relative,
     scheduled,
 )
 
@@ -55,7 +57,7 @@ def made(kind):
     if kind == "attention":
         # At the picture's own size, where HyperTile and Token Merging work. A flow model, so without boundary scalings.
         return tiny.tiny_model(ModelType.FLOW)
-    return tiny.small_model(ModelType.V_PREDICTION)
+    return tiny.tiny_model(ModelType.V_PREDICTION, **tiny.WITH_MIDDLE)  # some nodes patch the middle
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -87,6 +89,8 @@ PATCHES = {
     "Token Merging": ("attention", lambda model: nodes_tomesd.TomePatchModel.execute(model, 0.5)),
     "PAG": ("plain", lambda model: nodes_pag.PerturbedAttentionGuidance.execute(model, 1.0)),
     "SAG": ("plain", lambda model: nodes_sag.SelfAttentionGuidance.execute(model, 0.5, 2.0)),
+    "FreSca": ("plain", lambda model: nodes_fresca.FreSca.execute(model, 1.0, 1.5, 2)),
+    "TCFG": ("plain", lambda model: nodes_tcfg.TCFG.execute(model)),
     "FreeU V2": ("plain", lambda model: nodes_freelunch.FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2)),
     "Deep Shrink": (
         "plain",

@@ -8,6 +8,7 @@ from comfy.model_base import ModelType
 from comfy_extras import nodes_custom_sampler as custom
 
 from lcm_kit.samplers.noise import StepNoise
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import tiny
 from lcm_kit.tests.with_comfyui.sampled import (
     CAT,
@@ -15,7 +16,6 @@ from lcm_kit.tests.with_comfyui.sampled import (
     ksampler,
     ours,
     picture,
-    relative,
     sampler_custom,
     scheduled,
 )

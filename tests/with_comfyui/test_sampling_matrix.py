@@ -4,7 +4,7 @@ The oracle is core's sample_lcm with our schedule and our step noise. It knows n
 and no gamma; everything else must be equal, whatever a model predicts and however its latents are shaped and noised.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import comfy.latent_formats
 import comfy.model_management
@@ -21,8 +21,9 @@ from comfy_extras import nodes_model_advanced
 from nodes import SetLatentNoiseMask
 
 from lcm_kit.host.sampling.runs import initial_noise
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import tiny
-from lcm_kit.tests.with_comfyui.sampled import SEED, cores_sampler, ksampler, ours, relative, sampler_custom, scheduled
+from lcm_kit.tests.with_comfyui.sampled import SEED, cores_sampler, ksampler, ours, sampler_custom, scheduled
 
 IMAGE, VIDEO = (4, 8, 8), (16, 3, 4, 6)
 
@@ -55,6 +56,22 @@ MODELS = {
         IMAGE,
     ),
     "flow, Cosmos": (lambda: tiny.small_model(ModelType.FLOW_COSMOS, sampling_settings={"sigma_max": 80.0}), IMAGE),
+    "flow, noise of spread 8": (
+        lambda: tiny.small_model(ModelType.FLOW, sampling_settings={"shift": 3.0, "noise_scale": 8.0}),
+        IMAGE,
+    ),
+    "Stable Cascade": (lambda: tiny.small_model(ModelType.STABLE_CASCADE), IMAGE),
+}
+# Older ComfyUIs lack some of these.
+LATER = {
+    "flow, image to image": "IMG_TO_IMG_FLOW",
+    "v of DDPM": "V_PREDICTION_DDPM",
+    "flow of picture and sound": "FLOW_AV",
+}
+MODELS |= {
+    kind: (partial(tiny.small_model, ModelType[name]), IMAGE)
+    for kind, name in LATER.items()
+    if name in ModelType.__members__
 }
 EVERY_MODEL = pytest.mark.parametrize("kind", MODELS)
 
@@ -76,6 +93,11 @@ def latent_for(kind, batch=2, seed=9):
 
 
 # ---- every kind of model
+
+
+def test_every_type_of_model_that_comfyui_has_is_here():
+    here = {made(kind).model.model_type for kind in MODELS if not kind.startswith("flow of videos")}
+    assert here | {ModelType.IMG_TO_IMG} == set(ModelType)  # that one by the user's ModelSamplingDiscrete, above
 
 
 @EVERY_MODEL
@@ -105,10 +127,14 @@ def test_every_front_end_gives_the_same(kind):
 
 @EVERY_MODEL
 def test_gamma_zero_is_eulers_method(kind):
-    model, latent, sigmas = made(kind), latent_for(kind), scheduled(made(kind))
+    # Without noise in the process there is none to keep, and each prediction is taken as it is: one step is Euler's too.
+    steps = 1 if kind == "flow, image to image" else 4
+    model, latent, sigmas = made(kind), latent_for(kind), scheduled(made(kind), steps)
     euler, _ = sampler_custom(model, latent, comfy.samplers.sampler_object("euler"), sigmas)
     # Euler's method takes differences of nearly equal numbers at sigma 4519.
-    assert relative(ksampler(model, latent, gamma=0.0), euler["samples"]) < (1e-3 if "zero" in kind else 2e-5)
+    assert relative(ksampler(model, latent, gamma=0.0, steps=steps), euler["samples"]) < (
+        1e-3 if "zero" in kind else 2e-5
+    )
 
 
 @pytest.mark.parametrize(("prediction", "kind"), [("v_prediction", "v"), ("eps", "epsilon")])
@@ -137,7 +163,11 @@ def test_the_part_that_a_noise_mask_keeps_is_the_input(kind, denoise):
     mask[..., :4] = 1.0
     mask[..., 4:5] = 0.5
     (masked,) = SetLatentNoiseMask().set_mask(latent, mask)
-    scaled = model.model.process_latent_out(model.model.process_latent_in(latent["samples"]))
+    # Core ends every run with this: of "flow, image to image" it makes 1 - latent, of the others at sigma 0 the latent.
+    ended = model.get_model_object("model_sampling").inverse_noise_scaling(
+        torch.zeros(()), model.model.process_latent_in(latent["samples"])
+    )
+    scaled = model.model.process_latent_out(ended)
     for gamma in (1.0, 0.5, 0.0):
         result = ksampler(model, masked, denoise=denoise, gamma=gamma)
         assert torch.equal(result[..., mask == 0], scaled[..., mask == 0])

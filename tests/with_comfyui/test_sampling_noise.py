@@ -13,6 +13,7 @@ from nodes import SetLatentNoiseMask
 
 from lcm_kit.samplers.noise import StepNoise
 from lcm_kit.samplers.shaped_noise import ShapedNoise
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import tiny
 from lcm_kit.tests.with_comfyui.sampled import (
     cores_sampler,
@@ -20,7 +21,6 @@ from lcm_kit.tests.with_comfyui.sampled import (
     ksampler,
     ours,
     picture,
-    relative,
     sampler_custom,
     scheduled,
 )

@@ -13,6 +13,7 @@ from nodes import KSamplerAdvanced, SetLatentNoiseMask
 from lcm_kit.host.sampling.runs import initial_noise
 from lcm_kit.samplers.noise import StepNoise, level_numbers
 from lcm_kit.samplers.presets import PRESETS
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import tiny
 from lcm_kit.tests.with_comfyui.sampled import (
     CAT,
@@ -21,7 +22,6 @@ from lcm_kit.tests.with_comfyui.sampled import (
     ksampler,
     ours,
     picture,
-    relative,
     sampler_custom,
     scheduled,
 )

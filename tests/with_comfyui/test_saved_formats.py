@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from lcm_kit.lora_merge import Lora, load, save
 from lcm_kit.lora_merge.files.formats import named_for
+from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import dits
 from lcm_kit.tests.with_comfyui.test_one_weight_twice import by_core
-from lcm_kit.tests.with_comfyui.test_own_naming import family, is_tried
+from lcm_kit.tests.with_comfyui.test_own_naming import MODEL, family, is_tried
 
 # Model -> diffusers' mixin that reads LoRAs for it, and its class of that model.
 DIFFUSERS = {
@@ -39,11 +40,11 @@ DIFFUSERS = {
 BOTH = [name for name in dits.KNOWN if name in DIFFUSERS]
 # Whose converters take the model's own names behind `diffusion_model.`.
 CONVERTED = {"Flux 2", "Qwen-Image", "HiDream", "LTX-Video", "LTX-2", "Wan", "Anima", "Krea 2", "Ernie-Image"}
-# What diffusers' reader of ComfyUI's names does not take; a file in diffusers' names is for these.
+# Whose names that both read go with the true width, or with weights that trainers change alone: see TRUE_WIDTH.
 NOT_IN_BOTH = {"HunyuanVideo", "Lumina 2", "Chroma"}
 # Models of which ComfyUI has no table of diffusers' names.
 NOT_IN_COMFYUI = {"HunyuanVideo", "HunyuanVideo 1.5", "HunyuanImage 2.1", "LTX-Video", "LTX-2", "Wan", "Wan I2V",
-                  "Wan VACE", "Cosmos Predict 2", "Anima", "ACE-Step", "OmniGen 2", "Lumina 2", "Chroma", "Flux 2"}  # fmt: skip
+                  "Wan VACE", "Wan Animate 2", "Cosmos Predict 2", "Anima", "ACE-Step", "OmniGen 2", "Lumina 2", "Chroma", "Flux 2"}  # fmt: skip
 # Models whose names in diffusers are not known here, or that diffusers does not have.
 REFUSED = {"HunyuanDiT", "ACE-Step 1.5"}
 # The one class whose sizes have no default.
@@ -52,6 +53,7 @@ _HIDREAM = {
     "caption_channels": [8, 8], "text_emb_dim": 8, "num_routed_experts": 2, "num_activated_experts": 1,
     "axes_dims_rope": (4, 2, 2), "max_resolution": (8, 8), "llama_layers": [0, 1],
 }  # fmt: skip
+ours_alone = pytest.mark.slow  # no fact about ComfyUI: once is enough
 IN_BLOCK = re.compile(r"(?:blocks|layers|refiner|encoders)\.0\.")
 
 
@@ -61,7 +63,8 @@ def weights(name, blocks):
     return {
         weight: shape
         for weight, shape in dits.shapes(name).items()
-        if is_tried(weight, shape) and (not blocks or IN_BLOCK.search(weight))
+        # LTX-2's connectors are a model of their own in diffusers.
+        if is_tried(weight, shape) and "_connector." not in weight and (not blocks or IN_BLOCK.search(weight))
     }
 
 
@@ -94,7 +97,7 @@ def core(name, state):
 def alike(found, wanted, bound):
     assert found.keys() == wanted.keys()
     for key in wanted:
-        error = float((found[key] - wanted[key]).abs().max() / wanted[key].abs().max())
+        error = relative(found[key], wanted[key])
         assert error <= bound, (key, error)
 
 
@@ -110,12 +113,16 @@ def deltas(state):
 
 
 def by_diffusers(name, state, tmp_path):
+    return of_diffusers(name, state, tmp_path, deltas)
+
+
+def of_diffusers(name, state, tmp_path, of):
     from diffusers.loaders import lora_pipeline
 
     mixin = getattr(lora_pipeline, f"{DIFFUSERS[name][0]}LoraLoaderMixin")
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "lora.safetensors")
     found = mixin.lora_state_dict(str(tmp_path / "lora.safetensors"))
-    return deltas(found[0] if isinstance(found, tuple) else found)
+    return of(found[0] if isinstance(found, tuple) else found)
 
 
 @pytest.mark.parametrize("format", ["auto", "kohya", "comfy"])
@@ -131,6 +138,7 @@ def test_comfyui_reads_diffusers_names_where_it_has_a_table(name):
     alike(core(name, written(state, "diffusers")), core(name, state), 1e-6)
 
 
+@ours_alone
 @pytest.mark.parametrize("name", BOTH)
 def test_diffusers_names_are_those_of_its_model(name):
     """Its own class on the meta device: names, and the shapes of ours as far as sizes are not told by a configuration."""
@@ -144,6 +152,7 @@ def test_diffusers_names_are_those_of_its_model(name):
     assert ours <= theirs, sorted(ours - theirs)[:5]
 
 
+@ours_alone
 @pytest.mark.parametrize("name", [name for name in BOTH if name in CONVERTED])
 def test_diffusers_own_converter_makes_the_same_of_comfyuis_names(name, tmp_path):
     pytest.importorskip("diffusers")
@@ -165,26 +174,69 @@ def test_a_file_that_is_saved_without_a_wish_is_read_by_both(name, tmp_path):
     alike(by_diffusers(name, saved, tmp_path), deltas(written(state, "diffusers")), 1e-6)
 
 
-def test_flux_in_fused_weights_is_saved_as_kohya_does_which_diffusers_reads(tmp_path):
-    """At the true width, which its converter asks for."""
+# Weights in blocks that trainers change, at the true width, which diffusers' converters have in their code.
+_STREAMS = {
+    "double_blocks.0.img_attn.qkv": (3, 1), "double_blocks.0.img_attn.proj": (1, 1), "double_blocks.0.txt_attn.qkv": (3, 1),
+    "double_blocks.0.txt_attn.proj": (1, 1), "double_blocks.0.img_mlp.0": (4, 1), "double_blocks.0.txt_mlp.2": (1, 4),
+    "single_blocks.0.linear1": (7, 1), "single_blocks.0.linear2": (1, 5),
+}  # fmt: skip
+_MODULATIONS = {"double_blocks.0.img_mod.lin": (6, 1), "single_blocks.0.modulation.lin": (3, 1)}
+_FFN = {"feed_forward.w1": (4, 1), "feed_forward.w2": (1, 4), "feed_forward.w3": (4, 1)}
+_LUMINA = {"attention.qkv": (5 / 3, 1), "attention.out": (1, 1)} | _FFN
+# Model -> (prefix of what is written, width, {weight in own names: (rows, columns) in widths}).
+TRUE_WIDTH = {
+    "Flux": ("lora_unet_", 3072, _STREAMS | _MODULATIONS),
+    "Chroma": ("lora_unet_", 3072, _STREAMS),
+    # Of blocks that Flux, whose names are the same, has not: so does every whole LoRA of it.
+    "HunyuanVideo": (
+        "diffusion_model.", 3072,
+        {own.replace(".0.", ".19.", 1): shape for own, shape in (_STREAMS | _MODULATIONS).items()},
+    ),
+    "Lumina 2": (
+        "diffusion_model.", 2304,
+        {f"{stack}.0.{own}": shape for stack in ("layers", "noise_refiner", "context_refiner") for own, shape in _LUMINA.items()}
+        | {f"{stack}.0.adaLN_modulation.1": (4, 4 / 9) for stack in ("layers", "noise_refiner")},
+    ),
+}  # fmt: skip
+
+
+def at_true_width(name):
+    _, width, weights = TRUE_WIDTH[name]
+    state, g = {}, torch.Generator().manual_seed(2)
+    for module, (rows, columns) in weights.items():
+        state[f"{MODEL}{module}.lora_B.weight"] = torch.randn(round(rows * width), 2, generator=g)
+        state[f"{MODEL}{module}.lora_A.weight"] = torch.randn(2, round(columns * width), generator=g)
+    return state
+
+
+def products(state):
+    """Module -> its update times one vector: the whole matrices are large."""
+    found = {}
+    for key, down in state.items():
+        if key.endswith(".lora_A.weight"):
+            x = torch.randn(down.shape[1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+            up = state[key.replace(".lora_A.", ".lora_B.")]
+            found[key.removesuffix(".lora_A.weight")] = up.double() @ (down.double() @ x)
+    return found
+
+
+@pytest.mark.parametrize("name", TRUE_WIDTH)
+def test_fused_weights_are_saved_in_names_that_both_read(name, tmp_path):
     pytest.importorskip("diffusers")
-    width, state, g = 3072, {}, torch.Generator().manual_seed(2)
-    shapes = {
-        "double_blocks.0.img_attn.qkv": (3 * width, width),
-        "double_blocks.0.img_attn.proj": (width, width),
-        "single_blocks.0.linear1": (7 * width, width),
-    }
-    for module, (rows, columns) in shapes.items():
-        state[f"diffusion_model.{module}.lora_B.weight"] = torch.randn(rows, 2, generator=g)
-        state[f"diffusion_model.{module}.lora_A.weight"] = torch.randn(2, columns, generator=g)
+    if name not in dits.KNOWN:
+        pytest.skip(f"this ComfyUI has no {name}")
+    state = at_true_width(name)
     saved = written(state, "auto")
-    assert all(key.startswith("lora_unet_") for key in saved)
-    found, wanted = by_diffusers("Flux", saved, tmp_path), deltas(written(state, "diffusers"))
-    assert found.keys() == wanted.keys()
-    for module in wanted:
-        assert float((found[module] - wanted[module]).abs().max()) <= 1e-4
+    assert all(key.startswith(TRUE_WIDTH[name][0]) for key in saved)
+    alike(of_diffusers(name, saved, tmp_path, products), products(written(state, "diffusers")), 1e-6)
+    # ComfyUI takes the same names at any width.
+    modules = {re.sub(r"\.(?:lora_(?:up|down|A|B)\.weight|alpha)$", "", key) for key in saved}
+    assert {module.replace(".19.", ".0.") for module in modules} <= dits.homes(name).keys()
+    again = Lora.from_state_dict(saved)
+    assert {again.find(f"{MODEL}{module}") for module in TRUE_WIDTH[name][2]} == {*again.modules}
 
 
+@ours_alone
 @pytest.mark.parametrize("name", [name for name in dits.KNOWN if name not in REFUSED])
 @pytest.mark.parametrize("way", [("comfy", "kohya"), ("diffusers", "comfy"), ("diffusers", "kohya")])
 def test_there_and_back_is_what_it_was(name, way):
@@ -210,3 +262,16 @@ def test_names_that_are_two_families_are_refused_for_diffusers_and_kept_for_comf
     }
     with caplog.at_level(logging.WARNING):
         assert written(state, "kohya")
+
+
+@pytest.mark.parametrize("format", ["auto", "kohya", "comfy"])
+@pytest.mark.parametrize("name", [name for name in ("Flux 2", "Lumina 2") if name in dits.KNOWN])
+def test_no_saved_name_is_one_that_comfyui_cuts_into_the_wrong_rows(name, format):
+    """Its key map has Flux 1's rows for Flux 2, and thirds of the grouped attention of Lumina 2."""
+    state = of_model(name)
+    wrong = {spelled for spelled, home in dits.homes(name).items() if dits.target_of(home)[1] is not None}
+    assert wrong
+    for given in (state, written(state, "kohya"), *([written(state, "diffusers")] if name == "Flux 2" else [])):
+        modules = {re.sub(r"\.(?:lora_(?:up|down|A|B)\.weight|alpha)$", "", key) for key in written(given, format)}
+        assert modules
+        assert modules.isdisjoint(wrong)

@@ -8,7 +8,7 @@ import torch
 from comfy.lora import model_lora_keys_unet
 
 from lcm_kit.host.lora import patches
-from lcm_kit.host.lora.bases import base_of
+from lcm_kit.host.lora.model_base import base_of
 from lcm_kit.host.lora.weights import LoraWeights
 from lcm_kit.lora_merge import Lora
 from lcm_kit.lora_merge.recognise.by_blocks import recognise

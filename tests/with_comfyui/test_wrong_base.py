@@ -4,10 +4,9 @@ import folder_paths
 import pytest
 import torch
 
-from lcm_kit.host.lora import bases as host_bases
-from lcm_kit.host.lora import files
-from lcm_kit.host.lora.bases import base_of
+from lcm_kit.host.lora import files, model_base
 from lcm_kit.host.lora.fit import fit
+from lcm_kit.host.lora.model_base import base_of
 from lcm_kit.lora_merge.recognise.base_models import BY_NAME
 from lcm_kit.nodes.loading import ApplyLoRA, LCMLoader
 from lcm_kit.tests.lora_merge import full_size
@@ -49,7 +48,7 @@ def test_comfyuis_model_classes_are_recognised(base):
 @pytest.mark.parametrize("base", NAMES)
 def test_on_its_own_base_every_module_is_applied_and_reported(lora_files, base):
     model, count = bases.model(base), full_size.MODULES[base]
-    changed, _, _, steps, cfg, report, preset = load(model, lora_files[base])
+    changed, _, preset, _, steps, cfg, report = load(model, lora_files[base])
     assert len(changed.patches) == count
     assert model.patches == {}
     assert (steps, cfg, preset.name) == (4, 1.0, "LCM")
@@ -86,7 +85,7 @@ def test_on_another_base_it_is_refused_with_the_counts_and_the_file_to_use(lora_
     model = bases.model(base)
     weights = files.read_lora(lora_files[lora])
     found = fit(weights, model)
-    left, could = host_bases.uncovered(found, base_of(model), weights.identity.structure.recognised.kinds)
+    left, could = model_base.uncovered(found, base_of(model), weights.identity.structure.recognised.kinds)
     assert (len(found.placed), len(found.clashing), len(found.homeless), found.twice) == (fits, hits - fits, misses, ())
     assert same_shape(lora, base) == same
     assert (could, len(left)) == (full_size.MODULES[base], full_size.MODULES[base] - fits)
@@ -113,7 +112,7 @@ def test_the_lora_of_a_smaller_sister_is_told_by_what_it_leaves_out(lora_files):
 
 @pytest.mark.parametrize(("lora", "base"), MATRIX)
 def test_warn_applies_what_fits_and_says_why_it_is_wrong(lora_files, lora, base):
-    changed, *_, report, _ = load(bases.model(base), lora_files[lora], "warn")
+    changed, *_, report = load(bases.model(base), lora_files[lora], "warn")
     assert len(changed.patches) == MATRIX[lora, base][2]
     assert f"Made for: {lora}, this model: {base}." in report
     assert "Warning: " in report
@@ -167,7 +166,7 @@ def test_a_style_lora_of_which_half_does_not_fit_is_refused():
 
 
 def test_an_inpainting_model_is_its_base(lora_files):
-    report = load(bases.model("SD1.5", in_channels=9), lora_files["SD1.5"])[5]
+    report = load(bases.model("SD1.5", in_channels=9), lora_files["SD1.5"])[6]
     assert "278 of 278 modules applied" in report
     assert "this model: SD1.5." in report
 
@@ -178,7 +177,7 @@ def test_a_pruned_model_is_not_refused(lora_files, blocks, lacking):
     model = bases.model.__wrapped__("SDXL")
     for block in range(10 - blocks, 10):
         model.model.diffusion_model.middle_block[1].transformer_blocks[block] = torch.nn.Identity()
-    changed, *_, report, _ = load(model, lora_files["SDXL"])
+    changed, *_, report = load(model, lora_files["SDXL"])
     assert len(changed.patches) == 788 - lacking
     assert f"{788 - lacking} of 788 modules applied" in report
     assert f"{lacking} have no place in this model" in report

@@ -44,10 +44,19 @@ TWO_LEVELS = {
 }
 
 # Half the work of TWO_LEVELS.
-SMALL = {
+WITH_MIDDLE = {
     "num_res_blocks": [1, 1],
     "transformer_depth": [0, 1],
     "transformer_depth_output": [0, 0, 1, 1],
+}
+
+# A sixth of it: one level, one block of attention, no middle.
+SMALL = {
+    "channel_mult": [1],
+    "num_res_blocks": [1],
+    "transformer_depth": [1],
+    "transformer_depth_output": [0, 0],
+    "transformer_depth_middle": -2,
 }
 
 
@@ -77,7 +86,10 @@ def tiny_model(model_type=ModelType.EPS, *, seed=0, sampling_settings=None, **un
 
 
 def small_model(model_type=ModelType.EPS, **options):
-    """The same with fewer blocks, for what holds of any network with cross-attention: how it is sampled."""
+    """The same with the fewest blocks, for what holds of any network with cross-attention: how it is sampled.
+
+    What patches a UNet's levels or its middle takes `WITH_MIDDLE`.
+    """
     return tiny_model(model_type, **SMALL | options)
 
 
@@ -195,11 +207,11 @@ def fill(module, seed):
             parameter.mul_(0.1).add_(float(name.endswith("weight")))
 
 
-def tiny_clip():
-    """A CLIP of two layers. It has no words: only its weights are of use."""
+def tiny_clip(*, words=False, width=32):
+    """A CLIP of two layers. Without words only its weights are of use."""
     config = {
         "num_hidden_layers": 2,
-        "hidden_size": 32,
+        "hidden_size": width,
         "num_attention_heads": 2,
         "intermediate_size": 64,
         "hidden_act": "quick_gelu",
@@ -208,7 +220,8 @@ def tiny_clip():
     }
     encoder = partial(comfy.sd1_clip.SDClipModel, textmodel_json_config=config)
     target = comfy.supported_models_base.ClipTarget(
-        lambda **nothing: None, partial(comfy.sd1_clip.SD1ClipModel, clip_model=encoder)
+        comfy.sd1_clip.SD1Tokenizer if words else lambda **nothing: None,
+        partial(comfy.sd1_clip.SD1ClipModel, clip_model=encoder),
     )
     clip = comfy.sd.CLIP(target)
     fill(clip.cond_stage_model, seed=0)

@@ -42,6 +42,11 @@ SD15 = _hosted("Comfy-Org/stable-diffusion-v1-5-archive", "v1-5-pruned-emaonly-f
 SDXL = _hosted("stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors", "checkpoints")
 SDXL_TURBO = _hosted("stabilityai/sdxl-turbo", "sd_xl_turbo_1.0_fp16.safetensors", "checkpoints")
 
+FLUX_SCHNELL = _hosted("Comfy-Org/flux1-schnell", "flux1-schnell-fp8.safetensors", "checkpoints")
+CANNY_SD15 = _hosted(
+    "comfyanonymous/ControlNet-v1-1_fp16_safetensors", "control_v11p_sd15_canny_fp16.safetensors", "controlnet"
+)
+
 STYLE = ModelFile(
     "MoXinV1.safetensors",
     "https://civitai.com/api/download/models/14856?type=Model&format=SafeTensor&size=full&fp=fp16",

@@ -1,10 +1,10 @@
-"""Workflows on flow models: Qwen-Image, Z-Image, Wan 2.2."""
+"""Workflows on flow models: Qwen-Image, Z-Image, Flux, Wan 2.2."""
 
 from __future__ import annotations
 
 from . import files
 from .flow import Flow, Node, Output
-from .parts import described, fast, shown, text
+from .parts import checkpoint, described, fast, sampled, shown, text
 
 FLOWS: list[Flow] = []
 _FOX = (
@@ -24,7 +24,7 @@ def texts_and_pictures(flow: Flow, clip: files.ModelFile, type: str, vae: files.
 
 @described(
     FLOWS,
-    "10 Qwen-Image Lightning",
+    "Qwen-Image Lightning",
     """
 ## Qwen-Image in 4 steps
 The loader knows the Lightning LoRA and sends *Qwen-Image-Lightning 4 steps* to the sampler: evenly spaced times through the
@@ -41,17 +41,14 @@ def qwen(flow: Flow) -> None:
         prompt = text(flow, clip, _FOX)
         latent = flow.add("EmptySD3LatentImage", width=1328, height=1328)["LATENT"]
     with flow.group("Four steps"):
-        sampler = flow.add(
-            "LCMKitKSampler", model=shifted["MODEL"], positive=prompt, latent_image=latent, preset=lightning["preset"],
-            seed=1,
-        )  # fmt: skip
+        sampler = sampled(flow, shifted["MODEL"], prompt, latent, lightning["preset"])
     with flow.group("Picture"):
-        shown(flow, sampler["LATENT"], vae, "Picture", save=True)
+        shown(flow, sampler, vae, "Picture", save=True)
 
 
 @described(
     FLOWS,
-    "11 Z-Image-Turbo",
+    "Z-Image-Turbo",
     """
 ## Z-Image-Turbo in 8 steps
 The model is distilled as a whole, so there is no LoRA to load: **LCM Preset** sends its settings to the sampler. Choose
@@ -68,17 +65,36 @@ def z_image(flow: Flow) -> None:
         prompt = text(flow, clip, _FOX)
         latent = flow.add("EmptySD3LatentImage", width=1024, height=1024)["LATENT"]
     with flow.group("Eight steps"):
-        sampler = flow.add(
-            "LCMKitKSampler", model=shifted["MODEL"], positive=prompt, latent_image=latent, preset=preset["preset"],
-            seed=1, steps=8,
-        )  # fmt: skip
+        sampler = sampled(flow, shifted["MODEL"], prompt, latent, preset["preset"], steps=8)
     with flow.group("Picture"):
-        shown(flow, sampler["LATENT"], vae, "Picture", save=True)
+        shown(flow, sampler, vae, "Picture", save=True)
 
 
 @described(
     FLOWS,
-    "12 Wan 2.2 with two experts",
+    "Flux schnell",
+    """
+## Flux in 4 steps
+*schnell* is few-step as a whole: **LCM Preset** *Flux schnell* says 4 steps, no new noise, shift 1. For FLUX.1 dev with a Turbo or
+Hyper LoRA take its checkpoint, **LCM-LoRA Loader** behind it, and the loader's `preset`.
+""",
+)
+def flux(flow: Flow) -> None:
+    with flow.group("Model"):
+        base = checkpoint(flow, files.FLUX_SCHNELL)
+        preset = flow.add("LCMKitPreset", name="Flux schnell")
+    with flow.group("Prompt"):
+        prompt = text(flow, base["CLIP"], _FOX)
+        latent = flow.add("EmptySD3LatentImage", width=1024, height=1024)["LATENT"]
+    with flow.group("Four steps"):
+        sampler = sampled(flow, base["MODEL"], prompt, latent, preset["preset"])
+    with flow.group("Picture"):
+        shown(flow, sampler, base["VAE"], "Picture", save=True)
+
+
+@described(
+    FLOWS,
+    "Wan 2.2 with two experts",
     """
 ## A video in 4 steps, both experts in one sampler
 Wan 2.2 14B is two models. `model` takes the high-noise one, `model_low` the low-noise one, each with its own LoRA; the

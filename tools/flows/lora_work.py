@@ -18,7 +18,7 @@ def drawn(flow: Flow, model: Output, lora: Output, title: str, **sampler: Output
 
 @described(
     FLOWS,
-    "13 Merge, compare, save",
+    "Merge, compare, save",
     """
 ## Will two LoRAs fight?
 **Compare LoRAs** says where a style and the LCM-LoRA work on the same weights, and whether they pull apart there. **Merge
@@ -52,7 +52,7 @@ def merge(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "14 Shrink a LoRA",
+    "Shrink a LoRA",
     """
 ## A smaller file, before and after
 **Resize LoRA** keeps what matters most: here rank 16 of the LCM-LoRA's 64, about a quarter of the file. The report says how much
@@ -67,7 +67,7 @@ def shrink(flow: Flow) -> None:
         preset = flow.add("LCMKitPreset", name="LCM")
     with flow.group("Shrink"):
         large = flow.add("LCMKitLoadLoRA", lora_name=LCM_SD15)
-        small = flow.add("LCMKitResizeLoRA", lora=large["LORA_MODEL"], rank=16)
+        small = flow.add("LCMKitResizeLoRA", lora=large["LORA_MODEL"], **{"size.rank": 16})
         flow.add("LCMKitSaveLoRA", lora=small["LORA_MODEL"], filename_prefix="LCMKit/smaller")
     given = {"positive": prompt, "latent_image": latent, "preset": preset["preset"]}
     with flow.group("Before"):
@@ -81,7 +81,7 @@ def shrink(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "15 Extract and carry over",
+    "Extract and carry over",
     """
 ## SDXL-Turbo's speed as a LoRA
 What SDXL-Turbo has that SDXL has not is taken out as a LoRA, saved, and put on another model: choose your own SDXL fine-tune
@@ -110,7 +110,7 @@ def extract(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "16 Strength x steps grid",
+    "Strength x steps grid",
     """
 ## How strong, how many steps?
 **LCM Grid** makes one sheet: a row for each strength of the style, a column for each number of steps, all of one seed. It
@@ -136,7 +136,7 @@ def grid(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "17 Distill your own",
+    "Distill your own",
     """
 ## An LCM-LoRA for your own model
 **Distill LCM-LoRA** teaches the model to draw in few steps what it draws in many. As set here it is a short try: 100 steps on
@@ -162,6 +162,44 @@ def distil(flow: Flow) -> None:
         preset = flow.add("LCMKitPreset", name="LCM")
         picture = drawn(
             flow, base["MODEL"], made["LORA_MODEL"], "Your LCM-LoRA", positive=prompt, latent_image=latent,
+            preset=preset["preset"],
+        )  # fmt: skip
+    with flow.group("Picture"):
+        shown(flow, picture, base["VAE"], "Picture", save=True)
+
+
+@described(
+    FLOWS,
+    "Accelerate a style",
+    """
+## A style's own 4 steps
+The model with the style on it teaches an LCM-LoRA to draw that style in 4 steps: nearer to it than style and LCM-LoRA added up.
+The recipe sets the training. Put your prompts into **What you draw**, several nodes through Conditioning (Combine) for
+varied pictures. **Before and after** shows the same noise with the LCM-LoRA as it came, and as it becomes.
+""",
+)
+def accelerate(flow: Flow) -> None:
+    with flow.group("The style"):
+        base = checkpoint(flow, SD15)
+        style = flow.add("LCMKitLoadLoRA", "Style LoRA", lora_name=STYLE)
+        styled = flow.add("LCMKitApplyLoRA", "With the style", model=base["MODEL"], lora=style["LORA_MODEL"])
+        lcm = flow.add("LCMKitLoadLoRA", "To begin with: LCM-LoRA", lora_name=LCM_SD15)
+    with flow.group("Prompts"):
+        prompt = text(flow, base["CLIP"], _INK, "What you draw")
+        negative = text(flow, base["CLIP"], "", "Negative: empty")
+    with flow.group("Learn"):
+        made = flow.add(
+            "LCMKitDistill", model=styled["MODEL"], positive=prompt, negative=negative, vae=base["VAE"],
+            start_from=lcm["LORA_MODEL"], recipe="accelerate this style",
+        )  # fmt: skip
+    with flow.group("Before and after"):
+        flow.add("PreviewImage", "Losses, before and after", images=made["IMAGE"])
+        flow.add("LCMKitSaveLoRA", lora=made["LORA_MODEL"], filename_prefix="LCMKit/style-in-4-steps")
+    with flow.group("Try it"):
+        latent = empty(flow, 512)
+        preset = flow.add("LCMKitPreset", name="Phased LCM 4 steps")
+        picture = drawn(
+            flow, styled["MODEL"], made["LORA_MODEL"], "Style and its LoRA", positive=prompt, latent_image=latent,
             preset=preset["preset"],
         )  # fmt: skip
     with flow.group("Picture"):

@@ -29,6 +29,25 @@ def fast(flow: Flow, model: Output, file: ModelFile, title: str = "") -> Node:
     return flow.add("LCMKitLoader", title, model=model, lora_name=file)
 
 
+def checkpoint_and_lcm(flow: Flow, file: ModelFile, lora: ModelFile) -> tuple[Node, Node]:
+    """A group of a checkpoint and its LCM-LoRA."""
+    with flow.group("Model with LCM-LoRA"):
+        base = checkpoint(flow, file)
+        return base, fast(flow, base["MODEL"], lora)
+
+
+def prompt_and_size(flow: Flow, clip: Output, size: int) -> tuple[Output, Output]:
+    """A group of the prompt and an empty latent."""
+    with flow.group("Prompt"):
+        return text(flow, clip, PROMPT), empty(flow, size)
+
+
+def sampled(flow: Flow, model: Output, positive: Output, latent: Output, preset: Output, **others: float) -> Output:
+    """The latent that LCM KSampler makes."""
+    given = {"model": model, "positive": positive, "latent_image": latent, "preset": preset, "seed": 1}
+    return flow.add("LCMKitKSampler", **given | others)["LATENT"]
+
+
 def text(flow: Flow, clip: Output, words: str, title: str = "Prompt") -> Output:
     return flow.add("CLIPTextEncode", title, clip=clip, text=words)["CONDITIONING"]
 

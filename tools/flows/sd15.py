@@ -2,43 +2,49 @@
 
 from __future__ import annotations
 
-from .files import LCM_SD15, SD15, STYLE
+from .files import CANNY_SD15, LCM_SD15, SD15, STYLE
 from .flow import Flow
-from .parts import PROMPT, checkpoint, described, empty, fast, photograph, shown, text
+from .parts import (
+    PROMPT,
+    checkpoint,
+    checkpoint_and_lcm,
+    described,
+    empty,
+    fast,
+    photograph,
+    prompt_and_size,
+    sampled,
+    shown,
+    text,
+)
 
 FLOWS: list[Flow] = []
 
 
 @described(
     FLOWS,
-    "1 First picture with an LCM-LoRA",
+    "First picture with an LCM-LoRA",
     """
 ## A picture in 4 steps
-1. Download the two files that ComfyUI asks for. The LCM-LoRA comes as `pytorch_lora_weights.safetensors`: call it
-   `lcm-lora-sdv1-5.safetensors`, or choose it in the loader under its own name.
+1. Download the two files that ComfyUI asks for. If you have the LCM-LoRA already, under whatever name, choose **auto** in the
+   loader: it finds it.
 2. Press **R**, then **Run**.
 
 The loader knows the file and sends its settings to the sampler through `preset`. Any fine-tune of SD 1.5 works too.
 """,
 )
 def first(flow: Flow) -> None:
-    with flow.group("Model with LCM-LoRA"):
-        base = checkpoint(flow, SD15)
-        lcm = fast(flow, base["MODEL"], LCM_SD15)
-    with flow.group("Prompt"):
-        prompt = text(flow, base["CLIP"], PROMPT)
-        latent = empty(flow, 512)
+    base, lcm = checkpoint_and_lcm(flow, SD15, LCM_SD15)
+    prompt, latent = prompt_and_size(flow, base["CLIP"], 512)
     with flow.group("Four steps"):
-        sampler = flow.add(
-            "LCMKitKSampler", model=lcm["MODEL"], positive=prompt, latent_image=latent, preset=lcm["preset"], seed=1
-        )
+        sampler = sampled(flow, lcm["MODEL"], prompt, latent, lcm["preset"])
     with flow.group("Picture"):
-        shown(flow, sampler["LATENT"], base["VAE"], "Picture", save=True)
+        shown(flow, sampler, base["VAE"], "Picture", save=True)
 
 
 @described(
     FLOWS,
-    "2 Style LoRA and LCM-LoRA",
+    "Style LoRA and LCM-LoRA",
     """
 ## A style in 4 steps
 Style LoRA x 0.8 + LCM-LoRA x 1.0, as in the LCM-LoRA paper, and beside it the same seed without the style.
@@ -62,22 +68,18 @@ def style(flow: Flow) -> None:
         latent = empty(flow, 512)
     with flow.group("With the style"):
         prompt = text(flow, styled["CLIP"], "ink painting, " + PROMPT)
-        sampler = flow.add(
-            "LCMKitKSampler", model=styled["MODEL"], positive=prompt, latent_image=latent, preset=lcm["preset"], seed=1
-        )
+        sampler = sampled(flow, styled["MODEL"], prompt, latent, lcm["preset"])
     with flow.group("Without"):
         plain = text(flow, base["CLIP"], PROMPT)
-        other = flow.add(
-            "LCMKitKSampler", model=lcm["MODEL"], positive=plain, latent_image=latent, preset=lcm["preset"], seed=1
-        )
+        other = sampled(flow, lcm["MODEL"], plain, latent, lcm["preset"])
     with flow.group("Pictures"):
-        shown(flow, sampler["LATENT"], base["VAE"], "With the style", save=True)
-        shown(flow, other["LATENT"], base["VAE"], "Without")
+        shown(flow, sampler, base["VAE"], "With the style", save=True)
+        shown(flow, other, base["VAE"], "Without")
 
 
 @described(
     FLOWS,
-    "3 Image to image and inpaint",
+    "Image to image and inpaint",
     """
 ## Change a picture in 4 steps
 - **Image to image**: `denoise` says how much changes: 0.3 a little, 0.6 much, 1 all.
@@ -88,9 +90,7 @@ def style(flow: Flow) -> None:
 """,
 )
 def image_to_image(flow: Flow) -> None:
-    with flow.group("Model with LCM-LoRA"):
-        base = checkpoint(flow, SD15)
-        lcm = fast(flow, base["MODEL"], LCM_SD15)
+    base, lcm = checkpoint_and_lcm(flow, SD15, LCM_SD15)
     with flow.group("Picture to change"):
         latent = photograph(flow, base["VAE"])
     with flow.group("What it becomes"):
@@ -102,24 +102,18 @@ def image_to_image(flow: Flow) -> None:
             "MaskComposite", destination=everything["MASK"], source=dress["MASK"], x=172, y=212, operation="add"
         )
     with flow.group("Image to image"):
-        changed = flow.add(
-            "LCMKitKSampler", model=lcm["MODEL"], positive=whole, latent_image=latent, preset=lcm["preset"], seed=1,
-            denoise=0.6,
-        )  # fmt: skip
+        changed = sampled(flow, lcm["MODEL"], whole, latent, lcm["preset"], denoise=0.6)
     with flow.group("Inpaint", below=True):
         masked = flow.add("SetLatentNoiseMask", samples=latent, mask=mask["MASK"])
-        inpainted = flow.add(
-            "LCMKitKSampler", model=lcm["MODEL"], positive=part, latent_image=masked["LATENT"], preset=lcm["preset"],
-            seed=1, denoise=0.9,
-        )  # fmt: skip
+        inpainted = sampled(flow, lcm["MODEL"], part, masked["LATENT"], lcm["preset"], denoise=0.9)
     with flow.group("Pictures"):
-        shown(flow, changed["LATENT"], base["VAE"], "Image to image", save=True)
-        shown(flow, inpainted["LATENT"], base["VAE"], "Inpaint", save=True)
+        shown(flow, changed, base["VAE"], "Image to image", save=True)
+        shown(flow, inpainted, base["VAE"], "Inpaint", save=True)
 
 
 @described(
     FLOWS,
-    "4 Edit by two prompts",
+    "Edit by two prompts",
     """
 ## Say what is there, and what should be
 **LCM Edit** changes what the two prompts say differently and keeps the rest; no mask, no inversion. Experimental.
@@ -129,9 +123,7 @@ def image_to_image(flow: Flow) -> None:
 """,
 )
 def edit(flow: Flow) -> None:
-    with flow.group("Model with LCM-LoRA"):
-        base = checkpoint(flow, SD15)
-        lcm = fast(flow, base["MODEL"], LCM_SD15)
+    base, lcm = checkpoint_and_lcm(flow, SD15, LCM_SD15)
     with flow.group("Picture to change"):
         latent = photograph(flow, base["VAE"])
     with flow.group("The two prompts"):
@@ -147,7 +139,7 @@ def edit(flow: Flow) -> None:
 
 @described(
     FLOWS,
-    "5 Negative prompt at cfg 1",
+    "Negative prompt at cfg 1",
     """
 ## A negative prompt that costs no second model call
 At cfg 1 a sampler never asks the model about the negative prompt. **LCM Negative Prompt (NAG)** puts it into the model's
@@ -157,22 +149,48 @@ More `scale` pushes further away; 1 switches it off.
 """,
 )
 def negative_prompt(flow: Flow) -> None:
-    with flow.group("Model with LCM-LoRA"):
-        base = checkpoint(flow, SD15)
-        lcm = fast(flow, base["MODEL"], LCM_SD15)
+    base, lcm = checkpoint_and_lcm(flow, SD15, LCM_SD15)
     with flow.group("Prompts"):
         positive = text(flow, base["CLIP"], "a house in the mountains, photograph")
         negative = text(flow, base["CLIP"], "snow, white", "What it should not show")
         latent = empty(flow, 512)
     with flow.group("With the negative prompt"):
         away = flow.add("LCMKitNegativePrompt", model=lcm["MODEL"], negative=negative)
-        sampler = flow.add(
-            "LCMKitKSampler", model=away["MODEL"], positive=positive, latent_image=latent, preset=lcm["preset"], seed=1
-        )
+        sampler = sampled(flow, away["MODEL"], positive, latent, lcm["preset"])
     with flow.group("Without"):
-        other = flow.add(
-            "LCMKitKSampler", model=lcm["MODEL"], positive=positive, latent_image=latent, preset=lcm["preset"], seed=1
-        )
+        other = sampled(flow, lcm["MODEL"], positive, latent, lcm["preset"])
     with flow.group("Pictures"):
-        shown(flow, sampler["LATENT"], base["VAE"], "With the negative prompt", save=True)
-        shown(flow, other["LATENT"], base["VAE"], "Without")
+        shown(flow, sampler, base["VAE"], "With the negative prompt", save=True)
+        shown(flow, other, base["VAE"], "Without")
+
+
+@described(
+    FLOWS,
+    "ControlNet",
+    """
+## The outlines of a picture, another content, 4 steps
+A ControlNet works at cfg 1 as it does elsewhere: put it behind the prompt. Weaker at the end (`end_percent` 0.8) leaves the last
+step free. Any ControlNet of SD 1.5 will do; **Canny** is part of ComfyUI.
+""",
+)
+def control_net(flow: Flow) -> None:
+    base, lcm = checkpoint_and_lcm(flow, SD15, LCM_SD15)
+    with flow.group("Outlines"):
+        image = flow.add("LoadImage", "Your picture", image="example.png")["IMAGE"]
+        scaled = flow.add("ImageScale", image=image, upscale_method="lanczos", width=512, height=512, crop="center")
+        edges = flow.add("Canny", image=scaled["IMAGE"], low_threshold=0.2, high_threshold=0.5)["IMAGE"]
+        flow.add("PreviewImage", "Outlines", images=edges)
+    with flow.group("Prompt"):
+        prompt = text(flow, base["CLIP"], "a statue of bronze in a garden, photograph")
+        nothing = text(flow, base["CLIP"], "", "Empty: not asked at cfg 1")
+        latent = empty(flow, 512)
+    with flow.group("ControlNet"):
+        net = flow.add("ControlNetLoader", control_net_name=CANNY_SD15)
+        controlled = flow.add(
+            "ControlNetApplyAdvanced", positive=prompt, negative=nothing, control_net=net["CONTROL_NET"], image=edges,
+            strength=0.8, end_percent=0.8,
+        )  # fmt: skip
+    with flow.group("Four steps"):
+        sampler = sampled(flow, lcm["MODEL"], controlled["positive"], latent, lcm["preset"])
+    with flow.group("Picture"):
+        shown(flow, sampler, base["VAE"], "Picture", save=True)

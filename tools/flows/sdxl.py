@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from .files import DMD2, HYPER, LCM_SD15, LCM_SDXL, LIGHTNING, SD15, SDXL
 from .flow import Flow
-from .parts import PROMPT, checkpoint, described, empty, fast, shown, text
+from .parts import PROMPT, checkpoint, checkpoint_and_lcm, described, empty, fast, prompt_and_size, sampled, shown, text
 
 FLOWS: list[Flow] = []
 
 
 @described(
     FLOWS,
-    "6 First picture SDXL",
+    "First picture SDXL",
     """
 ## 1024 x 1024 in 4 steps
 1. Download the two files that ComfyUI asks for. The LCM-LoRA comes as `pytorch_lora_weights.safetensors`: call it
@@ -22,23 +22,17 @@ Any fine-tune of SDXL works too. A LoRA for another base, such as SD 1.5, is ref
 """,
 )
 def first(flow: Flow) -> None:
-    with flow.group("Model with LCM-LoRA"):
-        base = checkpoint(flow, SDXL)
-        lcm = fast(flow, base["MODEL"], LCM_SDXL)
-    with flow.group("Prompt"):
-        prompt = text(flow, base["CLIP"], PROMPT)
-        latent = empty(flow, 1024)
+    base, lcm = checkpoint_and_lcm(flow, SDXL, LCM_SDXL)
+    prompt, latent = prompt_and_size(flow, base["CLIP"], 1024)
     with flow.group("Four steps"):
-        sampler = flow.add(
-            "LCMKitKSampler", model=lcm["MODEL"], positive=prompt, latent_image=latent, preset=lcm["preset"], seed=1
-        )
+        sampler = sampled(flow, lcm["MODEL"], prompt, latent, lcm["preset"])
     with flow.group("Picture"):
-        shown(flow, sampler["LATENT"], base["VAE"], "Picture", save=True)
+        shown(flow, sampler, base["VAE"], "Picture", save=True)
 
 
 @described(
     FLOWS,
-    "7 LCM beside Lightning, Hyper-SD and DMD2",
+    "LCM beside Lightning, Hyper-SD and DMD2",
     """
 ## Four few-step methods, one seed
 Each loader knows its file by its hash and sends that method's own steps, noise levels and gamma to its sampler: nothing has
@@ -54,16 +48,13 @@ def beside(flow: Flow) -> None:
     for number, (method, file) in enumerate(files.items()):
         with flow.group(method):
             loader = fast(flow, base["MODEL"], file, f"{method}: LoRA")
-            sampler = flow.add(
-                "LCMKitKSampler", model=loader["MODEL"], positive=prompt, latent_image=latent, preset=loader["preset"],
-                seed=1,
-            )  # fmt: skip
-            shown(flow, sampler["LATENT"], base["VAE"], method, save=not number)
+            sampler = sampled(flow, loader["MODEL"], prompt, latent, loader["preset"])
+            shown(flow, sampler, base["VAE"], method, save=not number)
 
 
 @described(
     FLOWS,
-    "8 Two-pass hires",
+    "Two-pass hires",
     """
 ## 1024, then 1536 with new detail
 The first pass makes the picture, the second enlarges its latent and paints over it: `denoise` 0.5 gives detail and keeps
@@ -71,30 +62,21 @@ the composition. Lower keeps more, and looks softer.
 """,
 )
 def two_pass(flow: Flow) -> None:
-    with flow.group("Model with LCM-LoRA"):
-        base = checkpoint(flow, SDXL)
-        lcm = fast(flow, base["MODEL"], LCM_SDXL)
-    with flow.group("Prompt"):
-        prompt = text(flow, base["CLIP"], PROMPT)
-        latent = empty(flow, 1024)
+    base, lcm = checkpoint_and_lcm(flow, SDXL, LCM_SDXL)
+    prompt, latent = prompt_and_size(flow, base["CLIP"], 1024)
     with flow.group("First pass"):
-        small = flow.add(
-            "LCMKitKSampler", model=lcm["MODEL"], positive=prompt, latent_image=latent, preset=lcm["preset"], seed=1
-        )
+        small = sampled(flow, lcm["MODEL"], prompt, latent, lcm["preset"])
     with flow.group("Second pass"):
-        larger = flow.add("LatentUpscaleBy", samples=small["LATENT"], upscale_method="bislerp", scale_by=1.5)
-        large = flow.add(
-            "LCMKitKSampler", model=lcm["MODEL"], positive=prompt, latent_image=larger["LATENT"], preset=lcm["preset"],
-            seed=2, denoise=0.5,
-        )  # fmt: skip
+        larger = flow.add("LatentUpscaleBy", samples=small, upscale_method="bislerp", scale_by=1.5)
+        large = sampled(flow, lcm["MODEL"], prompt, larger["LATENT"], lcm["preset"], seed=2, denoise=0.5)
     with flow.group("Pictures"):
-        shown(flow, small["LATENT"], base["VAE"], "1024")
-        shown(flow, large["LATENT"], base["VAE"], "1536", save=True)
+        shown(flow, small, base["VAE"], "1024")
+        shown(flow, large, base["VAE"], "1536", save=True)
 
 
 @described(
     FLOWS,
-    "9 Any KSampler",
+    "Any KSampler",
     """
 ## The exact LCM in nodes that you already use
 Behind **LCM for any KSampler** the sampler **lcm** is LCM's own, in every node that takes a sampler by its name: *KSampler*,

@@ -140,7 +140,10 @@ class Document:
             "properties": properties,
         }
         made["widgets_values"] = self._widgets(node)
-        return made | ({"title": node.title} if node.title else {})
+        # A node's name may hold words that it is found by, in brackets; on the graph it goes without.
+        short = entry["display_name"].partition(" (")[0] if own else entry["display_name"]
+        title = node.title or short
+        return made | ({"title": title} if title != entry["display_name"] else {})
 
     def _widgets(self, node: Node) -> list[Any]:
         """In the page's order. Of ComfyUI's own nodes without optional defaults at the end: older versions lack some."""

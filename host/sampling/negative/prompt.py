@@ -7,6 +7,7 @@ import comfy.patcher_extension
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from ....samplers.attention_guidance import check_attention_guidance
+from ...reports import tell
 from .families import family_of
 from .pairs import PairRoad
 from .rows import KEY, find_positive, positive_rows, remember_positive
@@ -57,10 +58,9 @@ def _road(model, negative, guidance: dict):
     context, options = text_of(negative)
     check_text(context)
     if family.pairs:
-        logger.info(
-            "LCM Negative Prompt evaluates %s twice in each step that it works in, as cfg does; end_step sets how many.",
-            family.name,
-        )
+        line = f"LCM Negative Prompt evaluates {family.name} twice in each step that it works in, as cfg does; end_step sets how many."
+        logger.info("%s", line)
+        tell(line)
     return (PairRoad if family.pairs else TokenRoad)(NegativeText(context, options), family, guidance)
 
 

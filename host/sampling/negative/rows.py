@@ -38,7 +38,7 @@ def _with_option(model_options, name, value) -> dict:
 
 
 def positive_rows(options: dict, rows: int) -> "Rows | None":
-    """Of a model call with `rows` rows and these transformer_options; None where the positive prompt is not in it."""
+    """Where the positive prompt is in a model call with `rows` rows and these transformer_options; None if it is not."""
     places = options.get(KEY, {}).get("places", [0])  # without a guider the positive prompt comes first
     chunks = options.get("cond_or_uncond", [0])
     guided = [i for i, place in enumerate(chunks) if place in places]

@@ -56,7 +56,7 @@ class NegativeText:
         self._encoded: dict[tuple, dict[str, torch.Tensor]] = {}
 
     def of(self, model, x, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """Of model inputs `names` those that this text gives. model: the BaseModel; x: its latents of this call.
+        """Those of the model inputs `names` that this text gives. model: the BaseModel; x: its latents of this call.
 
         By the model's own extra_conds, as core has it for every prompt: Flux.2 fills texts up, Anima and LTX-2 send
         them through a network of their own. Once for each device and each state of the weights.

@@ -202,7 +202,7 @@ class Beside(Override):
         return out
 
     def _masked(self, mask, chosen):
-        """Of a mask (..., queries or 1, keys) what belongs to the chosen tokens."""
+        """The part of a mask (..., queries or 1, keys) that belongs to the chosen tokens."""
         if mask is None:
             return None
         if mask.shape[-1] == len(self.plain):  # made for the model as it is: the negative text is not in it

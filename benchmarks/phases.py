@@ -1,0 +1,133 @@
+"""What distilling in phases is worth on the embedded model, and what of it is the edges, the solver, the timesteps.
+
+    COMFYUI_PATH=.comfyui .venv/bin/python benchmarks/phases.py
+    .venv/bin/python benchmarks/phases.py --models base ink --seeds 5
+
+Each variant is the demo's LCM-LoRA, refined by the same 300 steps on the same pictures (demo/train/lcm.py), with other phases,
+skip and timesteps: 4 phases differ from LCM in all three, so each is changed alone. Rows: 1, 2, 4 and 8 model calls; at the
+timesteps that fit, with fresh noise between steps (gamma 1) and without (gamma 0). Differences are from the LoRA that all
+begin with, at the same calls, on the same initial noise, with standard errors over seeds. Prints Markdown.
+
+Trained LoRAs and judged rows are kept in the work folder. About two and a half minutes of one CPU core a variant, and two seconds a row and
+seed; needs what benchmarks/universality.py needs for its models.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from setting import DEMO, ROOT, markdown
+
+import torch
+from common import LORAS, WORK
+from frechet import frechet, jackknife_error, without_each_seed
+from studio import Plan, Way
+from universality import BY_WORD, REFERENCE_SEEDS, SEEDS, Jury, Model, left_out, mean, missing, ways
+
+CALLS = (1, 2, 4, 8)
+BEGUN = "as it began: LCM"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """options: of the command that refines.   points: timesteps that samplers may visit, evenly spaced."""
+
+    options: str
+    points: int
+
+
+VARIANTS = {
+    "300 steps of LCM more": Variant("--phases 1 --skip 200 --original-steps 50", 50),
+    "skip 125": Variant("--phases 1 --skip 125 --original-steps 50", 50),
+    "skip 125, 8 timesteps": Variant("--phases 1 --skip 125 --original-steps 8", 8),
+    "4 edges, skip 125, 40 timesteps": Variant("--phases 4 --skip 125 --original-steps 40", 40),
+    "4 phases": Variant("--phases 4 --skip 125", 8),
+    "2 phases": Variant("--phases 2 --skip 125", 8),
+    "8 phases": Variant("--phases 8 --skip 125", 8),
+}
+
+
+def file_of(name: str) -> Path:
+    return WORK / "phases" / f"{''.join(c if c.isalnum() else '_' for c in name)}.safetensors"
+
+
+def make(name: str) -> None:
+    """Refines, if that was not done yet. The pictures that the model makes are those of the first variant."""
+    path, folder = file_of(name), file_of(name).with_suffix(".run")
+    first = file_of(next(iter(VARIANTS))).with_suffix(".run") / "kept"
+    if path.exists():
+        return
+    if first.exists() and not (folder / "kept").exists():
+        shutil.copytree(first, folder / "kept")
+    script = [sys.executable, DEMO / "train" / "lcm.py", "--kind", "phased", *VARIANTS[name].options.split()]
+    subprocess.run([*map(str, script), "--output", str(path), "--resume", str(folder)], cwd=ROOT, check=True)
+
+
+def plan(points: int, gamma: float) -> Plan:
+    """Steps evenly from a grid of so many points; of 8 and 40 they are the edges of 1, 2, 4 or 8 phases."""
+
+    def plan(model, steps):
+        from lcm_kit.host.sampling import sampling, schedules
+
+        sigmas = schedules.lcm_sigmas(model, steps=steps, denoise=1.0, original_steps=points)
+        return model, sampling.lcm_sampler(gamma=gamma, seed=-1), sigmas
+
+    return plan
+
+
+def table(jury: Jury, model: Model, seeds: int) -> list[list[object]]:
+    own, own_steps = ways(model)[0]
+    reference = jury.row(model, own, own_steps, [REFERENCE_SEEDS + k for k in range(seeds)])["features"].flatten(0, 1)
+    loras = {BEGUN: ("lcm", 50), **{name: (name, variant.points) for name, variant in VARIANTS.items()}}
+    rows, begun = [], {}
+    for calls in CALLS:
+        for name, (kind, points) in loras.items():
+            for gamma in (1.0, 0.0) if calls > 1 else (1.0,):
+                way = Way(f"{name}, gamma {gamma:g}, {calls}", plan(points, gamma), {**model.loras, kind: 1.0})
+                seen = jury.row(model, way, calls, [SEEDS + k for k in range(seeds)])
+                distance = frechet(seen["features"].flatten(0, 1), reference)
+                found = {
+                    "names": (100 * mean(seen["right"]), [100 * share for share in left_out(seen["right"])]),
+                    "distance": (distance, without_each_seed(seen["features"], reference)),
+                }
+                begun.setdefault(calls, found)
+                cells = [difference(found[column], begun[calls][column]) for column in found]
+                rows.append(
+                    [model.name, calls, name, f"{gamma:g}", f"{found['names'][0]:.1f}", f"{distance:.1f}", *cells]
+                )
+                print(*rows[-1], sep=", ", file=sys.stderr, flush=True)
+    return rows
+
+
+def difference(found: tuple[float, list[float]], begun: tuple[float, list[float]]) -> str:
+    """Of two values, each beside its values with one seed left out; nothing for one and the same."""
+    if found is begun:
+        return ""
+    error = jackknife_error([a - b for a, b in zip(found[1], begun[1], strict=True)])
+    return f"{found[0] - begun[0]:+.1f} ± {error:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="pictures of every concept, for each row; 2 at least")
+    parser.add_argument("--models", nargs="+", choices=list(BY_WORD), default=["base"], help="of universality.py")
+    args = parser.parse_args()
+    models = [BY_WORD[word] for word in args.models]
+    if text := missing(models):
+        sys.exit(text)
+    for name in VARIANTS:
+        make(name)
+        LORAS[name] = file_of(name)
+    torch.set_grad_enabled(False)
+    jury = Jury()
+    columns = [
+        "model", "calls", "LoRA", "gamma", "names, %", "Frechet", "names less the first's", "Frechet less the first's",
+    ]  # fmt: skip
+    print(markdown(columns, [row for model in models for row in table(jury, model, args.seeds)]))
+
+
+if __name__ == "__main__":
+    main()
