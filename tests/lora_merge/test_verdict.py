@@ -15,7 +15,7 @@ from lcm_kit.lora_merge.comparing.comparison import (
     overlap,
 )
 from lcm_kit.lora_merge.comparing.report import _cuts
-from lcm_kit.lora_merge.comparing.verdict import Relation, answer, headline, places, relation
+from lcm_kit.lora_merge.comparing.verdict import Relation, answer, dependent_blocks, headline, relation
 
 NOTHING = Measure(0.0, 0.0, 0.0, 1.0)
 
@@ -186,10 +186,10 @@ def test_the_places_are_the_blocks_that_hold_something_the_worst_first():
         group(pair(-0.9, which=(0, 2)), name="others", energies=(0.5, 0.5)),
         group(name="nobody", energies=(0.5, 0.5)),
     ]
-    found = places(comparison(pair(), blocks=blocks), (0, 1))
+    found = dependent_blocks(comparison(pair(), blocks=blocks), (0, 1))
     assert [block.name for block, _ in found] == ["more opposed", "little of one", "opposed", "alike", "crowded"]
     assert [what.kind for _, what in found] == ["oppose"] * 3 + ["alike", "crowd"]
-    assert places(comparison(pair(), blocks=blocks, energies=(0.0, 0.0)), (0, 1)) == []
+    assert dependent_blocks(comparison(pair(), blocks=blocks, energies=(0.0, 0.0)), (0, 1)) == []
 
 
 def local(*pairs):
