@@ -120,7 +120,10 @@ def test_of_a_unet_the_first_convolution_and_the_time_embedding_of_a_block_list_
     block = {"in_layers": nn.ModuleList([nn.GroupNorm(1, 2), nn.SiLU(), nn.Conv2d(2, 2, 3)]), "emb_layers": nn.ModuleList(
         [nn.SiLU(), nn.Linear(2, 2)]), "time": nn.Linear(2, 2)}  # fmt: skip
     inputs = nn.ModuleList([nn.ModuleList([nn.Conv2d(2, 2, 3)]), nn.ModuleDict(block)])
-    assert targets(nn.ModuleDict({"input_blocks": inputs})) == ["input_blocks.1.in_layers.2", "input_blocks.1.emb_layers.1"]
+    assert targets(nn.ModuleDict({"input_blocks": inputs})) == [
+        "input_blocks.1.in_layers.2",
+        "input_blocks.1.emb_layers.1",
+    ]
 
 
 def test_a_unet_with_exchanged_layers_is_refused_with_the_count():
