@@ -18,7 +18,8 @@ from types import CodeType
 from mutations import ROOT, inside
 
 FOLDERS = ("samplers", "lora_merge", "distillation")
-SLOW_TESTS = ["tests/distillation/test_two_processes.py"]
+# Of processes that they start, which import what is in the files and not what is changed in memory.
+SLOW_TESTS = ["tests/distillation/test_two_processes.py", "tests/lora_merge/test_kills.py"]
 BUILD = ROOT / "build" / "mutants"
 IMPORTED = ""  # in place of a test: while the tests were collected
 _SAYS = "_mutants_called"

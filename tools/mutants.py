@@ -84,12 +84,12 @@ def interval(seen: int, counted: int) -> tuple[float, float]:
 
 
 def some_of(tests: list[str], most: int) -> list[str]:
-    """At most so many of them, in their order: half are the first, half are spread over the others."""
+    """At most so many of them, in their order: most are the first, a sixth is spread over the others."""
     if len(tests) <= most:
         return tests
-    half = most // 2
-    others = tests[half:]
-    return tests[:half] + [others[index * len(others) // half] for index in range(half)]
+    spread = most // 6
+    first, others = tests[: most - spread], tests[most - spread :]
+    return first + [others[index * len(others) // spread] for index in range(spread)]
 
 
 def callers_of(mutant: Mutant, tests: dict[str, list[str]], most: int) -> list[str]:

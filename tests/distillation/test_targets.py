@@ -115,6 +115,17 @@ def test_a_network_of_which_much_cannot_be_trained_is_refused_with_the_count(kin
         targets(blocks_of(kind()))
 
 
+def test_of_a_unet_the_first_convolution_and_the_time_embedding_of_a_block_list_are_left_alone():
+    """They stand in the same lists as the blocks, and no published LCM-LoRA has them."""
+    block = {"in_layers": nn.ModuleList([nn.GroupNorm(1, 2), nn.SiLU(), nn.Conv2d(2, 2, 3)]), "emb_layers": nn.ModuleList(
+        [nn.SiLU(), nn.Linear(2, 2)]), "time": nn.Linear(2, 2)}  # fmt: skip
+    inputs = nn.ModuleList([nn.ModuleList([nn.Conv2d(2, 2, 3)]), nn.ModuleDict(block)])
+    assert targets(nn.ModuleDict({"input_blocks": inputs})) == [
+        "input_blocks.1.in_layers.2",
+        "input_blocks.1.emb_layers.1",
+    ]
+
+
 def test_a_unet_with_exchanged_layers_is_refused_with_the_count():
     """A node that makes tiles pads the convolutions in a circle: an LCM-LoRA without them would be one by name only."""
     layers = {"in_layers": nn.ModuleList([nn.GroupNorm(1, 2), nn.SiLU(), nn.Conv2d(2, 2, 3, padding_mode="circular")])}

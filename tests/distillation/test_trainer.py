@@ -632,6 +632,8 @@ def test_a_learning_rate_that_is_never_reached_is_told():
     (said,) = Settings(steps=100, warmup=500).hints()
     assert said == "learning_rate 0.0001 was never reached, only 2e-05: warmup is 500 of 100 steps."
     assert Settings(steps=100, decay=1.0).hints() == []
+    # It has risen to more than half where it begins to fall, and then falls for longer than it would have risen.
+    assert Settings(steps=100, warmup=90, decay=0.5).hints() == []
     assert "and decay 1." in Settings(steps=100, warmup=80, decay=1.0).hints()[0]
 
 

@@ -172,3 +172,6 @@ def test_a_mark_is_an_upright_dashed_line_with_its_name_on_the_side_that_has_roo
     name = image.crop((53, 46, 291, 60)).point(lambda value: 255 * (value < 128)).getbbox()
     assert (name[2] + 53 > column + 5) == right
     assert (name[0] + 53 < column - 5) == (not right)
+    # With room between the two.
+    gap = image.crop((column + 2, 46, column + 5, 60) if right else (column - 4, 46, column - 1, 60))
+    assert gap.getextrema()[0] > 200

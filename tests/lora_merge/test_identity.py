@@ -31,6 +31,13 @@ def small(name="lora_unet_down_blocks_0_attentions_0_proj_in", seed=0):
 # ---- by structure
 
 
+def test_the_smallest_and_the_largest_of_its_modules_are_told():
+    other = "lora_unet_down_blocks_0_attentions_1_proj_in"
+    tensors = small() | kohya(other, *factors(320, 8, 320, (1, 1), seed=1), alpha=16.0)
+    structure = identify(Lora.from_state_dict(tensors, source="x")).structure
+    assert (structure.ranks, structure.alphas, structure.scales) == ((4, 8), (2.0, 16.0), (0.5, 2.0))
+
+
 @pytest.mark.parametrize("base", full_size.CONFIGS)
 def test_the_official_loras_are_known_by_structure(base):
     found = identify(lora(base))

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lcm_kit.lora_merge import LohaLayer, Lora, LoraLayer, describe_merge, load, merge, merge_with_account, save
@@ -228,6 +228,8 @@ EXPONENTS = st.sampled_from([-24, -17, -13, -12, -11, -10, 0, 14, 15])
     above=st.sampled_from([1.0, -1.0, 0.25, 4.0]),
     others=st.sampled_from([0.0, 2.0**-12]),
 )
+@example(exponents=[0, -17, 0, 0], rows=3, place=0, turned=False, above=1.0, others=0.0)
+@example(exponents=[0, 0, -17, 0], rows=130, place=0, turned=True, above=-1.0, others=0.0)
 def test_float16_holds_a_component_if_its_largest_entry_is_in_the_middle_of_its_range(
     exponents, rows, place, turned, above, others
 ):

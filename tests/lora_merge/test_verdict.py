@@ -14,7 +14,8 @@ from lcm_kit.lora_merge.comparing.comparison import (
     inside,
     overlap,
 )
-from lcm_kit.lora_merge.comparing.verdict import Relation, answer, headline, places, relation
+from lcm_kit.lora_merge.comparing.report import _cuts
+from lcm_kit.lora_merge.comparing.verdict import Relation, answer, dependent_blocks, headline, relation
 
 NOTHING = Measure(0.0, 0.0, 0.0, 1.0)
 
@@ -140,6 +141,16 @@ def test_what_a_cut_keeps_and_weighs():
     assert comparison(kept=((0.0, 0.0),), numbers=(0, 1)).error_at(0) == 0
 
 
+def test_cuts_are_told_where_there_is_something_to_cut():
+    def cuts(*energies, numbers=(0, 1_000_000, 3_000_000, 5_000_000)):
+        kept = (energies,) * 3
+        return _cuts(comparison(kept=kept, numbers=numbers[: len(energies)]), 2)
+
+    assert cuts(0.0) == cuts(0.0, 0.0) == []
+    assert cuts(0.0, 0.5)[0] == "Of the merge: rank 1 is exact, 2.0 MB in float16. Cut to a smaller rank:"
+    assert cuts(0.0, 3.0, 4.0, 4.0)[0].startswith("Of the merge: rank 3 is exact, 10.0 MB in float16.")
+
+
 # ---- the answer
 
 
@@ -175,10 +186,10 @@ def test_the_places_are_the_blocks_that_hold_something_the_worst_first():
         group(pair(-0.9, which=(0, 2)), name="others", energies=(0.5, 0.5)),
         group(name="nobody", energies=(0.5, 0.5)),
     ]
-    found = places(comparison(pair(), blocks=blocks), (0, 1))
+    found = dependent_blocks(comparison(pair(), blocks=blocks), (0, 1))
     assert [block.name for block, _ in found] == ["more opposed", "little of one", "opposed", "alike", "crowded"]
     assert [what.kind for _, what in found] == ["oppose"] * 3 + ["alike", "crowd"]
-    assert places(comparison(pair(), blocks=blocks, energies=(0.0, 0.0)), (0, 1)) == []
+    assert dependent_blocks(comparison(pair(), blocks=blocks, energies=(0.0, 0.0)), (0, 1)) == []
 
 
 def local(*pairs):

@@ -310,6 +310,16 @@ def test_the_result_shares_no_memory_with_what_the_model_returned(dtype):
     assert result.data_ptr() != image.data_ptr()
 
 
+def test_a_trace_of_the_latent_is_not_added_into_what_the_model_returned():
+    """A prediction whose own weight is 1 in float32 is the result as it is, but for the latent's small share."""
+    image = normal(1, 4, 8, 8, seed=1)
+    kept, x = image.clone(), image + 14.0
+    plan = Plan((StepWeights(x=0.25, denoised=1.0, fresh=0.0),), (0,))
+    result = sample_lcm(lambda x, sigma: image, x, torch.tensor([14.0, 0.0]), noise=StepNoise(0), plan=plan)
+    assert torch.equal(image, kept)
+    torch.testing.assert_close(result, kept + 0.25 * x)
+
+
 def test_in_float64_a_weight_counts_that_float32_cannot_tell_from_one():
     plan = Plan((StepWeights(0.0, 1 - 2.0**-30, 0.0),), (0,))
     image = normal(1, 4, 8, 8, seed=1).double()

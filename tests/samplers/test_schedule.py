@@ -282,6 +282,8 @@ def test_a_short_table_gives_what_it_can_tell_apart():
 
 def test_an_lcm_is_distilled_on_50_timesteps_of_1000_unless_told():
     assert training_grid() == list(range(19, 1000, 20))
+    assert training_grid(1) == [999]  # the fewest
+    assert training_grid(1000) == list(range(1000))
 
 
 def test_a_text_may_have_as_many_timesteps_as_a_run_has_steps_and_no_more():
