@@ -140,6 +140,7 @@ KNOWN = [name for name, (base, *_) in MODELS.items() if hasattr(comfy.model_base
 
 
 @cache
+@torch.no_grad()  # or what is moved to the meta device there would be a result, which cannot be copied
 def model(name):
     """The model on the meta device: what of it counts is the names and shapes of its weights."""
     base, module, cls, config, params = MODELS[name]

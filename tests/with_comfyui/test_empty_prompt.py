@@ -127,14 +127,14 @@ def test_it_is_said_in_the_log_and_on_the_node_and_taken_away_by_the_next_run(ca
 
     (line,) = told(clip=clip())
     said = "No negative prompt is connected: cfg 1.5 guides away from the empty prompt (an empty text, encoded)."
-    assert line == f"Warning: {said}"
+    assert line == said
     assert said in caplog.text
     assert told(negative=CAT) == []
     # Whatever else there is to say stands there too, each thing once.
     caplog.clear()
     (lines,) = told(clip=clip(), steps=8, denoise=0.1)
-    assert lines.splitlines() == [f"Warning: {message}" for message in caplog.messages]
-    assert lines.startswith("Warning: denoise 0.1 leaves 5 of the 50")
+    assert lines.splitlines() == caplog.messages
+    assert lines.startswith("denoise 0.1 leaves 5 of the 50")
     assert lines.endswith("encoded).")
 
 
