@@ -4,6 +4,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from markdown_it import MarkdownIt
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -35,3 +37,27 @@ def relative(a, b) -> float:
 def is_within(name: str, prefix: str) -> bool:
     """Whether a dotted name is `prefix` or lies under it: "torch.nn" within "torch", "torchvision" not."""
     return name == prefix or name.startswith(prefix + ".")
+
+
+def as_read(report: str) -> str:
+    """A report that a node handed out as its reader sees it, without what keeps its lines and gaps in Markdown."""
+    return report.replace("  \n", "\n").replace("\u00a0", " ").replace("\u2060", "")
+
+
+def lines_in_markdown(text: str) -> list[str]:
+    """The lines of `text` as Markdown with tables (GitHub's) draws them, by another project's renderer."""
+    blocks = MarkdownIt("gfm-like", {"linkify": False}).parse(text)
+    drawn = []
+    for block in blocks:
+        if block.children is None:
+            drawn += [block.content] if block.content else []
+            continue
+        line = ""
+        for part in block.children:
+            if part.type == "hardbreak":
+                drawn.append(line)
+                line = ""
+            else:
+                line += " " if part.type == "softbreak" else part.content
+        drawn.append(line)
+    return drawn
