@@ -18,6 +18,10 @@ MARKUP = re.compile(
     """,
     re.VERBOSE | re.MULTILINE,
 )
+NO_BREAK = "\u00a0"  # a space that Markdown and HTML draw wherever it stands
+GAP = re.compile(r"^ +| +(?= )")  # the last space of a gap inside a line stays: there the line may be wrapped
+# What makes a heading, a list, a quotation, a rule, code or a table of a line that begins with it.
+BLOCK = re.compile(r"^(?=#{1,6}(?: |$)|[-+*](?: |$)|\d{1,9}[.)](?: |$)|>|\||~~~|[-=:|_* \u00a0]+$)")
 # Control characters, which a terminal obeys; signs that turn the direction of the text; halves of a character.
 UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -30,6 +34,16 @@ def plain(text: str) -> str:
     """
     text = UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)
     return MARKUP.sub(lambda found: found[0] + WORD_JOINER, text)
+
+
+def in_lines(text: str) -> str:
+    """`text` as it reads, also where it is drawn as Markdown: each of its lines is a line there too, its gaps are as wide.
+
+    Markdown joins lines unless two spaces stand before the break, makes code of a line that begins with four, and draws
+    several spaces as one. In plain text what is done about it is unseen. Text that was here before comes back unchanged.
+    """
+    lines = [GAP.sub(lambda gap: NO_BREAK * len(gap[0]), line.rstrip(" ")) for line in text.split("\n")]
+    return re.sub(r"(?<=[^\n])\n(?=[^\n])", "  \n", "\n".join(BLOCK.sub(WORD_JOINER, line) for line in lines))
 
 
 def show(text: str) -> None:

@@ -1,8 +1,8 @@
 """Reports on nodes: what a node of ours says of its run, and what we warn of while any node runs.
 
 A node hands out its report as ComfyUI's ui text, which the page script draws. To it comes what is told while the node runs,
-by `tell` and by the log: every warning of this pack's loggers, whichever file it is from. Where the node that runs is of another pack (a KSampler whose model carries LCM for any KSampler), an
-event brings it there.
+by `tell` and by the log: every warning of this pack's loggers, whichever file it is from. Where the node that runs is of
+another pack (a KSampler whose model carries LCM for any KSampler), an event brings it there.
 """
 
 import functools
@@ -10,7 +10,7 @@ import logging
 from contextvars import ContextVar
 from typing import Any
 
-from .page import executing, plain, report_elsewhere
+from .page import executing, in_lines, plain, report_elsewhere
 
 PACK = __name__.removesuffix(".host.reports")
 _of_ours: ContextVar[list[str] | None] = ContextVar("lines told while a node of ours runs", default=None)
@@ -55,7 +55,10 @@ def listen() -> None:
 
 
 def for_pages(node: type) -> type:
-    """`node` itself, a ComfyNode: from here on its texts are plain, results and errors too, and its report stays."""
+    """`node` itself, a ComfyNode: from here on its texts are plain, results and errors too, and its report stays.
+
+    Its output named `report` reads as Markdown too.
+    """
     node.execute = classmethod(_reporting(node.execute.__func__))
     node.define_schema = classmethod(_lasting(node.define_schema.__func__))
     return node
@@ -74,7 +77,7 @@ def _reporting(execute):
             raise ValueError(text).with_traceback(error.__traceback__) from None
         finally:
             _of_ours.reset(before)
-        output.args = tuple(map(_plain_in, output.args))
+        output.args = tuple(map(_handed_out, cls.RETURN_NAMES, output.args))
         told = {} if output.ui is None else output.ui if isinstance(output.ui, dict) else output.ui.as_dict()
         # Without a line too: a page takes away what it shows of the run before.
         output.ui = {kind: _plain_in(value) for kind, value in told.items()} | {"text": _report(told, lines)}
@@ -90,6 +93,12 @@ def _report(told: dict[str, Any], lines: list[str]) -> list[str]:
     new = [line for line in lines if " ".join(line.split()) not in said]
     text = "\n".join(filter(None, [own, *new]))
     return [plain(text)] if text else []
+
+
+def _handed_out(name: str, value: Any) -> Any:
+    """An output as the next node gets it; what shows a text takes it for Markdown or for plain text."""
+    value = _plain_in(value)
+    return in_lines(value) if name == "report" and isinstance(value, str) else value
 
 
 def _plain_in(value: Any) -> Any:

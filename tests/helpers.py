@@ -57,3 +57,29 @@ def _git(*arguments: str) -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     return [name for name in done.stdout.split("\0") if name]
+
+
+def as_read(report: str) -> str:
+    """A report that a node handed out as its reader sees it, without what keeps its lines and gaps in Markdown."""
+    return report.replace("  \n", "\n").replace("\u00a0", " ").replace("\u2060", "")
+
+
+def lines_in_markdown(text: str) -> list[str]:
+    """The lines of `text` as Markdown with tables (GitHub's) draws them, by another project's renderer."""
+    from markdown_it import MarkdownIt
+
+    blocks = MarkdownIt("gfm-like", {"linkify": False}).parse(text)
+    drawn = []
+    for block in blocks:
+        if block.children is None:
+            drawn += [block.content] if block.content else []
+            continue
+        line = ""
+        for part in block.children:
+            if part.type == "hardbreak":
+                drawn.append(line)
+                line = ""
+            else:
+                line += " " if part.type == "softbreak" else part.content
+        drawn.append(line)
+    return drawn

@@ -1,5 +1,6 @@
 """Texts that leave a node: whatever is in them, they read as they are and make nothing, also where they pass for HTML."""
 
+import re
 import string
 from html.parser import HTMLParser
 
@@ -7,7 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lcm_kit.host.page import WORD_JOINER, plain
+from lcm_kit.host.page import WORD_JOINER, in_lines, plain
+from lcm_kit.tests.helpers import as_read, lines_in_markdown
 
 ALPHABET = st.text(st.sampled_from("<>/!?-&#;[]()|:=\"' \nab1x" + WORD_JOINER), max_size=60)
 
@@ -87,3 +89,27 @@ def test_what_nobody_sees_is_written_out(letter):
 )
 def test_ordinary_text_is_unchanged(text):
     assert plain(text) == text
+
+
+@given(st.text(st.sampled_from("#>-+*=_|~:1.) \nab"), max_size=60))
+@example("a\n===")
+@example("a | b\n--- | ---\nc | d")
+@example("1. ink.safetensors\n# paint\n* pastel\n> chalk")
+def test_each_line_of_a_report_is_a_line_in_markdown_too(text):
+    """By its letters: what stands in a line, `*so*`, is Markdown's to draw."""
+    drawn = lines_in_markdown(in_lines(text))
+    assert list(map(letters, drawn)) == [letters(line) for line in text.split("\n") if line.strip(" ")]
+    assert [line.rstrip(" ") for line in as_read(in_lines(text)).split("\n")] == [
+        line.rstrip(" ") for line in text.split("\n")
+    ]
+    assert in_lines(in_lines(text)) == in_lines(text)
+
+
+def letters(text):
+    return re.sub(r"[^ab1]", "", text)
+
+
+def test_gaps_are_as_wide_in_markdown():
+    text = "Merged:\n    norm 1   norm 2\n  unet     9.375"
+    assert list(map(as_read, lines_in_markdown(in_lines(text)))) == text.split("\n")
+    assert all(" " * 2 not in line for line in lines_in_markdown(in_lines(text)))

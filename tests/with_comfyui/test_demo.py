@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from lcm_kit.demo import prompts
 from lcm_kit.demo.comfyui_client import ExecutionFailed, PromptRejected
 from lcm_kit.demo.graphs import STYLED_BASELINE, STYLED_LCM, TINY, Shot, lcm_only, pictures, style_in_few_steps
-from lcm_kit.tests.helpers import ROOT
+from lcm_kit.tests.helpers import ROOT, as_read
 from lcm_kit.tests.with_comfyui.comfy_server import comfyui
 
 SHOT = Shot("cat face", seed=5, steps=4)
@@ -127,7 +127,7 @@ def test_lora_mix_makes_the_picture_of_the_four_nodes(client, server):
         del graph[node]
     graph["report"] = {"class_type": "PreviewAny", "inputs": {"source": [apply, 5]}}
     assert np.abs(picture(client, graph) - expected).max() <= 1
-    report = client.run(graph)["report"]["text"][0]
+    report = as_read(client.run(graph)["report"]["text"][0])
     assert f"  lcm_lora: {TINY.lcm} * 1: LCM LoRA, ok\n  lora_1: {TINY.style} * 0.8: " in report
     assert f"  lora_4: {TINY.style}: off\n" in report
     assert f"auto: {TINY.lcm} is the one for this model among " in report

@@ -11,6 +11,7 @@ from lcm_kit.host.lora import files
 from lcm_kit.nodes.loading import ApplyLoRA, LoadLoRA
 from lcm_kit.nodes.merging import MergeLoRA
 from lcm_kit.nodes.mix import LoRAMix
+from lcm_kit.tests.helpers import as_read
 from lcm_kit.tests.with_comfyui import tiny
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -96,7 +97,7 @@ def test_it_is_the_nodes_that_it_stands_for_to_the_bit(model, clip, on):
 def test_each_row_says_what_it_is(model):
     report = mixed(model, lora_1="ink.safetensors", strength_1=0.8, lora_2="paint.safetensors", on_2=False,
                    lora_3="paint.safetensors", strength_3=0.0)[5]  # fmt: skip
-    lines = report.splitlines()
+    lines = as_read(report).splitlines()
     assert lines[:6] == [
         "2 LoRAs in one, applied at strength 1.",
         "  lcm_lora: lcm.safetensors * 1: LCM LoRA, ok",

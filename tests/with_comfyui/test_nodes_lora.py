@@ -19,6 +19,7 @@ from lcm_kit.nodes.loading import ApplyLoRA, LCMLoader, LoadLoRA
 from lcm_kit.nodes.merging import MergeLoRA, SaveLoRA
 from lcm_kit.nodes.scheduling import LCMScheduler
 from lcm_kit.samplers.presets import PRESETS
+from lcm_kit.tests.helpers import as_read
 from lcm_kit.tests.with_comfyui import tiny
 
 EXACT = {"rtol": 0, "atol": 2e-6}  # float32 sums of weights of size 1, in another order
@@ -160,7 +161,7 @@ def test_lcm_loader_applies_and_gives_settings(model, put):
 def test_the_report_says_what_a_lora_is_and_how_to_sample_with_it(model, put):
     name = put("a.safetensors", tiny.lora(model, rank=4, alpha=2.0), {"lcm_kit.preset": "TCD"})
     total, parameters = len(tiny.modules(model)), sum(t.numel() for k, t in tiny.lora(model).items() if "lora_" in k and "alpha" not in k)  # fmt: skip
-    assert LCMLoader.execute(model, name, 0.5, "refuse").result[6].splitlines() == [
+    assert as_read(LCMLoader.execute(model, name, 0.5, "refuse").result[6]).splitlines() == [
         f"a.safetensors: {total} of {total} modules applied at strength 0.5.",
         "It is: TCD LoRA, likely: by metadata, the file says so.",
         "Made for: not known, this model: of ComfyUI's class TinyConfig.",
@@ -406,7 +407,7 @@ def test_a_lora_stack_is_applied_before_the_lcm_lora(model, put):
     _, expected_clip = comfy.sd.load_lora_for_models(model, clip, dict(style), 0.8, 0.5)
     assert_same_weights(result[1].patcher, expected_clip.patcher)
     assert result[6].startswith("lcm.safetensors: ")
-    lines = result[6].splitlines()
+    lines = as_read(result[6]).splitlines()
     assert any(line.startswith("style.safetensors: ") and "strength 0.8 (text encoder 0.5)" in line for line in lines)
     assert any(line.startswith("other.safetensors: ") for line in lines)
 

@@ -9,6 +9,7 @@ from lcm_kit.host.lora.fit import fit
 from lcm_kit.host.lora.model_base import base_of
 from lcm_kit.lora_merge.recognise.base_models import BY_NAME
 from lcm_kit.nodes.loading import ApplyLoRA, LCMLoader
+from lcm_kit.tests.helpers import as_read
 from lcm_kit.tests.lora_merge import full_size
 from lcm_kit.tests.with_comfyui import bases
 
@@ -52,7 +53,7 @@ def test_on_its_own_base_every_module_is_applied_and_reported(lora_files, base):
     assert len(changed.patches) == count
     assert model.patches == {}
     assert (steps, cfg, preset.name) == (4, 1.0, "LCM")
-    lines = report.splitlines()
+    lines = as_read(report).splitlines()
     assert lines[0] == f"{lora_files[base]}: {count} of {count} modules applied at strength 1."
     assert f"LCM-LoRA {base}" in lines[1]
     assert "very likely: by structure" in lines[1]
