@@ -57,6 +57,7 @@ def file_of(name: str) -> Path:
 def make(name: str) -> None:
     """Refines, if that was not done yet. The pictures that the model makes are those of the first variant."""
     path, folder = file_of(name), file_of(name).with_suffix(".run")
+    path.parent.mkdir(exist_ok=True)
     first = file_of(next(iter(VARIANTS))).with_suffix(".run") / "kept"
     if path.exists():
         return
