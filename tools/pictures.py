@@ -101,13 +101,7 @@ def of_workflow(page, file: Path) -> bytes:
 def of_help(page, web_page, node: str) -> bytes:
     """PNG of a help page as the page shows it beside the graph."""
     web_page.open_graph(page, {"1": {"class_type": node, "inputs": {}}}, "help")
-    page.evaluate(
-        "() => { const node = app.graph.nodes[0]; app.canvas.selectNode(node); app.canvas.fitViewToSelectionAnimated?.(); }"
-    )
-    page.wait_for_timeout(700)
-    page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView').catch(() => {})")
-    page.get_by_test_id("info-button").first.click()
-    page.wait_for_timeout(1500)
+    web_page.open_help(page, node)
     return page.screenshot()
 
 

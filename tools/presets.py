@@ -37,7 +37,7 @@ What each preset of **LCM Preset** sets, for what, and where it is from. Made by
   spaced where they list no timesteps.
 """
 HEADER = ("preset", "for", "steps", "cfg", "gamma", "levels", "shift", "LoRA", "there with", "also", "source", "date")
-SHORT = 7  # columns of the help page
+SHORT = ("preset", "what it sets")  # of the help page, whose panel has room for two columns
 TITLES = {False: "Stable Diffusion and its kin", True: "Flow models"}
 
 
@@ -85,18 +85,25 @@ def document(presets: Mapping) -> str:
     return "\n".join([INTRODUCTION, *tables(presets)])
 
 
+def short_cells(preset) -> list[str]:
+    """One for each column of SHORT, from the same words."""
+    name, models, steps, cfg, gamma, spaced, shift, *_ = cells(preset)
+    said = [f"steps {steps}", f"cfg {cfg}", f"gamma {gamma}", spaced, *([] if shift == "-" else [f"shift {shift}"])]
+    return [f"**{name}** for {models}", ", ".join(said)]
+
+
 def help_page(text: str, presets: Mapping) -> str:
     """The text of the help page with its closing tables made anew."""
-    return "\n".join([text[: text.index(f"## {TITLES[False]}")].rstrip() + "\n", *tables(presets, SHORT)])
+    return "\n".join([text[: text.index(f"## {TITLES[False]}")].rstrip() + "\n", *tables(presets, SHORT, short_cells)])
 
 
-def tables(presets: Mapping, columns: int | None = None) -> list[str]:
-    """One for Stable Diffusion, one for flow models, each with its heading. columns: how many of the first, or all."""
+def tables(presets: Mapping, header=HEADER, cells=cells) -> list[str]:
+    """One for Stable Diffusion, one for flow models, each with its heading."""
     made = []
     for flow, title in TITLES.items():
         own = [cells(preset) for preset in presets.values() if preset.flow is flow]
-        rows = [HEADER, ["---"] * len(HEADER), *own]
-        made.append(f"## {title}\n\n" + "".join(line(row[:columns]) for row in rows))
+        rows = [header, ["---"] * len(header), *own]
+        made.append(f"## {title}\n\n" + "".join(map(line, rows)))
     return made
 
 

@@ -76,3 +76,19 @@ def report_on(page, type_):
         }""",
         type_,
     )
+
+
+def open_help(page, type_):
+    """The help page of the first node of that type, in the panel that the page has for it, as wide as that comes."""
+    page.wait_for_timeout(1000)  # a new graph is moved into view; what is selected meanwhile gets no buttons
+    page.evaluate(
+        """type => {
+            app.canvas.deselectAll();
+            app.canvas.selectNode(app.graph.nodes.find(n => n.type === type));
+        }""",
+        type_,
+    )
+    page.wait_for_timeout(700)
+    if page.locator(".node-help-content:visible").count() == 0:
+        page.get_by_test_id("info-button").first.click()
+    page.wait_for_timeout(1500)
