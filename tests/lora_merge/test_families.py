@@ -438,7 +438,7 @@ def test_halves_that_diffusers_has_the_other_way_about_come_into_their_own_order
     name, own = "transformer.norm_out.linear", "lora_unet_final_layer_adaLN_modulation_1"
     rest = lora(DIFFUSERS, "transformer.").to_state_dict()
     bias = torch.arange(2.0 * H)
-    for state in (kohya(name, *factors(2 * H, 2, H)), {f"{name}.diff": torch.randn(2 * H, H)}):
+    for state in (kohya(name, *factors(2 * H, 2, H)), {f"{name}.diff": torch.arange(2.0 * H * H).reshape(2 * H, H)}):
         one = Lora.from_state_dict(rest | state | {f"{name}.diff_b": bias})
         (named,) = in_own_naming([one])
         assert torch.equal(named.delta(own), turned(one.delta(name)))
