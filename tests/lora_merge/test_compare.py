@@ -345,3 +345,12 @@ def test_what_is_zero_is_in_no_pair_and_what_has_no_strength_takes_no_room():
     # 4 + 4 directions of 12 + 10 numbers; only 10 fit, and one at strength 0 is not in the file.
     assert compare([(other, 1.0), (other, 1.0)]).megabytes() == 8 * 22 * 2 / 1e6
     assert compare([(other, 1.0), (other, 0.0)]).megabytes() == 4 * 22 * 2 / 1e6
+
+
+def test_what_is_inside_is_a_share_of_all_of_a_lora_whichever_comes_first():
+    names = [*SHAPES.items()]
+    loras = [lora(seed=1, modules=dict(names[:2])), lora(seed=2, modules=dict(names[1:]))]
+    for inputs in (loras, loras[::-1]):
+        pair = the_pair(compare([(one, 1.0) for one in inputs]))
+        for measure, one in zip((pair.first_inside, pair.second_inside), inputs, strict=True):
+            assert measure.whole == pytest.approx(sum(float(d.square().sum()) for d in deltas(one).values()), rel=1e-5)

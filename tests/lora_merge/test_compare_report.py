@@ -199,3 +199,17 @@ def test_bad_options_are_refused_before_the_work(options, said, tmp_path, capsys
     save(lora(0), tmp_path / "a.safetensors")
     assert main(["compare", "a.safetensors", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 8, 9])
+def test_the_table_of_cuts_has_a_row_for_every_rank_and_a_column_for_every_input(rank):
+    found = compare([(lora(1, rank=6), 0.5), (lora(2, rank=3), 1.0)])
+    head, *rows = as_text(found, rank).split("Cut to a smaller rank:\n")[1].split("\n\n")[0].splitlines()
+    assert head.split() == "rank error MB keeps of 1 keeps of 2".split()
+    # Of rank 6 + 3 nothing is cut at 9.
+    ranks = sorted({4, 8, rank} - {0, 9})
+    assert [row.split()[0] for row in rows] == [str(r) for r in ranks]
+    for r, row in zip(ranks, rows, strict=True):
+        kept = [word for index in (0, 1) for word in (f"{100 * found.retention(index, r):.1f}", "%")]
+        mark = "<- this rank".split() if r == rank else []
+        assert row.split() == [str(r), f"{found.error_at(r):.3g}", f"{found.megabytes(r):.1f}", *kept, *mark]

@@ -4,8 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcm_kit.lora_merge import load
+from lcm_kit.lora_merge import Lora, load
 from lcm_kit.lora_merge.__main__ import main
+from lcm_kit.lora_merge.files.formats import named_for
 from lcm_kit.lora_merge.files.shared import only
 from lcm_kit.lora_merge.merging.merge import merge
 from lcm_kit.tests.lora_merge.make import factors, kohya
@@ -142,3 +143,18 @@ def test_names_of_two_models_are_told_apart_by_their_width(tmp_path, width, own)
     again = load_file(back)
     assert again.keys() == state.keys()
     assert all(torch.equal(again[key], state[key]) for key in state)
+
+
+def test_every_format_has_names_of_its_own():
+    one = Lora.from_state_dict(flux())
+    double, single = "transformer.transformer_blocks.0.attn.", "transformer.single_transformer_blocks.0."
+    for format, names in {
+        "kohya": {*KOHYA},
+        "comfy": {f"diffusion_model.{x}" for x in ("double_blocks.0.img_attn.qkv", "double_blocks.0.img_attn.proj",
+                                                   "single_blocks.0.linear1")},
+        "diffusers": {f"{double}to_{x}" for x in ("q", "k", "v", "out.0")}
+        | {f"{single}{x}" for x in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")},
+    }.items():  # fmt: skip
+        named, written_in = named_for(one, format)
+        assert set(named.spellings.values()) == names
+        assert written_in == format

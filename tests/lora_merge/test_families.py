@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from lcm_kit.lora_merge import Lora, merge, merge_with_account
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
-from lcm_kit.lora_merge.files.one_naming import split, stacked, turned
+from lcm_kit.lora_merge.files.one_naming import can_turn, in_own_naming, split, stacked, turned
 from lcm_kit.lora_merge.naming import flux, names, z_image
-from lcm_kit.lora_merge.naming.families import FAMILIES, family_by_shapes, family_of
+from lcm_kit.lora_merge.naming.families import FAMILIES, family_by_shapes, family_by_width, family_of
 from lcm_kit.lora_merge.naming.family import Rows
 from lcm_kit.lora_merge.naming.unet import Layout
 from lcm_kit.lora_merge.updates.layer import LoraLayer
+from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import factors, kohya, relative
 
 H = 8
@@ -389,3 +390,78 @@ def test_a_file_of_slices_that_comfyui_has_no_name_for_is_written_whole():
         wanted = one.delta(name) if part != "to_k" else torch.zeros(H, H)
         torch.testing.assert_close(delta[number * H : (number + 1) * H], wanted)
     assert not delta[3 * H :].any()
+
+
+# ---- what the namings say of blocks, widths, halves and DoRA
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "depth"),
+    [
+        ("Flux", "double_blocks_{}_img_attn_proj", 19),
+        ("Flux 2", "double_blocks_{}_img_attn_proj", 8),
+        ("Flux 2", "single_blocks_{}_linear2", 48),
+        ("HunyuanVideo", "double_blocks_{}_img_attn_proj", 54),
+        ("Qwen-Image", "transformer_blocks_{}_img_mlp_net_2", 60),
+        ("Stable Diffusion 3", "joint_blocks_{}_x_block_attn_qkv", 38),
+    ],
+)
+def test_a_block_beyond_the_last_one_is_not_of_the_family(family, module, depth):
+    """depth: of the deepest model of the family, as published."""
+    (named,) = (one for one in FAMILIES if one.name == family)
+    known = [named.recognises([f"lora_unet_{module.format(number)}"]) for number in (0, depth - 1, depth, 10 * depth)]
+    assert known == [True, True, False, False]
+
+
+def test_a_width_tells_the_family_of_loras_that_all_have_it():
+    def attention(width):
+        return {
+            f"lora_transformer_layers_0_attn_to_{x}": (rows, width) for x, rows in (("q", width), ("k", width // 3))
+        }
+
+    assert family_by_width([attention(2304), attention(2304)]).name == "Lumina 2"
+    assert family_by_width([attention(2520)]).name == "OmniGen 2"
+    assert family_by_width([attention(2304), attention(999)]) is None
+    assert family_by_width([attention(2304), attention(2520)]) is None
+    assert family_by_width([attention(999)]) is family_by_width([]) is None
+
+
+@pytest.mark.parametrize("kind", [*kinds.ADDITIVE, *kinds.CARRIED])
+def test_only_plain_factors_and_differences_have_rows_that_can_change_places(kind):
+    kernel = (3, 3) if kind in kinds.ADDITIVE and kinds.ADDITIVE[kind][1] else ()
+    state = kinds.state_dict(kind, "m", kernel=kernel)
+    assert can_turn(Lora.from_state_dict(state), "m") is (kind == "LoRA")
+    assert can_turn(Lora.from_state_dict(state | {"x.diff_b": torch.ones(8)}), "x")
+
+
+def test_halves_that_diffusers_has_the_other_way_about_come_into_their_own_order():
+    name, own = "transformer.norm_out.linear", "lora_unet_final_layer_adaLN_modulation_1"
+    rest = lora(DIFFUSERS, "transformer.").to_state_dict()
+    bias = torch.arange(2.0 * H)
+    for state in (kohya(name, *factors(2 * H, 2, H)), {f"{name}.diff": torch.arange(2.0 * H * H).reshape(2 * H, H)}):
+        one = Lora.from_state_dict(rest | state | {f"{name}.diff_b": bias})
+        (named,) = in_own_naming([one])
+        assert torch.equal(named.delta(own), turned(one.delta(name)))
+        assert torch.equal(named.diffs[own, "diff_b"], turned(bias))
+
+
+@pytest.mark.parametrize(("slices", "scale"), [("qkv", "rows"), ("qk", "rows"), ("qkv", "columns"), ("qkv", "flat")])
+def test_dora_of_slices_is_one_of_the_whole_weight_where_every_row_has_its_scale(slices, scale):
+    """Of HunyuanVideo, whose slices ComfyUI has no names for. A row's norm is its own, whatever other rows there are."""
+    name, whole = "transformer.transformer_blocks.19.attn.to_{}".format, "lora_unet_double_blocks_19_img_attn_qkv"
+    state = kohya("transformer.x_embedder.proj", *factors(H, 2, 4))
+    state |= kohya("transformer.single_transformer_blocks.39.proj_out", *factors(H, 2, 5 * H))
+    scales = {x: 1.0 + torch.rand(H, generator=torch.Generator().manual_seed(ord(x))) for x in slices}
+    shape = {"rows": (H, 1), "columns": (1, H), "flat": (H,)}[scale]
+    for x in slices:
+        state |= kohya(name(x), *factors(H, 2, H, seed=ord(x)), alpha=1)
+        state[f"{name(x)}.dora_scale"] = scales[x].reshape(shape)
+    (named,) = in_own_naming([Lora.from_state_dict(state)])
+    if (slices, scale) != ("qkv", "rows"):
+        assert named.carried.keys() == {f"lora_{name(x).replace('.', '_')}" for x in slices}
+        return
+    ((module, found),) = named.carried.items()
+    assert (module, found.kind, found.shape, found.alpha) == (whole, "DoRA", (3 * H, H), None)
+    wanted = torch.cat([0.5 * up @ down for up, down in (factors(H, 2, H, seed=ord(x)) for x in slices)])
+    torch.testing.assert_close(found.parts["up"] @ found.parts["down"], wanted)
+    assert torch.equal(found.parts["dora_scale"], torch.cat([*scales.values()])[:, None])

@@ -490,3 +490,12 @@ def test_lokr_divides_alpha_by_the_rank_of_its_second_matrix():
     torch.testing.assert_close(layer.scale * up @ down, wanted)
     only_first = LokrLayer(w1_a=two_a, w1_b=two_b, w2=one_a @ one_b, alpha=3.0)
     torch.testing.assert_close(only_first.delta(), 3.0 / 2 * torch.kron(two_a @ two_b, one_a @ one_b))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_lokr_whose_ranks_differ_is_refused_by_the_name_of_the_matrix(number):
+    wrong = {f"w{number}_a": torch.ones(4, 1), f"w{number}_b": torch.ones(2, 3)}
+    with pytest.raises(
+        ValueError, match=rf"lokr_w{number}_a is \(4, 1\), lokr_w{number}_b \(2, 3\); their ranks differ"
+    ):
+        LokrLayer(**{f"w{3 - number}": torch.ones(2, 2)}, **wrong)

@@ -474,3 +474,17 @@ def test_the_protected_one_is_named_as_people_number_the_loras(text, labels, pro
 def test_a_number_that_no_lora_has_is_refused_with_those_there_are(text):
     with pytest.raises(ValueError, match=rf"protect is {text}, but the LoRAs are numbered 1, 2\. Choose one of these"):
         which_protected(text, ["1", "2"])
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1.0, 1e4])
+def test_the_relative_error_of_a_cut_is_that_at_any_strength(strength):
+    one = Lora.from_state_dict(kohya(MIDDLE, *factors(12, 6, 16, seed=1)))
+    wanted = torch.linalg.svdvals(one.delta(MIDDLE).double()).square()
+    account = merge_with_account([(one, strength)], rank=2)[1]
+    assert account.relative_error == pytest.approx(math.sqrt(float(wanted[2:].sum() / wanted.sum())), rel=1e-4)
+
+
+def test_a_bias_that_the_dtype_rounds_away_is_named_by_its_module():
+    one = Lora.from_state_dict({f"{MIDDLE}.diff_b": torch.full((12,), 1e-9)} | kohya(UP, *factors(20, 2, 30)))
+    (said,) = (line for line in merge_with_account([(one, 1.0)], out_dtype=torch.float16)[1].warnings if MIDDLE in line)
+    assert "diff_b" not in said

@@ -10,8 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lcm_kit.lora_merge import Lora, load, merge, merge_with_account, resize, save
+from lcm_kit.lora_merge import Lora, MergeOptions, load, merge, merge_with_account, resize, save
 from lcm_kit.lora_merge.__main__ import main
+from lcm_kit.lora_merge.files.new_metadata import for_file
+from lcm_kit.lora_merge.merging.budget import numbers_within
 from lcm_kit.lora_merge.metadata import tags
 from lcm_kit.lora_merge.metadata.about import describe_metadata, trigger_words
 from lcm_kit.lora_merge.recognise.identity import identify
@@ -448,3 +450,34 @@ def test_trigger_words_are_found_wherever_programs_put_them():
         "c",
         "a",
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [
+        ("LoRA", "networks.lora_flux", "networks.lora_flux"),
+        ("LoRA", "networks.lora", "networks.lora"),
+        ("LoRA", "lycoris.kohya", "networks.lora"),
+        ("LoRA", None, "networks.lora"),
+        ("LoHa", "networks.lora_flux", "lycoris.kohya"),
+    ],
+)
+def test_a_trainers_word_for_its_network_stays_where_it_is_true(kind, before, after):
+    notes = {} if before is None else {"ss_network_module": before}
+    one = Lora.from_state_dict(kinds.state_dict(kind, MODULE), metadata=notes)
+    assert for_file(one, "x", "kohya")["ss_network_module"] == after
+
+
+@pytest.mark.parametrize("letters", [1, 30, 200])
+def test_every_module_takes_as_much_off_max_mb_as_its_header_can_be_long(letters):
+    """Of kohya's three tensors: the names, and shapes and offsets as long as they get."""
+    numbers = '":{"dtype":"BF16","shape":[99999,99999,9,9],"data_offsets":[9999999999,9999999999]},'
+    modules = [f"{number:03}{'x' * letters}" for number in range(100)]
+    spellings = dict(zip(modules, modules, strict=True))
+
+    def room(count):
+        options = MergeOptions(max_mb=1.0, out_dtype=torch.float16)
+        return 2 * numbers_within(options, [], modules[:count], {}, spellings, {}, 0)
+
+    longest = [f'"{modules[0]}{end}{numbers}' for end in (".lora_up.weight", ".lora_down.weight", ".alpha")]
+    assert room(0) - room(100) >= 100 * sum(map(len, longest))

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from lcm_kit.lora_merge import LoraLayer
 from lcm_kit.lora_merge.algebra.precision import cast
-from lcm_kit.lora_merge.algebra.sums import is_safe_whole, stacked, weighted_sum
+from lcm_kit.lora_merge.algebra.sums import dense_sum_in, is_safe_whole, stacked, weighted_sum
 from lcm_kit.tests.lora_merge.make import dense, factors, layer, relative
 
 
@@ -166,3 +166,9 @@ def test_a_sum_of_nothing_has_the_dtype_and_the_device_of_any_other(dtype):
         total = stacked(terms, dtype)
         assert {total.up.dtype, total.down.dtype} == {dtype}
         assert {total.up.device, total.down.device} == {terms[0][0].up.device}
+
+
+def test_a_sum_of_differences_is_made_where_they_are():
+    """A device without numbers, which takes part in no sum with another one."""
+    away = torch.zeros(3, 2, device="meta")
+    assert dense_sum_in(torch.float32, [], [(away, 1.0), (away, 2.0)]).device == away.device

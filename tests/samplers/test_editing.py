@@ -187,6 +187,18 @@ def test_keep_outside_its_range_is_refused(keep):
         edit_ddcm(None, None, picture(), schedule(), noise=StepNoise(0), keep=keep, disable=True)
 
 
+def test_a_position_keeps_the_picture_in_all_of_its_channels_or_in_none():
+    """Point masses: each step differs alike, so the size at a position is the root mean square over its channels."""
+    z0, change = picture(), picture(seed=4)
+    result = edit_ddcm(
+        lambda x, sigma: torch.zeros_like(x), lambda x, sigma: change, z0, schedule(), noise=StepNoise(0), keep=0.3,
+        disable=True,
+    )  # fmt: skip
+    share = changed_share(change.square().mean(dim=1, keepdim=True).sqrt(), 0.3)
+    assert 0 < float((share == 0).sum() + (share == 1).sum()) < share.numel()
+    torch.testing.assert_close(result, z0 + share * change)
+
+
 # ---- what the model and the callback see
 
 
