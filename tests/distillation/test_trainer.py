@@ -271,6 +271,13 @@ def test_facts_that_cannot_be_read_are_named(tmp_path, facts):
         checkpoint.read(path)
 
 
+def test_a_checkpoint_is_written_into_a_folder_that_is_not_there_yet(tmp_path):
+    path = tmp_path / "runs" / "today" / "run.safetensors"
+    for done in (1, 2):
+        checkpoint.write(path, {"a": torch.ones(2)}, {"done": done})
+        assert checkpoint.read(path)[1] == {"done": done}
+
+
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "run.safetensors"
     checkpoint.write(path, {"a": torch.ones(2)}, {"done": 1})

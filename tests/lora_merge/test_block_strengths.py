@@ -11,6 +11,7 @@ from lcm_kit.lora_merge import Lora, merge, merge_with_account, parse_block_stre
 from lcm_kit.lora_merge.naming import globs
 from lcm_kit.lora_merge.naming.blocks import Place, place
 from lcm_kit.lora_merge.recognise.transformers import TRANSFORMERS
+from lcm_kit.lora_merge.settings.strengths import for_inputs
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,8 @@ def test_blank_text_means_no_factors(text):
         ("down=x", r"'down=x' is no NAME=NUMBER"),
         ("down=inf", r"'down=inf' is no NAME=NUMBER"),
         ("0.5", "a list of 1 numbers is for no model"),
+        ("down=0.5, 0.3", r"'0\.3' is no NAME=NUMBER"),
+        ("0.3, down=0.5", r"'0\.3' is no NAME=NUMBER"),
         ("down 1=1", "'down 1=1' is no NAME=NUMBER"),
         ("=1", "'=1' is no NAME=NUMBER"),
         ("mid=1, mid=2", "mid is given twice"),
@@ -342,3 +345,14 @@ def test_globs_that_take_too_long_are_refused_before_they_are_tried():
     text = ", ".join(f"{'*a' * 90}{number}=1" for number in range(50))
     with pytest.raises(ValueError, match=r"50 names with . or . take too long on the 400 modules"):
         merge([(long, 1.0)], block_strengths=text)
+
+
+@pytest.mark.parametrize("spelled", ["2:", "lora_2:", " 2 : ", "lora_2 :"])
+def test_a_line_with_a_number_is_for_that_input_alone(spelled):
+    text = f"down=0.5\n{spelled}up=0.3\n3: mid=2"
+    said = [parse_block_strengths(one) for one in for_inputs(text, ["1", "2", "3"])]
+    assert [one.by_block for one in said] == [{"down": 0.5}, {"down": 0.5, "up": 0.3}, {"down": 0.5, "mid": 2.0}]
+    # Labels are what people see: after one was taken out there may be gaps.
+    assert for_inputs("3:up=1", ["1", "3"]) == ["", "up=1"]
+    with pytest.raises(ValueError, match="is for LoRA 2; there are 1, 3"):
+        for_inputs("2:up=1", ["1", "3"])

@@ -75,6 +75,21 @@ def test_a_text_that_fits_is_left_alone():
     assert short.image().tobytes() == plain.image().tobytes()
 
 
+def test_a_text_covers_what_it_stands_on_if_asked_to():
+    """White behind black letters on black: a white box as wide as the text; without it nothing is seen."""
+    seen = []
+    for behind in (None, (255, 255, 255)):
+        canvas = Canvas(300, 40)
+        canvas.rectangle((0, 0, 300, 40), fill=BLACK)
+        canvas.text((50, 10), "H" * 8, 20, BLACK, behind=behind)
+        seen.append(canvas.image().convert("L").point(lambda value: 255 * (value > 128)).getbbox())
+    assert seen[0] is None
+    left, top, right, bottom = seen[1]
+    assert abs(left - 50) <= 3
+    assert abs((right - left) - Canvas.length("H" * 8, 20)) <= 6
+    assert 10 <= top < bottom <= 40
+
+
 def test_dashes_are_every_second_six_pixels():
     pieces = _dashes([(0.0, 0.0), (30.0, 0.0)])
     assert [(piece[0][0], piece[-1][0]) for piece in pieces] == [(0, 6), (12, 18), (24, 30)]

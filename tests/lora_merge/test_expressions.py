@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from lcm_kit.lora_merge import Lora
+from lcm_kit.lora_merge.metadata import expressions
 from lcm_kit.lora_merge.metadata.adapter_scales import STEPS
 from lcm_kit.lora_merge.metadata.expressions import Budget, Expression
 
@@ -103,6 +104,16 @@ def test_a_match_takes_no_more_steps_than_states_times_letters(pattern):
     budget = Budget(10**9)
     assert not expression.ends(name, budget)
     assert 10**9 - budget.left <= (expression.states + 1) * (len(name) + 1)
+
+
+@pytest.mark.parametrize("pattern", ["", "a", "a|b", "(a{3}|b*)c", "to_[qk]$"])
+def test_an_expression_may_have_as_many_states_as_there_may_be_and_no_more(pattern, monkeypatch):
+    states = Expression(pattern).states
+    monkeypatch.setattr(expressions, "MAX_STATES", states)
+    assert Expression(pattern).states == states
+    monkeypatch.setattr(expressions, "MAX_STATES", states - 1)
+    with pytest.raises(ValueError, match="too involved"):
+        Expression(pattern)
 
 
 def test_all_matches_of_a_file_are_bounded_together():

@@ -46,6 +46,32 @@ def test_the_error_is_the_smallest_possible_and_is_told(shape, rank):
     assert account.error == pytest.approx(best, abs=1e-6)
 
 
+@pytest.mark.parametrize("size", [2.0**-20, 2.0**-6, 1.0, 2.0**6])
+def test_the_error_is_relative_whatever_the_size_of_the_difference(size):
+    base = torch.zeros(20, 30)
+    (one, account), (other, whole) = (
+        extract([(f"{LINEAR}.weight", s * weight(20, 30), base)], rank=3) for s in (size, 1.0)
+    )
+    assert account.error == pytest.approx(whole.error, rel=1e-5)
+    assert 0.1 < whole.error < 1
+    assert account.energy == pytest.approx(size**2 * whole.energy, rel=1e-5)
+    assert relative(one.delta(LINEAR), size * other.delta(LINEAR)) < 1e-5
+
+
+def test_without_a_share_to_keep_the_smallest_component_stays_that_is_no_rounding():
+    """3e-7 of the largest has 1e-13 of the energy, and rounding of float32 would be 3e-8."""
+    base = torch.zeros(64, 64, dtype=torch.float64)
+    tuned = torch.diag(torch.tensor([1.0, 3e-7, *[0.0] * 62], dtype=torch.float64))
+    lora, _ = extract([(f"{LINEAR}.weight", tuned, base)], rank=8)
+    assert lora.modules[LINEAR].rank == 2
+    assert float(lora.delta(LINEAR)[1, 1]) == pytest.approx(3e-7, rel=1e-5)
+
+
+def test_what_it_is_called_is_its_title():
+    lora, _ = extract([(f"{LINEAR}.weight", weight(8, 6), torch.zeros(8, 6))], rank=2, source="my style")
+    assert (lora.metadata["modelspec.title"], lora.source) == ("my style", "my style")
+
+
 def test_an_outlier_is_not_clamped():
     base = weight(64, 64)
     tuned = base.clone()

@@ -11,7 +11,7 @@ from lcm_kit.lora_merge import Lora, merge, merge_with_account
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
 from lcm_kit.lora_merge.files.one_naming import can_turn, in_own_naming, split, stacked, turned
-from lcm_kit.lora_merge.naming import flux, names, z_image
+from lcm_kit.lora_merge.naming import flux, hunyuan_video, names, z_image
 from lcm_kit.lora_merge.naming.families import FAMILIES, family_by_shapes, family_by_width, family_of
 from lcm_kit.lora_merge.naming.family import Rows
 from lcm_kit.lora_merge.naming.unet import Layout
@@ -332,6 +332,60 @@ def test_models_of_like_names_are_told_by_their_shapes():
     assert family_by_shapes({"lora_unet_stages_0_mixer_win": (H, H)}) is None
 
 
+def test_names_of_two_families_are_told_by_the_columns_of_attention():
+    """Grouped attention of Lumina 2, 2304 wide, and of OmniGen 2, 2520: to_k has a third of the rows, and all columns."""
+
+    def slices(width):
+        return {f"lora_transformer_layers_0_attn_{x}": (width // n, width) for x, n in (("to_q", 1), ("to_k", 3))}
+
+    assert family_of([slices(2304)]) is None
+    for width, name in ((2304, "Lumina 2"), (2520, "OmniGen 2")):
+        assert family_by_width([slices(width)]).name == family_by_width([slices(width)] * 2).name == name
+    assert family_by_width([slices(2304), slices(2520)]) is None
+    assert family_by_width([slices(2400)]) is None
+    assert family_by_width([]) is None
+
+
+@pytest.mark.parametrize(("own", "theirs", "depth"), [("double_blocks.{}.img_attn.proj", "transformer_blocks.{}.attn.to_out.0", 54),
+                                                      ("single_blocks.{}.linear2", "single_transformer_blocks.{}.proj_out", 40)])  # fmt: skip
+def test_hunyuan_video_has_fluxs_blocks_and_more_of_them_and_comfyui_reads_none_of_diffusers_names(own, theirs, depth):
+    """54 double blocks are HunyuanVideo 1.5's, 40 single ones HunyuanVideo 1's."""
+    family = hunyuan_video.FAMILY
+    for spelled in (f"diffusion_model.{own}", f"transformer.{theirs}"):
+        assert [family.recognises([canonical(spelled.format(number))]) for number in (0, depth - 1, depth)] == [
+            True,
+            True,
+            False,
+        ]
+    assert family.reads(f"diffusion_model.{own.format(0)}")
+    for name in (theirs, "transformer_blocks.{}.attn.to_q", "single_transformer_blocks.{}.proj_mlp"):
+        assert not any(family.reads(f"{prefix}{name.format(0)}") for prefix in ("transformer.", "diffusion_model.", ""))
+        assert family.slice_name(canonical(f"transformer.{name.format(0)}")) is None
+
+
+def test_a_slice_of_hunyuan_video_tells_the_whole_since_its_mlp_is_four_widths():
+    for part, rows in (("attn.to_v", H), ("proj_mlp", 4 * H)):
+        slices = {canonical(f"transformer.single_transformer_blocks.3.{part}"): (rows, H)}
+        assert hunyuan_video.FAMILY.whole_shape("lora_unet_single_blocks_3_linear1", slices) == (7 * H, H)
+
+
+def test_biases_of_slices_stand_in_their_rows_of_the_fused_bias():
+    """A bias has rows and no columns."""
+    name = "transformer.single_transformer_blocks.3"
+    g = torch.Generator().manual_seed(0)
+    # The first is what tells it from Flux.
+    state, biases = kohya("transformer.x_embedder.proj", *factors(H, 2, 4, seed=6)), {}
+    for number, (part, rows) in enumerate((("attn.to_q", H), ("attn.to_v", H), ("proj_mlp", 4 * H))):
+        biases[part] = torch.randn(rows, generator=g)
+        state |= kohya(f"{name}.{part}", *factors(rows, 2, H, seed=number))
+        state[f"{name}.{part}.diff_b"] = biases[part]
+    merged = merge([(Lora.from_state_dict(state), 1.0)])
+    whole = merged.find("diffusion_model.single_blocks.3.linear1")
+    wanted = torch.cat([biases["attn.to_q"], torch.zeros(H), biases["attn.to_v"], biases["proj_mlp"]])
+    assert {key: diff.tolist() for key, diff in merged.diffs.items()} == {(whole, "diff_b"): wanted.tolist()}
+    assert {*merged.modules} == {whole, merged.find("diffusion_model.img_in.proj")}
+
+
 # ---- the way back
 
 
@@ -465,3 +519,23 @@ def test_dora_of_slices_is_one_of_the_whole_weight_where_every_row_has_its_scale
     wanted = torch.cat([0.5 * up @ down for up, down in (factors(H, 2, H, seed=ord(x)) for x in slices)])
     torch.testing.assert_close(found.parts["up"] @ found.parts["down"], wanted)
     assert torch.equal(found.parts["dora_scale"], torch.cat([*scales.values()])[:, None])
+
+
+@pytest.mark.parametrize("alpha", [None, 1.5])
+def test_a_part_of_zeros_and_one_with_a_core_stay_layers_of_the_same_update(alpha):
+    """Ranks that a part does not use are left out of it; one is a layer with none, and a core goes with all of them."""
+    g = torch.Generator().manual_seed(0)
+    up, down = torch.randn(6, 3, generator=g), torch.randn(3, 5, generator=g)
+    up[:3] = 0
+    up[3:, 1] = 0
+    parts = [(name, (Rows(3 * number, 3),)) for number, name in enumerate(("none", "some"))]
+    found = split(LoraLayer(up, down, alpha), parts)
+    assert [layer.rank for layer in found.values()] == [3, 2]
+    torch.testing.assert_close(
+        torch.cat([layer.delta() for layer in found.values()]), LoraLayer(up, down, alpha).delta()
+    )
+    mid = torch.randn(3, 3, 2, 2, generator=g)
+    tucker = LoraLayer(up[..., None, None], down[..., None, None], alpha, mid)
+    found = split(tucker, parts)
+    assert [layer.rank for layer in found.values()] == [3, 3]
+    torch.testing.assert_close(torch.cat([layer.delta() for layer in found.values()]), tucker.delta())

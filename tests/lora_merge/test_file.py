@@ -88,6 +88,17 @@ def test_diffusers_format_refuses_what_it_cannot_name(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_of_many_that_diffusers_format_cannot_hold_the_first_three_are_named(count):
+    named = [f"lora_unet_odd_blocks_{number}_thing" for number in range(count)]
+    biases = {f"{name}.diff_b": torch.ones(3) for name in named}
+    layers = {key: part for name in named for key, part in kohya(name, *factors(8, 2, 6)).items()}
+    for state in (biases, layers):
+        with pytest.raises(ValueError, match="use kohya") as error:
+            Lora.from_state_dict(state).diffusers_spellings()
+        assert [name in str(error.value) for name in named] == [number < 3 for number in range(count)]
+
+
 def test_a_merge_tells_other_tools_and_its_own_story(tmp_path):
     style, lcm = (Lora.from_state_dict(state_dict(rank, seed=rank), source=f"{rank}.safetensors") for rank in (4, 8))
     save(merge([(style, 0.8), (lcm, 1.0)]), tmp_path / "both.safetensors")
@@ -113,6 +124,21 @@ def test_different_ranks_are_called_dynamic(tmp_path):
     lora = Lora.from_state_dict(state_dict() | kohya("lora_unet_conv_in", *factors(8, 2, 6)))
     save(lora, tmp_path / "x.safetensors")
     assert metadata(tmp_path / "x.safetensors")["ss_network_dim"] == "Dynamic"
+
+
+@pytest.mark.parametrize(("kernel", "reaches"), [((), False), ((1, 1), False), ((2, 2), True), ((1, 3), True)])
+def test_a_convolution_is_what_reaches_beyond_a_pixel(tmp_path, kernel, reaches):
+    """As kohya's trainer has it: conv_dim is the rank of the others, a convolution of 1 x 1 counts with the linear layers."""
+    module, other = "lora_unet_output_blocks_5_2_conv", "lora_unet_middle_block_1_proj_in"
+    alone = kohya(module, *factors(8, 4, 6, kernel), 2.0)
+    save(Lora.from_state_dict(alone), tmp_path / "alone.safetensors")
+    notes = metadata(tmp_path / "alone.safetensors")
+    assert (notes["ss_network_dim"], notes["ss_network_alpha"]) == ("4", "2")
+    save(Lora.from_state_dict(alone | kohya(other, *factors(8, 3, 6), 3.0)), tmp_path / "both.safetensors")
+    both = metadata(tmp_path / "both.safetensors")
+    assert both["ss_network_dim"] == ("3" if reaches else "Dynamic")
+    wanted = {"conv_dim": "4", "conv_alpha": "2"} if reaches else {}
+    assert [json.loads(one.get("ss_network_args", "{}")) for one in (notes, both)] == [wanted, wanted]
 
 
 def test_alpha_is_never_rounded(tmp_path):

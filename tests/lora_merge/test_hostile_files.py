@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from lcm_kit.lora_merge import Lora, load
 from lcm_kit.lora_merge.disk import header
 from lcm_kit.lora_merge.disk.header import MAX_HEADER
+from lcm_kit.lora_merge.disk.json_text import MAX_CHARACTERS
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
 MODULE = "lora_unet_mid_block_attentions_0_proj_in"
@@ -244,6 +245,8 @@ def test_a_config_beside_the_file_that_is_no_object_is_named(tmp_path):
             load(tmp_path / "adapter_model.safetensors")
 
 
-def test_a_long_header_of_metadata_is_fine(tmp_path):
-    save_file(kohya(MODULE, *factors(6, 2, 5)), tmp_path / "x.safetensors", {"ss_tag_frequency": "x" * 3_000_000})
+@pytest.mark.parametrize("letters", [3_000_000, MAX_CHARACTERS + 1])
+def test_a_long_header_of_metadata_is_fine(tmp_path, letters):
+    """More than JSON within it may have: a header has several texts."""
+    save_file(kohya(MODULE, *factors(6, 2, 5)), tmp_path / "x.safetensors", {"ss_tag_frequency": "x" * letters})
     assert len(load(tmp_path / "x.safetensors").modules) == 1

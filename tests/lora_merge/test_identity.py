@@ -308,6 +308,21 @@ def test_every_row_is_a_hash_of_its_own_for_a_known_base():
         assert entry.steps is None or entry.steps == PRESETS[entry.preset].steps
 
 
+def test_a_file_of_qwen_image_lightning_lies_in_the_folder_of_its_model():
+    """lightx2v's repository has the files for Qwen-Image-Edit-2509 in a folder; those for 2511 have a repository."""
+    rows = [entry for entry in PUBLISHED if entry.preset.startswith("Qwen-Image-Lightning")]
+    assert {entry.name.partition("-Lightning-")[0] for entry in rows} == {
+        "Qwen-Image", "Qwen-Image-Edit", "Qwen-Image-Edit-2509", "Qwen-Image-Edit-2511"
+    }  # fmt: skip
+    for entry in rows:
+        kind = entry.name.partition("-Lightning-")[0]
+        folder = "Qwen-Image-Edit-2509/" if kind.endswith("2509") else ""
+        assert entry.file == f"{folder}{entry.name}.safetensors"
+        assert entry.repository == (
+            "lightx2v/Qwen-Image-Edit-2511-Lightning" if kind.endswith("2511") else "lightx2v/Qwen-Image-Lightning"
+        )
+
+
 def test_halves_of_a_pair_are_different_files_that_say_so():
     halves = [entry for entry in PUBLISHED if entry.expert]
     assert {entry.base for entry in halves} == {WAN}

@@ -16,6 +16,8 @@ from lcm_kit.lora_merge import (
     load,
     merge,
     merge_with_account,
+    resize,
+    resize_with_account,
     save,
 )
 from lcm_kit.tests.lora_merge import kinds
@@ -275,6 +277,17 @@ def test_refused_modules_can_be_left_out_and_are_counted():
     assert relative(merged.delta(LINEAR), lcm.delta(LINEAR)) < 1e-6
     assert not merged.carried
     assert "1 merged, 1 refused and left out" in describe_merge(account, merged)
+
+
+def test_nothing_is_left_out_unless_that_is_asked_for():
+    one = Lora.from_state_dict(kinds.state_dict("DoRA, rows", LINEAR) | kinds.state_dict("LoRA", CONV, kernel=(3, 3)))
+    for call in (merge, merge_with_account):
+        with pytest.raises(ValueError, match="only at strength 1"):
+            call([(one, 0.5)])
+    for call in (resize, resize_with_account):
+        with pytest.raises(ValueError, match="only at strength 1"):
+            call(one, rank=1, block_strengths="unet=0.5")
+    assert not resize(one, rank=1, block_strengths="unet=0.5", leave_out=True).carried
 
 
 def test_strength_zero_leaves_nothing_of_it():

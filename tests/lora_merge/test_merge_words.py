@@ -1,10 +1,14 @@
 """The report of a merge, line by line, from numbers written by hand."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
-from lcm_kit.lora_merge import Lora, LoraLayer, MergeOptions, describe, describe_merge
+from lcm_kit.lora_merge import Lora, LoraLayer, MergeOptions, describe, describe_merge, merge
 from lcm_kit.lora_merge.merging.account import Account, Source
+from lcm_kit.lora_merge.merging.report import describe_provenance
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
 
@@ -160,3 +164,14 @@ def test_a_lora_in_a_few_lines():
         "  weight and bias differences: 1",
         "  size: 0.0 MB in float16",
     ]
+
+
+@pytest.mark.parametrize(("count", "more"), [(1, []), (50, []), (51, ["    and 1 more"]), (70, ["    and 20 more"])])
+def test_of_many_inputs_the_first_fifty_are_named_and_the_others_counted(count, more):
+    merged = merge([(Lora.from_state_dict(kohya("lora_unet_conv_in", *factors(4, 1, 4)), source="a"), 0.5)])
+    recipe = json.loads(merged.metadata["lcm_kit.merge"])
+    recipe["inputs"] = [recipe["inputs"][0] | {"strength": number} for number in range(count)]
+    told = describe_provenance(replace(merged, metadata={"lcm_kit.merge": json.dumps(recipe)}))
+    assert told[0] == "  made from: the exact sum"
+    assert told[1 : 1 + min(count, 50)] == [f"    a * {number}, sha256 unknown" for number in range(min(count, 50))]
+    assert told[1 + min(count, 50) :] == more

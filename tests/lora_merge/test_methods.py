@@ -398,6 +398,23 @@ def test_the_effect_is_the_fitted_coefficient():
         assert [source.effect for source in account.sources] == pytest.approx(wanted.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("method", ["slerp", "tsv", "ties"])
+def test_modules_of_one_input_alone_count_in_its_effect(method):
+    """Whether the method changes what is alone or leaves it: the coefficients fit all modules together."""
+    inputs = [(lora(5, 3, shapes={HERE: (16, 12, ()), THERE: (20, 20, ())}), 0.6), (LORAS[1], 1.0)]
+    merged, account = merge_with_account(inputs, method=method)
+    flat, total = [[], []], []
+    for module in (HERE, THERE, WIDE):
+        delta = merged.delta(module).double()
+        total.append(delta.flatten())
+        for index, (one, strength) in enumerate(inputs):
+            has = module in one.modules
+            flat[index].append(weighted(module, [(one, strength)])[0].flatten() if has else 0 * total[-1])
+    columns = torch.stack([torch.cat(one) for one in flat], dim=1)
+    wanted = torch.linalg.lstsq(columns, torch.cat(total)[:, None]).solution[:, 0]
+    assert [source.effect for source in account.sources] == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
 def test_whole_weight_differences_are_merged_by_the_method_and_norms_are_added():
     full = torch.randn(6, 5, generator=generator(1))
     norm = "lora_unet_input_blocks_1_0_in_layers_0"

@@ -42,6 +42,18 @@ def test_each_component_is_balanced_by_itself():
     assert relative(dense(result.layer.up, result.layer.down), dense(up, down)) < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("up", "down", "moved"), [(-14, -14, False), (-13, -14, False), (-15, -13, True), (-11, -15, True)]
+)
+def test_balanced_is_what_was_multiplied_and_not_what_is_too_small_alike(up, down, moved):
+    """Exponents of factors among float16's smallest: half of their distance goes from one to the other, if it is any."""
+    layer = LoraLayer(torch.full((3, 2), 2.0**up), torch.full((2, 4), 2.0**down))
+    result = cast(layer, torch.float16, into_alpha=False)
+    assert result.balanced == moved
+    assert torch.equal(result.layer.up, layer.up.half()) != moved
+    assert torch.equal(result.layer.up.float() @ result.layer.down.float(), layer.delta())
+
+
 def test_tucker_layers_are_balanced_as_a_whole():
     up, _ = factors(6, 4, 5, (1, 1), seed=1)
     _, down = factors(6, 3, 5, (1, 1), seed=2)

@@ -117,6 +117,23 @@ def test_a_file_that_was_changed_is_not_the_same(files, capsys):
     assert "was changed since it was made" in capsys.readouterr().err
 
 
+def test_the_difference_is_relative_to_what_the_file_holds(files):
+    """Frobenius norm of what all updates differ by, of differences of whole weights too."""
+    diff = f"{MODULES[1]}.diff_b"
+    for name in ("style", "lcm"):
+        file = files / "inputs" / f"{name}.safetensors"
+        save_file(load_file(file) | {diff: torch.arange(5.0)}, file)
+    out = made(files, "--dtype", "fp32")
+    before, key = load(out), f"{MODULES[0]}.lora_up.weight"
+    rewritten(out, lambda state: state | {key: 1.5 * state[key], diff: 3 * state[diff]})
+    after = load(out)
+    lost = [after.delta(module) - before.delta(module) for module in after.modules]
+    lost += [after.diffs[one] - before.diffs[one] for one in after.diffs]
+    whole = [after.delta(module) for module in after.modules] + [*after.diffs.values()]
+    wanted = [torch.cat([one.flatten() for one in ones]).double().norm() for ones in (lost, whole)]
+    assert reproduce(out, [files]).difference == pytest.approx(float(wanted[0] / wanted[1]), rel=1e-5)
+
+
 def test_a_file_without_a_recipe_is_refused(files, capsys):
     assert main(["reproduce", str(files / "inputs" / "lcm.safetensors")]) == 2
     assert "it does not say how it was made" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lcm_kit.lora_merge import Lora, LoraLayer, describe_merge, load, merge, merge_with_account, resize, save
+from lcm_kit.lora_merge.one_module.unshared import smaller_whole
 from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import factors, generator, kohya, relative
 
@@ -67,6 +68,27 @@ def test_alpha_takes_the_strength_where_it_has_an_effect():
     (layer,) = merge([(whole, -0.5)]).modules.values()
     assert layer.alpha == 3.0
     assert torch.equal(layer.w1 * layer.w2[0, 0], -0.5 * whole.modules[LINEAR].w1 * layer.w2[0, 0])
+
+
+@pytest.mark.parametrize(("first", "second"), [((8, 6), (2, 3)), ((2, 3), (8, 6))])
+def test_of_two_whole_matrices_the_smaller_one_is_multiplied(first, second):
+    """By the number of entries, whichever it is; the larger one keeps its values."""
+    g = generator(3)
+    parts = {name: torch.randn(*shape, generator=g).half() for name, shape in (("w1", first), ("w2", second))}
+    one = Lora.from_state_dict({f"{LINEAR}.lokr_{name}": part for name, part in parts.items()})
+    (layer,) = merge([(one, 0.3)]).modules.values()
+    small, large = sorted(parts, key=lambda name: parts[name].numel())
+    assert torch.equal(getattr(layer, large), parts[large].float())
+    assert torch.equal(getattr(layer, small), 0.3 * parts[small].float())
+
+
+@pytest.mark.parametrize(("kind", "kernel"), CASES)
+def test_whole_it_is_no_larger_than_lora_whose_factors_have_as_many_numbers(kind, kernel):
+    layer = one_of(kind, kernel).modules[module_of(kernel)]
+    for rank in range(1, 40):
+        up, down = factors(layer.shape[0], rank, layer.shape[1], kernel)
+        assert smaller_whole(layer, rank) == (layer.parameters <= up.numel() + down.numel())
+    assert smaller_whole(layer, 40)
 
 
 @pytest.mark.parametrize("kind", ["LoKr, both whole", "LoHa"])
