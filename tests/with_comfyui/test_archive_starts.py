@@ -28,7 +28,8 @@ def clean_server(tmp_path_factory):
 def test_it_is_imported_without_a_warning(clean_server):
     log = clean_server.log_text()
     assert import_times(log)[PACK][1], log
-    assert "Traceback" not in log
+    about_us = [line for line in log.splitlines() if PACK in line or "LCM Kit" in line]  # others' failures are theirs
+    assert [line for line in about_us if any(word in line for word in ("Traceback", "Cannot import", "WARNING"))] == []
 
 
 def test_every_node_is_there(clean_server):
