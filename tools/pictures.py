@@ -19,8 +19,7 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-from workflows import package_module  # noqa: E402
+
 
 OUT = ROOT / "demo" / "output" / "pictures"
 HELP = ROOT / "web" / "docs"
@@ -114,6 +113,8 @@ def main() -> int:
     asked.add_argument("--only", default="", help="words of the names of nodes or workflows, between commas")
     asked.add_argument("--what", default="nodes,workflows,help", help="some of nodes, workflows, help")
     options = asked.parse_args()
+    from workflows import package_module  # the script beside this one, which is found when this one is run
+
     os.environ.setdefault("COMFYUI_PATH", str(ROOT / ".comfyui"))
     comfy_server = package_module("tests.with_comfyui.comfy_server")
     web_page = package_module("tests.with_comfyui.web_page")

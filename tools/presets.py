@@ -5,8 +5,6 @@ make presets
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +12,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "presets.md"
 HELP_PAGE = ROOT / "web" / "docs" / "LCMKitPreset.md"
-PACKAGE = "lcm_kit"
 
 INTRODUCTION = """\
 # Presets
@@ -39,16 +36,6 @@ What each preset of **LCM Preset** sets, for what, and where it is from. Made by
 HEADER = ("preset", "for", "steps", "cfg", "gamma", "levels", "shift", "LoRA", "there with", "also", "source", "date")
 SHORT = ("preset", "what it sets")  # of the help page, whose panel has room for two columns
 TITLES = {False: "Stable Diffusion and its kin", True: "Flow models"}
-
-
-def package():
-    """samplers.presets of this clone, whatever its folder is called."""
-    if PACKAGE not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            PACKAGE, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
-        sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(f"{PACKAGE}.samplers.presets")
 
 
 def levels(preset) -> str:
@@ -112,7 +99,9 @@ def line(row: Iterable[str]) -> str:
 
 
 def main() -> int:
-    presets = package()
+    from workflows import package_module  # the script beside this one, which is found when this one is run
+
+    presets = package_module("samplers.presets")
     DOCUMENT.write_text(document(presets.PRESETS), encoding="utf-8")
     HELP_PAGE.write_text(help_page(HELP_PAGE.read_text(encoding="utf-8"), presets.PRESETS), encoding="utf-8")
     print(f"{len(presets.PRESETS)} presets in {DOCUMENT.relative_to(ROOT)} and {HELP_PAGE.relative_to(ROOT)}")
