@@ -259,6 +259,10 @@ class Setup:
     tf32: bool = field(
         default=False, metadata=_said("on a GPU of 2020 or later: float32 products with fewer digits, and much faster")
     )
+    compile: bool = field(
+        default=False,
+        metadata=_said("torch.compile for teacher and target, half of a step: minutes at first, then faster"),
+    )
 
     def __post_init__(self) -> None:
         _check_all(self)

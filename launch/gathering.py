@@ -14,7 +14,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..distillation.kept import Kept
 from ..distillation.settings import Settings, Setup
-from .data import Picture, captions_of, find_pictures, read_captions
+from .data import Picture, captions_of, find_pictures, listed, read_captions
 from .latents import broken_pictures, keys_of, latents_of, told
 from .texts import entries_of, zeros
 from .views import View, size_of, views_of
@@ -143,8 +143,7 @@ def _readable(
     if enlarged:
         remarks.append(
             f"{len(enlarged)} of {len(texts.pictures)} pictures are smaller than what is learnt of them "
-            f"({', '.join(sorted(picture.name for picture in enlarged)[:3])}{', ...' if len(enlarged) > 3 else ''}) and were "
-            "scaled up: the LoRA learns their softness."
+            f"({listed(sorted(picture.name for picture in enlarged))}) and were scaled up: the LoRA learns their softness."
         )
     return views, keys, texts, remarks
 

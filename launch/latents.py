@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..distillation.kept import Kept, key_of
-from .data import Picture
+from .data import Picture, plain
 from .pixels import check, content_of
 from .views import View
 
@@ -47,7 +47,7 @@ def broken_pictures(views: Sequence[View], keys: Sequence[str], kept: Kept) -> d
 
 def told(broken: dict[Picture, str], count: int) -> str:
     """All of them in one sentence; the first few by name."""
-    named = "; ".join(f"{picture.name} ({reason})" for picture, reason in [*broken.items()][:NAMED])
+    named = "; ".join(f"{plain(picture.name)} ({reason})" for picture, reason in [*broken.items()][:NAMED])
     more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
     return f"{len(broken)} of {count} pictures cannot be read: {named}{more}."
 

@@ -61,7 +61,7 @@ def distil_lists(
 
 def distil(
     model, positive, negative, latents, vae, *, rank, alpha, samples, width, height, dtype, gradient_checkpointing, resume,
-    validation=(), save_every=Setup.save_every, start_from=None, tf32=Setup.tf32, **training_settings,
+    validation=(), save_every=Setup.save_every, start_from=None, tf32=Setup.tf32, compile=Setup.compile, **training_settings,
 ):  # fmt: skip
     """(LORA_MODEL, IMAGE, report). The MODEL is as before afterwards, whatever happens.
 
@@ -77,7 +77,7 @@ def distil(
     Setup(width=width, height=height, samples=samples)  # raises for what makes no sense
     conds, unconds = entries(positive, "positive"), entries(negative, "negative")
     shown = entries(validation, "validation")[:PICTURES] if validation else []
-    table, type_ = sigma_table(model), compute_type(model, dtype, tf32)
+    table, type_ = sigma_table(model), compute_type(model, dtype, tf32, compile)
     settings = Settings(**training_settings, scale_loss=type_ == torch.float16)
     settings.grid(len(table))
     check_optimizer(settings)
@@ -97,7 +97,7 @@ def distil(
     work = Work(
         model=model, latents=data, conds=conds, unconds=unconds, prompts=prompts, table=table, settings=settings,
         dtype=type_, rank=rank, alpha=alpha, recompute=gradient_checkpointing, shown=shown, start=start_from,
-        own=not given, tf32=tf32,
+        own=not given, tf32=tf32, compile=compile,
     )  # fmt: skip
     lora, picture, lines = _trained(work, vae, rough, places, save_every)
     if places is not None:

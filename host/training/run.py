@@ -11,6 +11,7 @@ import comfy.utils
 import torch
 
 from ...distillation.adapter import LoraAdapters
+from ...distillation.compiling import compiling
 from ...distillation.engine import Alone, Engine
 from ...distillation.objective import Batch
 from ...distillation.precision import tf32
@@ -24,12 +25,11 @@ from ...samplers.preset import settings_in_words
 from ...samplers.presets import phased
 from ..lora.model_base import base_of
 from ..lora.weights import named
-from ..sampling.latents import fitted
 from ..sampling.tables import is_distilled, trained_sigma_table
 from .advice import advice_for
 from .beginning import factors_of
 from .course import validation_words
-from .data import Batches, Item, encoded, fingerprint
+from .data import Batches, Item, encoded, fingerprint, whole
 from .identity import some
 from .loan import Denoiser, casting_again, lent
 from .strip import PICTURES, Strip
@@ -49,7 +49,7 @@ class Work:
     recompute: gradient checkpointing.   shown: entries to make samples of; none takes those of the first pictures.
     names: what to call these, or the pictures; empty if nothing is known.
     start: the LORA_MODEL to begin with; None begins anew.   own: whether the model made the pictures itself.
-    tf32: see distillation.precision.
+    tf32: see distillation.precision.   compile: see distillation.compiling.
     """
 
     model: Any
@@ -68,6 +68,7 @@ class Work:
     start: Mapping[str, torch.Tensor] | None = None
     own: bool = False
     tf32: bool = False
+    compile: bool = False
 
 
 class Training:
@@ -138,7 +139,19 @@ class Training:
             f"{seconds:.0f} seconds.",
             *([phased_words(settings.phases)] if settings.phases > 1 else []),
         ]
-        return [*lines, *validation_words(validation), *self.remarks, *settings.hints()]
+        return [*lines, *validation_words(validation), *unmoved_words(tensors), *self.remarks, *settings.hints()]
+
+
+def unmoved_words(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """A sentence on modules of a LoRA that are still nothing, so that nobody takes them for trained; none without such."""
+    ups = {key: tensor for key, tensor in tensors.items() if key.endswith(".lora_up.weight")}
+    still = [key.removesuffix(".lora_up.weight") for key, tensor in ups.items() if not tensor.count_nonzero()]
+    if not still:
+        return []
+    return [
+        f"{len(still)} of {len(ups)} modules have not changed, as no gradient reaches them: the picture does not depend on them "
+        f"({', '.join(still[:2])}{', ...' if len(still) > 2 else ''})."
+    ]
 
 
 def phased_words(phases: int) -> str:
@@ -169,7 +182,7 @@ def training(
         items = items_of(patcher, work.latents, work.conds, work.unconds, work.prompts)
         per_step = settings.batch * settings.accumulate * engine.num_processes
         batches = Batches(items, seed=settings.seed, per_step=per_step, device=device, dropout=settings.caption_dropout)
-        with tf32(work.tf32, device), casting_again(network, not work.recompute), adapters_on(
+        with tf32(work.tf32, device), casting_again(network, not work.recompute), compiling(network, work.compile), adapters_on(
             network, work.rank, work.alpha or None, seed=settings.seed, recompute=work.recompute, device=device
         ) as adapters:  # fmt: skip
             identity = {
@@ -218,7 +231,7 @@ def empty_latent(model, latents: Sequence[dict], width: int, height: int) -> tor
     """(1, ...) zeros of the size to train at: of an empty latent that is connected, or of width and height in pixels."""
     if not latents:  # as ComfyUI's Empty Latent Image has it
         latents = [{"samples": torch.zeros(1, 4, height // 8, width // 8), "downscale_ratio_spacial": 8}]
-    return fitted(model, latents[0] | {"samples": torch.zeros_like(latents[0]["samples"][:1])})["samples"]
+    return whole(model, latents[0] | {"samples": torch.zeros_like(latents[0]["samples"][:1])})
 
 
 def items_of(patcher, latents, conds: list, unconds: list, prompts: Sequence[tuple[int, int]]) -> list[Item]:
