@@ -23,7 +23,7 @@ from .course import Course, write_lora
 from .data import entries, paired, partners, pictures
 from .loan import compute_type
 from .places import Places, check_name, places_of
-from .run import Training, Work, empty_latent, sigma_table, training
+from .run import Training, Work, check_lora, empty_latent, sigma_table, training
 from .strip import PICTURES, Strip, rough_previewer
 from .teacher_pictures import teachers_pictures
 
@@ -74,7 +74,10 @@ def distil(
     Raises ValueError for inputs that do not go together, before anything is loaded or trained.
     """
     check_name(resume)
-    Setup(width=width, height=height, samples=samples)  # raises for what makes no sense
+    Setup(
+        rank=rank, alpha=alpha, samples=samples, width=width, height=height, dtype=dtype, save_every=save_every, tf32=tf32,
+        compile=compile, gradient_checkpointing=gradient_checkpointing,
+    )  # raises for what makes no sense  # fmt: skip
     conds, unconds = entries(positive, "positive"), entries(negative, "negative")
     shown = entries(validation, "validation")[:PICTURES] if validation else []
     table, type_ = sigma_table(model), compute_type(model, dtype, tf32, compile)
@@ -84,6 +87,7 @@ def distil(
     for hint in settings.hints():
         logger.warning("%s", hint)
     rough = rough_previewer(model.get_model_object("latent_format"))
+    check_lora(model, rank, start_from)
     given = pictures(model, latents)
     which = paired(conds, len(given)) if given else [number % len(conds) for number in range(samples)]
     prompts = [*zip(which, partners(conds, unconds, which), strict=True)]

@@ -10,12 +10,13 @@ from typing import Any
 import comfy.utils
 import torch
 
-from ...distillation.adapter import LoraAdapters
+from ...distillation.adapter import LoraAdapters, check_factors, check_rank, flat_shape
 from ...distillation.compiling import compiling
 from ...distillation.engine import Alone, Engine
 from ...distillation.objective import Batch
 from ...distillation.precision import tf32
 from ...distillation.settings import Settings
+from ...distillation.targets import targets
 from ...distillation.trainer import Trainer, adapters_on
 from ...distillation.validation import DRAWS
 from ...lora_merge import Lora
@@ -203,6 +204,20 @@ def training(
                 flow=is_flow(work.model), identity=identity, engine=engine, spread=_spread(items),
             )  # fmt: skip
             yield Training(work, patcher, batches, trainer, denoise, remarks)
+
+
+def check_lora(model, rank: int, start: Mapping[str, torch.Tensor] | None) -> None:
+    """Raises ValueError for a LoRA that this MODEL cannot have, or a beginning that it cannot take.
+
+    `training` would say the same, but only when all pictures are made or encoded.
+    """
+    network = model.model.diffusion_model
+    layers = {name: network.get_submodule(name) for name in targets(network)}
+    check_rank([*layers.values()], rank)
+    if start is not None:
+        lora = named(start)
+        factors, _ = factors_of(lora, model, [*layers], lora.name)
+        check_factors(factors, {name: flat_shape(layer) for name, layer in layers.items()}, rank, lora.name)
 
 
 def _begin(start: Mapping[str, torch.Tensor], patcher, adapters: LoraAdapters) -> tuple[str, list[str]]:

@@ -78,7 +78,7 @@ def distilled(family, model, **widgets):
 DISTILLED = ("Wan", "Flux", "Qwen-Image", "Z-Image")
 # Trained too, for fewer steps than would lower a loss.
 TRAINED = ("SD3", "HunyuanVideo", "LTXV")
-# What may be refused, and in which words; newer versions of ComfyUI train Anima.
+# What may be refused, and in which words; some versions of ComfyUI train Anima.
 REFUSED = {
     "Cosmos Predict 2": "continuous noise levels, not on numbered timesteps",
     "LTX-2": "latent has 2 parts in one, such as picture and sound",
