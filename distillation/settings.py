@@ -147,10 +147,11 @@ class Settings:
         highest = self._highest_rate()
         if highest >= self.learning_rate / 2:
             return []
+        tenth = self.steps // 10
         return [
             f"learning_rate {self.learning_rate:g} is never reached, only {highest:.2g}: warmup is {self.warmup} of "
-            f"{self.steps} steps{f' and decay {self.decay:g}' if self.decay else ''}. Set warmup to {self.steps // 10} or "
-            "less, or train longer."
+            f"{self.steps} steps{f' and decay {self.decay:g}' if self.decay else ''}. Set warmup to {tenth}"
+            f"{' or less' if tenth else ''}, or train longer."
         ]
 
     def _highest_rate(self) -> float:
