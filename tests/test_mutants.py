@@ -86,7 +86,10 @@ def test_who_uses_a_table_that_was_made_at_import(made, file, table, user):
 def test_a_table_is_followed_through_other_modules(made):
     assert "lora_merge/naming/families.py FAMILIES" in made.made_with("lora_merge/naming/transformer.py")
     assert "lora_merge/recognise/by_blocks.py _module" in made.users("lora_merge/naming/transformer.py")
-    assert made.users("samplers/multistep.py") == []
+    methods = made.users("lora_merge/recognise/base_models.py")
+    assert "lora_merge/recognise/base_models.py Base._modules" in methods
+    assert "lora_merge/recognise/wrong_base.py _kin" in methods
+    assert all(user.startswith("samplers/multistep.py ") for user in made.users("samplers/multistep.py"))
 
 
 def test_a_change_of_what_runs_at_import_alone_is_tried_by_the_tests_of_its_users(made):

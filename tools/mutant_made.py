@@ -31,10 +31,13 @@ class Made:
                     self._used[f"{file} {name}"] = _globals(file, [function], imported)
 
     def users(self, file: str) -> list[str]:
-        """The functions, "file.py name" each, that use what was made at import with this file's functions."""
+        """The functions, "file.py name" each, that use what was made at import with this file's functions: those of the
+        file itself, since what it made may be objects with methods, and all that name it."""
         if file not in self._users:
             made = self.made_with(file)
-            self._users[file] = [function for function, names in self._used.items() if not made.isdisjoint(names)]
+            own = [function for function in self._used if function.startswith(f"{file} ")]
+            others = [function for function, names in self._used.items() if not made.isdisjoint(names)]
+            self._users[file] = list(dict.fromkeys(own + others))
         return self._users[file]
 
     def made_with(self, file: str) -> set[str]:
