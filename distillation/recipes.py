@@ -59,11 +59,18 @@ def followed(name: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -
         raise ValueError(f"recipe is {name!r}; it has to be one of {', '.join(RECIPES)}.")
     wanted = RECIPES[name].settings
     own = {key: given[key] for key in wanted if key in given and given[key] != defaults[key]}
-    said = ""
-    if wanted:
-        said = f"Recipe {name}: {_listed({key: value for key, value in wanted.items() if key not in own})}."
-        said += f" Set by you: {_listed(own)}." if own else ""
-    return {**given, **wanted, **own}, said
+    used = {**given, **wanted, **own}
+    return used, told(name, used)
+
+
+def told(name: str, used: Mapping[str, Any]) -> str:
+    """The recipe in words, and what holds in its place; nothing for none. used: all settings as they are."""
+    wanted = RECIPES[name].settings
+    if not wanted:
+        return ""
+    own = {key: used[key] for key in wanted if used[key] != wanted[key]}
+    said = f"Recipe {name}: {_listed({key: value for key, value in wanted.items() if key not in own})}."
+    return f"{said} Set by you: {_listed(own)}." if own else said
 
 
 def _listed(settings: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Distils an LCM-LoRA from a MODEL: latents and conditionings in, LORA_MODEL, picture and report out."""
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -25,6 +26,8 @@ from .places import Places, check_name, places_of
 from .run import Training, Work, empty_latent, sigma_table, training
 from .strip import PICTURES, Strip, rough_previewer
 from .teacher_pictures import teachers_pictures
+
+logger = logging.getLogger(__name__)
 
 DTYPES = get_args(Compute)
 WEIGHTINGS = get_args(Weighting)
@@ -78,6 +81,8 @@ def distil(
     settings = Settings(**training_settings, scale_loss=type_ == torch.float16)
     settings.grid(len(table))
     check_optimizer(settings)
+    for hint in settings.hints():
+        logger.warning("%s", hint)
     rough = rough_previewer(model.get_model_object("latent_format"))
     given = pictures(model, latents)
     which = paired(conds, len(given)) if given else [number % len(conds) for number in range(samples)]
