@@ -140,16 +140,10 @@ class Settings:
             falling = 1 - math.sqrt(1 - falling)
         return self.learning_rate * min(1.0, rising, falling)
 
-    def hints(self) -> list[str]:
-        """Sentences on what is allowed and hardly meant."""
-        found = []
-        highest = max(self.rate_at(step) for step in {min(self.warmup, self.steps) - 1, 0, self._falls_from()})
-        if highest < self.learning_rate / 2:
-            found.append(
-                f"learning_rate {self.learning_rate:g} was never reached, only {highest:.2g}: warmup is {self.warmup} of "
-                f"{self.steps} steps{f' and decay {self.decay:g}' if self.decay else ''}."
-            )
-        return found
+    @property
+    def highest_rate(self) -> float:
+        """The largest learning rate of any step; warmup and decay together may never reach `learning_rate`."""
+        return max(self.rate_at(step) for step in {min(self.warmup, self.steps) - 1, 0, self._falls_from()})
 
     def _falls_from(self) -> int:
         return min(self.steps - 1, int(self.steps * (1 - self.decay)))

@@ -28,6 +28,7 @@ from . import comfyui as launch_comfyui
 from .gathering import Texts, gathered, texts_asked
 from .loggers import check_writers, writers
 from .processes import check_same, first_of_a_machine, has_accelerator, processes
+from .report import end_words
 
 
 def run(options: argparse.Namespace) -> str:
@@ -139,10 +140,8 @@ def _distil(
     lora = Lora.from_state_dict(tensors, metadata=run.metadata(**together), source=options.output.name)
     save(lora, options.output, dtype=DTYPES[options.save_dtype], overwrite=options.overwrite)
     lines = run.report(tensors, time.monotonic() - started, course.validation)
-    lines += remarks
-    if engine.num_processes > 1:
-        lines.append(f"On {engine.num_processes} processes, {together['images per step']} images to a step together.")
-    return "\n".join([*lines, f"Written: {options.output}. {folder} can be removed.", ""])
+    end = end_words(engine.num_processes, together["images per step"], options.output, folder)
+    return "\n".join([*lines, *remarks, *end])
 
 
 def _train(options: argparse.Namespace, run: Any, strip: Any, folder: Path, kept: Path) -> Any:
