@@ -21,7 +21,7 @@ from ..merging.account import Account
 from ..merging.merge import merge_with_account, resize_with_account
 from ..merging.report import describe, describe_merge, describe_provenance
 from ..merging.reproduce import reproduce
-from ..metadata.about import describe_metadata
+from ..metadata.report import describe_metadata
 from ..methods.table import METHODS, all_parameters, methods_with
 from ..one_module.protect import protecting
 from ..recognise.identity import identify, sha256_of
