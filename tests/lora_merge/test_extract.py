@@ -291,6 +291,26 @@ def test_a_whole_checkpoint_meets_the_bare_diffusion_model(prefix, order, layout
     assert relative(lora.delta(module), order * (whole[UNET + key].double() - bare[prefix + key].double())) < 1e-5
 
 
+GUIDANCE = [
+    "time_embed.cond_proj.weight",
+    "guidance_in.in_layer.weight",
+    "time_text_embed.guidance_embedder.linear_1.bias",
+]
+
+
+@pytest.mark.parametrize("key", GUIDANCE)
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_tells_a_model_its_guidance_is_left_out_by_name(key, order, tmp_path, capsys):
+    """As in full LCMs and in Flux dev beside schnell; of so few weights a tenth is less than one."""
+    told = checkpoint(seed=1) | {f"{UNET}{key}": torch.ones(4, 4)}
+    words = files(tmp_path, told=told, base=checkpoint(seed=7))[::order]
+    assert main(["extract", *words, "-o", str(tmp_path / "out.safetensors"), "--rank", "64", "--dtype", "fp32"]) == 0
+    assert f"Among these is {UNET}{key}, by which a model is told its guidance" in capsys.readouterr().out
+    module = "model.diffusion_model.middle_block.1.proj_in.weight"
+    wanted = order * (told[module].double() - checkpoint(seed=7)[module].double())
+    assert relative(load(tmp_path / "out.safetensors").delta(LINEAR), wanted) < 1e-5
+
+
 SCALES = {
     "comfy_quant": {"comfy_quant": torch.zeros(30, dtype=torch.uint8), "weight_scale": torch.ones(())},
     "scaled fp8": {"scale_weight": torch.ones(()), "scale_input": torch.ones(())},
