@@ -11,7 +11,6 @@ from ...samplers.presets import PRESETS
 from ..door.lists import numbers
 
 MOST_VALUES, MOST_CELLS = 64, 1024  # of an axis; of a grid
-MANY = 64  # cells: from here on it is said that this takes long
 
 
 @dataclass(frozen=True)

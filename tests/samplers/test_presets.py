@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lcm_kit.samplers.preset import Preset, needs_in_words, settings_in_words
+from lcm_kit.samplers.preset import Preset
+from lcm_kit.samplers.preset_words import needs_in_words, settings_in_words
 from lcm_kit.samplers.presets import PRESETS, shifted_levels, trailing_timesteps, trigflow_levels
 from lcm_kit.samplers.renoise import gamma_per_step
 from lcm_kit.samplers.schedule import lcm_timesteps
