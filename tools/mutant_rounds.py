@@ -185,7 +185,7 @@ def _without_shrinking() -> None:
 
 
 def noticed_afresh(mutant: Mutant, tests: list[str]) -> bool:
-    """The same with the changed file imported afresh."""
+    """The same with the changed file imported afresh, by all tests of these files."""
     return in_a_fork(lambda say: _run_afresh(mutant, tests, say)) is not None
 
 
