@@ -142,20 +142,12 @@ class Settings:
             return (1 - math.cos(math.pi * falling)) / 2
         return 1 - math.sqrt(1 - falling) if self.decay_shape == "sqrt" else falling
 
-    def hints(self) -> list[str]:
-        """Sentences on what is allowed and hardly meant."""
-        highest = self._highest_rate()
-        if highest >= self.learning_rate / 2:
-            return []
-        tenth = self.steps // 10
-        return [
-            f"learning_rate {self.learning_rate:g} is never reached, only {highest:.2g}: warmup is {self.warmup} of "
-            f"{self.steps} steps{f' and decay {self.decay:g}' if self.decay else ''}. Set warmup to {tenth}"
-            f"{' or less' if tenth else ''}, or train longer."
-        ]
+    @property
+    def highest_rate(self) -> float:
+        """The largest learning rate of any step; warmup and decay together may never reach `learning_rate`.
 
-    def _highest_rate(self) -> float:
-        """Of all steps. It is where the rise meets the fall: of the two beside that place, the higher one."""
+        It is where the rise meets the fall: of the two beside that place, the higher one.
+        """
         meets = bisect_left(range(self.steps), True, key=lambda step: self._rising(step) >= self._falling(step))
         return max(self.rate_at(step) for step in (max(0, meets - 1), min(meets, self.steps - 1)))
 

@@ -14,6 +14,7 @@ from ...distillation.trainer import Trainer
 from ...distillation.validation import validation_loss
 from ...lora_merge import Lora, save
 from ...lora_merge.disk.whole import held
+from .report import progress_words
 
 if TYPE_CHECKING:
     from .strip import Strip
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RECENT = 20  # steps, over which the time of one is taken
-RISEN = 1.3  # times the lowest validation loss
 
 
 class Course:
@@ -62,13 +62,8 @@ class Course:
     def words(self) -> str:
         """Where the training is, and how long it will take."""
         trainer = self.trainer
-        left = trainer.settings.steps - trainer.done
-        said = f"step {trainer.done} of {trainer.settings.steps}, loss {trainer.losses[-1]:.4g}"
-        if self.validation:
-            said += f", validation loss {self.validation[-1][1]:.4g} ({self.validation[0][1]:.4g} at first)"
-        if spent := self.seconds_a_step:
-            said += f"; {spent:.2g} seconds a step, {clock(left * spent)} left"
-        return said
+        steps, loss = trainer.settings.steps, trainer.losses[-1]
+        return progress_words(trainer.done, steps, loss, self.validation, self.seconds_a_step)
 
     def run(self, save_to: Path | None) -> None:
         """Trainer.run, watched. Whatever ends it leaves the LoRA of the last sound step as a file.
@@ -164,29 +159,7 @@ def _alone(path: Path | None) -> Iterator[None]:
         yield
 
 
-def validation_words(validation: Sequence[tuple[int, float]]) -> list[str]:
-    """A sentence on (step, validation loss) of a whole training; none if there is nothing to compare."""
-    if len(validation) < 2:
-        return []
-    (first, before), (_, last) = validation[0], validation[-1]
-    lowest, best = min((loss, step) for step, loss in validation)
-    said = (
-        f"Validation loss, always of the same pictures and noise: {before:.4g} at step {first}, {last:.4g} at the end; lowest "
-        f"{lowest:.4g} at step {best}."
-    )
-    if last > RISEN * lowest:
-        said += " It has risen since: a lower learning_rate, one that falls, or a moving average may help."
-    return [said]
-
-
 def write_lora(lora: Lora, path: Path, dtype: torch.dtype = torch.float16) -> None:
     """In place of the one before, in a folder that is made if need be. Raises OSError or ValueError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save(lora, path, dtype=dtype, overwrite=True)
-
-
-def clock(seconds: float) -> str:
-    """1:05 or 2:03:04."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -23,6 +23,7 @@ from .course import Course, write_lora
 from .data import entries, paired, partners, pictures
 from .loan import compute_type
 from .places import Places, check_name, places_of
+from .report import disk_words, rate_words, recipe_words
 from .run import Training, Work, check_lora, empty_latent, sigma_table, training
 from .strip import PICTURES, Strip, rough_previewer
 from .teacher_pictures import teachers_pictures
@@ -52,11 +53,12 @@ def distil_lists(
 ):  # fmt: skip
     """What `distil` returns, of inputs that are all lists: prompts and latents may be many, of the rest there is one."""
     single = only_ones(inputs | {"vae": vae or (None,)})
-    single, recipe = followed(single.pop("recipe", NONE), single, asdict(Settings()) | asdict(Setup()))
+    recipe = single.pop("recipe", NONE)
+    single, own = followed(recipe, single, asdict(Settings()) | asdict(Setup()))
     several = {"latents": latents, "validation": validation}
     given = {name: [one for one in values or () if one] for name, values in several.items()}
     lora, picture, report = distil(positive=positive, negative=negative, **given, **single)
-    return lora, picture, "\n".join(filter(None, [recipe, report]))
+    return lora, picture, "\n".join(filter(None, [recipe_words(recipe, own), report]))
 
 
 def distil(
@@ -84,8 +86,8 @@ def distil(
     settings = Settings(**training_settings, scale_loss=type_ == torch.float16)
     settings.grid(len(table))
     check_optimizer(settings)
-    for hint in settings.hints():
-        logger.warning("%s", hint)
+    for words in rate_words(settings):
+        logger.warning("%s", words)
     rough = rough_previewer(model.get_model_object("latent_format"))
     check_lora(model, rank, start_from)
     given = pictures(model, latents)
@@ -105,7 +107,7 @@ def distil(
     )  # fmt: skip
     lora, picture, lines = _trained(work, vae, rough, places, save_every)
     if places is not None:
-        lines += places.told(None if given else own)
+        lines += disk_words(places.on_disk(None if given else own))
     return lora, picture, "\n".join(lines)
 
 

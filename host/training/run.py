@@ -22,17 +22,15 @@ from ...distillation.validation import DRAWS
 from ...lora_merge import Lora
 from ...lora_merge.metadata.fields import ARCHITECTURE, PRESET_KEY
 from ...lora_merge.recognise.identity import ARCHITECTURES
-from ...samplers.preset import settings_in_words
 from ...samplers.presets import phased
 from ..lora.model_base import base_of
 from ..lora.weights import named
 from ..sampling.tables import is_distilled, trained_sigma_table
-from .advice import advice_for
 from .beginning import factors_of
-from .course import validation_words
 from .data import Batches, Item, encoded, fingerprint, whole
 from .identity import some
 from .loan import Denoiser, casting_again, lent
+from .report import Account, advice, describe, lost_words
 from .strip import PICTURES, Strip
 from .teacher_pictures import is_flow
 
@@ -125,42 +123,25 @@ class Training:
         self, tensors: Mapping[str, torch.Tensor], seconds: float, validation: Sequence[tuple[int, float]]
     ) -> list[str]:
         """Lines for the user. tensors: the LoRA.   seconds: it took.   validation: see Course."""
-        settings, losses = self.trainer.settings, self.trainer.losses
-        modules = sum(key.endswith(".alpha") for key in tensors)
-        size = sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(".alpha"))
-        low, high = settings.cfg
-        tenth = max(1, len(losses) // 10)
-        lines = [
-            f"LCM-LoRA with {modules} modules, {size:,} parameters ({size * 2 / 1e6:.1f} MB in fp16).",
-            f"{self.trainer.done} steps of {settings.batch * settings.accumulate} images from {len(self.work.latents)} "
-            f"pictures{' that the model made itself' if self.work.own else ''}; guidance "
-            f"{f'{low:g}' if low == high else f'{low:g} to {high:g}'}, skip {settings.skip}, "
-            f"{str(self.work.dtype).split('.')[-1]}.",
-            f"Loss {sum(losses[:tenth]) / tenth:.4g} in the first tenth, {sum(losses[-tenth:]) / tenth:.4g} in the last; "
-            f"{seconds:.0f} seconds.",
-            *([phased_words(settings.phases)] if settings.phases > 1 else []),
-        ]
-        return [*lines, *validation_words(validation), *unmoved_words(tensors), *self.remarks, *settings.hints()]
+        account = Account(
+            settings=self.trainer.settings, done=self.trainer.done, losses=self.trainer.losses, validation=validation,
+            pictures=len(self.work.latents), own=self.work.own, dtype=str(self.work.dtype).split(".")[-1],
+            modules=sum(key.endswith(".alpha") for key in tensors),
+            parameters=sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(".alpha")),
+            still=unchanged(tensors), seconds=seconds, remarks=self.remarks,
+        )  # fmt: skip
+        return describe(account)
 
 
-def unmoved_words(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """A sentence on modules of a LoRA that are still nothing, so that nobody takes them for trained; none without such."""
-    ups = {key: tensor for key, tensor in tensors.items() if key.endswith(".lora_up.weight")}
-    still = [key.removesuffix(".lora_up.weight") for key, tensor in ups.items() if not tensor.count_nonzero()]
-    if not still:
-        return []
-    return [
-        f"{len(still)} of {len(ups)} modules have not changed, as no gradient reaches them: the picture does not depend on them "
-        f"({', '.join(still[:2])}{', ...' if len(still) > 2 else ''})."
-    ]
+def unchanged(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Modules of a LoRA, in kohya's keys, that add nothing."""
+    end = ".lora_up.weight"
+    return [key.removesuffix(end) for key, up in tensors.items() if key.endswith(end) and not up.count_nonzero()]
 
 
-def phased_words(phases: int) -> str:
-    preset = phased(phases)
-    return (
-        f"In {phases} phases: for {settings_in_words(preset)}. LCM-LoRA Loader and LoRA Mix read that from the file; "
-        f"elsewhere it is LCM Preset {preset.name}."
-    )
+def advice_for(model, settings: Settings, pictures: int, own: bool) -> list[str]:
+    """See report.advice."""
+    return advice(settings, pictures, own, type(model.model.model_config).__name__ if is_flow(model) else None)
 
 
 @contextmanager
@@ -225,7 +206,7 @@ def _begin(start: Mapping[str, torch.Tensor], patcher, adapters: LoraAdapters) -
     lora = named(start)
     factors, lost = factors_of(lora, patcher, adapters.names, lora.name)
     adapters.start_from(factors, lora.name)
-    return fingerprint(factors), lost
+    return fingerprint(factors), lost_words(lost)
 
 
 def sigma_table(model) -> torch.Tensor:

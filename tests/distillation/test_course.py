@@ -15,7 +15,8 @@ from lcm_kit.distillation.log import COLUMNS, Table, read_table
 from lcm_kit.distillation.objective import Batch, distillation_loss
 from lcm_kit.distillation.trainer import Trainer, adapters_on
 from lcm_kit.distillation.validation import DRAWS, fixed_draws, validation_loss
-from lcm_kit.host.training.course import Course, clock, validation_words
+from lcm_kit.host.training.course import Course
+from lcm_kit.host.training.report import clock, validation_words
 from lcm_kit.launch.loggers import TensorBoard, WeightsAndBiases, check_writers
 from lcm_kit.lora_merge.disk.whole import held
 from lcm_kit.tests.distillation.test_trainer import assert_same_lora, hopeless_after, trained

@@ -11,8 +11,9 @@ from PIL import Image
 
 from lcm_kit.distillation.settings import Setup
 from lcm_kit.launch.data import FOREIGN, SUFFIXES, captions_of, find_pictures, read_captions
-from lcm_kit.launch.latents import broken_pictures, told
+from lcm_kit.launch.latents import broken_pictures
 from lcm_kit.launch.pixels import check, decoded, pixels
+from lcm_kit.launch.report import broken_words
 from lcm_kit.launch.views import size_of, views_of
 
 
@@ -92,7 +93,7 @@ def test_a_name_in_another_encoding_is_learnt_and_can_be_told(tmp_path):
     views = views_of(pictures, {}, Setup(width=8, height=8, random_crop=True), seed=1)
     assert views[0].pixels().shape == (8, 8, 3)
     broken = broken_pictures(views, ["", ""], {})
-    said = told(broken, 2)
+    said = broken_words(broken, 2)
     said.encode("utf-8")
     assert said == r"1 of 2 pictures cannot be read: 'd\udce9j\udce0.png' (it is empty)."
 

@@ -25,6 +25,7 @@ from lcm_kit.distillation.objective import distillation_loss
 from lcm_kit.distillation.optimizers import optimizer_of
 from lcm_kit.distillation.settings import Fall, Settings, Setup, skipping_grid
 from lcm_kit.distillation.trainer import Trainer, adapters_on
+from lcm_kit.host.training.report import rate_words
 from lcm_kit.lora_merge.disk import whole
 from lcm_kit.samplers.schedule import lcm_timesteps
 from lcm_kit.tests.distillation.toy import (
@@ -659,18 +660,18 @@ def test_a_kept_state_that_leads_astray_at_once_is_told_to_be_past_help(tmp_path
 
 
 def test_a_learning_rate_that_is_never_reached_is_told():
-    assert Settings(steps=100, warmup=20).hints() == []
-    assert Settings(steps=20, warmup=20).hints() == []
-    assert Settings(steps=100, warmup=20, decay=0.5).hints() == []
-    (said,) = Settings(steps=100, warmup=500).hints()
+    assert rate_words(Settings(steps=100, warmup=20)) == []
+    assert rate_words(Settings(steps=20, warmup=20)) == []
+    assert rate_words(Settings(steps=100, warmup=20, decay=0.5)) == []
+    (said,) = rate_words(Settings(steps=100, warmup=500))
     assert said == (
         "learning_rate 0.0001 is never reached, only 2e-05: warmup is 500 of 100 steps. Set warmup to 10 or less, or train longer."
     )
-    assert Settings(steps=100, decay=1.0).hints() == []
+    assert rate_words(Settings(steps=100, decay=1.0)) == []
     # It has risen to more than half where it begins to fall, and then falls for longer than it would have risen.
-    assert Settings(steps=100, warmup=90, decay=0.5).hints() == []
-    assert Settings(steps=100, warmup=80, decay=1.0).hints() == []
-    assert "and decay 1." in Settings(steps=100, warmup=300, decay=1.0).hints()[0]
+    assert rate_words(Settings(steps=100, warmup=90, decay=0.5)) == []
+    assert rate_words(Settings(steps=100, warmup=80, decay=1.0)) == []
+    assert "and decay 1." in rate_words(Settings(steps=100, warmup=300, decay=1.0))[0]
 
 
 @pytest.mark.parametrize("shape", get_args(Fall))
@@ -679,13 +680,13 @@ def test_the_rate_that_is_told_is_the_highest_of_all_steps_and_the_advice_holds(
     for warmup, decay in itertools.product([0, 1, 3, 50, 99, 500], [0.0, 0.1, 0.5, 1.0]):
         settings = Settings(steps=steps, warmup=warmup, decay=decay, decay_shape=shape)
         rates = [settings.rate_at(step) for step in range(steps)]
-        assert settings._highest_rate() == max(rates), settings
-        hints = settings.hints()
+        assert settings.highest_rate == max(rates), settings
+        hints = rate_words(settings)
         assert bool(hints) == (max(rates) < settings.learning_rate / 2), settings
         if hints:
             assert f"only {max(rates):.2g}:" in hints[0]
             (advised,) = re.findall(r"Set warmup to (\d+)", hints[0])
-            assert dataclasses.replace(settings, warmup=int(advised)).hints() == [], settings
+            assert rate_words(dataclasses.replace(settings, warmup=int(advised))) == [], settings
 
 
 def test_solver_steps_that_end_between_trained_timesteps_are_refused():
