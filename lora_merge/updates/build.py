@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from math import prod
 
 from torch import Tensor
 
@@ -155,10 +156,12 @@ def _glora_shape(own: Mapping[str, Tensor]) -> tuple[int, ...]:
     a1, a2, b1, b2 = (tuple(own[name].shape) for name in ("a1", "a2", "b1", "b2"))
     if min(map(len, (a1, a2, b1, b2))) > 1:
         shapes = []
-        if b2[0] == b1[1] == a1[1] == a2[0]:
+        # W a1 a2 + b1 b2, where a1 and a2 work on the channels of a convolution.
+        if b2[0] == b1[1] == a1[1] == a2[0] and a1[0] == a2[1] and prod(b2[1:]) % a1[0] == 0:
             shapes.append((b1[0], *b2[1:]))
-        if b2[1] == b1[0] == a1[0] == a2[1]:  # as LyCORIS wrote it at first
+        # W a2 a1 + b2 b1, as LyCORIS wrote it at first.
+        if b2[1] == b1[0] == a1[0] == a2[1] and prod(a1[1:]) == a2[0] == prod(b1[1:]):
             shapes.append((b2[0], *b1[1:]))
         if shapes:
             return max(shapes)  # a square weight allows both readings, and is larger than its rank
-    raise ValueError(f"a1 is {a1}, a2 {a2}, b1 {b1}, b2 {b2}; their ranks differ")
+    raise ValueError(f"a1 is {a1}, a2 {a2}, b1 {b1}, b2 {b2}; their ranks or widths differ")
