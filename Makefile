@@ -87,7 +87,7 @@ presets: setup  ## writes docs/presets.md from samplers/presets.py
 	@"$(RUN)" tools/presets.py
 
 workflows: setup  ## writes example_workflows/*.json and demo/workflow.json from the descriptions in tools/flows/
-	@COMFYUI_PATH="$(TREE)" "$(RUN)" tools/workflows.py
+	@COMFYUI_PATH="$(TREE)" "$(RUN)" tools/workflows.py $(if $(PACKS),--packs "$(PACKS)")
 
 pictures: setup  ## screenshots of nodes, workflows and help pages, and the help pages' pictures in web/docs; ONLY=LCMKitGrid
 	@COMFYUI_PATH="$(TREE)" "$(RUN)" tools/pictures.py $(if $(ONLY),--only "$(ONLY)") $(if $(WHAT),--what "$(WHAT)")
