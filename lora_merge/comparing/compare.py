@@ -26,6 +26,7 @@ from ..naming import names
 from ..naming.blocks import place
 from ..naming.unet import infer_layout
 from ..updates.layer import LoraLayer, whole_factors
+from ..updates.unmade import made
 from .comparison import Comparison, Group, Input, Measure, Module, Pair, Part, cosine_variance, inside, overlap
 from .curve import Curve, Own, curve_of
 
@@ -123,7 +124,7 @@ def _factors(lora: Lora, module: str) -> tuple[Tensor, Tensor, Tensor] | None:
     ups, downs, scales = [], [], []
     if module in lora.modules:
         layer = lora.modules[module]
-        up, down = layer.stored_factors()
+        up, down = (made(factor).flatten(1) for factor in layer.stored_factors())
         ups.append(up)
         downs.append(down)
         scales.append(torch.full((up.shape[1],), layer.scale))
