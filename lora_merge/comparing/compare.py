@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..algebra.orthonormal import triangle
 from ..algebra.threads import in_order
+from ..disk.garbage import uncollected
 from ..files.keys import BIAS_PARTS, WEIGHT_PARTS
 from ..files.lora import Lora
 from ..keywords import named
@@ -35,6 +36,7 @@ _ZERO = 1e-6
 
 
 @named
+@uncollected()
 def compare(
     inputs: Sequence[tuple[Lora, float]],
     *,
