@@ -1,6 +1,7 @@
 """ComfyUI's real web page in a Chromium: opened, given graphs, run.
 
-CHROMIUM names the browser; else chromium, chromium-browser or google-chrome on the PATH is taken.
+CHROMIUM names the browser; else chromium, chromium-browser or google-chrome on the PATH is taken. What a page does takes
+as long as the machine is busy: a test waits for what it asserts (`becomes`), never for a time.
 """
 
 import json
@@ -11,6 +12,7 @@ import time
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 OPTIONS += ["--disable-component-update", "--disable-sync"]
 SLOW = 120_000  # ms; two slow cores also run the server
+ENOUGH = 60  # seconds for what a page does at once when nothing else runs
 SETTINGS = {
     "Comfy.TutorialCompleted": True,  # else the template browser opens by itself
     "Comfy.Minimap.Visible": False,
@@ -33,7 +35,16 @@ def opened_page(browser, server, script="", **settings):
     page.add_init_script(f"localStorage.setItem('vueNodesBannerDismissed', 'true');{script}")
     page.goto(server.url)
     wait_until_ready(page)
+    page.evaluate(ENDED)
     return page
+
+
+# The runs of this page whose messages have all come; the server sends them in order, the end last.
+ENDED = """() => {
+    window.ended = [];
+    for (const end of ["execution_success", "execution_error", "execution_interrupted"])
+        app.api.addEventListener(end, ({ detail }) => window.ended.push(detail.prompt_id));
+}"""
 
 
 def wait_until_ready(page):
@@ -42,11 +53,24 @@ def wait_until_ready(page):
     )
 
 
+def becomes(page, expected, ask, seconds=ENOUGH):
+    """What ask() gives: `expected` as soon as it is that, or what it still is at the end of a time that is enough for it."""
+    end = time.monotonic() + seconds
+    while (found := ask()) != expected and time.monotonic() < end:
+        page.wait_for_timeout(50)
+    return found
+
+
 def open_graph(page, graph, name="graph"):
     """A graph in API format, in a tab of its own."""
     types = [node["class_type"] for node in graph.values()]
+    page.evaluate("() => { window.before = new Set(app.graph.nodes); }")  # it may have the same types
     page.evaluate("([text, name]) => app.loadApiJson(JSON.parse(text), name)", [json.dumps(graph), name])
-    page.wait_for_function("types => types.every(t => app.graph.nodes.some(n => n.type === t))", arg=types)
+    page.wait_for_function(
+        "types => { const made = app.graph.nodes.filter(n => !before.has(n)); "
+        "return types.every(t => made.some(n => n.type === t)); }",
+        arg=types,
+    )
 
 
 def run_in_page(page):
@@ -57,8 +81,8 @@ def run_in_page(page):
     while not (new := set(page.evaluate(HISTORY)) - before):
         assert time.monotonic() < end, "the run is not in the history"
         page.wait_for_timeout(100)
-    page.wait_for_timeout(500)  # the page has yet to draw it
     (id_,) = new
+    page.wait_for_function("id => ended.includes(id)", arg=id_)
     return page.evaluate("id => fetch('/history/' + id).then(answer => answer.json())", id_)[id_]
 
 
@@ -80,15 +104,24 @@ def report_on(page, type_):
 
 def open_help(page, type_):
     """The help page of the first node of that type, in the panel that the page has for it, as wide as that comes."""
-    page.wait_for_timeout(1000)  # a new graph is moved into view; what is selected meanwhile gets no buttons
-    page.evaluate(
-        """type => {
-            app.canvas.deselectAll();
-            app.canvas.selectNode(app.graph.nodes.find(n => n.type === type));
-        }""",
-        type_,
+    shown, button = page.locator(".node-help-content"), page.get_by_test_id("info-button")
+    for _ in range(20):  # a new graph is moved into view; what is selected meanwhile gets no buttons
+        page.evaluate(
+            """type => {
+                app.canvas.deselectAll();
+                app.canvas.selectNode(app.graph.nodes.find(n => n.type === type));
+            }""",
+            type_,
+        )
+        if shown.first.is_visible():
+            break
+        if becomes(page, True, button.first.is_visible, seconds=2):
+            page.evaluate("""() => document.querySelector("[data-testid='info-button']")?.click()""")
+            if becomes(page, True, shown.first.is_visible, seconds=5):
+                break
+    page.wait_for_function(
+        """() => {
+            const text = [...document.querySelectorAll(".node-help-content")].find(e => e.offsetParent);
+            return text?.querySelector("table") && [...text.querySelectorAll("img")].every(image => image.complete);
+        }"""
     )
-    page.wait_for_timeout(700)
-    if page.locator(".node-help-content:visible").count() == 0:
-        page.get_by_test_id("info-button").first.click()
-    page.wait_for_timeout(1500)
