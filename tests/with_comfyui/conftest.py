@@ -8,11 +8,12 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-from lcm_kit.tests.helpers import ROOT
+from lcm_kit.tests.helpers import ROOT, each_value
 
 DEMO_MODELS = ROOT / "demo" / "models"
 HOME = None
@@ -58,10 +59,37 @@ def pytest_configure(config):
         config.option.loadscopereorder = False
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--each-value",
+        action="store_true",
+        help="of every test each value of each of its parameters once instead of all combinations, and no slow test",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
     """Long files first, so that no process is alone with one at the end."""
     order = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+    if config.getoption("each_value"):
+        tests = defaultdict(list)
+        for item in items:
+            if item.get_closest_marker("slow") is None:
+                tests[item.nodeid.partition("[")[0]].append(item)
+        kept = {cases[place] for cases in tests.values() for place in each_value([values_of(case) for case in cases])}
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+
+
+def values_of(item):
+    """Parameter, or the names of a list of tuples -> its value in this case, by identity."""
+    if not hasattr(item, "callspec"):
+        return {}
+    params = item.callspec.params
+    lists = [mark.args[0] for mark in item.iter_markers("parametrize")]
+    together = [names.replace(" ", "").split(",") if isinstance(names, str) else names for names in lists]
+    alone = [[name] for name in params.keys() - {name for names in together for name in names}]
+    return {tuple(names): tuple(id(params[name]) for name in names) for names in [*together, *alone]}
 
 
 def pytest_unconfigure():
