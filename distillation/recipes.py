@@ -59,4 +59,11 @@ def followed(name: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -
         raise ValueError(f"recipe is {name!r}; it has to be one of {', '.join(RECIPES)}.")
     wanted = RECIPES[name].settings
     own = {key: given[key] for key in wanted if key in given and given[key] != defaults[key]}
-    return {**given, **wanted, **own}, own
+    used = {**given, **wanted, **own}
+    return used, set_otherwise(name, used)
+
+
+def set_otherwise(name: str, used: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `used`, all settings as they are, that the recipe says otherwise."""
+    wanted = RECIPES[name].settings
+    return {key: used[key] for key in wanted if used[key] != wanted[key]}

@@ -4,6 +4,7 @@ Names and defaults of the node and the command are read here, without torch: a c
 """
 
 import math
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -132,21 +133,25 @@ class Settings:
 
     def rate_at(self, step: int) -> float:
         """The learning rate of step 0, 1, ..."""
-        rising = (step + 1) / self.warmup if self.warmup else 1.0
+        return self.learning_rate * min(1.0, self._rising(step), self._falling(step))
+
+    def _rising(self, step: int) -> float:
+        return (step + 1) / self.warmup if self.warmup else 1.0
+
+    def _falling(self, step: int) -> float:
         falling = min(1.0, (self.steps - step) / (self.decay * self.steps)) if self.decay else 1.0
         if self.decay_shape == "cosine":
-            falling = (1 - math.cos(math.pi * falling)) / 2
-        elif self.decay_shape == "sqrt":
-            falling = 1 - math.sqrt(1 - falling)
-        return self.learning_rate * min(1.0, rising, falling)
+            return (1 - math.cos(math.pi * falling)) / 2
+        return 1 - math.sqrt(1 - falling) if self.decay_shape == "sqrt" else falling
 
     @property
     def highest_rate(self) -> float:
-        """The largest learning rate of any step; warmup and decay together may never reach `learning_rate`."""
-        return max(self.rate_at(step) for step in {min(self.warmup, self.steps) - 1, 0, self._falls_from()})
+        """The largest learning rate of any step; warmup and decay together may never reach `learning_rate`.
 
-    def _falls_from(self) -> int:
-        return min(self.steps - 1, int(self.steps * (1 - self.decay)))
+        It is where the rise meets the fall: of the two beside that place, the higher one.
+        """
+        meets = bisect_left(range(self.steps), True, key=lambda step: self._rising(step) >= self._falling(step))
+        return max(self.rate_at(step) for step in (max(0, meets - 1), min(meets, self.steps - 1)))
 
     def kept(self) -> dict[str, Any]:
         """What a resumed run must have as before; a longer run is the same run unless its rate falls at the end."""

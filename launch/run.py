@@ -18,7 +18,9 @@ from ..distillation import checkpoint
 from ..distillation.engine import Engine
 from ..distillation.kept import Kept
 from ..distillation.optimizers import check_optimizer
+from ..distillation.recipes import set_otherwise
 from ..distillation.settings import Settings, Setup
+from ..host.training.report import rate_words, recipe_words
 from ..lora_merge import Lora, save
 from ..lora_merge.disk.file_names import name_trouble, shown
 from ..lora_merge.disk.pictures import check_picture, write_picture
@@ -29,6 +31,8 @@ from .gathering import Texts, gathered, texts_asked
 from .loggers import check_writers, writers
 from .processes import check_same, first_of_a_machine, has_accelerator, processes
 from .report import end_words
+
+logger = logging.getLogger(__name__)
 
 
 def run(options: argparse.Namespace) -> str:
@@ -46,6 +50,8 @@ def run(options: argparse.Namespace) -> str:
         check_picture(options.picture, options.overwrite)
     cpu = options.cpu or not has_accelerator()
     quiet = os.environ.get("RANK", "0") != "0"
+    for words in () if quiet else rate_words(settings):
+        logger.warning("%s", words)
     with processes(cpu=cpu) as engine:  # before ComfyUI, which takes the device that is current
         launch_comfyui.prepare(comfyui, cpu=cpu, packs=options.custom_nodes)
         import comfy.model_management  # type: ignore[import-not-found]
@@ -139,9 +145,10 @@ def _distil(
         write_picture(Image.fromarray(pixels.numpy()), options.picture, options.overwrite)
     lora = Lora.from_state_dict(tensors, metadata=run.metadata(**together), source=options.output.name)
     save(lora, options.output, dtype=DTYPES[options.save_dtype], overwrite=options.overwrite)
+    recipe = recipe_words(options.recipe, set_otherwise(options.recipe, vars(options)))
     lines = run.report(tensors, time.monotonic() - started, course.validation)
     end = end_words(engine.num_processes, together["images per step"], options.output, folder)
-    return "\n".join([*lines, *remarks, *end])
+    return "\n".join([*filter(None, [recipe]), *lines, *remarks, *end])
 
 
 def _train(options: argparse.Namespace, run: Any, strip: Any, folder: Path, kept: Path) -> Any:

@@ -17,12 +17,14 @@ such as strict of zip, and the sign of room for rounding (1 - 1e-9).
 Only tests that call the changed function are run: those that noticed another change of it first, then the quickest and
 most particular, --most of them where there are more. What calls what is seen once (mutant_calls.py). The tests are
 collected once: each change is put into the functions in memory, in a process forked from there. Where that cannot show a
-change, in default values and in what runs at import, the survivors are tried again with the changed file imported afresh.
+change, in default values and in what runs at import, the survivors are tried again with the changed file imported afresh,
+by the tests of all that uses what was made then (mutant_made.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -32,6 +34,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mutant_calls import FOLDERS, IMPORTED, tests_by_function
+from mutant_made import Made
 from mutant_rounds import noticed_afresh, outcome_of_rounds
 from mutations import ROOT, Mutant, mutants_of
 
@@ -92,11 +95,15 @@ def some_of(tests: list[str], most: int) -> list[str]:
     return first + [others[index * len(others) // spread] for index in range(spread)]
 
 
-def callers_of(mutant: Mutant, tests: dict[str, list[str]], most: int) -> list[str]:
-    """The tests that call its function, [] if nothing does. Where these are few, some that call others of its file follow:
-    what is kept, a table or a cache, was made in an import or in another test, and is used by them."""
+def callers_of(mutant: Mutant, tests: dict[str, list[str]], most: int, made: Made) -> list[str]:
+    """The tests that call its function, [] if nothing does. Where it is called at import, those that use what was made
+    there follow; where these are few, some that call others of its file, which may use what another test has kept."""
     direct = tests.get(f"{mutant.file} {mutant.function}", [])
     found = dict.fromkeys(some_of([name for name in direct if name != IMPORTED], most))
+    if IMPORTED in direct:
+        turns = itertools.zip_longest(*(tests.get(user, []) for user in made.users(mutant.file)))
+        used = dict.fromkeys(name for turn in turns for name in turn if name not in (None, IMPORTED))
+        found |= dict.fromkeys([*used][:most])
     for near in (f"{mutant.file} ", f"{mutant.file.rpartition('/')[0]}/") if direct else ():
         if len(found) < FEW:
             names = {name for function, ones in tests.items() if function.startswith(near) for name in ones} - {
@@ -109,7 +116,8 @@ def callers_of(mutant: Mutant, tests: dict[str, list[str]], most: int) -> list[s
 def outcomes(mutants: list[Mutant], paths: list[str], most: int) -> Iterable[tuple[Mutant, str]]:
     tests = tests_by_function(paths)
     imported = {function for function, names in tests.items() if IMPORTED in names}
-    callers = {one: callers_of(one, tests, most) for one in mutants}
+    made = Made()
+    callers = {one: callers_of(one, tests, most, made) for one in mutants}
     used = sorted({name.split("::")[0] for names in callers.values() for name in names})
     for one, killer in outcome_of_rounds(mutants, callers, used):
         at_import = one.default or f"{one.file} {one.function}" in imported

@@ -1,5 +1,6 @@
 """Distils an LCM-LoRA from a MODEL: latents and conditionings in, LORA_MODEL, picture and report out."""
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,10 +23,12 @@ from .course import Course, write_lora
 from .data import entries, paired, partners, pictures
 from .loan import compute_type
 from .places import Places, check_name, places_of
-from .report import disk_words, recipe_words
+from .report import disk_words, rate_words, recipe_words
 from .run import Training, Work, empty_latent, sigma_table, training
 from .strip import PICTURES, Strip, rough_previewer
 from .teacher_pictures import teachers_pictures
+
+logger = logging.getLogger(__name__)
 
 DTYPES = get_args(Compute)
 WEIGHTINGS = get_args(Weighting)
@@ -80,6 +83,8 @@ def distil(
     settings = Settings(**training_settings, scale_loss=type_ == torch.float16)
     settings.grid(len(table))
     check_optimizer(settings)
+    for words in rate_words(settings):
+        logger.warning("%s", words)
     rough = rough_previewer(model.get_model_object("latent_format"))
     given = pictures(model, latents)
     which = paired(conds, len(given)) if given else [number % len(conds) for number in range(samples)]

@@ -123,13 +123,14 @@ def _listed(settings: Mapping[str, Any]) -> str:
 
 
 def rate_words(settings: Settings) -> list[str]:
-    """A sentence on a learning rate that was never reached."""
+    """A sentence on a learning rate that is never reached."""
     highest = settings.highest_rate
     if highest >= settings.learning_rate / 2:
         return []
     return [
-        f"learning_rate {settings.learning_rate:g} was never reached, only {highest:.2g}: warmup is {settings.warmup} of "
-        f"{settings.steps} steps{f' and decay {settings.decay:g}' if settings.decay else ''}."
+        f"learning_rate {settings.learning_rate:g} is never reached, only {highest:.2g}: warmup is {settings.warmup} of "
+        f"{settings.steps} steps{f' and decay {settings.decay:g}' if settings.decay else ''}. Set warmup to "
+        f"{settings.steps // 10} or less, or train longer."
     ]
 
 

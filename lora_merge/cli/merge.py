@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -263,9 +264,11 @@ def _write(options: argparse.Namespace, lora: Lora, account: Account) -> str:
 @contextmanager
 def _hashes(paths: list[Any]) -> Iterator[Any]:
     """A function that gives the files' sha256, computed beside the work."""
+    over = Event()
     with ThreadPoolExecutor(1) as pool:
-        waiting = [pool.submit(sha256_of, path) for path in paths]
+        waiting = [pool.submit(sha256_of, path, over.is_set) for path in paths]
         try:
             yield lambda: [one.result() for one in waiting]
         finally:
+            over.set()
             pool.shutdown(cancel_futures=True)

@@ -9,7 +9,6 @@ twice, entries that are lists, white space before the header, and what json_text
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from . import json_text
+from .whole import open_plain
 
 # The largest LoRAs known have some 10,000 tensors; a million costs seconds, and gigabytes, before anything is looked at.
 MAX_TENSORS = 100_000
@@ -60,14 +60,7 @@ def check_header(path: Path) -> Header:
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[BinaryIO, Header]]:
     """The file, unbuffered, and its checked header: of one state of it, whatever has its name meanwhile."""
-    try:
-        # To open a pipe is to wait until somebody writes into it.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError(f"{path}: is no ordinary file; copy what it gives into one first.")
-        file = open(path, "rb", buffering=0)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
-    with file:
+    with open_plain(path) as file:
         try:
             header = _read(file)
         except _Refused as error:
@@ -96,7 +89,8 @@ def _read(file: BinaryIO) -> Header:
     try:
         state = os.fstat(file.fileno())
         size = state.st_size
-        head = file.read(512)
+        # No more than there is: what the system makes up (/proc) says 0 and may keep a reader waiting.
+        head = file.read(min(512, size))
         length = int.from_bytes(head[:8], "little")
         file.seek(8)
         text = file.read(length) if length <= min(MAX_HEADER, size) else b""

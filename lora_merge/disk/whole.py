@@ -81,6 +81,17 @@ def is_plain_file(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
+    """The file, to be read, unbuffered. Raises ValueError for what is no plain file, and for what cannot be read."""
+    try:
+        # To open a pipe is to wait until somebody writes into it.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError(f"{path}: is no ordinary file; copy what it gives into one first.")
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
 @contextmanager
 def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     """(open file, its path), locked; removed at the end unless it was given another name."""

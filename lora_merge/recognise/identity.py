@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+from ..disk.whole import open_plain
 from ..files.lora import Lora
 from ..metadata.about import merged_inputs
 from ..metadata.fields import ARCHITECTURE, MERGED_FROM, OURS, PRESET_KEY, PROVENANCE_KEY
@@ -197,16 +198,23 @@ def worth_hashing(size: int, catalogue: Sequence[Published] = PUBLISHED) -> bool
     return any(entry.may_have(size) for entry in catalogue)
 
 
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """sha256 of a file, lower case hexadecimal, computed once for each path, size and time."""
+def sha256_of(path: str | os.PathLike[str], stopped: Callable[[], bool] = lambda: False) -> str:
+    """sha256 of a file, lower case hexadecimal, computed once for each path, size and time.
+
+    stopped: whether nobody waits for it any more, asked now and then; InterruptedError then. Raises what `open_plain` raises.
+    """
     path = os.path.abspath(path)
     state = os.stat(path)
     key = (path, state.st_size, state.st_mtime_ns, state.st_ino)
     if key not in _digests:
-        value = hashlib.sha256()
-        with open(path, "rb", buffering=0) as file:
-            while block := file.read(_BLOCK):
+        value, left = hashlib.sha256(), state.st_size
+        with open_plain(path) as file:
+            # Not to its end: another program may write faster than this reads.
+            while left > 0 and (block := file.read(min(left, _BLOCK))):
+                if stopped():
+                    raise InterruptedError(f"{path}: nobody waits for its hash.")
                 value.update(block)
+                left -= len(block)
         while len(_digests) >= _MANY:
             _digests.pop(next(iter(_digests)))
         _digests[key] = value.hexdigest()

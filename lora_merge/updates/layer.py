@@ -172,7 +172,7 @@ class LoraLayer(Layer):
             raise ValueError(f"up is {up}, but only down may have a kernel larger than 1")
         if mid is not None:
             shape = tuple(mid.shape)
-            if len(shape) < 3 or prod(down[2:]) != 1 or shape[:2] != (up[1], down[0]):
+            if len(shape) < 3 or prod(shape) == 0 or prod(down[2:]) != 1 or shape[:2] != (up[1], down[0]):
                 raise ValueError(f"mid is {shape}, which does not fit between up {up} and down {down}")
         elif up[1] != down[0]:
             raise ValueError(f"up is {up} but down is {down}; ranks {up[1]} and {down[0]} differ")

@@ -4,7 +4,7 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from lcm_kit.distillation.recipes import NONE, RECIPES, followed
+from lcm_kit.distillation.recipes import NONE, RECIPES, followed, set_otherwise
 from lcm_kit.distillation.settings import Settings, Setup
 from lcm_kit.host.training.report import rate_words, recipe_words
 from lcm_kit.launch.options import parsed
@@ -59,6 +59,15 @@ def test_the_command_takes_the_same(name):
     options = parsed([*LEAST, "--recipe", name])
     assert _settings(options) == replace(Settings(), **of(Settings, RECIPES[name].settings))
     assert _setup(options) == replace(Setup(), **of(Setup, RECIPES[name].settings))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_command_tells_it_in_the_nodes_words(name):
+    flags = {"rank": 7, "learning_rate": 0.5, "skip": 25}
+    options = vars(
+        parsed([*LEAST, "--recipe", name, *(f"--{key.replace('_', '-')}={value}" for key, value in flags.items())])
+    )
+    assert set_otherwise(name, options) == followed(name, DEFAULTS | flags, DEFAULTS)[1]
 
 
 @pytest.mark.parametrize("order", [1, -1])

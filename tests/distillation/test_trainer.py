@@ -3,11 +3,14 @@
 import dataclasses
 import errno
 import importlib.util
+import itertools
 import math
 import os
+import re
 import stat
 from contextlib import nullcontext
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from lcm_kit.distillation.draws import draw
 from lcm_kit.distillation.health import Diverged, Health
 from lcm_kit.distillation.objective import distillation_loss
 from lcm_kit.distillation.optimizers import optimizer_of
-from lcm_kit.distillation.settings import Settings, skipping_grid
+from lcm_kit.distillation.settings import Fall, Settings, skipping_grid
 from lcm_kit.distillation.trainer import Trainer, adapters_on
 from lcm_kit.host.training.report import rate_words
 from lcm_kit.lora_merge.disk import whole
@@ -638,11 +641,29 @@ def test_a_learning_rate_that_is_never_reached_is_told():
     assert rate_words(Settings(steps=20, warmup=20)) == []
     assert rate_words(Settings(steps=100, warmup=20, decay=0.5)) == []
     (said,) = rate_words(Settings(steps=100, warmup=500))
-    assert said == "learning_rate 0.0001 was never reached, only 2e-05: warmup is 500 of 100 steps."
+    assert said == (
+        "learning_rate 0.0001 is never reached, only 2e-05: warmup is 500 of 100 steps. Set warmup to 10 or less, or train longer."
+    )
     assert rate_words(Settings(steps=100, decay=1.0)) == []
     # It has risen to more than half where it begins to fall, and then falls for longer than it would have risen.
     assert rate_words(Settings(steps=100, warmup=90, decay=0.5)) == []
-    assert "and decay 1." in rate_words(Settings(steps=100, warmup=80, decay=1.0))[0]
+    assert rate_words(Settings(steps=100, warmup=80, decay=1.0)) == []
+    assert "and decay 1." in rate_words(Settings(steps=100, warmup=300, decay=1.0))[0]
+
+
+@pytest.mark.parametrize("shape", get_args(Fall))
+@pytest.mark.parametrize("steps", [1, 7, 100])
+def test_the_rate_that_is_told_is_the_highest_of_all_steps_and_the_advice_holds(steps, shape):
+    for warmup, decay in itertools.product([0, 1, 3, 50, 99, 500], [0.0, 0.1, 0.5, 1.0]):
+        settings = Settings(steps=steps, warmup=warmup, decay=decay, decay_shape=shape)
+        rates = [settings.rate_at(step) for step in range(steps)]
+        assert settings.highest_rate == max(rates), settings
+        hints = rate_words(settings)
+        assert bool(hints) == (max(rates) < settings.learning_rate / 2), settings
+        if hints:
+            assert f"only {max(rates):.2g}:" in hints[0]
+            (advised,) = re.findall(r"Set warmup to (\d+)", hints[0])
+            assert rate_words(dataclasses.replace(settings, warmup=int(advised))) == [], settings
 
 
 def test_solver_steps_that_end_between_trained_timesteps_are_refused():
