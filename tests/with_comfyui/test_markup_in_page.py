@@ -68,12 +68,16 @@ def watched_page(browser, server):
 
 @pytest.fixture(scope="module")
 def runner(browser, server):
-    return watched_page(browser, server)
+    page = watched_page(browser, server)
+    yield page
+    page.close()
 
 
 @pytest.fixture(scope="module")
 def onlooker(browser, server):
-    return watched_page(browser, server)
+    page = watched_page(browser, server)
+    yield page
+    page.close()
 
 
 def post(server, graph, page=None):
