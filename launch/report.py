@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from .data import Picture
+from .data import Picture, listed, plain
 
 NAMED = 5  # of broken pictures
-FIRST = 3  # of small ones
 
 
 def broken_words(broken: Mapping[Picture, str], count: int) -> str:
     """All of them in one sentence; the first few by name. broken: with why each cannot be read.   count: of all."""
-    named = "; ".join(f"{picture.name} ({reason})" for picture, reason in [*broken.items()][:NAMED])
+    named = "; ".join(f"{plain(picture.name)} ({reason})" for picture, reason in [*broken.items()][:NAMED])
     more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
     return f"{len(broken)} of {count} pictures cannot be read: {named}{more}."
 
@@ -22,10 +21,9 @@ def data_words(broken: Mapping[Picture, str], given: int, enlarged: Collection[P
     """What was left out of the `given` pictures, and what was scaled up of those that are left."""
     found = [f"{broken_words(broken, given)} They were left out."] if broken else []
     if enlarged:
-        names = ", ".join(sorted(picture.name for picture in enlarged)[:FIRST])
         found.append(
             f"{len(enlarged)} of {left} pictures are smaller than what is learnt of them "
-            f"({names}{', ...' if len(enlarged) > FIRST else ''}) and were scaled up: the LoRA learns their softness."
+            f"({listed(sorted(picture.name for picture in enlarged))}) and were scaled up: the LoRA learns their softness."
         )
     return found
 

@@ -100,14 +100,16 @@ def _prepared(
     """(Work, VAE, rough previewer, sentences on the data) of a run; the VAE only if it is needed still."""
     # ComfyUI is there only now.
     from ..host.training.loan import compute_type
-    from ..host.training.run import Work, sigma_table
+    from ..host.training.run import Work, check_lora, sigma_table
     from ..host.training.strip import rough_previewer
 
     with torch.no_grad():
         model, clip, vae = launch_comfyui.load(options.checkpoint, options.vae, options.lora)
         start = launch_comfyui.lora_weights(options.start_from) if options.start_from else None
-        table, dtype = sigma_table(model), compute_type(model, setup.dtype, setup.tf32)
-        settings.grid(len(table))  # raises for what does not fit, before pictures are made
+        table, dtype = sigma_table(model), compute_type(model, setup.dtype, setup.tf32, setup.compile)
+        # Both raise for what does not fit, before pictures are made.
+        settings.grid(len(table))
+        check_lora(model, setup.rank, start)
         rough = rough_previewer(model.get_model_object("latent_format"))
         settings = dataclasses.replace(settings, scale_loss=dtype == torch.float16)
         with first_of_a_machine(engine):
@@ -116,6 +118,7 @@ def _prepared(
         model=model, latents=data.latents, conds=data.conds, unconds=data.unconds, prompts=data.prompts, table=table,
         settings=settings, dtype=dtype, rank=setup.rank, alpha=setup.alpha, recompute=setup.gradient_checkpointing,
         shown=data.shown, names=data.names, start=start, own=not texts.pictures, tf32=setup.tf32,
+        compile=setup.compile,
     )  # fmt: skip
     return work, vae if options.picture else None, rough, data.remarks
 

@@ -103,6 +103,16 @@ def test_a_change_of_what_runs_at_import_alone_is_tried_by_the_tests_of_its_user
     }
     assert mutants.callers_of(mutant, tests, 400, made)[0] == "tests/z.py::test_size"
     assert mutants.callers_of(mutant, {}, 400, made) == []
+    assert mutants.files_on(mutant, tests, made) == ["tests/z.py"]
+
+
+def test_the_files_that_are_most_about_a_table_are_imported_anew(made):
+    """Of six whose tests look into it, the four whose tests do least beside that."""
+    file = "lora_merge/recognise/catalogue.py"
+    (mutant, *_) = (one for one in mutations.mutants_of(ROOT / file) if one.function == "_wan")
+    tests = {f"{file} instead": [mutant_calls.IMPORTED, *(f"tests/{letter}.py::test" for letter in "abcdef")]}
+    tests |= {f"x.py f{number}": [f"tests/{letter}.py::test" for letter in "abcdef"[number:]] for number in range(6)}
+    assert mutants.files_on(mutant, tests, made) == [f"tests/{letter}.py" for letter in "abcd"]
 
 
 def test_of_many_tests_the_first_and_some_of_the_others_are_tried():

@@ -23,6 +23,10 @@ TEST_SECONDS = 12  # of processor time, several times what the slowest takes: lo
 MEMORY = 8 << 30  # a changed size may ask for any
 ENDLESS = "endless"
 
+# What makes a failure readable costs more than the tests: explained asserts, tracebacks, the smallest failing example.
+OPTIONS = ["-q", "-p", "no:cacheprovider", "--no-header", "--no-summary", "--assert=plain", "--tb=native",
+           "--hypothesis-profile=mutants"]  # fmt: skip
+
 Callers = dict[Mutant, list[str]]
 
 
@@ -52,7 +56,8 @@ def _rounds(mutants: list[Mutant], callers: Callers, paths: list[str], write: in
     log = os.open(BUILD / "rounds.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    options = ["-q", "-s", "-p", "no:cacheprovider", "--no-header", "--no-summary", *paths]
+    _without_shrinking()
+    options = [*OPTIONS, "-s", *paths]
     with os.fdopen(write, "w") as into:
 
         def say(mutant: Mutant, killer: str | None) -> None:
@@ -172,8 +177,15 @@ def in_a_fork(work: Callable[[Callable[[str], None]], None]) -> str | None:
     return word or (None if status == 0 else ENDLESS)
 
 
+def _without_shrinking() -> None:
+    from hypothesis import Phase, settings
+
+    phases = (Phase.explicit, Phase.generate)
+    settings.register_profile("mutants", deadline=None, database=None, derandomize=True, phases=phases)
+
+
 def noticed_afresh(mutant: Mutant, tests: list[str]) -> bool:
-    """The same with the changed file imported afresh."""
+    """The same with the changed file imported afresh, by all tests of these files."""
     return in_a_fork(lambda say: _run_afresh(mutant, tests, say)) is not None
 
 
@@ -190,5 +202,6 @@ def _run_afresh(mutant: Mutant, tests: list[str], say: Callable[[str], None]) ->
         return code if Path(self.path) == ROOT / mutant.file else plain(self, name)
 
     importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[assignment,method-assign]
-    if pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *tests]) != 0:
+    _without_shrinking()
+    if pytest.main([*OPTIONS, "-x", *tests]) != 0:
         say("a test")

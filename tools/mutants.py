@@ -30,8 +30,10 @@ import math
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 
 from mutant_calls import FOLDERS, IMPORTED, tests_by_function
 from mutant_made import Made
@@ -48,6 +50,7 @@ LEFT_OUT = (
 TESTS = [f"tests/{folder}" for folder in FOLDERS]
 KNOWN = Path(__file__).with_name("mutants_known.json")
 WANTED = 0.95
+FILES = 4  # of tests, which are imported anew for each change of what is made at import
 FEW = 40  # tests: fewer may not be all that use a function's results
 
 
@@ -113,6 +116,16 @@ def callers_of(mutant: Mutant, tests: dict[str, list[str]], most: int, made: Mad
     return [*found]
 
 
+def files_on(mutant: Mutant, tests: dict[str, list[str]], made: Made) -> list[str]:
+    """The files of tests that are about what was made at import with a function: those of its users' tests that call the
+    fewest functions."""
+    called = Counter(name for names in tests.values() for name in names)
+    calls: dict[str, list[int]] = {}
+    for name in {name for user in made.users(mutant.file) for name in tests.get(user, [])} - {IMPORTED}:
+        calls.setdefault(name.split("::")[0], []).append(called[name])
+    return sorted(calls, key=lambda file: (median(calls[file]), file))[:FILES]
+
+
 def outcomes(mutants: list[Mutant], paths: list[str], most: int) -> Iterable[tuple[Mutant, str]]:
     tests = tests_by_function(paths)
     imported = {function for function, names in tests.items() if IMPORTED in names}
@@ -121,7 +134,7 @@ def outcomes(mutants: list[Mutant], paths: list[str], most: int) -> Iterable[tup
     used = sorted({name.split("::")[0] for names in callers.values() for name in names})
     for one, killer in outcome_of_rounds(mutants, callers, used):
         at_import = one.default or f"{one.file} {one.function}" in imported
-        if killer is None and at_import and callers[one] and noticed_afresh(one, callers[one]):
+        if killer is None and at_import and callers[one] and noticed_afresh(one, files_on(one, tests, made)):
             killer = "imported afresh"
         yield one, f"noticed: {killer}" if killer else "survives" if callers[one] else "never called"
 

@@ -15,7 +15,7 @@ from ...samplers.presets import PRESETS
 from ..lora import patches
 from ..progress import Progress
 from ..sampling.sampling import sample
-from .axes import NOTHING, STRENGTH, WORDS, Axis, cells, check_axes, parse_axis
+from .axes import LONGEST, NOTHING, STRENGTH, WORDS, Axis, cells, check_axes, parse_axis, with_word
 from .report import describe
 from .sheet import Sheet, as_picture, cell_size
 
@@ -207,7 +207,7 @@ def _words(prompt: str, own: Mapping[str, Any], axes: tuple[Axis, Axis]) -> str:
     if WORDS not in own:
         return prompt
     first = next(axis.values[0] for axis in axes if axis.setting == WORDS)
-    return prompt.replace(first, own[WORDS])
+    return with_word(prompt, first, own[WORDS])
 
 
 def _check_parts(parts: Parts, down: Axis, across: Axis, prompt: str) -> None:
@@ -216,6 +216,8 @@ def _check_parts(parts: Parts, down: Axis, across: Axis, prompt: str) -> None:
         raise ValueError(
             f"{STRENGTH} is varied, but no lora is connected. Connect a Load LoRA, or vary something else."
         )
+    if parts.clip is not None and len(prompt) > LONGEST:
+        raise ValueError(f"prompt has {len(prompt):,} characters, and it may have at most {LONGEST:,}. Write less.")
     if WORDS in varied:
         first = varied[WORDS].values[0]
         if parts.clip is None or first not in prompt:
@@ -223,6 +225,8 @@ def _check_parts(parts: Parts, down: Axis, across: Axis, prompt: str) -> None:
                 f"{WORDS} are varied, and {first[:40]!r} is what the others replace. Connect clip and write a prompt that "
                 "holds it into prompt."
             )
+        for word in varied[WORDS].values:
+            with_word(prompt, first, word)
     elif parts.positive is None and (parts.clip is None or not prompt.strip()):
         raise ValueError("There is no prompt. Connect positive, or clip and write into prompt.")
 

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from ...distillation.log import Table, Writer
 from ...distillation.trainer import Trainer
 from ...distillation.validation import validation_loss
 from ...lora_merge import Lora, save
+from ...lora_merge.disk.whole import held
 from .report import progress_words
 
 if TYPE_CHECKING:
@@ -64,10 +66,17 @@ class Course:
         return progress_words(trainer.done, steps, loss, self.validation, self.seconds_a_step)
 
     def run(self, save_to: Path | None) -> None:
-        """Trainer.run, watched. Whatever ends it leaves the LoRA of the last sound step as a file."""
+        """Trainer.run, watched. Whatever ends it leaves the LoRA of the last sound step as a file.
+
+        Raises ValueError if another process trains under that name.
+        """
+        main = not self.trainer.engine.process_index
+        with _alone(save_to if main else None):
+            self._run(save_to, main)
+
+    def _run(self, save_to: Path | None, main: bool) -> None:
         trainer = self.trainer
         trainer.resume(save_to)
-        main = not trainer.engine.process_index
         if self.table is not None and main:
             self._open(self.table)
         # A run shorter than one interval has nothing to be compared.
@@ -132,6 +141,22 @@ class Course:
             self.save_lora()
         except (OSError, ValueError) as error:
             logger.warning("No LoRA file of step %d: %s", self.trainer.done, error)
+
+
+@contextmanager
+def _alone(path: Path | None) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    with suppress(OSError):  # what cannot be kept is told by who keeps it
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with held(path) as free:
+        if not free:
+            raise ValueError(
+                f"{path.name} in {path.parent.name} is being trained by another process just now, and two would write over each "
+                "other's steps. Let that one end or stop it, or use another name."
+            )
+        yield
 
 
 def write_lora(lora: Lora, path: Path, dtype: torch.dtype = torch.float16) -> None:

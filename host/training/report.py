@@ -23,7 +23,8 @@ class Account:
     """A training in numbers.
 
     done: steps.   losses: of each.   pictures: learnt from; own: whether the model made them.   dtype: of the network.
-    modules, parameters: of the LoRA.   remarks: sentences that were said before it began.
+    modules, parameters: of the LoRA; unmoved: those of its modules that are still nothing.
+    remarks: sentences that were said before it began.
     """
 
     settings: Settings
@@ -36,6 +37,7 @@ class Account:
     modules: int
     parameters: int
     seconds: float
+    unmoved: Sequence[str]
     remarks: Sequence[str]
 
 
@@ -83,7 +85,18 @@ def describe(account: Account) -> list[str]:
         f"{account.seconds:.0f} seconds.",
         *([phased_words(settings.phases)] if settings.phases > 1 else []),
     ]
-    return [*lines, *validation_words(account.validation), *account.remarks, *rate_words(settings)]
+    lines += [*validation_words(account.validation), *unmoved_words(account.unmoved, account.modules)]
+    return [*lines, *account.remarks, *rate_words(settings)]
+
+
+def unmoved_words(unmoved: Sequence[str], modules: int) -> list[str]:
+    """A sentence on modules that nobody should take for trained; none without such. modules: how many there are."""
+    if not unmoved:
+        return []
+    return [
+        f"{len(unmoved)} of {modules} modules have not changed, as no gradient reaches them: the picture does not depend on them "
+        f"({', '.join(unmoved[:2])}{', ...' if len(unmoved) > 2 else ''})."
+    ]
 
 
 def phased_words(phases: int) -> str:
@@ -127,10 +140,11 @@ def rate_words(settings: Settings) -> list[str]:
     highest = settings.highest_rate
     if highest >= settings.learning_rate / 2:
         return []
+    tenth = settings.steps // 10
     return [
         f"learning_rate {settings.learning_rate:g} is never reached, only {highest:.2g}: warmup is {settings.warmup} of "
-        f"{settings.steps} steps{f' and decay {settings.decay:g}' if settings.decay else ''}. Set warmup to "
-        f"{settings.steps // 10} or less, or train longer."
+        f"{settings.steps} steps{f' and decay {settings.decay:g}' if settings.decay else ''}. Set warmup to {tenth}"
+        f"{' or less' if tenth else ''}, or train longer."
     ]
 
 

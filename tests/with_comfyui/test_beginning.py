@@ -124,7 +124,7 @@ def test_transformers_begin_with_a_lora_too(name):
     assert_same_updates(again, given, 1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"LTXV"}))  # which asks for a mask of the words
+@pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_every_family_makes_pictures_of_two_prompts_as_of_each(name, monkeypatch):
     monkeypatch.setattr(teacher_pictures, "STEPS", 2)
     family = FAMILIES[name]
