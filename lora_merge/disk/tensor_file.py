@@ -198,11 +198,12 @@ def write(
     names = sorted(tensors, key=lambda name: (_ORDER.index(NAMES[tensors[name].dtype]), name))
     entries = _entries(names, tensors)
     metadata = {**metadata, **BLANK} if hashed else metadata
-    head = _head(entries, metadata)
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
+    head = _head(text, metadata)
     if hashed:
         size = len(head) + sum(tensor.nbytes for tensor in tensors.values())
         check_written(head, {"__metadata__": metadata, **entries}, size)
-    hashes = Hashes(_head(entries, training(metadata))) if hashed else None
+    hashes = Hashes(_head(text, training(metadata))) if hashed else None
     start = file.tell() if hashes else 0
     file.write(head)
     # Many small writes: in pieces of megabytes Linux looks for as large pages, at five times the cost when memory is full.
@@ -214,7 +215,7 @@ def write(
                 hashes.add(data)
     if hashes:
         file.seek(start)
-        file.write(_head(entries, {**metadata, **hashes.found()}))
+        file.write(_head(text, {**metadata, **hashes.found()}))
         file.seek(0, 2)
 
 
@@ -228,10 +229,12 @@ def _entries(names: Sequence[str], tensors: Mapping[str, Content]) -> dict[str, 
     return entries
 
 
-def _head(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
-    """The header with its length before it."""
-    whole = {"__metadata__": dict(metadata), **entries} if metadata else entries
-    header = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
+def _head(entries: str, metadata: Mapping[str, str]) -> bytes:
+    """The header with its length before it. entries: of the tensors, as JSON."""
+    notes = (
+        json.dumps({"__metadata__": dict(metadata)}, separators=(",", ":"), ensure_ascii=False) if metadata else "{}"
+    )
+    header = (notes[:-1] + "," * (len(notes) > 2 and len(entries) > 2) + entries[1:]).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
 
