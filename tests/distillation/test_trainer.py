@@ -241,6 +241,17 @@ def test_a_finished_run_is_read_back_and_a_longer_one_goes_on(tmp_path):
     assert_same_lora(loras[2], trained(dataclasses.replace(SHORT, steps=20))[0])
 
 
+def test_fewer_steps_than_there_are_already_are_told(tmp_path, caplog):
+    path = tmp_path / "run.safetensors"
+    for steps in (3, 2):
+        network = Gains()
+        with adapters_on(network, 2, seed=SHORT.seed) as adapters:
+            trainer = trainer_of(adapters, network, dataclasses.replace(SHORT, steps=steps))
+            trainer.run(save_to=path)
+            assert trainer.done == 3
+    assert "run.safetensors has been trained for 3 steps already, and steps is 2: the LoRA is that of 3." in caplog.text
+
+
 def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):
     path = tmp_path / "run.safetensors"
     network = Gains()
