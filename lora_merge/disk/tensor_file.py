@@ -32,6 +32,9 @@ from .header import DTYPES, Header, check_written, opened
 SERVER_MAPPED_ABOVE = 1 << 30
 # Windows replaces no file that is mapped, and a result may take its input's place.
 MAPPED_ABOVE = 1 << 28 if os.name == "posix" else SERVER_MAPPED_ABOVE
+# Whether a file can be read anywhere without a place of its own, which threads and forked processes would share.
+IN_PLACE = hasattr(os, "preadv")
+_one_at_a_time = threading.Lock()
 # Bytes of what is made at once on its way into a file, for the processor's cache to hold them until they are written; and
 # how many such memories there are, for whoever makes them ahead.
 _BATCH = 1 << 19
@@ -71,7 +74,6 @@ class TensorFile:
         with ExitStack() as stack:
             self.path, (self.file, self.header) = path, stack.enter_context(opened(path))
             self.close = weakref.finalize(self, stack.pop_all().close)
-        self._one_at_a_time = threading.Lock()
         _open.add(self)
 
     def fill(self, name: str, place: Tensor) -> None:
@@ -100,8 +102,7 @@ class TensorFile:
         return result
 
     def _fill(self, start: int, place: Tensor) -> None:
-        with self._one_at_a_time:
-            _fill(self.file, self.header.begin + start, place, self.path)
+        _fill(self.file, self.header.begin + start, place, self.path)
         _check_unchanged(self.file, self.header, self.path)
 
 
@@ -133,13 +134,20 @@ def _fill(file: BinaryIO, begin: int, place: Tensor, path: Path) -> None:
     # By way of numpy, which has no bfloat16 but has bytes.
     view, done, size = place.view(-1).view(torch.uint8).numpy().data, 0, place.nbytes
     try:
-        file.seek(begin)
-        while done < size and (more := file.readinto(view[done:])):  # type: ignore[attr-defined]
+        while done < size and (more := _read_at(file, view[done:], begin + done)):
             done += more
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
     if done < size:
         raise ValueError(_changed(path))
+
+
+def _read_at(file: BinaryIO, place: memoryview, begin: int) -> int:
+    if IN_PLACE:
+        return os.preadv(file.fileno(), [place], begin)
+    with _one_at_a_time:
+        file.seek(begin)
+        return int(file.readinto(place))  # type: ignore[attr-defined]
 
 
 def _check_unchanged(file: BinaryIO, header: Header, path: Path) -> None:
@@ -198,11 +206,12 @@ def write(
     names = sorted(tensors, key=lambda name: (_ORDER.index(NAMES[tensors[name].dtype]), name))
     entries = _entries(names, tensors)
     metadata = {**metadata, **BLANK} if hashed else metadata
-    head = _head(entries, metadata)
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
+    head = _head(text, metadata)
     if hashed:
         size = len(head) + sum(tensor.nbytes for tensor in tensors.values())
         check_written(head, {"__metadata__": metadata, **entries}, size)
-    hashes = Hashes(_head(entries, training(metadata))) if hashed else None
+    hashes = Hashes(_head(text, training(metadata))) if hashed else None
     start = file.tell() if hashes else 0
     file.write(head)
     # Many small writes: in pieces of megabytes Linux looks for as large pages, at five times the cost when memory is full.
@@ -214,7 +223,7 @@ def write(
                 hashes.add(data)
     if hashes:
         file.seek(start)
-        file.write(_head(entries, {**metadata, **hashes.found()}))
+        file.write(_head(text, {**metadata, **hashes.found()}))
         file.seek(0, 2)
 
 
@@ -228,10 +237,12 @@ def _entries(names: Sequence[str], tensors: Mapping[str, Content]) -> dict[str, 
     return entries
 
 
-def _head(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
-    """The header with its length before it."""
-    whole = {"__metadata__": dict(metadata), **entries} if metadata else entries
-    header = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
+def _head(entries: str, metadata: Mapping[str, str]) -> bytes:
+    """The header with its length before it. entries: of the tensors, as JSON."""
+    notes = (
+        json.dumps({"__metadata__": dict(metadata)}, separators=(",", ":"), ensure_ascii=False) if metadata else "{}"
+    )
+    header = (notes[:-1] + "," * (len(notes) > 2 and len(entries) > 2) + entries[1:]).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
 

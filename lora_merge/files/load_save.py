@@ -17,7 +17,7 @@ from ..disk import json_text
 from ..disk.garbage import uncollected
 from ..disk.header import check_header
 from ..disk.overwriting import Overwrite, guard
-from ..disk.tensor_file import TensorFile, count_open, read, tensor_file, write
+from ..disk.tensor_file import IN_PLACE, TensorFile, count_open, read, tensor_file, write
 from ..disk.whole import check_place, write_whole
 from ..keywords import named
 from ..metadata import fields
@@ -70,7 +70,7 @@ def _contents(path: Path, mapped_above: int | None) -> tuple[Mapping[str, Tensor
     size = path.stat().st_size
     if mapped_above is not None and size > mapped_above:
         return read(path, mapped_above=mapped_above)
-    if os.name != "posix" or size < _STREAMED or count_open() >= _OPEN:
+    if not IN_PLACE or size < _STREAMED or count_open() >= _OPEN:
         return read(path, mapping=os.name != "posix")
     file = TensorFile(path)
     return _streamed(file), file.header.metadata

@@ -95,7 +95,7 @@ class Sum(LoraLayer):
         assert isinstance(result, LoraLayer)
         return result
 
-    @property
+    @cached_property
     def _is_whole(self) -> bool:
         """Whether it has the very numbers of its shares."""
         return all(

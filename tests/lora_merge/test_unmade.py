@@ -243,6 +243,31 @@ def test_several_threads_read_what_one_reads(tmp_path, large):
             assert all(map(torch.equal, pool.map(Unmade.made, pieces), wanted))
 
 
+FORKED = """
+import os, sys
+import torch
+from lora_merge import load
+from lora_merge.files import load_save
+
+load_save._STREAMED = 0
+pieces = [p for layer in load(sys.argv[1]).modules.values() for p in layer.pieces().values()]
+wanted = [piece.made() for piece in pieces]
+child = os.fork()
+right = all(torch.equal(piece.made(), one) for _ in range(500) for piece, one in zip(pieces, wanted))
+if not child:
+    os._exit(not right)
+print(right, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@ONLY_POSIX
+def test_a_process_and_its_fork_read_side_by_side(tmp_path):
+    """They share the file that is open, and the place in it."""
+    path = put(tmp_path / "x.safetensors", state(3, HALF, 1))
+    done = subprocess.run([sys.executable, "-c", FORKED, path], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True 0\n"), done.stderr
+
+
 MEMORY = """
 import resource, sys
 import torch
