@@ -98,8 +98,15 @@ def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     with _in_words(path):
         file, temporary = _opened(path)
     try:
-        with file, _in_words(path):
-            yield file, temporary
+        with _in_words(path):
+            try:
+                yield file, temporary
+            except BaseException:
+                # What is left in its buffer may find no room either.
+                with suppress(OSError):
+                    file.close()
+                raise
+            file.close()
     finally:
         # What went wrong before is what the user has to hear of.
         with suppress(OSError):
