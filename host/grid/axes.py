@@ -12,7 +12,6 @@ from ..door.lists import numbers
 from ..door.rules import LONGEST_TEXT
 
 MOST_VALUES, MOST_CELLS = 64, 1024  # of an axis; of a grid
-MANY = 64  # cells: from here on it is said that this takes long
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ number of parameters), and what a file says about itself is believed last.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
-from ..disk.whole import open_plain
+from ..disk.digests import sha256_of
 from ..files.lora import Lora
 from ..metadata.about import merged_inputs
 from ..metadata.fields import ARCHITECTURE, MERGED_FROM, OURS, PRESET_KEY, PROVENANCE_KEY
@@ -30,9 +29,6 @@ SURE = {
     "metadata": "likely: by metadata, the file says so",
     "unknown": "not further known by sha256, structure or metadata",
 }
-_BLOCK = 1 << 20
-_MANY = 256
-_digests: dict[tuple[str, int, int, int], str] = {}
 
 # Not inside a longer word.
 _WORDS = tuple(
@@ -201,29 +197,6 @@ def half_by_name(name: str) -> Expert | None:
 def worth_hashing(size: int, catalogue: Sequence[Published] = PUBLISHED) -> bool:
     """Whether a published file has this size; then its hash can be computed while the file is read."""
     return any(entry.may_have(size) for entry in catalogue)
-
-
-def sha256_of(path: str | os.PathLike[str], stopped: Callable[[], bool] = lambda: False) -> str:
-    """sha256 of a file, lower case hexadecimal, computed once for each path, size and time.
-
-    stopped: whether nobody waits for it any more, asked now and then; InterruptedError then. Raises what `open_plain` raises.
-    """
-    path = os.path.abspath(path)
-    state = os.stat(path)
-    key = (path, state.st_size, state.st_mtime_ns, state.st_ino)
-    if key not in _digests:
-        value, left = hashlib.sha256(), state.st_size
-        with open_plain(path) as file:
-            # Not to its end: another program may write faster than this reads.
-            while left > 0 and (block := file.read(min(left, _BLOCK))):
-                if stopped():
-                    raise InterruptedError(f"{path}: nobody waits for its hash.")
-                value.update(block)
-                left -= len(block)
-        while len(_digests) >= _MANY:
-            _digests.pop(next(iter(_digests)))
-        _digests[key] = value.hexdigest()
-    return _digests[key]
 
 
 def _published(

@@ -1,7 +1,6 @@
 """What a LoRA is, by hash, by structure and by its own words, in this order."""
 
 import hashlib
-import os
 import random
 import re
 import time
@@ -14,7 +13,7 @@ from lcm_kit.lora_merge import Lora, load, merge, save
 from lcm_kit.lora_merge.recognise import identity
 from lcm_kit.lora_merge.recognise.base_models import BY_NAME
 from lcm_kit.lora_merge.recognise.catalogue import PUBLISHED, Published, instead
-from lcm_kit.lora_merge.recognise.identity import half_by_name, identify, sha256_of, worth_hashing
+from lcm_kit.lora_merge.recognise.identity import half_by_name, identify, worth_hashing
 from lcm_kit.lora_merge.recognise.transformers import BY_NAME as TRANSFORMERS
 from lcm_kit.samplers.presets import PRESETS
 from lcm_kit.tests.lora_merge import full_size
@@ -129,29 +128,6 @@ def test_hash_beats_structure(tmp_path):
     path = tmp_path / "a.safetensors"
     full_size.write(path, full_size.lora("SD1.5"))
     assert identify(load(path), path, catalogue=[row(path), *PUBLISHED]).kind == "Test 3 steps"
-
-
-def test_a_hash_is_computed_once_for_each_state_of_a_file(file, monkeypatch):
-    opened = []
-    open_plain = identity.open_plain
-
-    def counting(path):
-        opened.append(os.fspath(path))
-        return open_plain(path)
-
-    monkeypatch.setattr(identity, "open_plain", counting)
-    first = sha256_of(file)
-    assert first == sha256_of(str(file)) == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert len(opened) == 1
-    safetensors.torch.save_file(small(seed=1), file)
-    assert sha256_of(file) != first
-    assert len(opened) == 2
-
-
-def test_a_file_larger_than_a_block_is_hashed_whole(tmp_path):
-    path = tmp_path / "large"
-    path.write_bytes(bytes(range(256)) * 4096 * 3 + b"end")
-    assert sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # ---- by metadata
