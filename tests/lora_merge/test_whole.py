@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -259,6 +260,46 @@ def test_every_file_is_as_readable_as_any_other(tmp_path):
 
 def test_the_place_is_checked_without_writing(tmp_path):
     check_place(tmp_path / "x")
+    assert names(tmp_path) == []
+
+
+@contextmanager
+def room_for(size):
+    """No file of this process may be larger, as if the disk were full."""
+    import resource  # there is none on Windows
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@POSIX
+@pytest.mark.parametrize("piece", [1, 100, 5000, 8191, 8192, 8193, 100_000, 3_000_000])
+def test_the_words_stay_whatever_is_left_to_be_written(tmp_path, piece):
+    path = tmp_path / "x"
+
+    def fill(file):
+        for _ in range(3_000_000 // piece):
+            file.write(bytes(piece))
+
+    with room_for(1_000_000), pytest.raises(OSError, match="x: could not be written "):
+        write_whole(path, fill)
+    assert names(tmp_path) == []
+
+
+@POSIX
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
+def test_what_went_wrong_first_is_told(tmp_path, error):
+    def fill(file):
+        file.write(bytes(1_000_000))
+        file.write(bytes(100))
+        raise error
+
+    with room_for(1_000_000), pytest.raises(type(error)):
+        write_whole(tmp_path / "x", fill)
     assert names(tmp_path) == []
 
 
