@@ -46,10 +46,15 @@ _LOOKS = re.compile(
 _NOISE = re.compile(r"(?i:(?<![a-z])(high|low)[-_ ]?noise)|(?<=[a-z\d])(High|Low)Noise")
 _CAPITALS = re.compile(r"(?<![A-Za-z])(HIGH|LOW)(?![A-Za-z])")
 _LAST = re.compile(r"(?:(?<![A-Za-z])(high|low)|(?<=[a-z\d])(High|Low)|(?<![A-Za-z])(High|Low))$")
+# What may follow them. A name comes with a file, so there is one way only to read it: a number, or letters behind a kind of
+# number (q8_0, fp8_e4m3fn), are taken whole, by looking ahead and then at what was found.
 _BEHIND = re.compile(
-    r"(?:[-_. ](?:v?\d[\d.]*|e\d+|q\d\w*|b?fp?\d+\w*|rank[-_]?\d+|r\d+|epoch\d*|steps?\d*|loras?|scaled|comfyui|[a-z]\d_k(?:_[sml])?))+$",
+    r"(?:[-_. ](?:v?(?=(?P<number>\d[\d.]*(?=[-_. ]|$)))(?P=number)|(?=(?P<kind>(?:q|b?fp?)\d\w*))(?P=kind)"
+    r"|e\d+|rank[-_]?\d+|r\d+|epoch\d*|steps?\d*|loras?|scaled|comfyui|(?![qf])[a-z]\d_k(?:_[sml])?))+$",
     re.I,
 )
+# No file is called so long, and a title that is says nothing in its thousandth word.
+_LONGEST_NAME = 255
 _OF_TWO_EXPERTS = "Wan 2.1/2.2 14B"
 # As kohya's trainers write it. SD2 is two of them, which no module tells apart.
 ARCHITECTURES = {"SD1.5": "stable-diffusion-v1/lora", "SDXL": "stable-diffusion-xl-v1-base/lora"}
@@ -181,7 +186,7 @@ def identify(
 
 def half_by_name(name: str) -> Expert | None:
     """Which half of a model in two a file's name or title says; None if it says neither, or both."""
-    stem = re.sub(r"\.(?:safetensors|sft|gguf|pt|ckpt)$", "", name, flags=re.I)
+    stem = re.sub(r"\.(?:safetensors|sft|gguf|pt|ckpt)$", "", name[:_LONGEST_NAME], flags=re.I)
     for text, pattern in ((stem, _NOISE), (stem, _CAPITALS), (_BEHIND.sub("", stem), _LAST)):
         found = {next(filter(None, match.groups())).lower() for match in pattern.finditer(text)}
         if found:
@@ -280,7 +285,7 @@ def _preset_by_metadata(metadata: Mapping[str, str]) -> str | None:
 def _names(lora: Lora) -> list[tuple[str, str]]:
     """(what a LoRA is called, where that stands)."""
     found = [(lora.metadata.get(key, ""), f"its metadata {key}") for key in ("modelspec.title", "ss_output_name")]
-    return [(lora.source, "its file name"), *found]
+    return [(name[:_LONGEST_NAME], where) for name, where in [(lora.source, "its file name"), *found]]
 
 
 def _expert(lora: Lora) -> Half | None:

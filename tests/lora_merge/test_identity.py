@@ -1,6 +1,9 @@
 """What a LoRA is, by hash, by structure and by its own words, in this order."""
 
 import hashlib
+import random
+import re
+import time
 
 import pytest
 import safetensors.torch
@@ -240,6 +243,40 @@ def test_halves_by_their_names(name, half):
 def test_a_name_that_sounds_like_an_acceleration_lora_gives_no_settings(name, word):
     found = identify(Lora.from_state_dict(small(), source=name))
     assert (found.looks_like, found.preset, found.how, found.kind) == (word, None, "unknown", "LoRA")
+
+
+# As a person would write it down: the same text can be read in many ways, and Python's matcher tries them all.
+_PLAINLY = re.compile(
+    r"(?:[-_. ](?:v?\d[\d.]*|e\d+|q\d\w*|b?fp?\d+\w*|rank[-_]?\d+|r\d+|epoch\d*|steps?\d*|loras?|scaled|comfyui"
+    r"|[a-z]\d_k(?:_[sml])?))+$",
+    re.I,
+)
+_PARTS = """
+1 2 22 v1 V2 1.5 v1.0 v2.1.3 e5 E10 e4m3fn q8 Q8_0 q4_K_M Q5_k_s q q4_K_XL bf16 fp8 FP8 fp8_e4m3fn fp8_e5m2_scaled f16 fp b8 rank rank32
+rank_64 rank-8 r16 r epoch epoch12 step steps steps4 4steps lora loras Lora scaled comfyui i2v T2V 14B A14B p4_K a4_k_m k M s high low noise x
+""".split()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_may_follow_the_word_is_read_as_it_is_written(seed):
+    draw = random.Random(seed)
+    for _ in range(200):
+        parts = [draw.choice(_PARTS) for _ in range(draw.randint(1, 7))]
+        name = "wan_high" + "".join(draw.choice("-_. ") + part for part in parts)
+        assert identity._BEHIND.sub("", name) == _PLAINLY.sub("", name)
+
+
+@pytest.mark.parametrize(
+    "unit", [".1", "_q1", ".1_q1", "-q1_k_q1_k", "_bf1", "1", ".v1", " e1", "_rank_1", "_e1_k_s", "..1", "_fp8_q8"]
+)
+@pytest.mark.parametrize("end", ["", "!"])
+def test_no_name_and_no_title_takes_long_to_read(unit, end):
+    for times in (30, 100, 1_000_000):
+        name = f"high-1{unit * times}{end}"
+        started = time.process_time()
+        half_by_name(name)
+        identify(Lora.from_state_dict(small(), source=name[:200], metadata={"modelspec.title": name}))
+        assert time.process_time() - started < 1.0  # 0.01 s
 
 
 def test_a_published_half_is_known_by_its_hash_and_a_style_by_what_it_is_called(tmp_path):
