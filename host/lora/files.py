@@ -117,7 +117,8 @@ def _read(path: str, size: int) -> KnownWeights:
         if worth_hashing(size):
             pool.submit(sha256_of, path)
         # As core's own loader, which looks at this while it runs.
-        lora = load(path, mapped_above=None if comfy.utils.DISABLE_MMAP else SERVER_MAPPED_ABOVE)
+        mapped_above = None if comfy.utils.DISABLE_MMAP else SERVER_MAPPED_ABOVE
+        lora = load(path, in_memory=True, mapped_above=mapped_above)
         weights = from_lora(lora)
     identity = identify(lora, path)
     return KnownWeights(dict(weights), name=weights.name, metadata=weights.metadata, identity=identity)

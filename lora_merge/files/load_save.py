@@ -42,14 +42,14 @@ _OPEN = 128
 
 @named
 @uncollected()
-def load(path: str | os.PathLike[str], *, mapped_above: int | None = None) -> Lora:
+def load(path: str | os.PathLike[str], *, in_memory: bool = False, mapped_above: int | None = None) -> Lora:
     """The LoRA in a safetensors file, in any spelling that naming/names.py and keys.py know.
 
     All values are looked at. Those of a large file's LoRA factors are read once more whenever they are needed, into memory
     that is used again: the file stays open as long as the LoRA is known, may be replaced and deleted, and is refused from
     then on if it was written to. Windows replaces no open file, so that there all is in memory.
-    mapped_above: bytes from which on a file is mapped into memory instead, for who needs all of it there; whoever cuts such a
-    file off ends this process.
+    in_memory: for who needs all values there; whatever becomes of the file then.
+    mapped_above: bytes from which on such a file is mapped instead; whoever cuts it off ends this process.
     For a PEFT folder's `adapter_model.safetensors` the scale is taken from `adapter_config.json` beside it, also for a
     renamed one if ranks and modules are the same.
     Raises FileNotFoundError if there is no such file, ValueError if it is no whole safetensors file of a LoRA, with at
@@ -60,17 +60,16 @@ def load(path: str | os.PathLike[str], *, mapped_above: int | None = None) -> Lo
         raise FileNotFoundError(f"{path}: there is no such file; check the name and the folder.")
     if path.is_dir():
         raise ValueError(f"{path}: this is a folder; give the .safetensors file in it.")
-    tensors, notes = _contents(path, mapped_above)
+    tensors, notes = _contents(path, in_memory, mapped_above)
     return Lora.from_state_dict(tensors, metadata=_notes(path, tensors, notes), source=path.name)
 
 
-def _contents(path: Path, mapped_above: int | None) -> tuple[Mapping[str, Tensor | Unmade], Mapping[str, str]]:
-    """tensor_file.read, but for large files that nobody wants mapped."""
-    size = path.stat().st_size
-    if mapped_above is not None and size > mapped_above:
-        return read(path, mapped_above=mapped_above)
-    if not IN_PLACE or size < _STREAMED or count_open() >= _OPEN:
-        return read(path, mapping=os.name != "posix")
+def _contents(
+    path: Path, in_memory: bool, mapped_above: int | None
+) -> tuple[Mapping[str, Tensor | Unmade], Mapping[str, str]]:
+    """tensor_file.read, but for large files that nobody wants in memory."""
+    if in_memory or not IN_PLACE or path.stat().st_size < _STREAMED or count_open() >= _OPEN:
+        return read(path, mapping=mapped_above is not None or os.name != "posix", mapped_above=mapped_above)
     file = TensorFile(path)
     return _streamed(file), file.header.metadata
 
