@@ -11,6 +11,8 @@ from .layer import Layer, LoraLayer
 from .loha import LohaLayer
 from .lokr import LokrLayer
 from .parts import DIFF_PARTS, WEIGHT_PARTS
+from .side_by_side import stored
+from .unmade import Unmade, made
 from .weight_dependent import BOFT, BUNDLED, DORA, GLORA, OFT, REPLACED, RESIZED, Carried
 
 # Kind -> parts that have to be there, parts that may.
@@ -85,16 +87,24 @@ def ignores_alpha(parts: Collection[str]) -> bool:
     return REPLACED in kinds_of(parts) or {"lokr_w1", "lokr_w2"} <= set(parts)
 
 
-def build(parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, ...] = ()) -> Layer | Carried | None:
+def build(
+    parts: Mapping[str, Tensor | Unmade], alpha: float | None, kernel: tuple[int, ...] = ()
+) -> Layer | Carried | None:
     """The update that complete parts make; None for parts that are differences only.
 
+    parts: those of a plain LoRA stay unmade if they are.
     kernel: of the weight, where its name tells, for kinds that keep it flattened.
     Raises ValueError if the shapes do not belong together.
     """
     kinds = kinds_of(parts)
     if not kinds:
         return None
-    kind = kinds[0]
+    if kinds[0] == "LoRA" and "mid" not in parts and _MODIFIERS.keys().isdisjoint(parts):
+        return stored(parts["up"], parts["down"], alpha)
+    return _made(kinds[0], {name: made(part) for name, part in parts.items()}, alpha, kernel)
+
+
+def _made(kind: str, parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, ...]) -> Layer | Carried:
     layer = _additive(kind, parts, alpha, kernel) if kind in ADDITIVE else None
     own = {name: part for name, part in parts.items() if name not in DIFF_PARTS and name != "alpha"}
     if layer is not None and _MODIFIERS.keys().isdisjoint(parts):

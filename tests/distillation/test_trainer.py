@@ -3,11 +3,14 @@
 import dataclasses
 import errno
 import importlib.util
+import itertools
 import math
 import os
+import re
 import stat
 from contextlib import nullcontext
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -17,11 +20,13 @@ from torch import nn
 from lcm_kit.distillation import checkpoint
 from lcm_kit.distillation.adapter import Average
 from lcm_kit.distillation.draws import draw
+from lcm_kit.distillation.engine import Alone
 from lcm_kit.distillation.health import Diverged, Health
 from lcm_kit.distillation.objective import distillation_loss
 from lcm_kit.distillation.optimizers import optimizer_of
-from lcm_kit.distillation.settings import Settings, skipping_grid
+from lcm_kit.distillation.settings import Fall, Settings, Setup, skipping_grid
 from lcm_kit.distillation.trainer import Trainer, adapters_on
+from lcm_kit.host.training.report import rate_words
 from lcm_kit.lora_merge.disk import whole
 from lcm_kit.samplers.schedule import lcm_timesteps
 from lcm_kit.tests.distillation.toy import (
@@ -37,6 +42,13 @@ from lcm_kit.tests.distillation.toy import (
     perfect_jump,
     width,
 )
+
+
+class Second(Alone):
+    """The other one of two processes, whose share is all that is reduced."""
+
+    process_index, num_processes = 1, 2
+
 
 SHORT = Settings(
     steps=12, batch=4, learning_rate=0.02, warmup=0, guidance_min=1.0, guidance_max=3.0, skip=STRIDE, seed=3
@@ -235,6 +247,17 @@ def test_a_finished_run_is_read_back_and_a_longer_one_goes_on(tmp_path):
             loras.append(adapters.lora_state_dict())
     assert_same_lora(loras[1], loras[0])
     assert_same_lora(loras[2], trained(dataclasses.replace(SHORT, steps=20))[0])
+
+
+def test_fewer_steps_than_there_are_already_are_told(tmp_path, caplog):
+    path = tmp_path / "run.safetensors"
+    for steps in (3, 2):
+        network = Gains()
+        with adapters_on(network, 2, seed=SHORT.seed) as adapters:
+            trainer = trainer_of(adapters, network, dataclasses.replace(SHORT, steps=steps))
+            trainer.run(save_to=path)
+            assert trainer.done == 3
+    assert "run.safetensors has been trained for 3 steps already, and steps is 2: the LoRA is that of 3." in caplog.text
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):
@@ -480,8 +503,8 @@ def test_a_loss_that_is_no_number_ends_the_run():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"steps": 0}, "steps is 0; it has to be a finite number, at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"steps": 0}, "steps is 0; it has to be a whole number, at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it has to be a finite number, above 0. The default is 0.0001"),
         ({"guidance_min": 3.0, "guidance_max": 2.0}, "guidance_min is 3.0 and guidance_max is 2.0"),
         (
             {"guidance_min": math.nan, "guidance_max": 2.0},
@@ -491,7 +514,7 @@ def test_a_loss_that_is_no_number_ends_the_run():
         ({"guidance_min": -3.0, "guidance_max": 2.0}, "guidance_min is -3"),
         ({"learning_rate": math.inf}, "learning_rate is inf.*default is 0.0001"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
-        ({"warmup": -5}, "warmup is -5; it has to be a finite number, at least 0"),
+        ({"warmup": -5}, "warmup is -5; it has to be a whole number, at least 0"),
         ({"huber_c": math.nan}, "huber_c is nan"),
         ({"huber_c": -0.1}, "huber_c is -0.1"),
         ({"weight_decay": math.nan}, "weight_decay is nan"),
@@ -510,6 +533,29 @@ def test_a_loss_that_is_no_number_ends_the_run():
 def test_settings_that_make_no_sense_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SHORT, **wrong)
+
+
+ODD = ["3", None, True, 1.5, math.nan, math.inf, -math.inf, -1e9, [], (1.0,), (1.0, 2.0, 3.0), {}, object(), 2 + 1j]
+
+
+@pytest.mark.parametrize("owner", [Settings, Setup])
+def test_a_value_of_any_kind_is_right_or_refused_by_name(owner):
+    """Through the class, which no command line and no node stands before."""
+    for one in dataclasses.fields(owner):
+        for value in ODD:
+            said = ""
+            try:
+                owner(**{one.name: value})
+            except ValueError as error:
+                said = str(error)
+            if said:
+                assert one.name in said, (one.name, value, said)
+                assert re.search("has to be|have to be|the lower end. Exchange them", said), said
+                continue
+            kinds = (int,) if one.type is int else (bool,) if one.type is bool else (int, float)
+            is_none = value is None and one.name == "huber_c"
+            assert is_none or type(value) in kinds, (one.name, value)
+            assert is_none or math.isfinite(value) or one.name == "clip", (one.name, value)
 
 
 @pytest.mark.parametrize(("skip", "points"), [(20, 50), (1, 1000), (10, 100), (30, 33), (333, 3), (1000, 1)])
@@ -633,15 +679,33 @@ def test_a_kept_state_that_leads_astray_at_once_is_told_to_be_past_help(tmp_path
 
 
 def test_a_learning_rate_that_is_never_reached_is_told():
-    assert Settings(steps=100, warmup=20).hints() == []
-    assert Settings(steps=20, warmup=20).hints() == []
-    assert Settings(steps=100, warmup=20, decay=0.5).hints() == []
-    (said,) = Settings(steps=100, warmup=500).hints()
-    assert said == "learning_rate 0.0001 was never reached, only 2e-05: warmup is 500 of 100 steps."
-    assert Settings(steps=100, decay=1.0).hints() == []
+    assert rate_words(Settings(steps=100, warmup=20)) == []
+    assert rate_words(Settings(steps=20, warmup=20)) == []
+    assert rate_words(Settings(steps=100, warmup=20, decay=0.5)) == []
+    (said,) = rate_words(Settings(steps=100, warmup=500))
+    assert said == (
+        "learning_rate 0.0001 is never reached, only 2e-05: warmup is 500 of 100 steps. Set warmup to 10 or less, or train longer."
+    )
+    assert rate_words(Settings(steps=100, decay=1.0)) == []
     # It has risen to more than half where it begins to fall, and then falls for longer than it would have risen.
-    assert Settings(steps=100, warmup=90, decay=0.5).hints() == []
-    assert "and decay 1." in Settings(steps=100, warmup=80, decay=1.0).hints()[0]
+    assert rate_words(Settings(steps=100, warmup=90, decay=0.5)) == []
+    assert rate_words(Settings(steps=100, warmup=80, decay=1.0)) == []
+    assert "and decay 1." in rate_words(Settings(steps=100, warmup=300, decay=1.0))[0]
+
+
+@pytest.mark.parametrize("shape", get_args(Fall))
+@pytest.mark.parametrize("steps", [1, 7, 100])
+def test_the_rate_that_is_told_is_the_highest_of_all_steps_and_the_advice_holds(steps, shape):
+    for warmup, decay in itertools.product([0, 1, 3, 50, 99, 500], [0.0, 0.1, 0.5, 1.0]):
+        settings = Settings(steps=steps, warmup=warmup, decay=decay, decay_shape=shape)
+        rates = [settings.rate_at(step) for step in range(steps)]
+        assert settings.highest_rate == max(rates), settings
+        hints = rate_words(settings)
+        assert bool(hints) == (max(rates) < settings.learning_rate / 2), settings
+        if hints:
+            assert f"only {max(rates):.2g}:" in hints[0]
+            (advised,) = re.findall(r"Set warmup to (\d+)", hints[0])
+            assert rate_words(dataclasses.replace(settings, warmup=int(advised))) == [], settings
 
 
 def test_solver_steps_that_end_between_trained_timesteps_are_refused():
@@ -649,3 +713,27 @@ def test_solver_steps_that_end_between_trained_timesteps_are_refused():
         Settings(original_steps=50, skip=1).grid(1000)
     for points, skip in ((8, 125), (50, 20), (33, 30), (50, 200), (3, 333)):
         Settings(original_steps=points, skip=skip).grid(1000)
+
+
+@pytest.mark.parametrize("stop", [None, 3])
+def test_only_the_first_of_several_processes_writes_and_each_has_pictures_of_its_own(tmp_path, stop):
+    """Whether the run ends or breaks off. Step by step the second process takes what the first leaves."""
+
+    def interrupt(done, loss):
+        if done == stop:
+            raise KeyboardInterrupt
+
+    for engine in (Alone(), Second()):
+        network, path, drawn = Gains(), tmp_path / f"{engine.process_index}.safetensors", []
+
+        def noted(step, items, drawn=drawn):
+            drawn.append([*items])
+            return data(step, items)
+
+        with adapters_on(network, 2, seed=3) as adapters:
+            trainer = Trainer(denoiser(network), adapters, noted, TABLE, SHORT, engine=engine)
+            with pytest.raises(KeyboardInterrupt) if stop else nullcontext():
+                trainer.run(save_to=path, save_every=2, callback=interrupt)
+        assert path.exists() == (engine.process_index == 0)
+        share = [*range(engine.process_index * SHORT.batch, (engine.process_index + 1) * SHORT.batch)]
+        assert drawn == [share] * (stop or SHORT.steps)

@@ -63,7 +63,7 @@ CONTRACT = {
             ("original_steps", "INT", 50),
             ("keep", "FLOAT", 0.2),
         ],
-        [],
+        [("preset", "LCM_PRESET", None)],
         ["LATENT"],
     ),
     "LCMKitSampler": (
@@ -290,6 +290,7 @@ CONTRACT = {
             ("start_from", "LORA_MODEL", None),
             ("phases", "INT", 1),
             ("recipe", "COMBO", "none"),
+            ("compile", "BOOLEAN", False),
         ],
         ["LORA_MODEL", "IMAGE", "STRING"],
     ),
