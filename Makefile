@@ -32,10 +32,10 @@ endif
 # On the floor every test runs, and in each file each value of each parameter, but not all combinations, and no slow test.
 SOME := $(if $(filter floor,$(COMFYUI)),--each-value,-m "not rare")
 
-# Where pytest-xdist is installed the tests share two processes. With ComfyUI there is one more, for much of those is
-# waiting for a server or a page. Each takes about 1 GB of memory.
+# Where pytest-xdist is installed the tests share two processes, file by file; with ComfyUI all pages are one's, and all
+# else that asks the server (tests/with_comfyui/conftest.py). Each takes about 1 GB of memory.
 WORKERS ?= 2
-SPREAD = $(shell "$(RUN)" -c 'import xdist' 2>/dev/null && echo '-n $(1) --dist $(2)')
+SPREAD = $(shell "$(RUN)" -c 'import xdist' 2>/dev/null && echo '-n $(WORKERS) --dist $(1)')
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -60,10 +60,10 @@ lint: setup  ## ruff and mypy
 	"$(RUN)" -m mypy
 
 unit: setup  ## the tests that need no ComfyUI
-	env -u COMFYUI_PATH "$(RUN)" -m pytest $(call SPREAD,$(WORKERS),loadfile) tests --ignore=tests/with_comfyui
+	env -u COMFYUI_PATH "$(RUN)" -m pytest $(call SPREAD,loadfile) tests --ignore=tests/with_comfyui
 
 integration: setup  ## the tests that run the real ComfyUI: nodes, server, web page
-	COMFYUI_PATH="$(TREE)" "$(RUN)" -m pytest $(call SPREAD,$$(($(WORKERS) + 1)),loadgroup) $(SOME) tests/with_comfyui
+	COMFYUI_PATH="$(TREE)" "$(RUN)" -m pytest $(call SPREAD,loadgroup) $(SOME) tests/with_comfyui
 
 floor:  ## integration on the oldest ComfyUI that LCM Kit supports, without the slowest tests and all combinations
 	@$(MAKE) --no-print-directory integration COMFYUI=floor

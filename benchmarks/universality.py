@@ -101,10 +101,10 @@ def ways(model: Model) -> list[tuple[Way, int]]:
         (Way("LCM Kit's sampler without an LCM-LoRA, 4 steps", ours(), style), 4),
         (Way(FAST, ours(), {**style, "lcm": 1.0}), 4),
     ]
-    if style:  # the paper's strengths of a style and the LCM-LoRA, and the other way round
+    if style:  # the paper's strengths of a style and the LCM-LoRA
         weaker = {kind: 0.8 * strength for kind, strength in style.items()}
         rows.append((Way(f"{FAST}, style 0.8", ours(), {**weaker, "lcm": 1.0}), 4))
-        rows.append((Way(f"{FAST}, LCM-LoRA 0.7", ours(), {**style, "lcm": 0.7}), 4))
+    rows.append((Way(f"{FAST}, LCM-LoRA 0.7", ours(), {**style, "lcm": 0.7}), 4))
     in_phases = Way(f"LCM-LoRA in {PHASES} phases, {PHASES} steps", phased(PHASES), {**style, "phased": 1.0})
     rows.append((in_phases, PHASES))
     if model.checkpoint == CHECKPOINT and "ink" in style:

@@ -134,15 +134,14 @@ def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     with _in_words(path):
         file, temporary = _opened(path)
     try:
-        with _in_words(path):
+        with _in_words(path), file:
             try:
                 yield file, temporary
             except BaseException:
-                # What is left in its buffer may find no room either.
+                # Closing writes what is left, which a full disk refuses once more, and bare; the first reason counts.
                 with suppress(OSError):
                     file.close()
                 raise
-            file.close()
     finally:
         # What went wrong before is what the user has to hear of.
         with suppress(OSError):

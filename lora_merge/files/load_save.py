@@ -22,7 +22,7 @@ from ..disk.whole import check_place, write_whole
 from ..keywords import named
 from ..metadata import fields
 from ..metadata.adapter_config import CONFIG_KEY, misfit, of_config
-from ..updates.unmade import Unmade
+from ..updates.unmade import CPU, Unmade
 from .dtypes import DTYPES
 from .formats import SAVE_FORMATS, SaveFormat, named_for
 from .keys import parse
@@ -38,7 +38,6 @@ _FEW = 8
 # Bytes from which on a file is not kept in memory, and files that are held open for it: systems allow 256 and more.
 _STREAMED = 1 << 21
 _OPEN = 128
-_CPU = torch.device("cpu")
 
 
 @named
@@ -92,7 +91,7 @@ def _is_factor(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
 
 def _unmade(file: TensorFile, name: str) -> Unmade:
     dtype, shape, *_ = file.header.entries[name]
-    return Unmade(dtype, torch.Size(shape), partial(file.fill, name), _CPU)
+    return Unmade(dtype, torch.Size(shape), partial(file.fill, name), CPU)
 
 
 def outline(path: str | os.PathLike[str]) -> Lora:

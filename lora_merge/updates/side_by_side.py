@@ -196,4 +196,5 @@ def put(factor: Tensor | Unmade, number: float, place: Tensor) -> None:
     elif place.dtype == torch.float32:
         place.copy_(factor).mul_(number)
     else:
-        place.copy_(factor.to(torch.float32) * number)
+        with borrowed_bytes(4 * factor.numel(), place.device) as memory:
+            place.copy_(memory.view(torch.float32).view(factor.shape).copy_(factor).mul_(number))

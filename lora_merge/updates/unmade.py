@@ -21,6 +21,7 @@ _FEW = 64
 # Bytes that a thread keeps for its next piece.
 _KEPT = 1 << 24
 _of_this_thread = threading.local()
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,12 @@ def made(tensor: Tensor | Unmade) -> Tensor:
 
 
 @contextmanager
-def borrowed_bytes(size: int) -> Iterator[Tensor]:
+def borrowed_bytes(size: int, device: torch.device = CPU) -> Iterator[Tensor]:
     """That many bytes, nobody else's until the end, with anything in them."""
+    if device.type != "cpu":
+        # There torch itself keeps memory for the next one.
+        yield torch.empty(size, dtype=torch.uint8, device=device)
+        return
     spare: list[Tensor] = vars(_of_this_thread).setdefault("spare", [])
     memory = spare.pop() if spare else torch.empty(0, dtype=torch.uint8)
     if memory.numel() < size:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -343,3 +344,30 @@ def test_a_name_is_one_process_s_until_it_ends_however_that_is(tmp_path):
 def test_where_nothing_can_be_locked_the_name_is_free(tmp_path):
     with held(tmp_path / "no such folder" / "x") as free:
         assert free is True
+
+
+@POSIX
+@pytest.mark.parametrize("size", [100, 50_000])
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_disk_that_takes_no_more_is_told_with_the_file_s_name_and_interrupts_stay_interrupts(tmp_path, size, ends):
+    """What is small lies in Python's buffer until the file is closed, and the system refuses it then once more."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "x"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write(file):
+        file.write(bytes(size))
+        if not ends:
+            raise KeyboardInterrupt
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt if not ends and size == 100 else OSError) as raised:
+            write_whole(path, write, anything)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    if isinstance(raised.value, OSError):
+        assert f"{path}: could not be written" in str(raised.value)
+    assert names(tmp_path) == []

@@ -66,8 +66,9 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     order = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(group_of(item), len(LONG)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
     if config.getoption("each_value"):
         files = defaultdict(list)
         for item in items:
@@ -83,7 +84,7 @@ def group_of(item):
 
 
 def values_of(item):
-    """Parameter, or the names of a list of tuples -> its value in this case, by identity; and the test itself."""
+    """Parameter, or the names of a list of tuples -> what its value in this case is known by; and the test itself."""
     test = {("test",): item.nodeid.partition("[")[0]}
     if not hasattr(item, "callspec"):
         return test
@@ -91,7 +92,12 @@ def values_of(item):
     lists = [mark.args[0] for mark in item.iter_markers("parametrize")]
     together = [names.replace(" ", "").split(",") if isinstance(names, str) else names for names in lists]
     alone = [[name] for name in params.keys() - {name for names in together for name in names}]
-    return test | {tuple(names): tuple(id(params[name]) for name in names) for names in [*together, *alone]}
+    return test | {tuple(names): tuple(known_by(params[name]) for name in names) for names in [*together, *alone]}
+
+
+def known_by(value):
+    """Alike in all processes, which have to choose the same cases: constants that are equal may be one object or two."""
+    return repr(value) if isinstance(value, (str, int, float, tuple, list, dict, type(None))) else id(value)
 
 
 def pytest_unconfigure():

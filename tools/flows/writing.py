@@ -109,11 +109,23 @@ class Document:
     def _size(self, node: Node) -> tuple[float, float]:
         rows = max(sum(not g.widget for g in self.inputs[node]), len(self.known[node.type]["output"]))
         widgets = [given for given in self.inputs[node] if given.widget]
+        if len(folded := [given for given in widgets if self._folded(node, given)]) > 1:
+            widgets = [given for given in widgets if given not in folded]
+            rows += 1  # the button that shows them
         fields = len(widgets) + sum(bool(g.options.get(CONTROL)) + bool(g.options.get("image_upload")) for g in widgets)
         high = TEXT * sum(bool(given.options.get("multiline")) for given in widgets)
         high += _MISSING * (node.type in packs.homes())
         picture = node.type in _PICTURES
         return PICTURE if picture else WIDTH, 16 + ROW * rows + WIDGET * fields + high + (PICTURE - 110) * picture
+
+    def _folded(self, node: Node, given: Input) -> bool:
+        """Whether the page folds this field of ours away: web/advanced.js, and Nodes 2.0."""
+        return (
+            node.type.startswith(OWN)
+            and bool(given.options.get("advanced"))
+            and not isinstance(node.inputs.get(given.name), Output)
+            and self.values[node][given.name] == given.default
+        )
 
     def _node(self, node: Node, box: Box) -> dict[str, Any]:
         into = {(link[3], link[4]): link[0] for link in self.links}
