@@ -6,7 +6,8 @@
 Each variant is the demo's LCM-LoRA, refined by the same 300 steps on the same pictures (demo/train/lcm.py), with other phases,
 skip and timesteps: 4 phases differ from LCM in all three, so each is changed alone. Rows: 1, 2, 4 and 8 model calls; at the
 timesteps that fit, with fresh noise between steps (gamma 1) and without (gamma 0). Differences are from the LoRA that all
-begin with, at the same calls, on the same initial noise, with standard errors over seeds. Prints Markdown.
+begin with, at the same calls, on the same initial noise, with standard errors over seeds. A row has that LoRA weaker: what
+one gains by less of it needs no training. Prints Markdown.
 
 Trained LoRAs and judged rows are kept in the work folder. About two and a half minutes of one CPU core a variant, and two seconds a row and
 seed; needs what benchmarks/universality.py needs for its models.
@@ -28,7 +29,7 @@ from studio import Plan, Way
 from universality import BY_WORD, REFERENCE_SEEDS, SEEDS, Jury, Model, left_out, mean, missing, ways
 
 CALLS = (1, 2, 4, 8)
-BEGUN = "as it began: LCM"
+BEGUN, WEAKER = "as it began: LCM", "as it began, at strength 0.7"
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,13 @@ def plan(points: int, gamma: float) -> Plan:
 def table(jury: Jury, model: Model, args: argparse.Namespace) -> list[list[object]]:
     (own, own_steps), seeds = ways(model)[0], args.seeds
     reference = jury.row(model, own, own_steps, [REFERENCE_SEEDS + k for k in range(seeds)])["features"].flatten(0, 1)
-    loras = {BEGUN: ("lcm", 50), **{name: (name, VARIANTS[name].points) for name in args.variants}}
+    loras = {BEGUN: ("lcm", 1.0, 50), WEAKER: ("lcm", 0.7, 50)}
+    loras |= {name: (name, 1.0, VARIANTS[name].points) for name in args.variants}
     rows, begun = [], {}
     for calls in args.calls:
-        for name, (kind, points) in loras.items():
+        for name, (kind, strength, points) in loras.items():
             for gamma in (1.0, 0.0) if calls > 1 else (1.0,):
-                way = Way(f"{name}, gamma {gamma:g}, {calls}", plan(points, gamma), {**model.loras, kind: 1.0})
+                way = Way(f"{name}, gamma {gamma:g}, {calls}", plan(points, gamma), {**model.loras, kind: strength})
                 seen = jury.row(model, way, calls, [SEEDS + k for k in range(seeds)])
                 distance = frechet(seen["features"].flatten(0, 1), reference)
                 found = {
