@@ -55,7 +55,8 @@ TIGHT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "
 
 
 def model_of(name: str, device: str = "cpu"):
-    """A MODEL in fp32, computed on `device`. Random weights for all but the embedded one: neither memory nor speed depends on them."""
+    """A MODEL in fp32, computed on `device`, "cuda" for ComfyUI's own choice. Random weights for all but the embedded one: neither memory nor speed depends on them."""
+    import comfy.model_management
     import comfy.model_patcher
     import comfy.sd
     import comfy.supported_models
@@ -75,7 +76,9 @@ def model_of(name: str, device: str = "cpu"):
     with torch.no_grad():
         for parameter in model.diffusion_model.parameters():
             parameter.normal_(std=0.02)
-    return comfy.model_patcher.ModelPatcher(model, torch.device(device), cpu)
+    # Not torch.device("cuda"), which ComfyUI would take for another one than the cuda:0 of its tensors.
+    where = comfy.model_management.get_torch_device() if device == "cuda" else torch.device(device)
+    return comfy.model_patcher.ModelPatcher(model, where, cpu)
 
 
 class Watch:

@@ -3,13 +3,14 @@
     make gpu                                          writes benchmarks/gpu.md with the card's name
     .venv/bin/python benchmarks/on_gpu.py --rehearse   the same rows on the CPU with the embedded model, into no file
 
-Without a CUDA GPU it says so in one line and ends well. Every row is a process of its own. Times are of the wall, after the card has
+Without a CUDA GPU that torch can use it says so in one line and ends well. Every row is a process of its own. Times are of the wall, after the card has
 finished; memory is the most that torch had allocated on the card. SD 1.5's UNet has random weights: neither time nor memory
 depends on them, and nothing has to be downloaded. The pictures and LoRAs that are compared are those of the demo.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,9 @@ import distilling
 import torch
 
 TABLE = ROOT / "benchmarks" / "gpu.md"
+# SD 1.5's UNet as it is trained on a card: 4 pictures of 512 x 512.
+SD15 = "sd15 at 512 x 512"
+distilling.MODELS[SD15] = (64, 4, 64)
 FP32, BF16 = {"training_dtype": "fp32", "lora_dtype": "fp32"}, {"training_dtype": "bf16", "lora_dtype": "fp32"}
 # row -> (who trains, its inputs)
 TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -32,10 +36,14 @@ TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
     "Distill LCM-LoRA, bf16": ("ours", {"dtype": "bf16"}),
     "Distill LCM-LoRA, fp16": ("ours", {"dtype": "fp16"}),
     "Distill LCM-LoRA, bf16, no checkpointing": ("ours", {"dtype": "bf16", "gradient_checkpointing": False}),
+    "Distill LCM-LoRA, bf16, compiled": ("ours", {"dtype": "bf16", "compile": True}),
     "TrainLoraNode, fp32": ("core", FP32),
     "TrainLoraNode, bf16": ("core", BF16),
     "TrainLoraNode, bf16, bypass_mode": ("core", BF16 | {"bypass_mode": True}),
 }
+# Rows that would take a CPU half an hour.
+NOT_ON_A_CPU = {"fp16": "no fp16 on a CPU: minutes a step", "compiled": "not on a CPU: minutes of compiling"}
+DYNAMIC = "DynamicVRAM support detected and enabled"  # in ComfyUI's log
 SAMPLERS = ("LCM Kit", "core lcm")
 RUNS = 20
 
@@ -86,9 +94,12 @@ def sampling(_: str, model: str, home: str) -> dict[str, float]:
 
     _rank, _batch, side = distilling.MODELS[model]
     patcher = distilling.model_of(model, device())
-    context = patcher.model.model_config.unet_config["context_dim"]
+    channels, context = (
+        patcher.model.latent_format.latent_channels,
+        patcher.model.model_config.unet_config["context_dim"],
+    )
     prompt = [[torch.randn(1, 77, context, generator=torch.Generator().manual_seed(1)), {}]]
-    latent = torch.zeros(1, patcher.model.latent_format.latent_channels, side, side)
+    latent = torch.zeros(1, channels, side, side)
     noise = comfy.sample.prepare_noise(latent, 1)
     sigmas = lcm_sigmas(patcher, steps=4, denoise=1.0, original_steps=50)
     samplers = {
@@ -96,6 +107,7 @@ def sampling(_: str, model: str, home: str) -> dict[str, float]:
         "core lcm": comfy.samplers.sampler_object("lcm"),
     }
 
+    @torch.inference_mode()  # as ComfyUI's executor
     def run(name: str) -> torch.Tensor:
         given = patcher, noise, 1.0, samplers[name], sigmas, prompt, prompt, latent
         return comfy.sample.sample_custom(*given, disable_pbar=True, seed=1)
@@ -109,7 +121,7 @@ def sampling(_: str, model: str, home: str) -> dict[str, float]:
             times[name].append(synchronized() - start)
             pictures[name + " again"] = again
     repeats = float((pictures["LCM Kit again"] - pictures["LCM Kit"]).abs().max())
-    return {name: 1000 * min(values) for name, values in times.items()} | {"repeats": repeats}
+    return {f"{name}, ms": 1000 * min(values) for name, values in times.items()} | {"two runs differ by": repeats}
 
 
 def noise(_: str, model: str, home: str) -> dict[str, float]:
@@ -126,6 +138,7 @@ def noise(_: str, model: str, home: str) -> dict[str, float]:
     sigmas = lcm_sigmas(patcher, steps=4, denoise=1.0, original_steps=50)[:-1]  # ends with noise in it
     made = []
     for where in ("cpu", device()):
+        patcher.model.to(where)  # its noise levels lie where it computes
         guider = ready_model(patcher, answer.to(where))
         sampler = lcm_sampler(gamma=1.0, seed=-1, batch_indices=[0, 1])
         given = {"model_options": {}, "seed": 1}, None, start.to(where), torch.zeros(shape, device=where), None
@@ -157,7 +170,7 @@ def merging(_: str, model: str, home: str) -> dict[str, float]:
 
 
 def server(row: str, _: str, home: str) -> dict[str, Any]:
-    """The demo's workflow in ComfyUI's own server: seconds of the second run, and its picture's hash."""
+    """The demo's workflow and two steps of training in ComfyUI's own server: seconds of a second run, its picture's hash."""
     import hashlib
 
     from comfyui_client import Client
@@ -177,8 +190,30 @@ def server(row: str, _: str, home: str) -> dict[str, Any]:
             start = time.perf_counter()
             (picture,) = client.images(client.run(lcm_only(TINY, Shot("cat face", seed, 4))))
             seconds = time.perf_counter() - start
-        says = "dynamic" in running.log_text().lower()
-    return {"seconds": seconds, "picture": hashlib.sha256(picture).hexdigest()[:12], "dynamic VRAM in the log": says}
+        start = time.perf_counter()
+        client.run(two_steps())
+        trained = time.perf_counter() - start
+        dynamic = DYNAMIC in running.log_text()
+    return {
+        "seconds": seconds, "picture": hashlib.sha256(picture).hexdigest()[:12], "seconds of two training steps": trained,
+        "dynamic VRAM": "on" if dynamic else "off",
+    }  # fmt: skip
+
+
+def two_steps() -> Any:
+    """A workflow that trains an LCM-LoRA on two pictures of the embedded model, and keeps nothing."""
+    from graphs import TINY, Graph, load
+
+    graph = Graph()
+    loaded = load(graph, TINY)
+    positive, negative = (graph.add("CLIPTextEncode", clip=loaded.clip, text=text) for text in ("cat face", ""))
+    node = graph.add(
+        "LCMKitDistill", model=loaded.model, positive=[positive, 0], negative=[negative, 0], steps=2, batch=2, accumulate=1,
+        rank=8, alpha=0.0, learning_rate=1e-4, guidance_min=3.0, guidance_max=3.0, skip=20, seed=1, samples=2, width=64,
+        height=64, dtype="auto", gradient_checkpointing=True, resume="",
+    )  # fmt: skip
+    graph.add("PreviewImage", images=[node, 1])
+    return graph
 
 
 # ---- the table
@@ -194,18 +229,19 @@ ROWS: dict[str, tuple[Callable[[str, str, str], dict[str, Any]], list[str]]] = {
 
 def measured(part: str, row: str, model: str) -> dict[str, Any]:
     """The row's numbers, or why there are none: one row that fails leaves the others."""
-    if "fp16" in row and device() == "cpu":
-        return {"failed": "no fp16 on a CPU: minutes a step"}
+    for word, reason in NOT_ON_A_CPU.items():
+        if word in row and device() == "cpu":
+            return {"failed": reason}
     print(f"{part}: {row} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as home:
         try:
             return fresh(__file__, "--measure", part, row, model, home)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, IndexError) as error:  # of the row, or of what it printed
             return {"failed": str(error).strip().splitlines()[-1][:200]}
 
 
-def document(model: str, card: str) -> str:
-    """All rows as Markdown."""
+def document(model: str, card: Callable[[], str]) -> str:
+    """All rows as Markdown. card: asked last, as this process would hold memory of it from then on."""
     import datetime
 
     found = {part: {row: measured(part, row, model) for row in rows} for part, (_, rows) in ROWS.items()}
@@ -221,10 +257,23 @@ def document(model: str, card: str) -> str:
         for part in ("sampling", "noise", "merging", "server")
         for row, own in found[part].items()
     ]
-    heading = f"# On a GPU\n\n{card}, torch {torch.__version__}, {datetime.date.today()}. `make gpu`.\n"
+    heading = f"# On a GPU\n\n{card()}, torch {torch.__version__}, CUDA {torch.version.cuda}, {datetime.date.today()}. `make gpu`.\n"
     what = f"Training {model}, rank {rank}, batch {batch}, latents {side} x {side}; least of 5 steps:"
     first = markdown(["", "pictures a second", "peak memory, GB", ""], trained)
     return "\n".join([heading, what, "", first, "", markdown(["part", "row", "measured"], others), ""])
+
+
+def no_gpu() -> str:
+    """Why there is nothing to do, in one line."""
+    if shutil.which("nvidia-smi") is None:
+        return "No CUDA GPU here, so there is nothing that the CPU's benchmarks do not show."
+    built = (
+        f"for CUDA {torch.version.cuda}, which its driver may be too old for" if torch.version.cuda else "without CUDA"
+    )
+    return (
+        f"There is an NVIDIA driver here, but torch {torch.__version__} is built {built}. Install a torch that fits the driver (such "
+        "as +cu128), or name your ComfyUI and its Python: make gpu COMFYUI_PATH=... PYTHON=..."
+    )
 
 
 def _short(value: Any) -> str:
@@ -242,11 +291,11 @@ def main() -> None:
         part, *rest = options.measure
         print(json.dumps(ROWS[part][0](*rest)))
     elif options.rehearse:
-        print(document("embedded", "rehearsal on a CPU: the numbers mean nothing"))
+        print(document("embedded", lambda: "rehearsal on a CPU: the numbers mean nothing"))
     elif not torch.cuda.is_available():
-        print("No CUDA GPU here, so there is nothing that the CPU's benchmarks do not show.")
+        print(no_gpu())
     else:
-        TABLE.write_text(document("sd15", torch.cuda.get_device_name()), encoding="utf-8")
+        TABLE.write_text(document(SD15, torch.cuda.get_device_name), encoding="utf-8")
         print(f"{TABLE.relative_to(ROOT)} is written")
 
 

@@ -1,7 +1,7 @@
 """What distilling in phases is worth on the embedded model, and what of it is the edges, the solver, the timesteps.
 
     COMFYUI_PATH=.comfyui .venv/bin/python benchmarks/phases.py
-    .venv/bin/python benchmarks/phases.py --models base ink --seeds 5
+    .venv/bin/python benchmarks/phases.py --models ink --seeds 3 --calls 4 --variants "skip 125" "4 phases"
 
 Each variant is the demo's LCM-LoRA, refined by the same 300 steps on the same pictures (demo/train/lcm.py), with other phases,
 skip and timesteps: 4 phases differ from LCM in all three, so each is changed alone. Rows: 1, 2, 4 and 8 model calls; at the
@@ -79,12 +79,12 @@ def plan(points: int, gamma: float) -> Plan:
     return plan
 
 
-def table(jury: Jury, model: Model, seeds: int) -> list[list[object]]:
-    own, own_steps = ways(model)[0]
+def table(jury: Jury, model: Model, args: argparse.Namespace) -> list[list[object]]:
+    (own, own_steps), seeds = ways(model)[0], args.seeds
     reference = jury.row(model, own, own_steps, [REFERENCE_SEEDS + k for k in range(seeds)])["features"].flatten(0, 1)
-    loras = {BEGUN: ("lcm", 50), **{name: (name, variant.points) for name, variant in VARIANTS.items()}}
+    loras = {BEGUN: ("lcm", 50), **{name: (name, VARIANTS[name].points) for name in args.variants}}
     rows, begun = [], {}
-    for calls in CALLS:
+    for calls in args.calls:
         for name, (kind, points) in loras.items():
             for gamma in (1.0, 0.0) if calls > 1 else (1.0,):
                 way = Way(f"{name}, gamma {gamma:g}, {calls}", plan(points, gamma), {**model.loras, kind: 1.0})
@@ -115,11 +115,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="pictures of every concept, for each row; 2 at least")
     parser.add_argument("--models", nargs="+", choices=list(BY_WORD), default=["base"], help="of universality.py")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="which of them")
+    parser.add_argument("--calls", nargs="+", type=int, choices=CALLS, default=CALLS, help="of a picture")
     args = parser.parse_args()
     models = [BY_WORD[word] for word in args.models]
     if text := missing(models):
         sys.exit(text)
-    for name in VARIANTS:
+    for name in args.variants:
         make(name)
         LORAS[name] = file_of(name)
     torch.set_grad_enabled(False)
@@ -127,7 +129,7 @@ def main() -> None:
     columns = [
         "model", "calls", "LoRA", "gamma", "names, %", "Frechet", "names less the first's", "Frechet less the first's",
     ]  # fmt: skip
-    print(markdown(columns, [row for model in models for row in table(jury, model, args.seeds)]))
+    print(markdown(columns, [row for model in models for row in table(jury, model, args)]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     COMFYUI_PATH=.comfyui .venv/bin/python benchmarks/universality.py
     .venv/bin/python benchmarks/universality.py --models ink --no-picture
+    .venv/bin/python benchmarks/universality.py --models fluent --seeds 3 --rows 'sgm_uniform, . steps$'
 
 Section 3.2 of the LCM-LoRA paper (Luo et al. 2023, arXiv 2311.05556): the LCM-LoRA is added to a fine-tune, and to style
 LoRAs, and nothing is trained. Columns: prompted concept named and style seen by a judge that has seen real pictures only,
@@ -23,6 +24,7 @@ depend on has changed: about 20 seconds of one CPU core a row and seed with 50 c
 """
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -99,9 +101,10 @@ def ways(model: Model) -> list[tuple[Way, int]]:
         (Way("LCM Kit's sampler without an LCM-LoRA, 4 steps", ours(), style), 4),
         (Way(FAST, ours(), {**style, "lcm": 1.0}), 4),
     ]
-    if style:  # the paper's strengths of a style and the LCM-LoRA
+    if style:  # the paper's strengths of a style and the LCM-LoRA, and the other way round
         weaker = {kind: 0.8 * strength for kind, strength in style.items()}
         rows.append((Way(f"{FAST}, style 0.8", ours(), {**weaker, "lcm": 1.0}), 4))
+        rows.append((Way(f"{FAST}, LCM-LoRA 0.7", ours(), {**style, "lcm": 0.7}), 4))
     in_phases = Way(f"LCM-LoRA in {PHASES} phases, {PHASES} steps", phased(PHASES), {**style, "phased": 1.0})
     rows.append((in_phases, PHASES))
     if model.checkpoint == CHECKPOINT and "ink" in style:
@@ -188,10 +191,12 @@ def paired(found: Sequence[float], base: Sequence[float], difference: float, dig
     return f"{difference:+.{digits}f} ± {error:.{digits}f}"
 
 
-def table(jury: Jury, models: Sequence[Model], seeds: int) -> None:
+def table(jury: Jury, models: Sequence[Model], seeds: int, wanted: str = "") -> None:
+    """wanted: an expression that rows' names match, beside the two that all are compared with."""
     rows = []
     for model in models:
-        each, (own, own_steps) = ways(model), ways(model)[0]
+        each = [row for row in ways(model) if row[0].name in (OWN, FAST) or re.search(wanted, row[0].name)]
+        own, own_steps = each[0]
         reference = jury.row(model, own, own_steps, [REFERENCE_SEEDS + k for k in range(seeds)])["features"].flatten(
             0, 1
         )
@@ -294,6 +299,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="pictures of every concept, for each row")
     parser.add_argument("--models", nargs="+", choices=list(BY_WORD), default=list(BY_WORD), help="which of them")
+    parser.add_argument("--rows", default="", help="only rows whose name matches, and the two to compare")
     parser.add_argument("--no-picture", action="store_true", help="print the table alone")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "universality.png")
     args = parser.parse_args()
@@ -307,7 +313,7 @@ def main() -> None:
             )
     torch.set_grad_enabled(False)
     jury = Jury()
-    table(jury, models, args.seeds)
+    table(jury, models, args.seeds, args.rows)
     if not args.no_picture:
         times(jury.judge(CHECKPOINT).studio)
         picture(jury, models, args.seeds, args.picture)

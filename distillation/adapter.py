@@ -73,6 +73,38 @@ def _full_rank(layer: nn.Module) -> int:
     return min(out, inputs.numel())
 
 
+def check_rank(layers: Sequence[nn.Module], rank: int) -> None:
+    """Raises ValueError for a rank below 1 or above what any of these layers can use."""
+    if rank < 1:
+        raise ValueError(f"rank is {rank}; a LoRA has at least rank 1. LCM-LoRA uses 64.")
+    widest = max(map(_full_rank, layers))
+    if rank > widest:
+        raise ValueError(
+            f"rank is {rank}, but the largest layer of this network is {widest} wide, and beyond that a rank adds "
+            f"nothing. Use at most {widest}; LCM-LoRA uses 64."
+        )
+
+
+def check_factors(
+    factors: Mapping[str, tuple[Tensor, Tensor]], shapes: Mapping[str, tuple[int, int]], rank: int, name: str
+) -> None:
+    """Raises ValueError if a LoRA of this rank cannot begin with these. shapes: (out, in * kernel) of each layer."""
+    for layer, (up, down) in factors.items():
+        if up.shape[1] > rank:
+            raise ValueError(
+                f"start_from is {name}, of rank {up.shape[1]} ({layer}), and rank is {rank}. Set rank to "
+                f"{max(up.shape[1] for up, _ in factors.values())}, or make the LoRA smaller by Resize LoRA."
+            )
+        if (there := (up.shape[0], down.shape[1])) != shapes[layer] or up.shape[1] != down.shape[0]:
+            raise ValueError(f"start_from is {name}, which has {layer} as {there}, and here it is {shapes[layer]}.")
+
+
+def flat_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in * kernel) of a layer's weight, as a matrix."""
+    out, inputs = _shape(layer)
+    return out, inputs.numel()
+
+
 class LoraAdapters(nn.Module):
     """One LoraBranch for each chosen layer of `network`, added to the layer's output by a forward hook.
 
@@ -96,18 +128,11 @@ class LoraAdapters(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank is {rank}; a LoRA has at least rank 1. LCM-LoRA uses 64.")
         named = dict(network.named_modules())
         self.names = targets(network) if choose is None else [n for n, module in named.items() if choose(n, module)]
         if not self.names:
             raise ValueError("the network has no layer to adapt; LCM-LoRA adapts linear and convolution layers.")
-        widest = max(_full_rank(named[name]) for name in self.names)
-        if rank > widest:
-            raise ValueError(
-                f"rank is {rank}, but the largest layer of this network is {widest} wide, and beyond that a rank adds "
-                f"nothing. Use at most {widest}; LCM-LoRA uses 64."
-            )
+        check_rank([named[name] for name in self.names], rank)
         if alpha is not None and not 0 < alpha < math.inf:
             raise ValueError(f"alpha is {alpha}; it has to be a finite number above 0. Leave it out to take the rank.")
         self.enabled = True
@@ -146,16 +171,8 @@ class LoraAdapters(nn.Module):
         Raises ValueError for a layer of a higher rank or another shape; then nothing is changed.
         """
         branches = dict(self._pairs())
-        for layer, (up, down) in factors.items():
-            branch = branches[layer]
-            if up.shape[1] > branch.rank:
-                raise ValueError(
-                    f"start_from is {name}, of rank {up.shape[1]} ({layer}), and rank is {branch.rank}. Set rank to "
-                    f"{max(up.shape[1] for up, _ in factors.values())}, or make the LoRA smaller by Resize LoRA."
-                )
-            here = branch.up.shape[0], branch.down[0].numel()
-            if (there := (up.shape[0], down.shape[1])) != here or up.shape[1] != down.shape[0]:
-                raise ValueError(f"start_from is {name}, which has {layer} as {there}, and here it is {here}.")
+        shapes = {layer: (branch.up.shape[0], branch.down[0].numel()) for layer, branch in branches.items()}
+        check_factors(factors, shapes, max(branch.rank for branch in branches.values()), name)
         for layer, (up, down) in factors.items():
             branch, rank = branches[layer], up.shape[1]
             branch.up.zero_()

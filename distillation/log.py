@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from ..lora_merge.disk.whole import write_whole
+from ..lora_merge.disk.whole import is_plain_file, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +59,13 @@ class Table:
 
 def read_table(path: Path) -> list[dict[str, float]]:
     """Its lines; one that a stop has cut is left out. Raises FileExistsError for what is no such table."""
+    lines: list[list[str]] = []
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            lines = [*csv.reader(file)]
+        if is_plain_file(path):
+            with open(path, encoding="utf-8", newline="") as file:
+                lines = [*csv.reader(file)]
     except (UnicodeDecodeError, csv.Error):
-        lines = []
+        pass
     if not lines or lines[0] != [*COLUMNS]:
         raise FileExistsError(f"{path}: exists already and is no table of a training. Remove it, or use another name.")
     rows = []

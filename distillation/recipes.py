@@ -50,8 +50,8 @@ RECIPES = {
 """Name -> recipe."""
 
 
-def followed(name: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """(given with the recipe's settings in it, what that is in words; nothing for none).
+def followed(name: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(given with the recipe's settings in it, those of its settings that stay as they were given).
 
     given: settings by name; one that is not its default was meant and stays.   Raises ValueError for an unknown name.
     """
@@ -59,12 +59,11 @@ def followed(name: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -
         raise ValueError(f"recipe is {name!r}; it has to be one of {', '.join(RECIPES)}.")
     wanted = RECIPES[name].settings
     own = {key: given[key] for key in wanted if key in given and given[key] != defaults[key]}
-    said = ""
-    if wanted:
-        said = f"Recipe {name}: {_listed({key: value for key, value in wanted.items() if key not in own})}."
-        said += f" Set by you: {_listed(own)}." if own else ""
-    return {**given, **wanted, **own}, said
+    used = {**given, **wanted, **own}
+    return used, set_otherwise(name, used)
 
 
-def _listed(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in settings.items())
+def set_otherwise(name: str, used: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `used`, all settings as they are, that the recipe says otherwise."""
+    wanted = RECIPES[name].settings
+    return {key: used[key] for key in wanted if used[key] != wanted[key]}

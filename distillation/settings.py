@@ -4,8 +4,10 @@ Names and defaults of the node and the command are read here, without torch: a c
 """
 
 import math
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from bisect import bisect_left
+from dataclasses import Field, asdict, dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any, Literal, get_args, get_origin
 
 Weighting = Literal["x0", "v"]
 Compute = Literal["auto", "bf16", "fp16", "fp32"]
@@ -15,10 +17,13 @@ PIXELS = 8  # to a side of a latent's cell, at least
 
 
 def _said(
-    help: str, *, low: float | None = None, high: float | None = None, metavar: str | None = None
+    help: str, *, low: float | None = None, high: float | None = None, metavar: str | None = None, above: bool = False
 ) -> dict[str, Any]:
-    """Metadata of a field that node and command have too: what it is, in few words, and its range; None is no end."""
-    return {"help": help, "low": low, "high": high, "metavar": metavar}
+    """Metadata of a field that node and command have too: what it is, in few words, and its range; None is no end.
+
+    above: low itself is not in it.
+    """
+    return {"help": help, "low": low, "high": high, "metavar": metavar, "above": above}
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Settings:
     steps: int = field(default=1000, metadata=_said("optimizer steps", low=1))
     batch: int = field(default=4, metadata=_said("images at once, on each process", low=1))
     accumulate: int = field(default=1, metadata=_said("batches to a step", low=1))
-    learning_rate: float = field(default=1e-4, metadata=_said("of the optimizer", low=0.0))
+    learning_rate: float = field(default=1e-4, metadata=_said("of the optimizer", low=0.0, above=True))
     warmup: int = field(default=20, metadata=_said("steps until it is reached", low=0, metavar="STEPS"))
     decay: float = field(
         default=0.0,
@@ -112,11 +117,8 @@ class Settings:
     def __post_init__(self) -> None:
         low, high = self.cfg
         _check_all(self)
-        if not self.learning_rate > 0 or not self.clip > 0:  # clip may be infinite: then nothing is cut
-            raise ValueError(
-                f"learning_rate is {self.learning_rate} and clip is {self.clip}; both must be above 0. "
-                "LCM-LoRA was trained with 1e-4 and 1."
-            )
+        if not self.clip > 0:  # it may be infinite: then nothing is cut
+            raise ValueError(f"clip is {self.clip}; it has to be above 0. LCM-LoRA was trained with 1.")
         if low > high:
             raise ValueError(
                 f"guidance_min is {low} and guidance_max is {high}; the first is the lower end. Exchange them, or set "
@@ -126,33 +128,28 @@ class Settings:
             raise ValueError(
                 f"average is {self.average} and betas are {self.betas}; each has to be below 1, or nothing is ever learnt."
             )
-        for name, kind in (("weighting", Weighting), ("optimizer", Optimizer), ("decay_shape", Fall)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it has to be one of {', '.join(get_args(kind))}.")
 
     def rate_at(self, step: int) -> float:
         """The learning rate of step 0, 1, ..."""
-        rising = (step + 1) / self.warmup if self.warmup else 1.0
+        return self.learning_rate * min(1.0, self._rising(step), self._falling(step))
+
+    def _rising(self, step: int) -> float:
+        return (step + 1) / self.warmup if self.warmup else 1.0
+
+    def _falling(self, step: int) -> float:
         falling = min(1.0, (self.steps - step) / (self.decay * self.steps)) if self.decay else 1.0
         if self.decay_shape == "cosine":
-            falling = (1 - math.cos(math.pi * falling)) / 2
-        elif self.decay_shape == "sqrt":
-            falling = 1 - math.sqrt(1 - falling)
-        return self.learning_rate * min(1.0, rising, falling)
+            return (1 - math.cos(math.pi * falling)) / 2
+        return 1 - math.sqrt(1 - falling) if self.decay_shape == "sqrt" else falling
 
-    def hints(self) -> list[str]:
-        """Sentences on what is allowed and hardly meant."""
-        found = []
-        highest = max(self.rate_at(step) for step in {min(self.warmup, self.steps) - 1, 0, self._falls_from()})
-        if highest < self.learning_rate / 2:
-            found.append(
-                f"learning_rate {self.learning_rate:g} was never reached, only {highest:.2g}: warmup is {self.warmup} of "
-                f"{self.steps} steps{f' and decay {self.decay:g}' if self.decay else ''}."
-            )
-        return found
+    @property
+    def highest_rate(self) -> float:
+        """The largest learning rate of any step; warmup and decay together may never reach `learning_rate`.
 
-    def _falls_from(self) -> int:
-        return min(self.steps - 1, int(self.steps * (1 - self.decay)))
+        It is where the rise meets the fall: of the two beside that place, the higher one.
+        """
+        meets = bisect_left(range(self.steps), True, key=lambda step: self._rising(step) >= self._falling(step))
+        return max(self.rate_at(step) for step in (max(0, meets - 1), min(meets, self.steps - 1)))
 
     def kept(self) -> dict[str, Any]:
         """What a resumed run must have as before; a longer run is the same run unless its rate falls at the end."""
@@ -214,7 +211,7 @@ class Setup:
     """
 
     rank: int = field(default=64, metadata=_said("size of the LoRA", low=1))
-    alpha: float = field(default=0.0, metadata=_said("the scale is alpha / rank; 0: the rank"))
+    alpha: float = field(default=0.0, metadata=_said("the scale is alpha / rank; 0: the rank", low=0.0))
     samples: int = field(
         default=64, metadata=_said("how many pictures the model makes, if none are given", low=1, metavar="N")
     )
@@ -253,6 +250,10 @@ class Setup:
     tf32: bool = field(
         default=False, metadata=_said("on a GPU of 2020 or later: float32 products with fewer digits, and much faster")
     )
+    compile: bool = field(
+        default=False,
+        metadata=_said("torch.compile for teacher and target, half of a step: minutes at first, then faster"),
+    )
 
     def __post_init__(self) -> None:
         _check_all(self)
@@ -265,23 +266,43 @@ class Setup:
 
 
 def _check_all(settings: "Settings | Setup") -> None:
-    """Raises ValueError for a field that is not in its range."""
+    """Raises ValueError for a field that is of another kind or not in its range."""
     for one in fields(settings):
-        value, given = getattr(settings, one.name), one.metadata
-        if given and (given["low"], given["high"]) != (None, None):
-            ends = "the first", "the second"
-            named = zip(ends, value, strict=True) if isinstance(value, tuple) else [("", value or 0)]
-            for which, number in named:
-                _check(f"{one.name}: {which}" if which else one.name, number, given["low"], given["high"])
+        value, kind = getattr(settings, one.name), one.type
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise ValueError(f"{one.name} is {value!r}; it has to be one of {', '.join(get_args(kind))}.")
+        elif kind is bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"{one.name} is {value!r}; it has to be True or False.")
+        elif get_origin(kind) is tuple:
+            if not isinstance(value, (tuple, list)) or len(value) != len(get_args(kind)):
+                raise ValueError(f"{one.name} is {value!r}; it has to be {len(get_args(kind))} numbers.")
+            for which, number in zip(("the first", "the second"), value, strict=True):
+                _check(f"{one.name}: {which}", number, one)
+        elif value is not None or type(None) not in get_args(kind):
+            _check(one.name, value, one)
 
 
-def _check(name: str, value: float, low: float, high: float | None) -> None:
-    """Raises ValueError for a setting that is not finite or not from low to high; None is no end."""
-    if not math.isfinite(value) or value < low or (high is not None and value > high):
-        allowed = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
-        default = getattr(Settings, name, getattr(Setup, name, None))
-        advice = "" if default is None else f" The default is {default:g}."
-        raise ValueError(f"{name} is {value}; it has to be a finite number, {allowed}.{advice}")
+def _check(name: str, value: Any, one: "Field[Any]") -> None:
+    """Raises ValueError for a setting that is no number of its kind, not finite or not in its range."""
+    low, high, above = (one.metadata.get(key) for key in ("low", "high", "above"))
+    whole = one.type is int
+    sound = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    endless = (low, high) == (None, None)  # clip may be infinite
+    if sound and (endless or math.isfinite(value)) and not (
+        (low is not None and (value <= low if above else value < low)) or (high is not None and value > high)
+    ):  # fmt: skip
+        return
+    allowed = (
+        ""
+        if low is None
+        else f", {'above' if above else 'at least'} {low:g}"
+        if high is None
+        else f", from {low:g} to {high:g}"
+    )
+    advice = f" The default is {one.default:g}." if isinstance(one.default, (int, float)) else ""
+    raise ValueError(f"{name} is {value!r}; it has to be a {'whole' if whole else 'finite'} number{allowed}.{advice}")
 
 
 def skipping_grid(skip: int, train_timesteps: int) -> list[int]:

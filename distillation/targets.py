@@ -17,8 +17,9 @@ LDM_TYPES = (
 )  # fmt: skip
 _NAMED = re.compile(r"(?:.*\.)?(?:" + "|".join([*map(re.escape, DIFFUSERS_TYPES), *LDM_TYPES]) + ")")
 
-# Transformers call their attention layers by the same names, and more of their blocks is to be changed than these.
-_OF_A_RESBLOCK = re.compile(r"(?:.*\.)?(?:in_layers\.2|out_layers\.3|conv1|conv2)")
+# Transformers call their attention layers by the same names, and more of their blocks is to be changed than these. Some have
+# a conv1 and a conv2 as well, in what reads a camera's path or a pose; none has a UNet's way of telling a block the timestep.
+_OF_A_RESBLOCK = re.compile(r"(?:.*\.)?(?:in_layers\.2|out_layers\.3|time_emb_proj)")
 # Of the layers that an LCM-LoRA changes, the share that may be of a kind no branch fits beside: a mixture of experts has
 # a gate in each block. Above it the LoRA would be one by name only.
 FEW = 0.1
@@ -86,7 +87,7 @@ def targets(network: nn.Module) -> list[str]:
         )
     if not names:
         raise ValueError(
-            "the network has no layer to adapt. LCM-LoRA adapts the linear and convolution layers in a UNet's blocks; "
-            "name the layers yourself for another kind of network."
+            "the network has no layer to adapt: LCM-LoRA adapts the linear and convolution layers of a UNet's blocks, or of "
+            "the lists of like blocks of a transformer, and it has neither. It cannot be distilled here."
         )
     return names

@@ -15,7 +15,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ..distillation.kept import Kept
 from ..distillation.settings import Settings, Setup
 from .data import Picture, captions_of, find_pictures, read_captions
-from .latents import broken_pictures, keys_of, latents_of, told
+from .latents import broken_pictures, keys_of, latents_of
+from .report import broken_words, data_words
 from .texts import entries_of, zeros
 from .views import View, size_of, views_of
 
@@ -127,26 +128,19 @@ def _readable(
     views = views_of(texts.pictures, sizes, setup, settings.seed)
     keys = keys_of(views, vae)
     broken = broken_pictures(views, keys, kept)
-    remarks = []
+    count = len(texts.pictures)
     if broken:
-        said = told(broken, len(texts.pictures))
-        if not options.leave_out_broken or len(broken) == len(texts.pictures):
+        said = broken_words(broken, count)
+        if not options.leave_out_broken or len(broken) == count:
             raise ValueError(f"{said} Mend or remove them, or leave them out by --leave-out-broken.")
         logger.warning("%s They are left out.", said)
-        remarks.append(f"{said} They were left out.")
         whole = [place for place, picture in enumerate(texts.pictures) if picture not in broken]
         wanted = [texts.captions[texts.which[place]] for place in whole]
         texts = _texts(wanted, [texts.pictures[place] for place in whole], texts.shown)
         rest = [place for place, view in enumerate(views) if view.picture not in broken]
         views, keys = [views[place] for place in rest], [keys[place] for place in rest]
     enlarged = {view.picture for view in views if _is_small(view, sizes)}
-    if enlarged:
-        remarks.append(
-            f"{len(enlarged)} of {len(texts.pictures)} pictures are smaller than what is learnt of them "
-            f"({', '.join(sorted(picture.name for picture in enlarged)[:3])}{', ...' if len(enlarged) > 3 else ''}) and were "
-            "scaled up: the LoRA learns their softness."
-        )
-    return views, keys, texts, remarks
+    return views, keys, texts, data_words(broken, count, enlarged, len(texts.pictures))
 
 
 def _is_small(view: View, sizes: Sizes) -> bool:

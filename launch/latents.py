@@ -16,7 +16,6 @@ from .views import View
 
 # Pictures handed to the VAE; ComfyUI makes that as few as fit. Not --batch: latents differ with it in their last digits.
 AT_ONCE = 8
-NAMED = 5  # of broken pictures, in a message
 
 Encode = Callable[[Tensor], Tensor]
 """(n, height, width, 3) in [0, 1] -> (n, ...) latents, as the graph has them."""
@@ -43,13 +42,6 @@ def broken_pictures(views: Sequence[View], keys: Sequence[str], kept: Kept) -> d
     ahead = dict.fromkeys(view.picture for view, key in zip(views, keys, strict=True) if key not in kept)
     bar = tqdm(ahead, desc="Checking pictures", leave=False, disable=not ahead)
     return {picture: reason for picture in bar if (reason := check(picture))}
-
-
-def told(broken: dict[Picture, str], count: int) -> str:
-    """All of them in one sentence; the first few by name."""
-    named = "; ".join(f"{picture.name} ({reason})" for picture, reason in [*broken.items()][:NAMED])
-    more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
-    return f"{len(broken)} of {count} pictures cannot be read: {named}{more}."
 
 
 def latents_of(views: Sequence[View], keys: Sequence[str], encode: Encode, kept: Kept) -> list[Tensor]:

@@ -66,7 +66,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     _settings(training, Setup, "rank", "alpha")
     _course(parser.add_argument_group("watching it"))
     memory = parser.add_argument_group("memory and speed")
-    _settings(memory, Setup, "dtype", "gradient_checkpointing", "tf32")
+    _settings(memory, Setup, "dtype", "gradient_checkpointing", "tf32", "compile")
     memory.add_argument("--cpu", action="store_true", help="use no GPU")
     parser.set_defaults(**{name: getattr(Setup, name) for name in SWITCHES})
     options = parser.parse_args(arguments)

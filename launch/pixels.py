@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .data import Picture
+from .data import Picture, plain
 
 # What PIL can say of bytes that are no picture, or not a whole one.
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 SIXTEEN_BITS = 65535
+# Kinds of which a second frame is a movement; others keep a thumbnail or the depth there.
+MOVING = ("GIF", "WEBP", "PNG", "AVIF")
 
 
 def content_of(picture: Picture) -> bytes:
@@ -31,11 +31,18 @@ def decoded(content: bytes) -> Image.Image:
     Raises one of BROKEN for what is no picture, and for one whose numbers have no known white.
     """
     with Image.open(io.BytesIO(content)) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            return _deep(image)
-        image = (image.convert("RGB") if image.mode == "YCbCr" else image).convert("RGBA")
+        return _converted(ImageOps.exif_transpose(opened))
+
+
+def _converted(image: Image.Image) -> Image.Image:
+    if _is_deep(image):
+        return _deep(image)
+    image = (image.convert("RGB") if image.mode == "YCbCr" else image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def _deep(image: Image.Image) -> Image.Image:
@@ -52,14 +59,20 @@ def _deep(image: Image.Image) -> Image.Image:
 
 
 def check(picture: Picture) -> str | None:
-    """Why the picture cannot be read; None if it can. Reads all of it, a JPEG at an eighth of its size."""
+    """Why the picture cannot be learnt; None if it can. Reads all of it, a JPEG at an eighth of its size."""
     try:
         content = content_of(picture)
+        if not content:
+            return "it is empty"
         with Image.open(io.BytesIO(content)) as opened:
+            if opened.format in MOVING and (frames := getattr(opened, "n_frames", 1)) > 1:
+                return f"it moves, with {frames} frames, and only still pictures are learnt"
             opened.draft(None, (max(1, opened.width // 8), max(1, opened.height // 8)))
             opened.load()
-            if opened.mode in ("I", "F") or opened.mode.startswith("I;16"):
-                _deep(opened)
+            # Whether there is a way from its mode shows in one pixel, unless the values count.
+            _converted(opened if _is_deep(opened) else opened.crop((0, 0, 1, 1)))
+    except UnidentifiedImageError:
+        return "no kind of picture that is known here, whatever its ending says"
     except BROKEN as error:
         return str(error)
     return None
@@ -73,7 +86,9 @@ def pixels(picture: Picture, width: int, height: int, centre: tuple[float, float
     try:
         image = decoded(content_of(picture))
     except BROKEN as error:
-        raise ValueError(f"{picture.file}: {picture.name} cannot be read as a picture ({error}).") from error
+        raise ValueError(
+            f"{plain(str(picture.file))}: {plain(picture.name)} cannot be read as a picture ({error})."
+        ) from error
     image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=centre)
     if image.mode == "F":  # whose scaling may go beyond both ends
         return torch.from_numpy(np.asarray(image).clip(0, 1)[..., None].repeat(3, -1))

@@ -18,7 +18,9 @@ from ..distillation import checkpoint
 from ..distillation.engine import Engine
 from ..distillation.kept import Kept
 from ..distillation.optimizers import check_optimizer
+from ..distillation.recipes import set_otherwise
 from ..distillation.settings import Settings, Setup
+from ..host.training.report import rate_words, recipe_words
 from ..lora_merge import Lora, save
 from ..lora_merge.disk.file_names import name_trouble, shown
 from ..lora_merge.disk.pictures import check_picture, write_picture
@@ -28,6 +30,9 @@ from . import comfyui as launch_comfyui
 from .gathering import Texts, gathered, texts_asked
 from .loggers import check_writers, writers
 from .processes import check_same, first_of_a_machine, has_accelerator, processes
+from .report import end_words
+
+logger = logging.getLogger(__name__)
 
 
 def run(options: argparse.Namespace) -> str:
@@ -45,6 +50,8 @@ def run(options: argparse.Namespace) -> str:
         check_picture(options.picture, options.overwrite)
     cpu = options.cpu or not has_accelerator()
     quiet = os.environ.get("RANK", "0") != "0"
+    for words in () if quiet else rate_words(settings):
+        logger.warning("%s", words)
     with processes(cpu=cpu) as engine:  # before ComfyUI, which takes the device that is current
         launch_comfyui.prepare(comfyui, cpu=cpu, packs=options.custom_nodes)
         import comfy.model_management  # type: ignore[import-not-found]
@@ -93,14 +100,16 @@ def _prepared(
     """(Work, VAE, rough previewer, sentences on the data) of a run; the VAE only if it is needed still."""
     # ComfyUI is there only now.
     from ..host.training.loan import compute_type
-    from ..host.training.run import Work, sigma_table
+    from ..host.training.run import Work, check_lora, sigma_table
     from ..host.training.strip import rough_previewer
 
     with torch.no_grad():
         model, clip, vae = launch_comfyui.load(options.checkpoint, options.vae, options.lora)
         start = launch_comfyui.lora_weights(options.start_from) if options.start_from else None
-        table, dtype = sigma_table(model), compute_type(model, setup.dtype, setup.tf32)
-        settings.grid(len(table))  # raises for what does not fit, before pictures are made
+        table, dtype = sigma_table(model), compute_type(model, setup.dtype, setup.tf32, setup.compile)
+        # Both raise for what does not fit, before pictures are made.
+        settings.grid(len(table))
+        check_lora(model, setup.rank, start)
         rough = rough_previewer(model.get_model_object("latent_format"))
         settings = dataclasses.replace(settings, scale_loss=dtype == torch.float16)
         with first_of_a_machine(engine):
@@ -109,6 +118,7 @@ def _prepared(
         model=model, latents=data.latents, conds=data.conds, unconds=data.unconds, prompts=data.prompts, table=table,
         settings=settings, dtype=dtype, rank=setup.rank, alpha=setup.alpha, recompute=setup.gradient_checkpointing,
         shown=data.shown, names=data.names, start=start, own=not texts.pictures, tf32=setup.tf32,
+        compile=setup.compile,
     )  # fmt: skip
     return work, vae if options.picture else None, rough, data.remarks
 
@@ -138,11 +148,10 @@ def _distil(
         write_picture(Image.fromarray(pixels.numpy()), options.picture, options.overwrite)
     lora = Lora.from_state_dict(tensors, metadata=run.metadata(**together), source=options.output.name)
     save(lora, options.output, dtype=DTYPES[options.save_dtype], overwrite=options.overwrite)
+    recipe = recipe_words(options.recipe, set_otherwise(options.recipe, vars(options)))
     lines = run.report(tensors, time.monotonic() - started, course.validation)
-    lines += remarks
-    if engine.num_processes > 1:
-        lines.append(f"On {engine.num_processes} processes, {together['images per step']} images to a step together.")
-    return "\n".join([*lines, f"Written: {options.output}. {folder} can be removed.", ""])
+    end = end_words(engine.num_processes, together["images per step"], options.output, folder)
+    return "\n".join([*filter(None, [recipe]), *lines, *remarks, *end])
 
 
 def _train(options: argparse.Namespace, run: Any, strip: Any, folder: Path, kept: Path) -> Any:

@@ -82,7 +82,9 @@ def views_of(
 
 
 def _drawn(view: View, setup: Setup, seed: int, repeat: int) -> View:
-    source = generator(seed, repeat, int.from_bytes(view.picture.name.encode()[-64:], "big"), CUTS)
+    source = generator(
+        seed, repeat, int.from_bytes(view.picture.name.encode("utf-8", "surrogateescape")[-64:], "big"), CUTS
+    )
     across, down, mirror = torch.rand(3, generator=source, dtype=torch.float64).tolist()
     if setup.random_crop:
         view = dataclasses.replace(view, across=across, down=down)

@@ -249,6 +249,14 @@ class Distill(Node):
                     tooltip="Sets what is left as it comes; what you set yourself stays, and the report lists both. accelerate "
                     "this style: with the style's LoRA on the model and an LCM-LoRA as start_from.",
                 ),
+                io.Boolean.Input(
+                    "compile",
+                    default=Setup.compile,
+                    optional=True,
+                    tooltip="torch.compile for teacher and target, half of a step's work: compiling takes minutes at first. "
+                    "The LoRA is the same, to rounding.",
+                    advanced=True,
+                ),
             ],
             outputs=[
                 io.LoraModel.Output(display_name="LORA_MODEL", tooltip="The LoRA, for Save LoRA and Apply LoRA."),

@@ -135,33 +135,3 @@ class Preset:
         if self.fixed and calls < len(listed):
             return [listed[0] * time for time in SPACINGS["even"](calls, 0.0)]
         return [listed[math.floor(i * len(listed) / calls)] for i in range(calls)]
-
-
-def settings_in_words(preset: Preset) -> str:
-    """Such as "4 steps, cfg 1, gamma 1, 50 original steps"."""
-    gammas = preset.gamma if isinstance(preset.gamma, tuple) else (preset.gamma,)
-    gamma = ", ".join(f"{value:g}" for value in gammas)
-    return f"{preset.steps} steps, cfg {preset.cfg:g}, gamma {gamma}, {schedule_in_words(preset)}"
-
-
-def schedule_in_words(preset: Preset) -> str:
-    """Where the steps of a preset lie, such as "timesteps 999, 749, 499, 249"."""
-    if preset.sigmas:
-        return f"sigmas {', '.join(f'{sigma:.4g}' for sigma in preset.sigmas)}"
-    if preset.timesteps:
-        which = "timesteps" if preset.fixed else "of the timesteps"
-        return f"{which} {', '.join(map(str, preset.timesteps))}"
-    if not preset.flow:
-        return f"{preset.original_steps} original steps"
-    spaced = "evenly spaced" if preset.spacing == "even" else f"{preset.spacing} spaced"
-    return f"{spaced} through the model's own shift"
-
-
-def needs_in_words(preset: Preset) -> list[str]:
-    """What a preset asks for outside the sampler: "shift 5", "LoRA at strength 1", each if it says so."""
-    return [
-        *([f"shift {preset.shift:g}"] if preset.shift is not None else []),
-        *([f"LoRA at strength {preset.strength:g}"] if preset.strength is not None else []),
-        *([f"the first {preset.first_expert} steps by the high-noise model"] if preset.first_expert else []),
-        *([preset.remark] if preset.remark else []),
-    ]

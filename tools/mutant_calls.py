@@ -86,14 +86,15 @@ def _see(files: list[Path], kept: dict[Path, Path]) -> int:
 def _saying(file: str) -> CodeType:
     """The code of this file, where each function says that it is called."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    for name, function in _functions(tree, ""):
+    for name, function in functions_of(tree):
         says = ast.Call(ast.Name(_SAYS, ast.Load()), [ast.Constant(f"{file} {name}")], [])
         line = ast.copy_location(ast.Expr(says), function.body[0])
         function.body.insert(1 if ast.get_docstring(function, clean=False) is not None else 0, line)
     return compile(ast.fix_missing_locations(tree), str(ROOT / file), "exec", dont_inherit=True)
 
 
-def _functions(node: ast.AST, within: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+def functions_of(node: ast.AST, within: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    """(qualified name, function) of every function of a module, those inside others too."""
     for child in ast.iter_child_nodes(node):
         name = within
         if isinstance(child, ast.FunctionDef | ast.ClassDef):
@@ -102,7 +103,7 @@ def _functions(node: ast.AST, within: str) -> Iterator[tuple[str, ast.FunctionDe
                 yield name, child
                 name += ".<locals>"
             name += "."
-        yield from _functions(child, name)
+        yield from functions_of(child, name)
 
 
 class _Calls:

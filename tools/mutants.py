@@ -14,24 +14,30 @@ What is no change by construction is not made (mutations.py): keywords that cost
 full_matrices of torch.linalg.svd (a caller that slices gets the same, another one an error), texts for a person, checks
 such as strict of zip, and the sign of room for rounding (1 - 1e-9).
 
-Only tests that call the changed function are run: those that noticed another change of it first, then the quickest and
-most particular, --most of them where there are more. What calls what is seen once (mutant_calls.py). The tests are
+Only tests that call the changed function are run: those that noticed another change of it first, then those of files that
+are about its module, the quickest and most particular first, --most of them where there are more. What calls what is seen once (mutant_calls.py). The tests are
 collected once: each change is put into the functions in memory, in a process forked from there. Where that cannot show a
-change, in default values and in what runs at import, the survivors are tried again with the changed file imported afresh.
+change, in default values and in what runs at import, the survivors are tried again with the changed file imported afresh,
+by the tests of all that uses what was made then (mutant_made.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
+from statistics import median
 
 from mutant_calls import FOLDERS, IMPORTED, tests_by_function
+from mutant_made import Made
 from mutant_rounds import noticed_afresh, outcome_of_rounds
 from mutations import ROOT, Mutant, mutants_of
 
@@ -45,6 +51,7 @@ LEFT_OUT = (
 TESTS = [f"tests/{folder}" for folder in FOLDERS]
 KNOWN = Path(__file__).with_name("mutants_known.json")
 WANTED = 0.95
+FILES = 4  # of tests, which are imported anew for each change of what is made at import
 FEW = 40  # tests: fewer may not be all that use a function's results
 
 
@@ -92,11 +99,26 @@ def some_of(tests: list[str], most: int) -> list[str]:
     return first + [others[index * len(others) // spread] for index in range(spread)]
 
 
-def callers_of(mutant: Mutant, tests: dict[str, list[str]], most: int) -> list[str]:
-    """The tests that call its function, [] if nothing does. Where these are few, some that call others of its file follow:
-    what is kept, a table or a cache, was made in an import or in another test, and is used by them."""
+@cache
+def files_about(file: str) -> frozenset[str]:
+    """The files of tests that are named as this file is, or import something from it."""
+    words = f"lcm_kit.{file.removesuffix('.py').replace('/', '.')} import "
+    every = {test: test.read_text(encoding="utf-8") for folder in TESTS for test in (ROOT / folder).rglob("test_*.py")}
+    about = {test for test, text in every.items() if test.stem == f"test_{Path(file).stem}" or words in text}
+    return frozenset(test.relative_to(ROOT).as_posix() for test in about)
+
+
+def callers_of(mutant: Mutant, tests: dict[str, list[str]], most: int, made: Made) -> list[str]:
+    """The tests that call its function, [] if nothing does. Where it is called at import, those that use what was made
+    there follow; where these are few, some that call others of its file, which may use what another test has kept."""
+    about = files_about(mutant.file)
     direct = tests.get(f"{mutant.file} {mutant.function}", [])
+    direct = sorted(direct, key=lambda name: name.split("::")[0] not in about)
     found = dict.fromkeys(some_of([name for name in direct if name != IMPORTED], most))
+    if IMPORTED in direct:
+        turns = itertools.zip_longest(*(tests.get(user, []) for user in made.users(mutant.file)))
+        used = dict.fromkeys(name for turn in turns for name in turn if name not in (None, IMPORTED))
+        found |= dict.fromkeys([*used][:most])
     for near in (f"{mutant.file} ", f"{mutant.file.rpartition('/')[0]}/") if direct else ():
         if len(found) < FEW:
             names = {name for function, ones in tests.items() if function.startswith(near) for name in ones} - {
@@ -106,14 +128,25 @@ def callers_of(mutant: Mutant, tests: dict[str, list[str]], most: int) -> list[s
     return [*found]
 
 
+def files_on(mutant: Mutant, tests: dict[str, list[str]], made: Made) -> list[str]:
+    """The files of tests that are about what was made at import with a function: those of its users' tests that call the
+    fewest functions."""
+    called = Counter(name for names in tests.values() for name in names)
+    calls: dict[str, list[int]] = {}
+    for name in {name for user in made.users(mutant.file) for name in tests.get(user, [])} - {IMPORTED}:
+        calls.setdefault(name.split("::")[0], []).append(called[name])
+    return sorted(calls, key=lambda file: (median(calls[file]), file))[:FILES]
+
+
 def outcomes(mutants: list[Mutant], paths: list[str], most: int) -> Iterable[tuple[Mutant, str]]:
     tests = tests_by_function(paths)
     imported = {function for function, names in tests.items() if IMPORTED in names}
-    callers = {one: callers_of(one, tests, most) for one in mutants}
+    made = Made()
+    callers = {one: callers_of(one, tests, most, made) for one in mutants}
     used = sorted({name.split("::")[0] for names in callers.values() for name in names})
     for one, killer in outcome_of_rounds(mutants, callers, used):
         at_import = one.default or f"{one.file} {one.function}" in imported
-        if killer is None and at_import and callers[one] and noticed_afresh(one, callers[one]):
+        if killer is None and at_import and callers[one] and noticed_afresh(one, files_on(one, tests, made)):
             killer = "imported afresh"
         yield one, f"noticed: {killer}" if killer else "survives" if callers[one] else "never called"
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...samplers.preset import Preset, settings_in_words
+from ...samplers.preset import Preset
+from ...samplers.preset_words import settings_in_words
 from . import rules
 
 REPLACES = "replaces"

@@ -9,9 +9,9 @@ from typing import Any
 
 from ...samplers.presets import PRESETS
 from ..door.lists import numbers
+from ..door.rules import LONGEST_TEXT
 
 MOST_VALUES, MOST_CELLS = 64, 1024  # of an axis; of a grid
-MANY = 64  # cells: from here on it is said that this takes long
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,16 @@ def cells(rows: Axis, columns: Axis) -> list[tuple[int, int, dict[str, Any]]]:
             found.append((r, c, own))
     strengths = list(dict.fromkeys(own.get(STRENGTH) for *_, own in found))
     return sorted(found, key=lambda cell: (strengths.index(cell[2].get(STRENGTH)), cell[2].get("steps", 0), *cell[:2]))
+
+
+def with_word(prompt: str, first: str, word: str) -> str:
+    """The prompt with `word` wherever `first` stands. Raises ValueError for one that would be longer than any text may be."""
+    length = len(prompt) + prompt.count(first) * (len(word) - len(first))
+    if length > LONGEST_TEXT:
+        raise ValueError(
+            f"{WORDS}: with {word[:40]!r} the prompt has {length:,} characters, and it may have at most {LONGEST_TEXT:,}. Write less."
+        )
+    return prompt.replace(first, word)
 
 
 def _presets(text: str, setting: str) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from ...samplers.presets import PRESETS
 from ..lora import patches
 from ..progress import Progress
 from ..sampling.sampling import sample
-from .axes import MANY, NOTHING, STRENGTH, WORDS, Axis, cells, check_axes, parse_axis
+from .axes import NOTHING, STRENGTH, WORDS, Axis, cells, check_axes, parse_axis, with_word
+from .report import describe
 from .sheet import Sheet, as_picture, cell_size
 
 SHOWN = 1024  # longest side of the sheet while it fills up
@@ -133,25 +134,15 @@ class _Board:
             grid=self.sheet.tensor(),
             pictures=[self.found[place] for place in order],
             settings=[self.told(place) for place in order],
-            report=self._report(sampled, seconds),
+            report=describe(
+                axes=[axis.setting for axis in (self.down, self.across) if axis.setting != NOTHING],
+                sampled=sampled,
+                known=len(self.found) - sampled,
+                seconds=seconds,
+                failed=[(self.told(place), reason) for place, reason in self.failed.items()],
+            ),
             about={"rows": _about(self.down), "columns": _about(self.across), "all": dict(base)},
         )
-
-    def _report(self, sampled: int, seconds: float) -> str:
-        count = len(self.found) + len(self.failed)
-        names = " by ".join(axis.setting for axis in (self.down, self.across) if axis.setting != NOTHING)
-        lines = [
-            f"{count} cells{f', {names}' if names else ''}: {sampled} made in {seconds:.1f} s, "
-            f"{len(self.found) - sampled} known from before, {len(self.failed)} not possible."
-        ]
-        reasons: dict[str, list[str]] = {}
-        for place, reason in self.failed.items():
-            reasons.setdefault(reason, []).append(self.told(place))
-        for reason, places in reasons.items():
-            lines.append(f"Not made: {'; '.join(places[:6])}{' ...' if len(places) > 6 else ''}. {reason}")
-        if count > MANY:
-            lines.append(f"More than {MANY} cells take their time; Cancel keeps those that are done for the next run.")
-        return "\n".join(lines)
 
 
 class _Patched:
@@ -216,7 +207,7 @@ def _words(prompt: str, own: Mapping[str, Any], axes: tuple[Axis, Axis]) -> str:
     if WORDS not in own:
         return prompt
     first = next(axis.values[0] for axis in axes if axis.setting == WORDS)
-    return prompt.replace(first, own[WORDS])
+    return with_word(prompt, first, own[WORDS])
 
 
 def _check_parts(parts: Parts, down: Axis, across: Axis, prompt: str) -> None:
@@ -232,6 +223,8 @@ def _check_parts(parts: Parts, down: Axis, across: Axis, prompt: str) -> None:
                 f"{WORDS} are varied, and {first[:40]!r} is what the others replace. Connect clip and write a prompt that "
                 "holds it into prompt."
             )
+        for word in varied[WORDS].values:
+            with_word(prompt, first, word)
     elif parts.positive is None and (parts.clip is None or not prompt.strip()):
         raise ValueError("There is no prompt. Connect positive, or clip and write into prompt.")
 

@@ -1,5 +1,6 @@
 """A sheet of labelled pictures in rows and columns, filled one after the other."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,8 +17,9 @@ class Sheet:
 
     def __init__(self, rows: Sequence[str], columns: Sequence[str], cell: tuple[int, int]) -> None:
         self.cell, self._font = cell, ImageFont.load_default(SIZE)
-        self.left = max(self._font.getlength(label) for label in rows)
-        self.left = min(int(self.left) + 2 * GAP + 4, cell[0] + 60) if any(rows) else 0
+        widest = cell[0] + 60
+        self.left = max(self._font.getlength(label[:widest]) for label in rows)
+        self.left = min(int(self.left) + 2 * GAP + 4, widest) if any(rows) else 0
         self.top = SIZE + 3 * GAP if any(columns) else 0
         size = (self.left + len(columns) * (cell[0] + GAP), self.top + len(rows) * (cell[1] + GAP))
         self.image = Image.new("RGB", size, PAPER)
@@ -54,9 +56,20 @@ class Sheet:
 
     def _text(self, spot, text: str, width: float, anchor: str, colour=INK) -> None:
         """On one line; a longer text loses its end."""
-        while len(text) > 1 and self._font.getlength(text) > width:
-            text = text[:-2].rstrip() + "\u2026"
-        self._draw.text(spot, text, fill=colour, font=self._font, anchor=anchor)
+        self._draw.text(spot, self._cut(text, width), fill=colour, font=self._font, anchor=anchor)
+
+    def _cut(self, text: str, width: float) -> str:
+        """As much of it as fits, and what says that there is more."""
+        # No more letters than pixels: a label may have millions, and some letters have no width of their own.
+        most = max(1, int(width))
+        if len(text) <= 1 or (len(text) <= most and self._font.getlength(text) <= width):
+            return text
+
+        def cut(length: int) -> str:
+            return text[:length].rstrip() + "\u2026"
+
+        lengths = range(1, min(len(text) - 2, most) + 1)
+        return cut(bisect_right(lengths, width, key=lambda length: self._font.getlength(cut(length))))
 
 
 def cell_size(picture: tuple[int, int], longest: int, rows: int, columns: int) -> tuple[int, int]:

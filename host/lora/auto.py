@@ -1,7 +1,7 @@
 """Which file of the loras folder makes few steps possible on a model, whatever it is called."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -17,13 +17,13 @@ from . import files
 from .identity import KnownWeights
 from .model_base import base_of
 from .patches import case_of
+from .reports import chosen_lines, none_found
 from .weights import from_lora
 
 AUTO = "auto"
 # Of looking at files that were not seen before: what is left then is looked at by the next run.
 SECONDS = 60.0
 MANY = 4096
-_SHOWN = 5
 _PREFERRED = "LCM"  # the node's name
 _seen: dict[tuple, "Candidate | None"] = {}
 
@@ -72,12 +72,16 @@ def choose(lora_name: str, model) -> tuple[str, list[str]]:
 
     Raises ValueError where there is none, saying which file to get and where.
     """
-    return find(model) if lora_name == AUTO else (lora_name, [])
+    if lora_name != AUTO:
+        return lora_name, []
+    names = files.lora_names()
+    best, *others = find(model, names)
+    return best.name, chosen_lines(best.name, best.identity, len(names), {one.name: one.identity for one in others})
 
 
-def find(model) -> tuple[str, list[str]]:
-    """(name, lines for the report) of the acceleration LoRA for a model. Raises ValueError as `choose` does."""
-    base, names = base_of(model), files.lora_names()
+def find(model, names: Sequence[str]) -> list[Candidate]:
+    """The acceleration LoRAs for a model among these files, the surest first. Raises ValueError as `choose` does."""
+    base = base_of(model)
     looked = list(_look(names))
     candidates = sorted((one for one in looked if one is not None), key=lambda one: one.order)
     near = [
@@ -86,19 +90,13 @@ def find(model) -> tuple[str, list[str]]:
         if not is_other_base(one.identity.bases, base.base) and not one.of_other_half(base.expert) and _fits(one, model)
     ]
     fitting = [one for one in near if one.sure]
-    left = len(names) - len(looked)
     if not fitting:
-        raise ValueError(_none(base.words, _to_get(base.base), near, left))
-    best, *others = fitting
-    lines = [f"auto: {best.name} is the one for this model among {len(names)} files, {best.identity.sure}."]
-    if others:
-        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
-        shown = ", ".join(f"{one.name} ({one.identity.kind})" for one in others[:_SHOWN])
-        lines.append(f"Others that fit, to be chosen by name: {shown}{more}.")
-    return best.name, lines
+        left = len(names) - len(looked)
+        raise ValueError(none_found(base.words, _to_get(base.base), [one.name for one in near], left))
+    return fitting
 
 
-def _look(names: list[str]) -> Iterator[Candidate | None]:
+def _look(names: Sequence[str]) -> Iterator[Candidate | None]:
     """What each file is; remembered while it stays as it is. Ends before its time where there are too many new ones."""
     end = time.monotonic() + SECONDS
     for name in names:
@@ -145,19 +143,3 @@ def _to_get(base: str | None) -> Published | None:
     if base is None:
         return None
     return instead(base, _PREFERRED) or next((entry for entry in PUBLISHED if entry.base == base), None)
-
-
-def _none(model: str, published: Published | None, near: list[Candidate], left: int) -> str:
-    text = f"auto finds no acceleration LoRA for this model ({model}) in the loras folder. "
-    if left:
-        text += f"{left} files are not looked at yet, for there are many: run again to go on. "
-    if near:
-        shown = ", ".join(one.name for one in near[:_SHOWN])
-        text += f"Of what fits ({shown}) nothing says that it is one: choose it by name if you know. "
-    if published is None:
-        return f"{text}LCM Kit knows of none for such models: choose a file by name."
-    size = f", {published.bytes / 1e6:.0f} MB" if published.bytes else ""
-    return (
-        f"{text}Get {published.name}: {published.link}, the file {published.file}{size}. Put it into models/loras, under "
-        "any name, and press R."
-    )

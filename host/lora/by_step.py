@@ -7,7 +7,7 @@ import comfy.hooks
 
 from .identity import identity_of
 from .patches import case_of
-from .reports import applied_lines, refusal
+from .reports import by_step_lines, refusal
 from .weights import named
 
 # Of a step: how far before a step of the schedule its strength begins. Schedules round their steps to the next trained
@@ -28,16 +28,8 @@ def by_step(model, weights, strengths: Sequence[float], conditionings: Sequence)
         raise ValueError(refusal(case))
     frames = _frames(strengths)
     hooks = _hooks(case.found.patches, frames)
-    told = ", ".join(
-        f"{strength:g} {f'from {100 * start:.0f} %' if start else 'at first'}" for start, strength in frames
-    )
-    fitting = f"{len(case.found.placed)} of {case.counts.asked} modules"
-    lines = [
-        f"{weights.name}: {fitting} at strength {told} of the schedule.",
-        *applied_lines(case, 1.0, 1.0, None, wrong=False)[1:],
-    ]
     hooked = [None if one is None else comfy.hooks.set_hooks_for_conditioning(one, hooks) for one in conditionings]
-    return hooked, hooks, "\n".join(lines)
+    return hooked, hooks, "\n".join(by_step_lines(case, frames))
 
 
 def _frames(strengths: Sequence[float]) -> list[tuple[float, float]]:

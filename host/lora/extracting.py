@@ -6,6 +6,7 @@ import comfy.lora
 import comfy.model_management
 import torch
 
+from ...lora_merge.extracting.checkpoints import is_told_guidance
 from ...lora_merge.extracting.extract import NAMELESS, Weights, extract
 from ...lora_merge.extracting.report import describe
 from ...lora_merge.naming import names
@@ -62,7 +63,7 @@ def _plan(tuned, base, prefix: str) -> dict[str, tuple[list, list]]:
     """Weight -> (what ComfyUI makes it from in the one, and in the other): the stored weight, then its patches."""
     ours, theirs = _entries(tuned, prefix), _entries(base, prefix)
     common, every = ours.keys() & theirs.keys(), ours.keys() | theirs.keys()
-    if not common or len(common) < FAMILY * len(every):
+    if not common or len(common) < FAMILY * sum(not is_told_guidance(key) for key in every):
         other = sorted(every - common)
         raise ValueError(
             f"model_tuned ({_kind(tuned)}) and model_base ({_kind(base)}) are not of one family: {len(common)} of "

@@ -8,14 +8,15 @@ from pathlib import PurePath
 import folder_paths
 
 from ...lora_merge import describe_merge, merge_with_account, resize_with_account
+from ...lora_merge.disk.digests import sha256_of
 from ...lora_merge.files.dtypes import DTYPES
 from ...lora_merge.methods.table import find_method
 from ...lora_merge.one_module.protect import protecting
-from ...lora_merge.recognise.identity import sha256_of
 from ...lora_merge.settings.strengths import for_inputs
 from ..progress import Progress
 from .files import lora_names
 from .identity import KnownWeights, identity_of
+from .reports import alone, idle_block_strengths, nobody_protected
 from .slots import LORA, NUMBERS, Slot, connected
 from .targets import names_in
 from .weights import LoraWeights, from_lora, named, to_lora
@@ -55,7 +56,7 @@ def merge_used(
     name = parameters.pop("method")
     notes = []
     if len(used) == 1 and not find_method(name).averages:
-        notes.append(_alone(used[0], name))
+        notes.append(alone(named(used[0].weights, used[0].name).name, used[0].strength, name))
         name, parameters = "linear", {}
     elsewhere = {key: parameters.pop(key) for key in ("seed", "dense") if key in parameters}
     empty = {str(number) for number in numbers} - {str(slot.number) for slot in used}
@@ -98,22 +99,17 @@ def _merge(used: Sequence[Slot], *, block_strengths: str, protect: str, model, *
     return from_lora(merged), describe_merge(account, merged)
 
 
-def _alone(slot: Slot, method: str) -> str:
-    passed = f"One LoRA is connected: the result is {named(slot.weights, slot.name).name} * {slot.strength:g}"
-    return f"Note: {passed}." if method == "linear" else f"Note: {passed}, and method {method} has nothing to merge."
-
-
 def _for_used(empty: Collection[str], protect: str, mu: float, text: str, notes: list[str]) -> tuple[str, float, str]:
     """protect, mu and block strengths without what is for a slot that is empty; notes gets a line for each."""
     if protect.removeprefix(LORA) in empty:
         if mu:
-            notes.append(f"Note: {protect} is not connected, so that no LoRA is protected and mu does nothing.")
+            notes.append(nobody_protected(protect))
         protect, mu = "none", 0.0
     kept = []
     for line in text.splitlines():
         match = _OF_A_LORA.match(line)
         if match and match[1] in empty:
-            notes.append(f"Note: block strengths {line.strip()!r} are for a LoRA that is not connected.")
+            notes.append(idle_block_strengths(line))
         else:
             kept.append(line)
     return protect, mu, "\n".join(kept)

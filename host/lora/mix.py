@@ -7,7 +7,7 @@ from ...samplers.preset import Preset
 from . import auto, files, merging, patches
 from .case import Case
 from .identity import identity_of, preset_of
-from .reports import refusal
+from .reports import in_few_words, mixed, refusal
 from .slots import LORA, Slot
 from .weights import LoraWeights
 
@@ -106,32 +106,16 @@ def mix(model, clip, rows: Sequence[Row], *, block_strengths: str, allow_misfit:
         slots.append(Slot(number=row.number, weights=weights, strength=row.strength))
         cases.append(case)
         stack.append((name, row.strength, row.strength))
-        lines[row.number] = f"{name} * {row.strength:g}: {_chip(case, wrong)}"
-    said = [f"  {row.input}: {lines[row.number]}" for row in rows]
+        lines[row.number] = f"{name} * {row.strength:g}: {in_few_words(case, wrong)}"
+    said = {row.input: lines[row.number] for row in rows}
     if not slots:
-        report = "\n".join(["No LoRA is on: model and clip are as they came.", *said])
-        return Mixed(model=model, clip=clip, lora=None, preset=None, stack=[], report=report)
+        return Mixed(model=model, clip=clip, lora=None, preset=None, stack=[], report=mixed(0, said))
     merged, merge_report = merging.merge_used(
         slots, [row.number for row in rows], **EXACT, block_strengths=block_strengths
     )
     done = patches.apply(model, clip, merged, 1.0, 1.0, allow_misfit=allow_misfit)
-    head = f"{len(slots)} LoRA{'s' if len(slots) > 1 else ''} in one, applied at strength 1."
-    report = "\n".join([head, *said, *notes, "", merge_report, "", done.report])
+    report = mixed(len(slots), said, notes, merge_report, done.report)
     return Mixed(model=done.model, clip=done.clip, lora=merged, preset=_preset(cases), stack=stack, report=report)
-
-
-def _chip(case: Case, wrong: bool) -> str:
-    """What a row is, in a few words."""
-    identity = case.identity
-    if wrong:
-        return f"wrong base, made for {' or '.join(case.bases) or 'another model'}, this model is {case.model.words}"
-    if identity is None:
-        return "of an unknown kind, applied as ComfyUI reads it"
-    if identity.preset is None and not case.accelerates:
-        return "style"
-    if identity.preset is None:
-        return "changes all that acceleration LoRAs change, and nothing says whether it is one"
-    return f"{identity.kind}, ok"
 
 
 def _preset(cases: Sequence[Case]) -> Preset | None:

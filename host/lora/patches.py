@@ -5,15 +5,13 @@ from dataclasses import dataclass
 
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ...lora_merge.metadata.about import remarks
-from ...lora_merge.metadata.adapter_config import peft_remarks
 from ...lora_merge.recognise.identity import Identity
 from ...samplers.preset import Preset
 from .case import Case
 from .fit import fit, weight_of
 from .identity import KnownWeights, identity_of, preset_of
 from .model_base import base_of, uncovered
-from .reports import applied_lines, refusal
+from .reports import applied_lines, metadata_lines, refusal
 from .stored import change_objects, never_patched
 from .weights import LoraWeights, named
 
@@ -70,8 +68,7 @@ def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=Fal
     if wrong and not allow_misfit:
         raise ValueError(refusal(case))
     lines = applied_lines(case, strength_model, strength_clip, clip, wrong=wrong, for_sampling=demand_all)
-    lines += remarks(weights.metadata)
-    lines += [f"Note: {remark}." for remark in peft_remarks(weights.metadata)]
+    lines += metadata_lines(weights.metadata)
     # Text-encoder modules wait by choice, everything else that is left out is news.
     complete = len(found.placed) == case.counts.asked > 0
     (logger.info if complete and not wrong else logger.warning)("%s", " ".join(lines))

@@ -7,12 +7,11 @@ import torch
 
 from ...lora_merge import describe
 from ...lora_merge.files.keys import unread_text
-from ...lora_merge.metadata.about import describe_metadata
+from ...lora_merge.metadata.report import describe_metadata, peft_remarks, remarks
 from ...lora_merge.recognise import catalogue
 from ...lora_merge.recognise.identity import Identity
-from ...samplers.preset import settings_in_words
+from ...samplers.preset_words import settings_in_words
 from .case import Case
-from .halves import about_halves
 from .identity import identity_of, preset_of
 from .weights import named, to_lora
 
@@ -48,7 +47,7 @@ def applied_lines(
         lines += _counts(case.identity)
     elif for_sampling:
         lines.append(_no_settings(None))
-    lines += about_halves(case)
+    lines += _halves(case)
     if wrong:
         lines.append(f"Warning: {_why(case) or 'it was made for another base model'}; pictures may be spoilt.")
     elif case.accelerates and case.left:
@@ -72,6 +71,37 @@ def applied_lines(
     if found.unread:
         lines.append(f"Without effect in ComfyUI: {unread_text(found.unread)}.")
     return lines
+
+
+def metadata_lines(metadata: Mapping[str, str]) -> list[str]:
+    """What of a file's metadata could not be read, and where ComfyUI's reading of a file of PEFT's is not PEFT's."""
+    return [*remarks(metadata), *(f"Note: {remark}." for remark in peft_remarks(metadata))]
+
+
+def by_step_lines(case: Case, frames: Sequence[tuple[float, float]]) -> list[str]:
+    """frames: (share of the schedule, strength that holds from there)."""
+    told = ", ".join(
+        f"{strength:g} {f'from {100 * start:.0f} %' if start else 'at first'}" for start, strength in frames
+    )
+    fitting = f"{len(case.found.placed)} of {case.counts.asked} modules"
+    return [
+        f"{case.name}: {fitting} at strength {told} of the schedule.",
+        *applied_lines(case, 1.0, 1.0, None, wrong=False)[1:],
+    ]
+
+
+def in_few_words(case: Case, wrong: bool) -> str:
+    """What a LoRA is, beside its name."""
+    identity = case.identity
+    if wrong:
+        return f"wrong base, made for {' or '.join(case.bases) or 'another model'}, this model is {case.model.words}"
+    if identity is None:
+        return "of an unknown kind, applied as ComfyUI reads it"
+    if identity.preset is None and not case.accelerates:
+        return "style"
+    if identity.preset is None:
+        return "changes all that acceleration LoRAs change, and nothing says whether it is one"
+    return f"{identity.kind}, ok"
 
 
 def refusal(case: Case) -> str:
@@ -111,6 +141,82 @@ def refusal(case: Case) -> str:
         f"{name} does not fit this model ({case.model.config}): it is {kind}, and the model is {case.model.words}. "
         f"{way_out}. {counts[0].upper()}{counts[1:]}. {_END}"
     )
+
+
+def _halves(case: Case) -> list[str]:
+    """A line for a LoRA that is for one half of a model in two, [] for any other.
+
+    Both halves of Wan 2.2's A14B models have the same weights' names and shapes, and so have their LoRAs: only names and
+    published hashes tell one from the other. None is refused: names may be wrong.
+    """
+    half = case.identity.expert if case.identity else None
+    if half is None or case.model.make is None or "Wan" not in case.model.make.name:
+        return []
+    said = f"It is for the {half.expert}-noise half of Wan 2.2, by {half.source}"
+    if case.model.expert is None:
+        return [
+            f"{said}. Nothing says which half this model is{_in_file(case)}: see that it is the {half.expert}-noise one."
+        ]
+    if case.model.expert == half.expert:
+        return [f"{said}, and this model is that half by its file name{_in_file(case)}."]
+    return [
+        f"Warning: {said}, but this model is the {case.model.expert}-noise half by its file name{_in_file(case)}. It is applied "
+        "all the same; if the two LoRAs were swapped, swap them back."
+    ]
+
+
+def _in_file(case: Case) -> str:
+    return f" ({case.model.file})" if case.model.file else ""
+
+
+def chosen_lines(name: str, identity: Identity, count: int, others: Mapping[str, Identity]) -> list[str]:
+    """Which of `count` files `auto` has taken, and the others that fit."""
+    lines = [f"auto: {name} is the one for this model among {count} files, {identity.sure}."]
+    if others:
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        shown = ", ".join(f"{other} ({one.kind})" for other, one in [*others.items()][:SHOWN])
+        lines.append(f"Others that fit, to be chosen by name: {shown}{more}.")
+    return lines
+
+
+def none_found(model: str, published: catalogue.Published | None, near: Sequence[str], left: int) -> str:
+    """Why `auto` takes no file, and which to get. model: in words.   near: files that fit and do not say that they are one.
+    left: files that are not looked at yet."""
+    text = f"auto finds no acceleration LoRA for this model ({model}) in the loras folder. "
+    if left:
+        text += f"{left} files are not looked at yet, for there are many: run again to go on. "
+    if near:
+        text += f"Of what fits ({', '.join(near[:SHOWN])}) nothing says that it is one: choose it by name if you know. "
+    if published is None:
+        return f"{text}LCM Kit knows of none for such models: choose a file by name."
+    size = f", {published.bytes / 1e6:.0f} MB" if published.bytes else ""
+    return (
+        f"{text}Get {published.name}: {published.link}, the file {published.file}{size}. Put it into models/loras, under "
+        "any name, and press R."
+    )
+
+
+def mixed(count: int, rows: Mapping[str, str], notes: Sequence[str] = (), merged: str = "", applied: str = "") -> str:
+    """Of rows of LoRAs of which `count` are on. rows: input -> what is said of it.   merged, applied: reports of those."""
+    said = [f"  {input_}: {line}" for input_, line in rows.items()]
+    if not count:
+        return "\n".join(["No LoRA is on: model and clip are as they came.", *said])
+    head = f"{count} LoRA{'s' if count > 1 else ''} in one, applied at strength 1."
+    return "\n".join([head, *said, *notes, "", merged, "", applied])
+
+
+def alone(name: str, strength: float, method: str) -> str:
+    """Of a merge of one LoRA."""
+    passed = f"One LoRA is connected: the result is {name} * {strength:g}"
+    return f"Note: {passed}." if method == "linear" else f"Note: {passed}, and method {method} has nothing to merge."
+
+
+def nobody_protected(slot: str) -> str:
+    return f"Note: {slot} is not connected, so that no LoRA is protected and mu does nothing."
+
+
+def idle_block_strengths(line: str) -> str:
+    return f"Note: block strengths {line.strip()!r} are for a LoRA that is not connected."
 
 
 def _names_twice(name: str, pairs: Sequence[str]) -> str:

@@ -1,10 +1,14 @@
 """Classifier-free guidance in the first steps only."""
 
+import math
 from functools import partial
 
 import comfy.samplers
 
-COMBINING = ("sampler_pre_cfg_function", "sampler_cfg_function")
+BEFORE_CFG = "sampler_pre_cfg_function"
+COMBINING = (BEFORE_CFG, "sampler_cfg_function")
+OF_ONE = ("LatentApplyOperationCFG",)
+"""Nodes of core that change the positive prediction itself where it stands alone, and do so at every cfg."""
 
 
 class FirstStepsGuider(comfy.samplers.CFGGuider):
@@ -28,7 +32,8 @@ class FirstStepsGuider(comfy.samplers.CFGGuider):
     def predict_noise(self, x, timestep, model_options=None, seed=None):
         """timestep: (b,) noise levels, as core names them here. Returns the denoised x.
 
-        Raises ValueError if a node on the model evaluates the negative prompt at any cfg and there is none.
+        Raises ValueError if a node on the model evaluates the negative prompt at any cfg, or sets another cfg than 1, and
+        there is no negative prompt.
         """
         model_options = model_options or {}
         negative = self.conds.get("negative", None)
@@ -37,12 +42,21 @@ class FirstStepsGuider(comfy.samplers.CFGGuider):
                 "A node on this model, such as Self-Attention Guidance, looks at the negative prompt even at cfg 1, "
                 "and none is connected. Connect one, or remove that node."
             )
+        guided = float(timestep.max()) >= self.last_guided_sigma
+        if negative is None and guided and not math.isclose(self.cfg, 1.0):
+            raise ValueError(
+                f"A node on this model, such as CFG Override, sets cfg to {self.cfg:g}, and there is no negative prompt to guide "
+                "away from. Connect one (its text may be empty), or remove that node."
+            )
         evaluate = model_options.get("sampler_calc_cond_batch_function", _calc_cond_batch)
         model_options = model_options | {"sampler_calc_cond_batch_function": partial(_neutral, evaluate)}
-        guided = float(timestep.max()) >= self.last_guided_sigma
+        before = model_options.get(BEFORE_CFG, [])
         if not guided:
             # Nothing to combine; and APG's momentum would bring back what it saw in the guided steps.
             model_options = {key: value for key, value in model_options.items() if key not in COMBINING}
+            before = list(filter(_is_of_one, before))
+        before = [partial(_alone, change) if _is_of_one(change) else change for change in before]
+        model_options |= {BEFORE_CFG: before}
         return comfy.samplers.sampling_function(
             self.inner_model,
             x,
@@ -53,6 +67,22 @@ class FirstStepsGuider(comfy.samplers.CFGGuider):
             model_options=model_options,
             seed=seed,
         )
+
+
+def _is_of_one(change) -> bool:
+    return getattr(change, "__qualname__", "").partition(".")[0] in OF_ONE
+
+
+def _alone(change, args):
+    """What such a node makes of the positive prediction, for which it has a branch; beside a negative one as ever.
+
+    Of two equal predictions it would change the difference, which is nothing.
+    """
+    predictions = args["conds_out"]
+    if args["conds"][1] is not None:
+        return change(args)
+    (changed,) = change(args | {"conds_out": predictions[:1]})
+    return [changed, changed.clone(), *predictions[2:]]
 
 
 def _calc_cond_batch(args):

@@ -118,14 +118,17 @@ def initial_noise(samples: torch.Tensor, seed: int, batch_indices: list[int]) ->
     """Core's initial noise, drawn image by image: what is drawn at once differs where an image's size is no
     multiple of 16. Leaves torch's own generators as core's function does, seeded and that many numbers further on.
 
-    The parts of a nested latent are drawn as one, as they are sampled. Core draws one part for all images, then the
-    next: how many images there are would change the second.
+    Of a nested latent each image has its parts drawn one after the other: a single image is core's. Core draws one part
+    for all images, then the next: how many images there are would change the second.
     """
     if not samples.is_nested:
         return comfy.sample.prepare_noise(samples, seed, batch_indices)
-    packed, shapes = comfy.utils.pack_latents(samples.unbind())
-    noise = comfy.sample.prepare_noise(packed, seed, batch_indices)
-    return type(samples)(comfy.utils.unpack_latents(noise, shapes))
+    generator, parts, drawn = torch.manual_seed(seed), samples.unbind(), {}
+    for index in range(max(batch_indices) + 1):
+        image = [torch.randn(1, *part.shape[1:], generator=generator).to(part.dtype) for part in parts]
+        if index in batch_indices:
+            drawn[index] = image
+    return type(samples)([torch.cat([drawn[index][n] for index in batch_indices]) for n in range(len(parts))])
 
 
 def batch_indices_of(latent: dict) -> list[int]:

@@ -4,7 +4,8 @@ import logging
 
 import torch
 
-from ...samplers.preset import Preset, needs_in_words, settings_in_words
+from ...samplers.preset import Preset
+from ...samplers.preset_words import describe
 from ...samplers.presets import PRESETS
 from ...samplers.schedule import custom_timesteps, off_grid, parse_timesteps
 from ...samplers.times import shift_of
@@ -19,17 +20,7 @@ SHIFT_TOLERANCE = 0.01
 def preset_named(name: str, steps: int) -> tuple[Preset, str]:
     """(preset, what it says in words). steps: 0 for the preset's own."""
     preset = PRESETS[name].with_steps(steps)
-    needs = "; ".join(needs_in_words(preset))
-    fewer_below_one = bool(preset.timesteps) and preset.calls(0.5) < preset.steps
-    return preset, "\n".join(
-        [
-            f"{preset.name}: {settings_in_words(preset)}.",
-            *([f"It also asks for: {needs}."] if needs else []),
-            *(["Below denoise 1 fewer steps are run, each as long as it was trained for."] if fewer_below_one else []),
-            f"Made for {preset.models}; there sampled with {preset.sampler}.",
-            f"From {preset.source}, {preset.date}.",
-        ]
-    )
+    return preset, describe(preset)
 
 
 def lcm_sigmas(model, *, steps, denoise, original_steps, timesteps="", preset=None) -> torch.Tensor:

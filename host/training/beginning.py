@@ -6,15 +6,14 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 
 from ..lora.fit import fit, weight_of
+from .report import Lost
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Layer -> (up (out, r), down (r, in * kernel)), float32, whose product is all that the LoRA adds there."""
 
 
-def factors_of(
-    weights: Mapping[str, torch.Tensor], model, layers: Sequence[str], name: str
-) -> tuple[Factors, list[str]]:
-    """(factors, what is lost, in sentences) of a LORA_MODEL in any spelling that ComfyUI loads for this MODEL.
+def factors_of(weights: Mapping[str, torch.Tensor], model, layers: Sequence[str], name: str) -> tuple[Factors, Lost]:
+    """(factors, what is lost) of a LORA_MODEL in any spelling that ComfyUI loads for this MODEL.
 
     layers: the trained ones, by their names in the network.   name: of the LoRA, for messages.
     Raises ValueError if it is for another model or no plain LoRA.
@@ -35,16 +34,9 @@ def factors_of(
         raise ValueError(
             f"start_from is {name}, which changes none of the layers that are trained; it is for another model."
         )
-    lost = []
-    if elsewhere:
-        lost.append(
-            f"{len(elsewhere)} modules of {name} are not among the trained layers and are not in the result "
-            f"({', '.join(elsewhere[:2])}{', ...' if len(elsewhere) > 2 else ''})."
-        )
-    if found.waiting:
-        lost.append(f"{len(found.waiting)} modules of {name} are of a text encoder, which is not trained.")
-    if missing := len(layers) - len(pieces):
-        lost.append(f"{name} has nothing for {missing} of the {len(layers)} trained layers; these begin anew.")
+    lost = Lost(
+        name=name, elsewhere=elsewhere, waiting=len(found.waiting), anew=len(layers) - len(pieces), layers=len(layers)
+    )
     return {layer: _together(parts) for layer, parts in pieces.items()}, lost
 
 

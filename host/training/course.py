@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from ...distillation.log import Table, Writer
 from ...distillation.trainer import Trainer
 from ...distillation.validation import validation_loss
 from ...lora_merge import Lora, save
+from ...lora_merge.disk.whole import held
+from .report import progress_words
 
 if TYPE_CHECKING:
     from .strip import Strip
@@ -19,7 +22,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RECENT = 20  # steps, over which the time of one is taken
-RISEN = 1.3  # times the lowest validation loss
 
 
 class Course:
@@ -60,19 +62,21 @@ class Course:
     def words(self) -> str:
         """Where the training is, and how long it will take."""
         trainer = self.trainer
-        left = trainer.settings.steps - trainer.done
-        said = f"step {trainer.done} of {trainer.settings.steps}, loss {trainer.losses[-1]:.4g}"
-        if self.validation:
-            said += f", validation loss {self.validation[-1][1]:.4g} ({self.validation[0][1]:.4g} at first)"
-        if spent := self.seconds_a_step:
-            said += f"; {spent:.2g} seconds a step, {clock(left * spent)} left"
-        return said
+        steps, loss = trainer.settings.steps, trainer.losses[-1]
+        return progress_words(trainer.done, steps, loss, self.validation, self.seconds_a_step)
 
     def run(self, save_to: Path | None) -> None:
-        """Trainer.run, watched. Whatever ends it leaves the LoRA of the last sound step as a file."""
+        """Trainer.run, watched. Whatever ends it leaves the LoRA of the last sound step as a file.
+
+        Raises ValueError if another process trains under that name.
+        """
+        main = not self.trainer.engine.process_index
+        with _alone(save_to if main else None):
+            self._run(save_to, main)
+
+    def _run(self, save_to: Path | None, main: bool) -> None:
         trainer = self.trainer
         trainer.resume(save_to)
-        main = not trainer.engine.process_index
         if self.table is not None and main:
             self._open(self.table)
         # A run shorter than one interval has nothing to be compared.
@@ -139,29 +143,23 @@ class Course:
             logger.warning("No LoRA file of step %d: %s", self.trainer.done, error)
 
 
-def validation_words(validation: Sequence[tuple[int, float]]) -> list[str]:
-    """A sentence on (step, validation loss) of a whole training; none if there is nothing to compare."""
-    if len(validation) < 2:
-        return []
-    (first, before), (_, last) = validation[0], validation[-1]
-    lowest, best = min((loss, step) for step, loss in validation)
-    said = (
-        f"Validation loss, always of the same pictures and noise: {before:.4g} at step {first}, {last:.4g} at the end; lowest "
-        f"{lowest:.4g} at step {best}."
-    )
-    if last > RISEN * lowest:
-        said += " It has risen since: a lower learning_rate, one that falls, or a moving average may help."
-    return [said]
+@contextmanager
+def _alone(path: Path | None) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    with suppress(OSError):  # what cannot be kept is told by who keeps it
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with held(path) as free:
+        if not free:
+            raise ValueError(
+                f"{path.name} in {path.parent.name} is being trained by another process just now, and two would write over each "
+                "other's steps. Let that one end or stop it, or use another name."
+            )
+        yield
 
 
 def write_lora(lora: Lora, path: Path, dtype: torch.dtype = torch.float16) -> None:
     """In place of the one before, in a folder that is made if need be. Raises OSError or ValueError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save(lora, path, dtype=dtype, overwrite=True)
-
-
-def clock(seconds: float) -> str:
-    """1:05 or 2:03:04."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,8 +1,9 @@
 """Conditionings and latents of the graph as items to train on, and the batches they make."""
 
 import hashlib
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import comfy.sampler_helpers
@@ -15,6 +16,8 @@ from ..sampling.latents import fitted
 
 logger = logging.getLogger(__name__)
 
+# What apply_model hands to every network by name.
+GIVEN = {"context", "control", "transformer_options"}
 # What a conditioning may hold that says more than "this prompt for the whole picture at all times".
 UNSUPPORTED = {
     "area": "an area", "mask": "a mask", "control": "a ControlNet", "gligen": "GLIGEN boxes", "hooks": "hooks",
@@ -62,6 +65,7 @@ def encoded(patcher, conditioning: list, like: torch.Tensor, kind: str, known: d
     The model's own extra_conds does it, so SDXL's pooled text and sizes, guidance and the like come along.
     like: (1, ...) latent of the size to train at.   kind: "positive" or "negative".   known: what was encoded before,
     for this call to add to; equal tensors are in memory once, as those of one caption with many size labels.
+    Raises ValueError if the network asks for more than these conditionings have.
     """
     known = {} if known is None else known
     device = patcher.load_device
@@ -70,6 +74,8 @@ def encoded(patcher, conditioning: list, like: torch.Tensor, kind: str, known: d
     conds = comfy.samplers.encode_model_conds(
         patcher.model.extra_conds, conds, torch.zeros_like(like), device, kind, latent_image=like, denoise_mask=None
     )
+    for cond in conds:
+        _check_complete(patcher.model, cond["model_conds"], kind)
     return [
         {
             name: _once(moved(value.process_cond(batch_size=1, area=None, device=device), "cpu"), known)
@@ -79,13 +85,27 @@ def encoded(patcher, conditioning: list, like: torch.Tensor, kind: str, known: d
     ]
 
 
+def _check_complete(model, cond: Mapping, kind: str) -> None:
+    """Raises ValueError if the network cannot be called without something that the conditioning lacks."""
+    parameters = [*inspect.signature(type(model.diffusion_model).forward).parameters.values()][3:]  # self, x, timestep
+    asked = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if missing := [name for name in asked if name not in GIVEN and name not in cond]:
+        raise ValueError(
+            f"{kind} has no {' and no '.join(missing)}, which this model ({type(model.model_config).__name__}) asks for beside "
+            "the text. The text encoder that belongs to the model adds it: choose the model's own type on CLIP Loader, and "
+            "connect CLIP Text Encode directly."
+        )
+
+
 def moved(cond, device):
     """A comfy.conds object on another device. Always copied: what the graph holds are inference tensors."""
     value = cond.cond
     if isinstance(value, torch.Tensor):
         return cond._copy_with(value.to(device, copy=True))
     if isinstance(value, list):
-        return cond._copy_with([part.to(device, copy=True) for part in value])
+        return cond._copy_with(
+            [part.to(device, copy=True) if isinstance(part, torch.Tensor) else part for part in value]
+        )
     return cond
 
 
@@ -117,11 +137,22 @@ def _feed(digest, part) -> None:
         digest.update(repr(part).encode())
 
 
+def whole(model, latent: dict) -> torch.Tensor:
+    """The samples of a LATENT, fit for this MODEL. Raises ValueError for several in one, as of picture and sound."""
+    samples = fitted(model, latent)["samples"]
+    if samples.is_nested:
+        raise ValueError(
+            f"latent has {len(samples.unbind())} parts in one, such as picture and sound, and only whole pictures or clips are "
+            "learnt. This kind of model cannot be distilled here."
+        )
+    return samples
+
+
 def pictures(model, latents: Sequence[dict]) -> list[torch.Tensor]:
     """The pictures of one or many LATENTs, each (1, ...) and as the graph has them. Empty if they are all empty."""
     found = []
     for latent in latents:
-        samples = fitted(model, latent)["samples"]
+        samples = whole(model, latent)
         if "noise_mask" in latent:
             logger.warning("A latent has a noise mask; it is not used, the LoRA learns from whole pictures.")
         found += [sample.float().cpu() for sample in samples.split(1)]

@@ -1,5 +1,6 @@
 """Distils an LCM-LoRA from a MODEL: latents and conditionings in, LORA_MODEL, picture and report out."""
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,9 +23,12 @@ from .course import Course, write_lora
 from .data import entries, paired, partners, pictures
 from .loan import compute_type
 from .places import Places, check_name, places_of
-from .run import Training, Work, empty_latent, sigma_table, training
+from .report import disk_words, rate_words, recipe_words
+from .run import Training, Work, check_lora, empty_latent, sigma_table, training
 from .strip import PICTURES, Strip, rough_previewer
 from .teacher_pictures import teachers_pictures
+
+logger = logging.getLogger(__name__)
 
 DTYPES = get_args(Compute)
 WEIGHTINGS = get_args(Weighting)
@@ -49,16 +53,17 @@ def distil_lists(
 ):  # fmt: skip
     """What `distil` returns, of inputs that are all lists: prompts and latents may be many, of the rest there is one."""
     single = only_ones(inputs | {"vae": vae or (None,)})
-    single, recipe = followed(single.pop("recipe", NONE), single, asdict(Settings()) | asdict(Setup()))
+    recipe = single.pop("recipe", NONE)
+    single, own = followed(recipe, single, asdict(Settings()) | asdict(Setup()))
     several = {"latents": latents, "validation": validation}
     given = {name: [one for one in values or () if one] for name, values in several.items()}
     lora, picture, report = distil(positive=positive, negative=negative, **given, **single)
-    return lora, picture, "\n".join(filter(None, [recipe, report]))
+    return lora, picture, "\n".join(filter(None, [recipe_words(recipe, own), report]))
 
 
 def distil(
     model, positive, negative, latents, vae, *, rank, alpha, samples, width, height, dtype, gradient_checkpointing, resume,
-    validation=(), save_every=Setup.save_every, start_from=None, tf32=Setup.tf32, **training_settings,
+    validation=(), save_every=Setup.save_every, start_from=None, tf32=Setup.tf32, compile=Setup.compile, **training_settings,
 ):  # fmt: skip
     """(LORA_MODEL, IMAGE, report). The MODEL is as before afterwards, whatever happens.
 
@@ -71,14 +76,20 @@ def distil(
     Raises ValueError for inputs that do not go together, before anything is loaded or trained.
     """
     check_name(resume)
-    Setup(width=width, height=height, samples=samples)  # raises for what makes no sense
+    Setup(
+        rank=rank, alpha=alpha, samples=samples, width=width, height=height, dtype=dtype, save_every=save_every, tf32=tf32,
+        compile=compile, gradient_checkpointing=gradient_checkpointing,
+    )  # raises for what makes no sense  # fmt: skip
     conds, unconds = entries(positive, "positive"), entries(negative, "negative")
     shown = entries(validation, "validation")[:PICTURES] if validation else []
-    table, type_ = sigma_table(model), compute_type(model, dtype, tf32)
+    table, type_ = sigma_table(model), compute_type(model, dtype, tf32, compile)
     settings = Settings(**training_settings, scale_loss=type_ == torch.float16)
     settings.grid(len(table))
     check_optimizer(settings)
+    for words in rate_words(settings):
+        logger.warning("%s", words)
     rough = rough_previewer(model.get_model_object("latent_format"))
+    check_lora(model, rank, start_from)
     given = pictures(model, latents)
     which = paired(conds, len(given)) if given else [number % len(conds) for number in range(samples)]
     prompts = [*zip(which, partners(conds, unconds, which), strict=True)]
@@ -92,11 +103,11 @@ def distil(
     work = Work(
         model=model, latents=data, conds=conds, unconds=unconds, prompts=prompts, table=table, settings=settings,
         dtype=type_, rank=rank, alpha=alpha, recompute=gradient_checkpointing, shown=shown, start=start_from,
-        own=not given, tf32=tf32,
+        own=not given, tf32=tf32, compile=compile,
     )  # fmt: skip
     lora, picture, lines = _trained(work, vae, rough, places, save_every)
     if places is not None:
-        lines += places.told(None if given else own)
+        lines += disk_words(places.on_disk(None if given else own))
     return lora, picture, "\n".join(lines)
 
 

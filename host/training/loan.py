@@ -12,19 +12,23 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ...distillation.compiling import check_compile
 from ...distillation.precision import check_tf32
 from ...distillation.recompute import replaced_forwards
 from ...lora_merge.files.dtypes import DTYPES
 from .data import Rows
 
 
-def compute_type(model, choice: str, tf32: bool = False) -> torch.dtype:
+def compute_type(model, choice: str, tf32: bool = False, compile: bool = False) -> torch.dtype:
     """The dtype to compute in: the one asked for, or for "auto" the one that suits the device.
 
-    bf16 where it is fast, it needs no loss scaling; then fp16; on a CPU fp32. Raises ValueError for tf32 where it has none.
+    bf16 where it is fast, it needs no loss scaling; then fp16; on a CPU fp32. Raises ValueError for tf32 where it has
+    none, and for compile where torch cannot.
     """
     if tf32:
         check_tf32(model.load_device)
+    if compile:
+        check_compile(model.load_device)
     if choice != "auto":
         return DTYPES[choice]
     device = model.load_device
@@ -53,7 +57,7 @@ def lent(model, dtype: torch.dtype) -> Iterator:
         comfy.model_management.load_models_gpu([patcher], memory_required=1e20, force_full_load=True)
         _leave_inference_mode(patcher.model)
         patcher.pre_run()
-        with _in_training():
+        with _in_training(), _without_formulas_told(patcher):
             yield patcher
     finally:
         patcher.cleanup()
@@ -91,6 +95,20 @@ def _in_training() -> Iterator[None]:
         yield
     finally:
         comfy.model_management.in_training = before
+
+
+@contextmanager
+def _without_formulas_told(patcher) -> Iterator[None]:
+    """Says in words what torch says of an operation of ComfyUI's that has no gradient, in spite of the switch."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "no autograd formula" not in str(error):
+            raise
+        raise ValueError(
+            f"This model ({type(patcher.model.model_config).__name__}) cannot be trained in this ComfyUI: its network computes by an "
+            f"operation that has no gradient ({str(error).split('.default')[0].rpartition(' ')[2]}). A newer ComfyUI may have one."
+        ) from error
 
 
 def _leave_inference_mode(model: torch.nn.Module) -> None:

@@ -12,6 +12,7 @@ from ...lora_merge.disk.file_names import name_trouble
 from ..door.rules import shown
 from .data import fingerprint
 from .identity import identity_of
+from .report import OnDisk
 
 AUTO = "auto"
 LONGEST = ".safetensors"  # of the endings behind the name of a run
@@ -27,23 +28,17 @@ class Places:
     lora: Path
     pictures: Path
 
-    def told(self, own: Kept | None) -> list[str]:
-        """What there is on disk now, for the report. own: pictures that the model has made, None if it made none."""
+    def on_disk(self, own: Kept | None) -> OnDisk:
+        """What there is on disk now. own: pictures that the model has made, None if it made none."""
         output, loras = (Path(folder) for folder in (folder_paths.get_output_directory(), _loras()))
-        found = []
-        if self.checkpoint.is_file():
-            found.append(
-                f"Checkpoint: {self.checkpoint.relative_to(output).as_posix()} in the output folder ({_size(self.checkpoint)}); "
-                f"the same inputs with more steps go on from it. Its losses are in {self.table.name}."
-            )
-        if self.lora.is_file():
-            found.append(f"LoRA so far: {self.lora.relative_to(loras).as_posix()} in the loras folder, for Load LoRA.")
-        if own is not None:
-            found.append(
-                f"Pictures: {len(own)} that models made, in {self.pictures.relative_to(output).as_posix()} "
-                f"({own.size / 1e6:.1f} MB); no training makes one of them again. All of it may be removed."
-            )
-        return found
+        checkpoint = self.checkpoint.relative_to(output).as_posix()
+        pictures = self.pictures.relative_to(output).as_posix()
+        return OnDisk(
+            checkpoint=(checkpoint, self.checkpoint.stat().st_size) if self.checkpoint.is_file() else None,
+            table=self.table.name,
+            lora=self.lora.relative_to(loras).as_posix() if self.lora.is_file() else None,
+            pictures=None if own is None else (pictures, len(own), own.size),
+        )
 
 
 def check_name(name: str) -> None:
@@ -73,7 +68,3 @@ def places_of(name: str, model, made_of: Sequence[Any]) -> Places | None:
 
 def _loras() -> str:
     return folder_paths.get_folder_paths("loras")[0]
-
-
-def _size(file: Path) -> str:
-    return f"{file.stat().st_size / 1e6:.1f} MB"

@@ -10,28 +10,27 @@ from typing import Any
 import comfy.utils
 import torch
 
-from ...distillation.adapter import LoraAdapters
+from ...distillation.adapter import LoraAdapters, check_factors, check_rank, flat_shape
+from ...distillation.compiling import compiling
 from ...distillation.engine import Alone, Engine
 from ...distillation.objective import Batch
 from ...distillation.precision import tf32
 from ...distillation.settings import Settings
+from ...distillation.targets import targets
 from ...distillation.trainer import Trainer, adapters_on
 from ...distillation.validation import DRAWS
 from ...lora_merge import Lora
 from ...lora_merge.metadata.fields import ARCHITECTURE, PRESET_KEY
 from ...lora_merge.recognise.identity import ARCHITECTURES
-from ...samplers.preset import settings_in_words
 from ...samplers.presets import phased
 from ..lora.model_base import base_of
 from ..lora.weights import named
-from ..sampling.latents import fitted
 from ..sampling.tables import is_distilled, trained_sigma_table
-from .advice import advice_for
 from .beginning import factors_of
-from .course import validation_words
-from .data import Batches, Item, encoded, fingerprint
+from .data import Batches, Item, encoded, fingerprint, whole
 from .identity import some
 from .loan import Denoiser, casting_again, lent
+from .report import Account, advice, describe, lost_words
 from .strip import PICTURES, Strip
 from .teacher_pictures import is_flow
 
@@ -49,7 +48,7 @@ class Work:
     recompute: gradient checkpointing.   shown: entries to make samples of; none takes those of the first pictures.
     names: what to call these, or the pictures; empty if nothing is known.
     start: the LORA_MODEL to begin with; None begins anew.   own: whether the model made the pictures itself.
-    tf32: see distillation.precision.
+    tf32: see distillation.precision.   compile: see distillation.compiling.
     """
 
     model: Any
@@ -68,6 +67,7 @@ class Work:
     start: Mapping[str, torch.Tensor] | None = None
     own: bool = False
     tf32: bool = False
+    compile: bool = False
 
 
 class Training:
@@ -123,30 +123,25 @@ class Training:
         self, tensors: Mapping[str, torch.Tensor], seconds: float, validation: Sequence[tuple[int, float]]
     ) -> list[str]:
         """Lines for the user. tensors: the LoRA.   seconds: it took.   validation: see Course."""
-        settings, losses = self.trainer.settings, self.trainer.losses
-        modules = sum(key.endswith(".alpha") for key in tensors)
-        size = sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(".alpha"))
-        low, high = settings.cfg
-        tenth = max(1, len(losses) // 10)
-        lines = [
-            f"LCM-LoRA with {modules} modules, {size:,} parameters ({size * 2 / 1e6:.1f} MB in fp16).",
-            f"{self.trainer.done} steps of {settings.batch * settings.accumulate} images from {len(self.work.latents)} "
-            f"pictures{' that the model made itself' if self.work.own else ''}; guidance "
-            f"{f'{low:g}' if low == high else f'{low:g} to {high:g}'}, skip {settings.skip}, "
-            f"{str(self.work.dtype).split('.')[-1]}.",
-            f"Loss {sum(losses[:tenth]) / tenth:.4g} in the first tenth, {sum(losses[-tenth:]) / tenth:.4g} in the last; "
-            f"{seconds:.0f} seconds.",
-            *([phased_words(settings.phases)] if settings.phases > 1 else []),
-        ]
-        return [*lines, *validation_words(validation), *self.remarks, *settings.hints()]
+        account = Account(
+            settings=self.trainer.settings, done=self.trainer.done, losses=self.trainer.losses, validation=validation,
+            pictures=len(self.work.latents), own=self.work.own, dtype=str(self.work.dtype).split(".")[-1],
+            modules=sum(key.endswith(".alpha") for key in tensors),
+            parameters=sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(".alpha")),
+            still=unchanged(tensors), seconds=seconds, remarks=self.remarks,
+        )  # fmt: skip
+        return describe(account)
 
 
-def phased_words(phases: int) -> str:
-    preset = phased(phases)
-    return (
-        f"In {phases} phases: for {settings_in_words(preset)}. LCM-LoRA Loader and LoRA Mix read that from the file; "
-        f"elsewhere it is LCM Preset {preset.name}."
-    )
+def unchanged(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Modules of a LoRA, in kohya's keys, that add nothing."""
+    end = ".lora_up.weight"
+    return [key.removesuffix(end) for key, up in tensors.items() if key.endswith(end) and not up.count_nonzero()]
+
+
+def advice_for(model, settings: Settings, pictures: int, own: bool) -> list[str]:
+    """See report.advice."""
+    return advice(settings, pictures, own, type(model.model.model_config).__name__ if is_flow(model) else None)
 
 
 @contextmanager
@@ -169,7 +164,7 @@ def training(
         items = items_of(patcher, work.latents, work.conds, work.unconds, work.prompts)
         per_step = settings.batch * settings.accumulate * engine.num_processes
         batches = Batches(items, seed=settings.seed, per_step=per_step, device=device, dropout=settings.caption_dropout)
-        with tf32(work.tf32, device), casting_again(network, not work.recompute), adapters_on(
+        with tf32(work.tf32, device), casting_again(network, not work.recompute), compiling(network, work.compile), adapters_on(
             network, work.rank, work.alpha or None, seed=settings.seed, recompute=work.recompute, device=device
         ) as adapters:  # fmt: skip
             identity = {
@@ -192,12 +187,26 @@ def training(
             yield Training(work, patcher, batches, trainer, denoise, remarks)
 
 
+def check_lora(model, rank: int, start: Mapping[str, torch.Tensor] | None) -> None:
+    """Raises ValueError for a LoRA that this MODEL cannot have, or a beginning that it cannot take.
+
+    `training` would say the same, but only when all pictures are made or encoded.
+    """
+    network = model.model.diffusion_model
+    layers = {name: network.get_submodule(name) for name in targets(network)}
+    check_rank([*layers.values()], rank)
+    if start is not None:
+        lora = named(start)
+        factors, _ = factors_of(lora, model, [*layers], lora.name)
+        check_factors(factors, {name: flat_shape(layer) for name, layer in layers.items()}, rank, lora.name)
+
+
 def _begin(start: Mapping[str, torch.Tensor], patcher, adapters: LoraAdapters) -> tuple[str, list[str]]:
     """Begins with a LORA_MODEL; returns (what tells it from another, sentences on what of it is lost)."""
     lora = named(start)
     factors, lost = factors_of(lora, patcher, adapters.names, lora.name)
     adapters.start_from(factors, lora.name)
-    return fingerprint(factors), lost
+    return fingerprint(factors), lost_words(lost)
 
 
 def sigma_table(model) -> torch.Tensor:
@@ -218,7 +227,7 @@ def empty_latent(model, latents: Sequence[dict], width: int, height: int) -> tor
     """(1, ...) zeros of the size to train at: of an empty latent that is connected, or of width and height in pixels."""
     if not latents:  # as ComfyUI's Empty Latent Image has it
         latents = [{"samples": torch.zeros(1, 4, height // 8, width // 8), "downscale_ratio_spacial": 8}]
-    return fitted(model, latents[0] | {"samples": torch.zeros_like(latents[0]["samples"][:1])})["samples"]
+    return whole(model, latents[0] | {"samples": torch.zeros_like(latents[0]["samples"][:1])})
 
 
 def items_of(patcher, latents, conds: list, unconds: list, prompts: Sequence[tuple[int, int]]) -> list[Item]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import comfy.model_management
 import comfy.model_sampling
 import comfy.sample
 import comfy.utils
@@ -12,7 +13,7 @@ from ...distillation.kept import Kept, key_of
 from ...distillation.settings import Settings
 from ..page import show
 from ..progress import Progress
-from .data import fingerprint
+from .data import encoded, fingerprint
 from .identity import identity_of
 from .prompts import chunks, joined
 
@@ -63,6 +64,11 @@ def teachers_pictures(
         return [one.float().cpu() for one in latents.split(1)]
 
     if not all(key in kept for key in keys):
+        comfy.model_management.load_models_gpu(
+            [model]
+        )  # as the sampler would; some make conditionings with their weights
+        for entry, kind in zip(prompts[0], ("positive", "negative"), strict=True):
+            encoded(model, [entry], empty, kind)  # raises for what the sampler would call a TypeError
         _make(chunks(model, prompts, empty, settings.batch), keys, made, kept)
     found = kept.get(keys)
     return [found[key]["latent"] for key in keys]

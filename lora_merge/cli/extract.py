@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..extracting.checkpoints import Pairs, pairs
+from ..extracting.checkpoints import Pairs, is_told_guidance, pairs
 from ..extracting.extract import Weights, extract
 from ..extracting.report import describe
 from ..files.dtypes import DTYPES
@@ -29,7 +29,12 @@ def add_extract(add: argparse.ArgumentParser) -> None:
     """Sets `run`: parsed arguments -> (exit status, what to print)."""
     add.epilog = _EXAMPLES
     add.add_argument("tuned", type=Path, metavar="TUNED", help="a .safetensors checkpoint or diffusion model")
-    add.add_argument("base", type=Path, metavar="BASE", help="the model that it was made from, in the same format")
+    add.add_argument(
+        "base",
+        type=Path,
+        metavar="BASE",
+        help="the model that it was made from, in the same format; of a UNet diffusers' and ldm's names meet",
+    )
     add.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a .safetensors file to write")
     add.add_argument("--rank", type=int, default=64, help="the largest of any module; default: 64")
     add.add_argument(
@@ -68,6 +73,8 @@ def _run(options: argparse.Namespace) -> Answer:
     lines = [describe(found)]
     if files.only_one:
         lines.append(f"{len(files.only_one)} weights are in one file only and left out (first: {files.only_one[0]}).")
+    if told := [key for key in files.only_one if is_told_guidance(key)]:
+        lines.append(f"Among these is {told[0]}, by which a model is told its guidance and which no LoRA can hold.")
     lines.append(f"Written: {options.output} ({options.output.stat().st_size / 1e6:.1f} MB)")
     return 0, "\n".join(lines)
 

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 
+from ..disk.digests import sha256_of
 from ..disk.hashes import stated, weights_sha256
 from ..files.dtypes import DTYPES
 from ..files.formats import SAVE_FORMATS
@@ -20,10 +22,10 @@ from ..merging.account import Account
 from ..merging.merge import merge_with_account, resize_with_account
 from ..merging.report import describe, describe_merge, describe_provenance
 from ..merging.reproduce import reproduce
-from ..metadata.about import describe_metadata
+from ..metadata.report import describe_metadata
 from ..methods.table import METHODS, all_parameters, methods_with
 from ..one_module.protect import protecting
-from ..recognise.identity import identify, sha256_of
+from ..recognise.identity import identify
 from ..settings.strengths import for_inputs
 from .shared import PATTERNS, Answer, add_meta, meta, overwriting, paths_and_strengths, progress_bar
 
@@ -263,9 +265,11 @@ def _write(options: argparse.Namespace, lora: Lora, account: Account) -> str:
 @contextmanager
 def _hashes(paths: list[Any]) -> Iterator[Any]:
     """A function that gives the files' sha256, computed beside the work."""
+    over = Event()
     with ThreadPoolExecutor(1) as pool:
-        waiting = [pool.submit(sha256_of, path) for path in paths]
+        waiting = [pool.submit(sha256_of, path, over.is_set) for path in paths]
         try:
             yield lambda: [one.result() for one in waiting]
         finally:
+            over.set()
             pool.shutdown(cancel_futures=True)

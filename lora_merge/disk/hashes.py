@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .header import check_header
+from .whole import open_plain
 
 MODEL, LEGACY, MODELSPEC = "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"
 # As long as what takes their place, so that a header can be written before its hashes are known.
@@ -56,7 +57,7 @@ def weights_sha256(path: str | os.PathLike[str]) -> str:
     """
     value = hashlib.sha256()
     begin = check_header(Path(path)).begin
-    with open(path, "rb", buffering=0) as file:
+    with open_plain(path) as file:
         file.seek(begin)
         while block := file.read(_BLOCK):
             value.update(block)

@@ -16,6 +16,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -73,12 +74,58 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], guard: Guard = 
         _give_name(temporary, path, guard)
 
 
+@contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Within it no other process gets the name: False if another has it already.
+
+    For files that are written again and again. A process that is killed lets go of it. Where files cannot be locked, or none
+    can be made, it is True.
+    """
+    lock = path.with_name(f"{_beginning(path.name)}.lock")
+    try:
+        file = _latest(lock)
+    except OSError:
+        yield True
+        return
+    with file:
+        free = _locked(file) is not False
+        try:
+            yield free
+        finally:
+            if free:
+                with suppress(OSError):
+                    lock.unlink()
+
+
+def _latest(lock: Path) -> BinaryIO:
+    """The lock's file, open, and not one whose holder is just removing it."""
+    while True:
+        file = open(lock, "ab")
+        if _locked(file) is False:
+            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(lock), os.fstat(file.fileno())):
+                return file
+        file.close()
+
+
 def is_plain_file(path: str | os.PathLike[str]) -> bool:
     """Whether it is a file with contents of its own, at which nobody waits as at a pipe. False if it is not there."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):
         return False
+
+
+def open_plain(path: str | os.PathLike[str]) -> FileIO:
+    """The file, to be read, unbuffered. Raises ValueError for what is no plain file, and for what cannot be read."""
+    try:
+        # To open a pipe is to wait until somebody writes into it.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError(f"{path}: is no ordinary file; copy what it gives into one first.")
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..disk.header import check_header
 from ..disk.tensor_file import NAMES, tensor_file
 from ..naming import names
+from ..naming.unet import infer_layout
 from .extract import NAMELESS, Weights
 
 _MODEL = "model.diffusion_model."
@@ -48,6 +49,8 @@ _QUANTISED = re.compile(
 _QUANTISED_NOTE = "_quantization_metadata"
 # Two models of one family share nearly all keys; a few come and go with training extras.
 _FAMILY = 0.9
+# By what a model that was distilled with guidance is told how much, which its base has not: of LCMs, of Flux and its kin.
+_GUIDANCE = re.compile(r"(?:.*[._])?(?:cond_proj|guidance_in|guidance_embed(?:der)?)[._].+")
 
 
 def pairs(tuned: str | os.PathLike[str], base: str | os.PathLike[str]) -> Pairs:
@@ -85,11 +88,13 @@ class Pairs:
         # One may be the diffusion model alone and the other hold text encoders beside it.
         prefix = max(first.prefix, second.prefix, key=len)
         a, b = first.by_name(prefix), second.by_name(prefix)
-        self.only_one = sorted(a.keys() ^ b.keys())
+        if not any(key in b for key in a if not _is_encoders(key)):
+            a, b = _in_one_naming(a, prefix), _in_one_naming(b, prefix)
+        self.only_one = sorted(a.keys() ^ b.keys(), key=lambda key: (_is_encoders(key), key))
         both = first.encoders() and second.encoders()
         counted = [key for key in a.keys() | b.keys() if both or not _is_encoders(key)]
         common = [key for key in a if key in b]
-        if len(common) < _FAMILY * len(counted):
+        if self.only_one and (not common or len(common) < _FAMILY * sum(not is_told_guidance(key) for key in counted)):
             raise ValueError(
                 f"{tuned} and {base}: only {len(common)} of {len(counted)} weights have the same name (first other: "
                 f"{self.only_one[0]}). Give two models of one family, in the same format."
@@ -127,13 +132,31 @@ class Pairs:
                     yield (name, a, b) if whole else (name, a[start:end], b[start:end])
 
 
+def is_told_guidance(key: str) -> bool:
+    """Whether a weight is what tells a distilled model its guidance; the model that it was made from may lack it."""
+    return _GUIDANCE.fullmatch(key) is not None
+
+
+def _in_one_naming(keys: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """Modules of a Stable Diffusion UNet by the one name that they have here, whether diffusers or ldm named the keys."""
+    modules = {name: name.removeprefix(prefix).rpartition(".") for name in keys if not _is_encoders(name)}
+    spelled = {name: names.kohya_name(module) for name, (module, *_) in modules.items()}
+    layout = infer_layout(names.unet_bodies(spelled.values()))
+    found = {
+        name: f"{names.canonical(spelling, layout)}.{modules[name][2]}"
+        for name, spelling in spelled.items()
+        if spelling.startswith("lora_unet_")
+    }
+    return {found.get(name, name): key for name, key in keys.items()}
+
+
 def prefix_of(keys: Collection[str]) -> str:
     """What LoRA files put before the names of a file that holds a diffusion model alone; "" for any other file.
 
     ComfyUI knows `diffusion_model.` for every name of its own layout. Of diffusers' layouts it knows those whose names
     are others, by `transformer.`; blocks of the same name, with other layers around them, tell them apart.
     """
-    if any(key.startswith((_MODEL, "model.", "unet.", "diffusion_model.")) for key in keys):
+    if any(key.startswith((_MODEL, "model.", "unet.", "diffusion_model.", "lora_unet_")) for key in keys):
         return ""
     return "transformer." if _is_diffusers_transformer(keys) else "diffusion_model."
 

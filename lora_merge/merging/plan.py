@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..files.lora import Lora
 from ..files.twice import Pair
 from ..metadata.fields import ARCHITECTURE, changed, given
-from ..metadata.inherit import inherited
+from ..metadata.inherit import Note, inherited
 from ..naming.aliases import is_foreign
 from ..one_module.differences import dense_modules
 from ..one_module.protect import protected_input
@@ -32,7 +32,7 @@ class Plan:
     spellings: canonical name -> the name that the result gives a module.
     sharing: inputs of which anything is in the sum.
     metadata: that the result starts with.   names_architecture: whether the result says what it is for by itself.
-    remarks: what the inputs' metadata says that the user should know.
+    notes: what of the inputs' metadata is not kept as it was.
     fused: modules of two inputs of which one is a slice of the other's weight, where the method would look at both.
     model: what a model said of their names, as far as anything was changed by it.
     protects_nobody: whether someone was to be protected, and none of the inputs is such a LoRA.
@@ -48,7 +48,7 @@ class Plan:
     sharing: Sequence[Lora]
     metadata: Mapping[str, str]
     names_architecture: bool
-    remarks: Sequence[str]
+    notes: Sequence[Note]
     fused: Sequence[Pair]
     protects_nobody: bool
     model: ModelNames | None
@@ -68,8 +68,8 @@ def plan(
     base, averaged = [strength for _, strength in inputs], options.the_method.averages
     strengths = strengths_of(loras, base, block_strengths, averaged=averaged)
     sharing = [lora for index, lora in enumerate(loras) if _has_part(lora, index, strengths)]
-    kept, remarks = inherited(sharing)
-    notes = changed(kept, wanted)
+    inherits, notes = inherited(sharing)
+    kept = changed(inherits, wanted)
     meets = options.the_method.combine is not None or bool(options.mu)
     options, protects_nobody = _protecting(options, loras, strengths)
     passthrough = passthrough_of(loras, strengths)
@@ -87,9 +87,9 @@ def plan(
         passthrough=passthrough,
         spellings=_spellings(loras),
         sharing=sharing,
-        metadata=notes,
-        names_architecture=ARCHITECTURE not in notes and ARCHITECTURE not in wanted,
-        remarks=remarks,
+        metadata=kept,
+        names_architecture=ARCHITECTURE not in kept and ARCHITECTURE not in wanted,
+        notes=notes,
         fused=fused_with_slices(loras) if meets else [],
         protects_nobody=protects_nobody,
         model=told,

@@ -11,8 +11,7 @@ import torch
 from ..files.keys import unread_text
 from ..files.lora import Lora, too_small
 from ..files.twice import Pair, pairs_text
-from ..metadata.about import shown
-from ..metadata.adapter_config import peft_remarks
+from ..metadata.report import in_words, peft_remarks, shown
 from ..methods.table import METHODS, Parameter
 from ..one_module.tally import Tally
 from ..settings.options import MergeOptions
@@ -216,7 +215,7 @@ def warnings_of(account: Account, plan: Plan, tally: Tally) -> tuple[str, ...]:
     """What a user should know of a merge besides its numbers: of the inputs first, then of what became of them."""
     options = account.options
     return (
-        *plan.remarks,
+        *map(in_words, plan.notes),
         *notes_on(plan.loras),
         *fused_notes(plan.fused, plan.loras),
         *([_NOBODY] if plan.protects_nobody else []),

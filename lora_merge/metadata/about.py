@@ -25,44 +25,17 @@ WORDS = (
     "ss_activation_text",
     "instance_prompt",
 )
-_FIELDS = (
-    ("title", ("modelspec.title", "ssmd_display_name", "ss_output_name")),
-    ("author", ("modelspec.author", "ssmd_author", "author")),
-    ("licence", ("modelspec.license", "license")),
-    ("base model", ("ss_base_model_version", "modelspec.architecture")),
-    ("trained on", ("ss_sd_model_name",)),
-    ("resolution", ("modelspec.resolution", "ss_resolution")),
-    ("date", ("modelspec.date",)),
-    ("usage hint", ("modelspec.usage_hint",)),
-    ("description", ("modelspec.description", "ssmd_description")),
-)
-_SHOWN, _TAGS, _LONG = 200, 10, 100_000
+_TAGS, _LONG = 10, 100_000
 
 
-def describe_metadata(metadata: Mapping[str, str]) -> list[str]:
-    """Lines for a report on one LoRA, and a sentence for each thing that cannot be read."""
-    lines = []
-    for name, keys in _FIELDS:
-        value = next((metadata[key] for key in keys if metadata.get(key, "").strip()), None)
-        if value is not None:
-            lines.append(f"  {name}: {shown(value)}")
-    if words := trigger_words(metadata):
-        lines.append(f"  trigger words: {shown(', '.join(words))}")
-    if frequent := most_frequent_tags(metadata):
-        lines.append(f"  most frequent tags: {shown(', '.join(frequent))}")
-    return [*lines, *(f"  {remark}" for remark in remarks(metadata))]
-
-
-def remarks(metadata: Mapping[str, str]) -> list[str]:
-    """A sentence for each thing in the metadata that would be used and cannot be read. The weights do not depend on it."""
-    result = []
+def unreadable(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Field -> why, of each that would be used and cannot be read. The weights do not depend on it."""
+    result = {}
     for key, read in _READ.items():
         try:
             read(metadata)
         except ValueError as error:
-            result.append(
-                f"Its metadata {key} is left aside, because it cannot be read: {shown(str(error)).rstrip('.')}."
-            )
+            result[key] = str(error)
     return result
 
 
@@ -106,13 +79,6 @@ def words_in(value: str) -> tuple[list[str], bool]:
         if isinstance(found, list) and all(isinstance(word, str) for word in found):
             return [word.strip() for word in found if word.strip()], True
     return [word.strip() for word in value.split(",") if word.strip()], False
-
-
-def shown(text: str, most: int = _SHOWN) -> str:
-    """In one line, printable, and no longer than that: the text is anybody's."""
-    line = " ".join(text[: 10 * most].split())
-    line = "".join(letter if letter.isprintable() else "?" for letter in line)
-    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 # A scale that is needed and cannot be read stops the loading of a file; here are those of files that say it in alphas too.

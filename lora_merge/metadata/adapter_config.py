@@ -1,9 +1,8 @@
-"""What a user should know about a file of PEFT's: where ComfyUI's reading of it is not PEFT's, and what was done about it."""
+"""What the metadata of a LoRA keeps of a file of PEFT's and of its configuration, for scales and for reports."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -12,9 +11,6 @@ from .adapter_scales import METADATA_KEY
 
 # In the metadata of a Lora: "used", or why it was not.
 CONFIG_KEY = "lcm_kit.adapter_config"
-_CONFIG = "adapter_config.json"
-# Ways of PEFT to begin a training that take something out of the base model first.
-_CHANGES_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga|milora", re.I)
 _FIELDS = ("init_lora_weights", "use_dora")
 
 
@@ -57,27 +53,3 @@ def misfit(config: Mapping[str, Any], ranks: Mapping[str, int]) -> str | None:
             if not any(module == end or module.endswith(f".{end}") for end in ends):
                 return f"it does not name {module}"
     return None
-
-
-def peft_remarks(metadata: Mapping[str, str]) -> list[str]:
-    """Sentences for the report about a LoRA with this metadata."""
-    found = []
-    config = metadata.get(CONFIG_KEY)
-    if config == "used":
-        found.append(f"its scale is that of {_CONFIG} beside it")
-    elif config:
-        found.append(
-            f"{_CONFIG} beside it was not used: {config}. If it is its own, name the file adapter_model.safetensors"
-        )
-    start = metadata.get("init_lora_weights", "")
-    if _CHANGES_BASE.fullmatch(start):
-        found.append(
-            f"it was trained with init_lora_weights {start[:40]!r}, which changes the base model too: on the original base "
-            "it is wrong. Use the changed base, or convert it with PEFT (path_initial_model_for_weight_conversion)"
-        )
-    if metadata.get("use_dora", "").lower() == "true":
-        found.append(
-            "its DoRA was trained by PEFT, which divides by the norm of the tuned weight; ComfyUI divides by that of the "
-            "base weight, so its effect is not quite the trained one"
-        )
-    return found

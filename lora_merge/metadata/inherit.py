@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from . import tags
-from .about import WORDS, remarks, shown, words_in
+from .about import WORDS, unreadable, words_in
 from .fields import PRESET_KEY, is_hash, is_scale
 
 # Facts about the base model and how to sample: true of the sum if all who state them agree.
@@ -63,12 +63,46 @@ class Described(Protocol):
     def metadata(self) -> Mapping[str, str]: ...
 
 
+class Unreadable(NamedTuple):
+    """A field that would be used and cannot be read, and why."""
+
+    source: str
+    key: str
+    reason: str
+
+
+class TooLong(NamedTuple):
+    """A field that is left out."""
+
+    source: str
+    key: str
+    characters: int
+
+
+class Licences(NamedTuple):
+    """Different ones, all of which are named. stated: (licence, source) of each input that has one."""
+
+    stated: tuple[tuple[str, str], ...]
+
+
+class Cut(NamedTuple):
+    """kept: of so many tags, the most frequent."""
+
+    tags: int
+    kept: int
+
+
+Note: TypeAlias = Unreadable | TooLong | Licences | Cut
+"""What a user should know of what is kept; report.py says it in words."""
+
 Stated = Sequence[tuple[Described, str]]
 
 
-def inherited(loras: Sequence[Described]) -> tuple[dict[str, str], list[str]]:
+def inherited(loras: Sequence[Described]) -> tuple[dict[str, str], list[Note]]:
     """(metadata, what the user should know of it) for the sum of LoRAs that all have a part in it."""
-    notes = [f"{lora.source}: {remark[0].lower()}{remark[1:]}" for lora in loras for remark in remarks(lora.metadata)]
+    notes: list[Note] = [
+        Unreadable(lora.source, key, reason) for lora in loras for key, reason in unreadable(lora.metadata).items()
+    ]
     if len(loras) == 1:
         return _all_of(loras[0]), notes
     result: dict[str, str] = {}
@@ -108,11 +142,11 @@ def _all_of(lora: Described) -> dict[str, str]:
     }
 
 
-def _stated(loras: Sequence[Described], key: str, notes: list[str]) -> Stated:
+def _stated(loras: Sequence[Described], key: str, notes: list[Note]) -> Stated:
     found = [(lora, lora.metadata[key].strip()) for lora in loras if lora.metadata.get(key, "").strip()]
     for lora, value in found:
         if len(value) > _LONG:
-            notes.append(f"{lora.source}: its metadata {key} is left out, because it has {len(value)} characters")
+            notes.append(TooLong(lora.source, key, len(value)))
     return [(lora, value) for lora, value in found if len(value) <= _LONG]
 
 
@@ -142,27 +176,24 @@ def _by_name(stated: Stated, between: str = "\n", form: str = "{name}: {value}")
     return between.join(form.format(name=lora.source, value=value) for lora, value in stated)
 
 
-def _differing_licences(loras: Sequence[Described]) -> list[str]:
+def _differing_licences(loras: Sequence[Described]) -> list[Note]:
     for key in _LICENCES:
         stated = _stated(loras, key, [])
         if stated and _one_for_all(stated) is None:
-            each = "; ".join(f"{shown(value, 60)} ({lora.source})" for lora, value in stated)
-            return [f"the inputs have different licences, {each}, and the metadata names all"]
+            return [Licences(tuple((value, lora.source) for lora, value in stated))]
     return []
 
 
-def _add_tags(loras: Sequence[Described], result: dict[str, str], notes: list[str]) -> None:
+def _add_tags(loras: Sequence[Described], result: dict[str, str], notes: list[Note]) -> None:
     each = []
     for lora in loras:
         try:
             each.append(tags.read(lora.metadata))
         except ValueError:
-            continue  # remarks has said so
+            continue  # unreadable has said so
     total = tags.total(each)
     if not total:
         return
     result[tags.KEY], kept = tags.to_text(total)
     if kept < (all_tags := sum(map(len, total.values()))):
-        notes.append(
-            f"of {all_tags} tags in {tags.KEY} the {kept} most frequent are kept, since the others are too many"
-        )
+        notes.append(Cut(all_tags, kept))

@@ -64,7 +64,8 @@ class LohaLayer(Layer):
     @property
     def rank(self) -> int:
         rows, *columns = _shape(self.w1_a, self.w1_b, self.t1)
-        return min(self.dim * int(self.w2_b.shape[0]), rows, prod(columns))
+        first, second = (self.w1_b, self.w2_b) if self.t1 is None else (self.w1_a, self.w2_a)
+        return min(int(first.shape[0] * second.shape[0]), rows, prod(columns))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -92,7 +92,8 @@ def test_every_setting_has_its_flag(name, value):
 SETUPS = {
     "rank": 9, "alpha": 0.5, "samples": 9, "width": 72, "height": 72, "dtype": "bf16", "save_every": 9, "flip": 0.5, "repeats": 9,
 }  # fmt: skip
-SWITCHED = {"gradient_checkpointing": False, "buckets": True, "random_crop": True, "size_labels": False, "tf32": True}
+SWITCHED = {"gradient_checkpointing": False, "buckets": True, "random_crop": True, "size_labels": False, "tf32": True,
+            "compile": True}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value"), (SETUPS | SWITCHED).items())

@@ -15,8 +15,10 @@ from lcm_kit.distillation.log import COLUMNS, Table, read_table
 from lcm_kit.distillation.objective import Batch, distillation_loss
 from lcm_kit.distillation.trainer import Trainer, adapters_on
 from lcm_kit.distillation.validation import DRAWS, fixed_draws, validation_loss
-from lcm_kit.host.training.course import Course, clock, validation_words
+from lcm_kit.host.training.course import Course
+from lcm_kit.host.training.report import clock, validation_words
 from lcm_kit.launch.loggers import TensorBoard, WeightsAndBiases, check_writers
+from lcm_kit.lora_merge.disk.whole import held
 from lcm_kit.tests.distillation.test_trainer import assert_same_lora, hopeless_after, trained
 from lcm_kit.tests.distillation.toy import SETTINGS, SPREAD, TABLE, Gains, data, denoiser
 
@@ -29,6 +31,22 @@ LONG = dataclasses.replace(
 def picture(number):
     noise = torch.randn(1, 3, generator=torch.Generator().manual_seed(number))
     return Batch(SPREAD * noise, None, None)
+
+
+def test_two_runs_under_one_name_do_not_write_over_each_other(tmp_path):
+    kept = tmp_path / "run" / "run.safetensors"
+    kept.parent.mkdir()
+    network = Gains()
+    with adapters_on(network, 2, seed=SETTINGS.seed) as adapters:
+        trainer = Trainer(denoiser(network), adapters, data, TABLE, SETTINGS)
+        course = Course(trainer, None, picture, every=1000)
+        with (
+            held(kept),
+            pytest.raises(ValueError, match=r"run\.safetensors in run is being trained by another process just now"),
+        ):
+            course.run(kept)
+        assert trainer.done == 0
+    assert not [*kept.parent.iterdir()]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from PIL import Image
 
 from lcm_kit.distillation.kept import Kept, key_of
 from lcm_kit.launch.data import find_pictures
-from lcm_kit.launch.latents import AT_ONCE, View, broken_pictures, keys_of, latents_of, told
+from lcm_kit.launch.latents import AT_ONCE, View, broken_pictures, keys_of, latents_of
+from lcm_kit.launch.report import broken_words
 from lcm_kit.launch.texts import entries_of, zeros
 from lcm_kit.lora_merge.disk import whole
 
@@ -147,7 +148,7 @@ def test_every_broken_picture_is_named_before_the_first_is_encoded(folder):
     keys = keys_of(views, "vae")
     broken = broken_pictures(views, keys, Kept())
     assert [picture.name for picture in broken] == ["03.png", "19.png"]
-    assert told(broken, 20).startswith("2 of 20 pictures cannot be read: 03.png (")
+    assert broken_words(broken, 20).startswith("2 of 20 pictures cannot be read: 03.png (")
     # What is kept needs no check.
     kept = Kept()
     kept.add({key: {"latent": torch.zeros(1)} for key in keys})

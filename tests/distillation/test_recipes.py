@@ -4,8 +4,9 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from lcm_kit.distillation.recipes import NONE, RECIPES, followed
+from lcm_kit.distillation.recipes import NONE, RECIPES, followed, set_otherwise
 from lcm_kit.distillation.settings import Settings, Setup
+from lcm_kit.host.training.report import rate_words, recipe_words
 from lcm_kit.launch.options import parsed
 from lcm_kit.launch.run import _settings, _setup
 
@@ -25,12 +26,13 @@ def test_its_settings_are_there_fit_each_other_and_differ_from_what_they_replace
     assert settings.keys() | setup.keys() == wanted.keys()
     assert Settings(**settings).grid(1000)
     assert Setup(**setup)
-    assert Settings(**settings).hints() == []
+    assert rate_words(Settings(**settings)) == []
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_sets_what_was_left_and_nothing_else(name):
-    settings, said = followed(name, DEFAULTS, DEFAULTS)
+    settings, own = followed(name, DEFAULTS, DEFAULTS)
+    said = recipe_words(name, own)
     assert settings == DEFAULTS | RECIPES[name].settings
     assert all(f"{key} {value}" in said for key, value in RECIPES[name].settings.items())
     assert bool(said) == (name != NONE)
@@ -42,9 +44,9 @@ def test_what_somebody_sets_stays_and_is_told(name):
         own = "x0" if isinstance(value, str) else value + 8
         if own == DEFAULTS[key]:
             continue
-        settings, said = followed(name, DEFAULTS | {key: own}, DEFAULTS)
+        settings, kept = followed(name, DEFAULTS | {key: own}, DEFAULTS)
         assert settings == DEFAULTS | RECIPES[name].settings | {key: own}
-        assert f"Set by you: {key} {own}." in said
+        assert f"Set by you: {key} {own}." in recipe_words(name, kept)
 
 
 def test_an_unknown_one_is_refused_with_those_there_are():
@@ -57,6 +59,15 @@ def test_the_command_takes_the_same(name):
     options = parsed([*LEAST, "--recipe", name])
     assert _settings(options) == replace(Settings(), **of(Settings, RECIPES[name].settings))
     assert _setup(options) == replace(Setup(), **of(Setup, RECIPES[name].settings))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_command_tells_it_in_the_nodes_words(name):
+    flags = {"rank": 7, "learning_rate": 0.5, "skip": 25}
+    options = vars(
+        parsed([*LEAST, "--recipe", name, *(f"--{key.replace('_', '-')}={value}" for key, value in flags.items())])
+    )
+    assert set_otherwise(name, options) == followed(name, DEFAULTS | flags, DEFAULTS)[1]
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -105,6 +105,30 @@ def test_a_transformer_is_adapted_whole_though_its_attention_has_a_unet_s_names(
     assert targets(network) == [f"{inside}.attn.to_q", f"{inside}.attn.add_q_proj", f"{inside}.mlp"]
 
 
+def test_a_transformer_with_an_encoder_of_its_own_is_adapted_whole():
+    """Wan's camera adapter has residual blocks of conv1 and conv2, as a UNet has, beside the transformer."""
+    block = nn.ModuleDict({"self_attn": nn.ModuleDict({"q": nn.Linear(2, 2)}), "ffn": LINEAR})
+    residual = nn.ModuleDict({"conv1": nn.Conv2d(2, 2, 3), "conv2": nn.Conv2d(2, 2, 3)})
+    network = nn.ModuleDict(
+        {
+            "blocks": nn.ModuleList([block]),
+            "control_adapter": nn.ModuleDict({"residual_blocks": nn.Sequential(residual)}),
+        }
+    )
+    assert targets(network) == ["blocks.0.self_attn.q", "blocks.0.ffn"]
+
+
+def test_a_resblock_of_either_naming_makes_it_a_unet():
+    """Only the fourteen types are taken then, not what else stands in its lists."""
+    ldm = {"in_layers": nn.ModuleList([nn.GroupNorm(1, 2), nn.SiLU(), nn.Conv2d(2, 2, 3)])}
+    diffusers = {"conv1": nn.Conv2d(2, 2, 3), "time_emb_proj": nn.Linear(2, 2)}
+    for names in (ldm, diffusers):
+        network = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict(names | {"other": nn.Linear(2, 2)})])})
+        assert {name.rpartition("blocks.0.")[2] for name in targets(network)} == set(dict(nn.ModuleDict(names).named_modules())) & {
+            "in_layers.2", "conv1", "time_emb_proj",
+        }  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", [Gate, lambda: nn.Conv2d(4, 4, 1, groups=2), lambda: nn.Conv1d(4, 4, 1)])
 def test_a_network_of_which_much_cannot_be_trained_is_refused_with_the_count(kind):
     few = blocks_of(*[nn.Linear(4, 4) for _ in range(20)], kind())

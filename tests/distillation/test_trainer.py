@@ -3,11 +3,14 @@
 import dataclasses
 import errno
 import importlib.util
+import itertools
 import math
 import os
+import re
 import stat
 from contextlib import nullcontext
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -20,8 +23,9 @@ from lcm_kit.distillation.draws import draw
 from lcm_kit.distillation.health import Diverged, Health
 from lcm_kit.distillation.objective import distillation_loss
 from lcm_kit.distillation.optimizers import optimizer_of
-from lcm_kit.distillation.settings import Settings, skipping_grid
+from lcm_kit.distillation.settings import Fall, Settings, Setup, skipping_grid
 from lcm_kit.distillation.trainer import Trainer, adapters_on
+from lcm_kit.host.training.report import rate_words
 from lcm_kit.lora_merge.disk import whole
 from lcm_kit.samplers.schedule import lcm_timesteps
 from lcm_kit.tests.distillation.toy import (
@@ -480,8 +484,8 @@ def test_a_loss_that_is_no_number_ends_the_run():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"steps": 0}, "steps is 0; it has to be a finite number, at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"steps": 0}, "steps is 0; it has to be a whole number, at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it has to be a finite number, above 0. The default is 0.0001"),
         ({"guidance_min": 3.0, "guidance_max": 2.0}, "guidance_min is 3.0 and guidance_max is 2.0"),
         (
             {"guidance_min": math.nan, "guidance_max": 2.0},
@@ -491,7 +495,7 @@ def test_a_loss_that_is_no_number_ends_the_run():
         ({"guidance_min": -3.0, "guidance_max": 2.0}, "guidance_min is -3"),
         ({"learning_rate": math.inf}, "learning_rate is inf.*default is 0.0001"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
-        ({"warmup": -5}, "warmup is -5; it has to be a finite number, at least 0"),
+        ({"warmup": -5}, "warmup is -5; it has to be a whole number, at least 0"),
         ({"huber_c": math.nan}, "huber_c is nan"),
         ({"huber_c": -0.1}, "huber_c is -0.1"),
         ({"weight_decay": math.nan}, "weight_decay is nan"),
@@ -510,6 +514,29 @@ def test_a_loss_that_is_no_number_ends_the_run():
 def test_settings_that_make_no_sense_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SHORT, **wrong)
+
+
+ODD = ["3", None, True, 1.5, math.nan, math.inf, -math.inf, -1e9, [], (1.0,), (1.0, 2.0, 3.0), {}, object(), 2 + 1j]
+
+
+@pytest.mark.parametrize("owner", [Settings, Setup])
+def test_a_value_of_any_kind_is_right_or_refused_by_name(owner):
+    """Through the class, which no command line and no node stands before."""
+    for one in dataclasses.fields(owner):
+        for value in ODD:
+            said = ""
+            try:
+                owner(**{one.name: value})
+            except ValueError as error:
+                said = str(error)
+            if said:
+                assert one.name in said, (one.name, value, said)
+                assert re.search("has to be|have to be|the lower end. Exchange them", said), said
+                continue
+            kinds = (int,) if one.type is int else (bool,) if one.type is bool else (int, float)
+            is_none = value is None and one.name == "huber_c"
+            assert is_none or type(value) in kinds, (one.name, value)
+            assert is_none or math.isfinite(value) or one.name == "clip", (one.name, value)
 
 
 @pytest.mark.parametrize(("skip", "points"), [(20, 50), (1, 1000), (10, 100), (30, 33), (333, 3), (1000, 1)])
@@ -633,15 +660,33 @@ def test_a_kept_state_that_leads_astray_at_once_is_told_to_be_past_help(tmp_path
 
 
 def test_a_learning_rate_that_is_never_reached_is_told():
-    assert Settings(steps=100, warmup=20).hints() == []
-    assert Settings(steps=20, warmup=20).hints() == []
-    assert Settings(steps=100, warmup=20, decay=0.5).hints() == []
-    (said,) = Settings(steps=100, warmup=500).hints()
-    assert said == "learning_rate 0.0001 was never reached, only 2e-05: warmup is 500 of 100 steps."
-    assert Settings(steps=100, decay=1.0).hints() == []
+    assert rate_words(Settings(steps=100, warmup=20)) == []
+    assert rate_words(Settings(steps=20, warmup=20)) == []
+    assert rate_words(Settings(steps=100, warmup=20, decay=0.5)) == []
+    (said,) = rate_words(Settings(steps=100, warmup=500))
+    assert said == (
+        "learning_rate 0.0001 is never reached, only 2e-05: warmup is 500 of 100 steps. Set warmup to 10 or less, or train longer."
+    )
+    assert rate_words(Settings(steps=100, decay=1.0)) == []
     # It has risen to more than half where it begins to fall, and then falls for longer than it would have risen.
-    assert Settings(steps=100, warmup=90, decay=0.5).hints() == []
-    assert "and decay 1." in Settings(steps=100, warmup=80, decay=1.0).hints()[0]
+    assert rate_words(Settings(steps=100, warmup=90, decay=0.5)) == []
+    assert rate_words(Settings(steps=100, warmup=80, decay=1.0)) == []
+    assert "and decay 1." in rate_words(Settings(steps=100, warmup=300, decay=1.0))[0]
+
+
+@pytest.mark.parametrize("shape", get_args(Fall))
+@pytest.mark.parametrize("steps", [1, 7, 100])
+def test_the_rate_that_is_told_is_the_highest_of_all_steps_and_the_advice_holds(steps, shape):
+    for warmup, decay in itertools.product([0, 1, 3, 50, 99, 500], [0.0, 0.1, 0.5, 1.0]):
+        settings = Settings(steps=steps, warmup=warmup, decay=decay, decay_shape=shape)
+        rates = [settings.rate_at(step) for step in range(steps)]
+        assert settings.highest_rate == max(rates), settings
+        hints = rate_words(settings)
+        assert bool(hints) == (max(rates) < settings.learning_rate / 2), settings
+        if hints:
+            assert f"only {max(rates):.2g}:" in hints[0]
+            (advised,) = re.findall(r"Set warmup to (\d+)", hints[0])
+            assert rate_words(dataclasses.replace(settings, warmup=int(advised))) == [], settings
 
 
 def test_solver_steps_that_end_between_trained_timesteps_are_refused():

@@ -1,8 +1,11 @@
 """Axes of a grid: texts to values, and the order of the cells."""
 
+import tracemalloc
+
 import pytest
 
-from lcm_kit.host.grid.axes import Axis, cells, check_axes, parse_axis
+from lcm_kit.host.door.rules import LONGEST_TEXT as LONGEST
+from lcm_kit.host.grid.axes import Axis, cells, check_axes, parse_axis, with_word
 
 
 @pytest.mark.parametrize(
@@ -76,3 +79,32 @@ def test_a_strength_is_patched_once_and_few_steps_come_first(down):
     assert len({(row, column) for row, column, _ in made}) == 9
     assert [own["strength of lora"] for *_, own in made] == [0.8] * 3 + [0] * 3 + [0.4] * 3
     assert [own["steps"] for *_, own in made] == [1, 4, 8] * 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first", "word", "result"),
+    [
+        ("a cat, a cat", "cat", "red owl", "a red owl, a red owl"),
+        ("a cat", "cat", "cat", "a cat"),
+        ("a" * LONGEST, "b", "c" * LONGEST, "a" * LONGEST),
+        ("ab", "a", "c" * (LONGEST - 1), "c" * (LONGEST - 1) + "b"),
+    ],
+)
+def test_a_word_of_a_prompt_is_replaced_wherever_it_stands(prompt, first, word, result):
+    assert with_word(prompt, first, word) == result
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first", "word"),
+    [
+        ("a" * 1_000_000, "a", "b" * 1_000_000),  # 10**12 letters
+        ("ab", "a", "c" * LONGEST),
+        ("a" * (LONGEST + 1), "b", "c"),
+    ],
+)
+def test_a_prompt_beyond_all_measure_is_refused_before_it_is_made(prompt, first, word):
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"prompt words: with .{3,60} the prompt has [\d,]+ characters, .* at most"):
+        with_word(prompt, first, word)
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()

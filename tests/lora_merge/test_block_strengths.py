@@ -356,3 +356,13 @@ def test_a_line_with_a_number_is_for_that_input_alone(spelled):
     assert for_inputs("3:up=1", ["1", "3"]) == ["", "up=1"]
     with pytest.raises(ValueError, match="is for LoRA 2; there are 1, 3"):
         for_inputs("2:up=1", ["1", "3"])
+
+
+def test_of_many_near_names_five_are_told():
+    """Twelve blocks of which each is one letter off."""
+    one = lora(*(f"lora_unet_double_blocks_{number}_img_attn_proj" for number in range(12)))
+    with pytest.raises(ValueError, match="is no place in ") as error:
+        merge([(one, 1.0)], block_strengths="double_blocks.77=0")
+    near = str(error.value).split("Near: ")[1].split(". There are")[0].split(", ")
+    assert len(near) == 5
+    assert set(near) <= {"double_blocks", *(f"double_blocks.{number}" for number in range(12))}

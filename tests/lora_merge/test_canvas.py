@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from lcm_kit.lora_merge.comparing.canvas import Axes, Canvas, _dashes, _round
+from lcm_kit.lora_merge.comparing.canvas import GREY, INK, PALE, Axes, Canvas, _dashes, _round
 
 BLACK = (0, 0, 0)
 
@@ -190,3 +190,70 @@ def test_a_mark_is_an_upright_dashed_line_with_its_name_on_the_side_that_has_roo
     # With room between the two.
     gap = image.crop((column + 2, 46, column + 5, 60) if right else (column - 4, 46, column - 1, 60))
     assert gap.getextrema()[0] > 200
+
+
+class Noted(Canvas):
+    """A sheet that notes what is drawn on it, beside drawing it."""
+
+    def __init__(self, width, height):
+        super().__init__(width, height)
+        self.lines, self.texts = [], []
+
+    def line(self, points, colour, width=1.0, dashed=False):
+        self.lines.append((list(points), colour, width, dashed))
+        super().line(points, colour, width, dashed)
+
+    def text(self, place, text, size=13, colour=INK, **options):
+        self.texts.append((text, place, size, colour, options))
+        super().text(place, text, size, colour, **options)
+
+
+def test_a_frame_is_drawn_line_by_line():
+    """Box from (10, 20) to (310, 220): 52 on the left for the ticks, 44 above for two titles, 40 below, 8 on the right."""
+    canvas = Noted(330, 240)
+    one = Axes(canvas, (10, 20, 310, 220), (1.0, 3.0), (0.0, 2.0), title="T", across="A", up="U", tell="{:.1f}".format)
+    assert one.box == (62, 64, 302, 180)
+    assert canvas.texts[:3] == [
+        ("T", (10, 20), 15, INK, {}),
+        ("U", (10, 42), 12, GREY, {}),
+        ("A", (182, 217), 12, GREY, {"anchor": "md"}),
+    ]
+    ticks, steps = [0, 0.5, 1, 1.5, 2], [1, 1.5, 2, 2.5, 3]
+    assert canvas.texts[3:8] == [
+        (f"{tick:.1f}", (56, pytest.approx(180 - 58 * tick)), 12, GREY, {"anchor": "rm"}) for tick in ticks
+    ]
+    assert canvas.texts[8:] == [
+        (f"{step:g}", (pytest.approx(62 + 120 * (step - 1)), 187), 12, GREY, {"anchor": "ma"}) for step in steps
+    ]
+    across = [([(62, 180 - 58 * tick), (302, 180 - 58 * tick)], PALE, 1.0, False) for tick in ticks]
+    upright = [([(62 + 120 * (step - 1), 180), (62 + 120 * (step - 1), 184)], GREY, 1.0, False) for step in steps]
+    frame = [([(62, 64), (62, 180), (302, 180)], GREY, 1.0, False)]
+    for found, wanted in zip(canvas.lines, across + upright + frame, strict=True):
+        assert [number for place in found[0] for number in place] == pytest.approx(
+            [number for place in wanted[0] for number in place]
+        )
+        assert found[1:] == wanted[1:]
+
+
+def test_a_curve_and_a_mark_are_drawn_where_their_numbers_are():
+    canvas = Noted(330, 240)
+    one = Axes(canvas, (10, 20, 310, 220), (0.0, 10.0), (1.0, 100.0), title="", across="", up="", log=True)
+    canvas.lines.clear()
+    canvas.texts.clear()
+    one.curve([(0, 0.99), (0, 1), (5, 10), (10, 100)], BLACK)
+    one.curve([(5, 10)], GREY, 3.0, dashed=True)
+    assert canvas.lines == [([(62, 180), (182, 122), (302, 64)], BLACK, 2.0, False), ([(182, 122)], GREY, 3.0, True)]
+    canvas.lines.clear()
+    for x, anchor, gap in ((6.2, "la", 5), (6.25, "la", 5), (6.3, "ra", -5)):
+        one.mark(x, "M", BLACK)
+        along = 62 + 24 * x
+        assert canvas.lines.pop() == ([(pytest.approx(along), 64), (pytest.approx(along), 180)], BLACK, 1.2, True)
+        text, (left, top), *rest = canvas.texts.pop()
+        assert (text, top, rest) == ("M", 65, [12, BLACK, {"anchor": anchor, "behind": (255, 255, 255)}])
+        assert left == pytest.approx(along + gap)
+    one.mark(1.0, "grey")
+    assert canvas.texts.pop()[3] == GREY
+    flat = Axes(canvas, (10, 20, 310, 220), (0.0, 10.0), (-1.0, 1.0), title="", across="", up="")
+    canvas.lines.clear()
+    flat.curve([(0, -2), (5, -1), (10, 0)], BLACK)  # nothing is below what is no decade
+    assert canvas.lines == [([(62, 180), (182, 180), (302, 122)], BLACK, 2.0, False)]

@@ -101,6 +101,22 @@ def test_the_norm_of_the_sum_follows_the_identity_at_any_strength():
     assert found.norm_at(0, 0.8) == pytest.approx(math.sqrt(found.whole.energy), rel=1e-6)
 
 
+def test_products_are_summed_in_float64():
+    """Many modules of which one is 10^5 times as large: float32 would lose the others."""
+    modules = {f"lora_unet_layers_{number}_x": (6, 5, ()) for number in range(40)}
+    one = lora(rank=2, modules=modules)
+    layers = {
+        name: LoraLayer(layer.up, layer.down, 2.0 if number else 2e5)
+        for number, (name, layer) in enumerate(one.modules.items())
+    }
+    found = compare([(Lora(layers, source="a"), 1.0), (Lora(layers, source="b"), -0.5)])
+    assert found.products[0][0] == pytest.approx(found.whole.energies[0], rel=1e-14)
+    assert found.products[0][1] == pytest.approx(found.whole.pairs[0].dot * -1, rel=1e-14)
+    largest = max(module.parts[0].energy for module in found.modules)
+    rest = sum(sorted(module.parts[0].energy for module in found.modules)[:-1])
+    assert found.products[0][0] - largest == pytest.approx(rest, rel=1e-4)
+
+
 def test_what_is_inside_is_what_full_protection_takes():
     style, lcm = lora(seed=1), lora(rank=8, seed=2)
     pair = the_pair(compare([(style, 1.0), (lcm, 1.0)]))

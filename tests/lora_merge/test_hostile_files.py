@@ -1,18 +1,24 @@
 """Files from anybody: each is refused in words, in bounded time and memory, and nothing in it is run."""
 
+import hashlib
 import json
+import os
 import pickle
 import struct
 import sys
+import threading
 import time
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from lcm_kit.lora_merge import Lora, load
+from lcm_kit.lora_merge.__main__ import main
 from lcm_kit.lora_merge.disk import header
+from lcm_kit.lora_merge.disk.digests import sha256_of
 from lcm_kit.lora_merge.disk.header import MAX_HEADER
 from lcm_kit.lora_merge.disk.json_text import MAX_CHARACTERS
 from lcm_kit.tests.lora_merge.make import factors, kohya
@@ -250,3 +256,67 @@ def test_a_long_header_of_metadata_is_fine(tmp_path, letters):
     """More than JSON within it may have: a header has several texts."""
     save_file(kohya(MODULE, *factors(6, 2, 5)), tmp_path / "x.safetensors", {"ss_tag_frequency": "x" * letters})
     assert len(load(tmp_path / "x.safetensors").modules) == 1
+
+
+def fifo(path):
+    os.mkfifo(path)
+
+
+def sparse(path):
+    """Terabytes that are on no disk, behind a header that does not hold."""
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", 1000) + b"{")
+        file.truncate(1 << 42)
+
+
+NO_FILES = {
+    "a pipe": fifo,
+    "a folder": Path.mkdir,
+    "a device that gives zeros": lambda path: path.symlink_to("/dev/zero"),
+    "a device that gives nothing": lambda path: path.symlink_to("/dev/null"),
+    "what the system makes up": lambda path: path.symlink_to("/proc/self/environ"),
+    "what the system has not said yet": lambda path: path.symlink_to("/proc/kmsg"),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "a link to a folder": lambda path: path.symlink_to("."),
+    "terabytes": sparse,
+}
+COMMANDS = {
+    "info": ["info", "{bad}"],
+    "merge": ["merge", "{bad}", "{good}", "-o", "{out}"],
+    "merge, second": ["merge", "{good}", "{bad}", "-o", "{out}"],
+    "resize": ["resize", "{bad}", "-o", "{out}", "--rank", "1"],
+    "convert": ["convert", "{bad}", "-o", "{out}", "--format", "comfy"],
+    "compare": ["compare", "{good}", "{bad}"],
+    "extract": ["extract", "{bad}", "{good}", "-o", "{out}"],
+    "reproduce": ["reproduce", "{bad}"],
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes and devices of POSIX")
+@pytest.mark.parametrize("what", NO_FILES)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_waits_at_what_is_no_file(tmp_path, capsys, what, command):
+    good, bad, out = (tmp_path / f"{name}.safetensors" for name in ("good", "bad", "out"))
+    save_file(kohya(MODULE, *factors(6, 2, 5), alpha=1), good)
+    NO_FILES[what](bad)
+    arguments = [one.format(good=good, bad=bad, out=out) for one in COMMANDS[command]]
+    status = []
+    # A thread that waits for ever ends with the process, and this test now.
+    working = threading.Thread(target=lambda: status.append(main(arguments)), daemon=True)
+    working.start()
+    working.join(30)
+    if what == "a pipe":
+        os.close(os.open(bad, os.O_RDWR | os.O_NONBLOCK))  # lets go whoever waits there
+    assert status == [2]
+    assert "bad.safetensors" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_hash_that_nobody_waits_for_any_more_is_given_up(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(bytes(3 << 20))
+    asked = []
+    with pytest.raises(InterruptedError, match="x: nobody waits"):
+        sha256_of(path, lambda: bool(asked) or asked.append(True))
+    assert sha256_of(path) == hashlib.sha256(bytes(3 << 20)).hexdigest()

@@ -15,7 +15,8 @@ from lcm_kit.lora_merge.__main__ import main
 from lcm_kit.lora_merge.files.new_metadata import for_file
 from lcm_kit.lora_merge.merging.budget import numbers_within
 from lcm_kit.lora_merge.metadata import tags
-from lcm_kit.lora_merge.metadata.about import describe_metadata, trigger_words
+from lcm_kit.lora_merge.metadata.about import trigger_words
+from lcm_kit.lora_merge.metadata.report import describe_metadata
 from lcm_kit.lora_merge.recognise.identity import identify
 from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import factors, kohya, metadata

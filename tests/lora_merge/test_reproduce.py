@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lcm_kit.lora_merge import load, merge, save
+from lcm_kit.lora_merge import Lora, load, merge, save
 from lcm_kit.lora_merge.__main__ import main
-from lcm_kit.lora_merge.merging.reproduce import reproduce
+from lcm_kit.lora_merge.merging.reproduce import _difference, reproduce
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
 MODULES = (
@@ -64,7 +64,7 @@ def test_a_merge_is_made_again_bit_for_bit(files, choices, capsys):
 @pytest.mark.parametrize("choices", [("--rank", "2"), ("--keep", "0.8", "--dtype", "fp32"), ("--max-mb", "0.006")])
 def test_so_is_a_smaller_one(files, choices):
     result = reproduce(made(files, *choices, command="resize"), [files])
-    assert result.identical
+    assert (result.identical, result.same, result.difference) == (True, True, 0.0)
     assert [path.name for path in result.inputs] == ["lcm.safetensors"]
 
 
@@ -132,6 +132,30 @@ def test_the_difference_is_relative_to_what_the_file_holds(files):
     whole = [after.delta(module) for module in after.modules] + [*after.diffs.values()]
     wanted = [torch.cat([one.flatten() for one in ones]).double().norm() for ones in (lost, whole)]
     assert reproduce(out, [files]).difference == pytest.approx(float(wanted[0] / wanted[1]), rel=1e-5)
+
+
+def updates(scale, *, diff=None, seed=0):
+    state = kohya(MODULES[0], *(scale * one for one in factors(6, 2, 5, seed=seed)), 2.0)
+    return Lora.from_state_dict(state if diff is None else state | {f"{MODULES[0]}.diff_b": diff})
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-10, 1e10])
+def test_a_relative_difference_is_the_same_at_any_size(scale):
+    """(a, b) against (a + d, b + e): the root of (d^2 + e^2) / (a^2 + b^2), here with the squares of the scale."""
+    bias = torch.arange(1.0, 7.0)
+    first, second = updates(scale, diff=scale**2 * bias), updates(1.1 * scale, diff=0.5 * scale**2 * bias)
+    own = float(updates(1.0).delta(MODULES[0]).double().square().sum())
+    other = float(bias.double().square().sum())
+    wanted = ((0.21**2 * own + 0.25 * other) / (own + other)) ** 0.5
+    assert _difference(first, second) == pytest.approx(wanted, rel=1e-4)
+    assert _difference(first, first) < 1e-6
+
+
+@pytest.mark.parametrize("bias", [0.0, 1e-6, 0.5, 3.0])
+def test_against_nothing_any_difference_is_all_of_it(bias):
+    zero = updates(0.0, diff=torch.zeros(6))
+    assert _difference(zero, updates(0.0, diff=torch.full((6,), bias))) == (1.0 if bias else 0.0)
+    assert _difference(zero, updates(1e-3 * bias, diff=torch.zeros(6))) == (1.0 if bias else 0.0)
 
 
 def test_a_file_without_a_recipe_is_refused(files, capsys):

@@ -37,7 +37,7 @@ def test_a_plan_says_what_meets_what():
     assert planned.metadata["modelspec.title"] == "both"
     assert planned.spellings.keys() == {*planned.modules, "lora_unet_d"}
     assert [one.source for one in planned.sharing] == ["first", "second"]
-    assert (planned.remarks, planned.fused, planned.protects_nobody) == ([], [], False)
+    assert (planned.notes, planned.fused, planned.protects_nobody) == ([], [], False)
 
 
 def test_a_plan_leaves_out_of_the_sum_who_has_no_part_in_it():

@@ -60,6 +60,25 @@ def test_two_kinds_of_numbers_are_written_byte_for_byte_as_safetensors_does(tmp_
     assert ours.read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("hashed", [False, True])
+@pytest.mark.parametrize("before", [b"", b"seven b"])
+def test_writing_ends_at_the_end_of_the_file_and_begins_where_the_file_stands(tmp_path, hashed, before):
+    """Also where the hashes are put in afterwards: what is written next comes behind."""
+    path = tmp_path / "x"
+    with open(path, "w+b") as file:
+        file.write(before)
+        write(file, TENSORS, NOTES, hashed=hashed)
+        end = file.tell()
+        file.write(b"more")
+    data = path.read_bytes()
+    assert (data[: len(before)], data[end:]) == (before, b"more")
+    (tmp_path / "y.safetensors").write_bytes(data[len(before) : end])
+    same(load_file(tmp_path / "y.safetensors"), TENSORS)
+    found = read(tmp_path / "y.safetensors")[1]
+    assert found.items() >= NOTES.items()
+    assert len(found) == len(NOTES) + (3 if hashed else 0)
+
+
 def test_tensors_with_gaps_and_tensors_in_one_memory_are_written_whole(tmp_path):
     whole = torch.arange(12.0).reshape(3, 4)
     tensors = {"columns": whole[:, 1:3], "turned": whole.T, "again": whole, "none": whole[:0]}

@@ -11,7 +11,7 @@ import pytest
 
 from lcm_kit.lora_merge import Lora, save
 from lcm_kit.lora_merge.disk import whole
-from lcm_kit.lora_merge.disk.whole import check_place, write_whole
+from lcm_kit.lora_merge.disk.whole import check_place, held, write_whole
 from lcm_kit.tests.helpers import ROOT
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
@@ -259,3 +259,46 @@ def test_every_file_is_as_readable_as_any_other(tmp_path):
 def test_the_place_is_checked_without_writing(tmp_path):
     check_place(tmp_path / "x")
     assert names(tmp_path) == []
+
+
+# ---- a name for one process
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from lcm_kit.lora_merge.disk.whole import held
+with held(Path(sys.argv[1])) as free:
+    print(free, flush=True)
+    time.sleep(600)
+"""
+
+
+@POSIX
+def test_a_name_is_one_process_s_until_it_ends_however_that_is(tmp_path):
+    path = tmp_path / "run.safetensors"
+    script = (
+        f"import importlib.util as u, sys; s = u.spec_from_file_location('lcm_kit', {str(ROOT / '__init__.py')!r}, "
+    )
+    script += f"submodule_search_locations=[{str(ROOT)!r}]); sys.modules['lcm_kit'] = u.module_from_spec(s)\n{HOLD}"
+    with subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "True\n"
+            with held(path) as free:
+                assert free is False
+            with held(tmp_path / "another.safetensors") as free:
+                assert free is True
+        finally:
+            other.kill()
+    assert names(tmp_path) == [".run.safetensors.lock"]  # of the one that was killed
+    for _ in range(2):
+        with held(path) as free:
+            assert free is True
+            with held(path) as again:
+                assert again is False
+    assert names(tmp_path) == []
+
+
+def test_where_nothing_can_be_locked_the_name_is_free(tmp_path):
+    with held(tmp_path / "no such folder" / "x") as free:
+        assert free is True

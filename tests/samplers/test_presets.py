@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lcm_kit.samplers.preset import Preset, needs_in_words, settings_in_words
+from lcm_kit.samplers.preset import Preset
+from lcm_kit.samplers.preset_words import needs_in_words, settings_in_words
 from lcm_kit.samplers.presets import PRESETS, shifted_levels, trailing_timesteps, trigflow_levels
 from lcm_kit.samplers.renoise import gamma_per_step
 from lcm_kit.samplers.schedule import lcm_timesteps
@@ -199,3 +200,18 @@ PUBLISHED = {
 def test_settings_are_those_that_the_papers_give():
     """(steps, cfg, gamma)."""
     assert {name: (p.steps, p.cfg, p.gamma) for name, p in PRESETS.items() if not p.flow} == PUBLISHED
+
+
+def test_a_lora_for_one_number_of_steps_takes_trailing_timesteps_at_strength_one_and_others_say_theirs():
+    families = ("Hyper-SD ", "Lightning ", "PCM small cfg ", "PCM normal cfg ", "Phased LCM ")
+    each = {name: p for name, p in PRESETS.items() if name.startswith(families) and p.fixed and p.steps > 1}
+    assert len(each) == 3 + 2 + 3 + 4 + 3 + 3
+    for name, preset in each.items():
+        assert preset.timesteps == trailing_timesteps(preset.steps), name
+        assert (preset.strength, preset.shift, preset.first_expert) == (1.0, None, 0), name
+        assert preset.name == name
+    # Whole models, and LoRAs of which the source says none.
+    plain = {name for name, p in PRESETS.items() if not p.flow and p.strength is None}
+    assert plain == {"AnimateLCM", "DMD2", "DMD2 1 step", "Hyper-SD 1 step UNet", "TDD", "Turbo"}
+    others = {name: p.strength for name, p in PRESETS.items() if p.strength not in (None, 1.0)}
+    assert others == {"CausVid LoRA": 0.3, "Hyper-FLUX 8 steps": 0.125, "LTX-2.3 second stage": 0.5}

@@ -43,6 +43,10 @@ class Family:
         shape = (batch, *self.shape[1:])
         return {"samples": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
 
+    def empty(self):
+        """An empty LATENT of that size."""
+        return {"samples": torch.zeros(self.shape)}
+
 
 FAMILIES = {
     "Wan": Family("WAN21_T2V", {
@@ -64,7 +68,7 @@ FAMILIES = {
     "LTXV": Family("LTXV", {
         "image_model": "ltxv", "in_channels": 128, "out_channels": 128, "num_layers": 1, "num_attention_heads": 2,
         "attention_head_dim": 32, "cross_attention_dim": 64, "caption_channels": WIDTH,
-    }, (1, 128, 2, 4, 4)),
+    }, (1, 128, 2, 4, 4), {"attention_mask": torch.ones(1, 5, dtype=torch.long)}),
     "HunyuanVideo": Family("HunyuanVideo", {
         "image_model": "hunyuan_video", "patch_size": [1, 2, 2], "theta": 256, "byt5": False, "meanflow": False,
         "meanflow_sum": False, "use_cond_type_embedding": False, "vision_in_dim": None,

@@ -121,10 +121,13 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_lora(in_process, pictures, wh
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-        ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"],
+        pytest.param(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], id="torchrun"),
+        pytest.param(
+            ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"],
+            id="accelerate",
+            marks=pytest.mark.rare,
+        ),
     ],
-    ids=["torchrun", "accelerate"],
 )
 def test_two_processes_make_what_one_makes_with_their_batches_together(launcher, pictures, whole, tmp_path):
     pytest.importorskip("accelerate", reason="the engine for several processes: pip install -r tools/requirements.txt")

@@ -29,13 +29,12 @@ from lcm_kit.distillation.log import read_table
 from lcm_kit.distillation.objective import distillation_loss
 from lcm_kit.distillation.settings import Settings, Setup
 from lcm_kit.host.training import distilling, strip, teacher_pictures
-from lcm_kit.host.training.advice import advice_for
 from lcm_kit.host.training.data import Batches, Item, encoded, moved
 from lcm_kit.host.training.identity import identity_of
 from lcm_kit.host.training.loan import Denoiser, lent
 from lcm_kit.host.training.picture import HEIGHT, LABEL, WIDTH
 from lcm_kit.host.training.prompts import chunks
-from lcm_kit.host.training.run import _fingerprint_of_weights
+from lcm_kit.host.training.run import _fingerprint_of_weights, advice_for
 from lcm_kit.host.training.strip import Strip
 from lcm_kit.lora_merge import Lora, load
 from lcm_kit.nodes.distilling import Distill

@@ -1,5 +1,6 @@
 """Extract LoRA from ComfyUI's own MODELs and CLIPs."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,15 +11,18 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lcm_kit.host.lora.extracting import _clip_names
 from lcm_kit.host.lora.weights import to_lora
 from lcm_kit.lora_merge import Lora
+from lcm_kit.lora_merge.__main__ import main
 from lcm_kit.lora_merge.extracting import checkpoints
 from lcm_kit.nodes.extracting import ExtractLoRA
 from lcm_kit.nodes.loading import ApplyLoRA
 from lcm_kit.nodes.sampling import LCMKSampler
 from lcm_kit.tests.with_comfyui import dits, tiny
+from lcm_kit.tests.with_comfyui.families import FAMILIES
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
@@ -88,6 +92,50 @@ def test_the_extracted_lora_makes_the_tuned_model_at_full_rank():
     for key, value in goal.items():
         if key.startswith("diffusion_model."):
             torch.testing.assert_close(got[key], value, rtol=0, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("in_diffusers_names", ["tuned", "base"])
+def test_files_in_the_names_of_diffusers_and_of_ldm_meet(in_diffusers_names, tmp_path, capsys):
+    """As the UNet of a full LCM, in a folder of diffusers, and the checkpoint that it was made from."""
+    models = {"base": tiny.tiny_model(seed=0), "tuned": tiny.tiny_model(seed=1)}
+    states = {name: model.model.diffusion_model.state_dict() for name, model in models.items()}
+    theirs = comfy.utils.unet_to_diffusers(models["base"].model.model_config.unet_config)
+    theirs = {ldm: diffusers for diffusers, ldm in theirs.items()}
+    for name, state in states.items():
+        if name == in_diffusers_names:
+            written = {theirs[key]: value for key, value in state.items()}
+            written["time_embedding.cond_proj.weight"] = torch.ones(32, 16)
+        else:
+            written = {f"model.diffusion_model.{key}": value for key, value in state.items()}
+            written["first_stage_model.decoder.conv_in.weight"] = torch.ones(2, 2)
+        save_file({key: value.contiguous() for key, value in written.items()}, tmp_path / f"{name}.safetensors")
+    output = tmp_path / "lora.safetensors"
+    words = [str(tmp_path / f"{name}.safetensors") for name in ("tuned", "base")]
+    assert main(["extract", *words, "-o", str(output), "--rank", "4096", "--dtype", "fp32"]) == 0
+    assert "1 weights are in one file only" in (said := capsys.readouterr().out)
+    assert "cond_proj" in said
+    applied, _ = with_lora(models["base"], comfy.utils.load_torch_file(str(output)))
+    got = states["base"] | {
+        key.removeprefix("diffusion_model."): value for key, value in tiny.patched_weights(applied).items()
+    }
+    for key, value in states["tuned"].items():
+        torch.testing.assert_close(got[key], value, rtol=0, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_model_that_is_told_its_guidance_meets_one_that_is_not(order):
+    """Flux dev and schnell. Of so small a model guidance_in is more than a tenth of the weights."""
+    dev = FAMILIES["Flux"]
+    schnell = replace(dev, config=dev.config | {"guidance_embed": False, "depth": 0})
+    pair = [replace(dev, config=dev.config | {"depth": 0}).model(seed=1), schnell.model(seed=0)]
+    keys = [{key for key in model.model.state_dict() if key.startswith("diffusion_model.")} for model in pair]
+    assert len(keys[0] - keys[1]) > 0.1 * len(keys[0])
+    found, _ = extracted(*pair[::order], rank=4096)
+    assert not any("guidance_in" in key for key in found)
+    module = "diffusion_model.img_in.weight"
+    wanted = [model.model.state_dict()[module] for model in pair[::order]]
+    lora = to_lora(found)
+    assert torch.allclose(lora.delta(lora.find("diffusion_model.img_in")), wanted[0] - wanted[1], atol=2e-5)
 
 
 def test_the_text_encoder_is_taken_if_it_is_connected():

@@ -1,5 +1,6 @@
 """Transformers of ComfyUI's own classes: Distill trains them, and a LoRA reaches the weights that core leaves alone."""
 
+import re
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from lcm_kit.host.training.data import Batches, Item, encoded
 from lcm_kit.host.training.loan import Denoiser, lent
 from lcm_kit.host.training.run import sigma_table
 from lcm_kit.nodes.distilling import Distill
-from lcm_kit.tests.with_comfyui import tiny
+from lcm_kit.tests.with_comfyui import negative_models, tiny
 from lcm_kit.tests.with_comfyui.families import CPU, FAMILIES
 from lcm_kit.tests.with_comfyui.test_distilling import WIDGETS
 
@@ -76,7 +77,15 @@ def distilled(family, model, **widgets):
 
 DISTILLED = ("Wan", "Flux", "Qwen-Image", "Z-Image")
 # Trained too, for fewer steps than would lower a loss.
-TRAINED = ("SD3", "HunyuanVideo")
+TRAINED = ("SD3", "HunyuanVideo", "LTXV")
+# What may be refused, and in which words; some versions of ComfyUI train Anima.
+REFUSED = {
+    "Cosmos Predict 2": "continuous noise levels, not on numbered timesteps",
+    "LTX-2": "latent has 2 parts in one, such as picture and sound",
+    "Anima": "cannot be trained in this ComfyUI: .* operation that has no gradient",
+    # Whose encoder of a face is most of a tiny one, and little of a whole one.
+    "Wan Animate": "layers that an LCM-LoRA changes are of a kind that cannot be trained .EqualConv2d",
+}
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -87,6 +96,52 @@ def test_distill_trains_a_lora_that_core_loads_whole(name, caplog):
     with_lora, _ = comfy.sd.load_lora_for_models(model, None, dict(lora), 1.0, 0)
     assert "not loaded" not in caplog.text
     assert with_lora.patches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", negative_models.MODELS)
+def test_a_transformer_is_trained_whole_or_refused_in_words(name, caplog):
+    """Whole: every matrix in its lists of blocks, counted here by a loop of its own."""
+    model = (known := negative_models.MODELS[name]).model()
+    widgets = WIDGETS | {"steps": 1, "skip": SKIP, "gradient_checkpointing": True}
+    inputs = {key: [one] for key, one in widgets.items()}
+    refused, lora = "", {}
+    try:
+        lora = Distill.execute([model], [known.text(1)], [known.text(2)], latent=[known.latent()], **inputs).result[0]
+    except ValueError as error:
+        refused = str(error)
+    if refused:
+        assert name in REFUSED
+        assert re.search(REFUSED[name], refused)
+        return
+    lists = [part for part in model.model.diffusion_model.modules() if isinstance(part, torch.nn.ModuleList)]
+    matrices = {id(one) for part in lists for one in part.modules() if isinstance(one, torch.nn.Linear)}
+    assert sum(key.endswith(".alpha") for key in lora) >= len(matrices) > 0
+    with_lora, _ = comfy.sd.load_lora_for_models(model, None, dict(lora), 1.0, 0)
+    assert "not loaded" not in caplog.text
+    assert len(with_lora.patches) == sum(key.endswith(".alpha") for key in lora)
+
+
+@pytest.mark.parametrize(
+    "latent",
+    [{"latent": [FAMILIES["LTXV"].latent()]}, {"latent": [FAMILIES["LTXV"].empty()]}],
+    ids=["pictures", "its own"],
+)
+@pytest.mark.parametrize("lacks", ["positive", "negative"])
+def test_what_a_network_asks_for_beside_the_text_is_named(latent, lacks):
+    family = FAMILIES["LTXV"]
+    bare = [[family.cond(1)[0][0], {}]]
+    texts = {"positive": family.cond(1), "negative": family.cond(2)} | {lacks: bare}
+    with pytest.raises(
+        ValueError, match=f"{lacks} has no attention_mask, which this model .LTXV. asks for beside the text"
+    ):
+        Distill.execute(
+            [family.model()],
+            [texts["positive"]],
+            [texts["negative"]],
+            **latent,
+            **{name: [value] for name, value in WIDGETS.items()},
+        )
 
 
 @pytest.mark.parametrize("name", DISTILLED)

@@ -156,6 +156,10 @@ def test_a_cell_that_cannot_be_is_told_and_the_others_are_made(parts):
         ({"row_axis": "steps", "rows": "1"}, "both vary steps"),
         ({"row_axis": "prompt words", "rows": "cat, dog"}, "Connect clip"),
         ({"positive": None}, "no prompt"),
+        (
+            {"row_axis": "prompt words", "rows": f"cat, {'w' * 99_999}", "prompt": PROMPT, "clip": True},
+            "at most 100,000",
+        ),
         ({"rows": "0, x"}, "'x' is no number"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import comfy.sample
 import comfy.samplers
+import comfy_extras.nodes_post_processing  # noqa: F401 - it and nodes_latent import each other, in this order only
 import pytest
 import torch
 from comfy.model_base import ModelType
@@ -10,6 +11,7 @@ from comfy_extras import (
     nodes_cfg,
     nodes_eps,
     nodes_fresca,
+    nodes_latent,
     nodes_mahiro,
     nodes_pag,
     nodes_perpneg,
@@ -45,6 +47,10 @@ COMBINING = {
 ALWAYS = {
     "PAG": lambda model: nodes_pag.PerturbedAttentionGuidance.execute(model, 1.0).result[0],
     "SAG": lambda model: nodes_sag.SelfAttentionGuidance.execute(model, 0.5, 2.0).result[0],
+    # Of the guidance, or of the prediction where that is alone.
+    "LatentApplyOperationCFG": lambda model: nodes_latent.LatentApplyOperationCFG.execute(
+        model, nodes_latent.LatentOperationTonemapReinhard.execute(1.0).result[0]
+    ).result[0],
     "EpsilonScaling": lambda model: nodes_eps.EpsilonScaling.execute(model, 1.05).result[0],
     "LCM Negative Prompt": lambda model: LCMNegativePrompt.execute(model, tiny.cond(3), 3.0, 2.5, 0.5, -1).result[0],
 }
@@ -161,3 +167,12 @@ def test_our_sampler_under_every_guider_of_core(model, name, node):
 def test_a_node_that_needs_the_negative_prompt_asks_for_it(model):
     with pytest.raises(ValueError, match=r"such as Self-Attention Guidance, .*none is connected"):
         lcm(ALWAYS["SAG"](model), cfg=1.0, negative=None)
+
+
+@pytest.mark.skipif(not hasattr(custom, "CFGOverride"), reason="this ComfyUI has no CFG Override yet")
+def test_a_node_that_overrides_cfg_guides_as_with_core_or_asks_for_a_negative_prompt(model):
+    patched = custom.CFGOverride.execute(model, 3.0, 0.0, 0.6).result[0]
+    assert relative(lcm(patched, cfg=1.0), lcm(model, cfg=1.0)) > 1e-3
+    assert torch.equal(lcm(patched, cfg=1.0), core(patched, 1.0))
+    with pytest.raises(ValueError, match=r"such as CFG Override, sets cfg to 3, and there is no negative prompt"):
+        lcm(patched, cfg=1.0, negative=None)

@@ -7,7 +7,7 @@ import pytest
 
 from lcm_kit.nodes import LCMKitExtension
 from lcm_kit.tests.helpers import ROOT
-from lcm_kit.tests.with_comfyui.web_page import open_graph, opened_page
+from lcm_kit.tests.with_comfyui.web_page import open_graph_in, opened_page
 from lcm_kit.tools.locales import (
     LANGUAGES,
     NODE_LIST,
@@ -71,17 +71,22 @@ def test_the_first_help_page_speaks_it_too(language):
     assert rows(HELP / f"{language}.md") == rows(HELP.with_suffix(".md"))
 
 
+NODES = {
+    "LCMKitKSampler": "LCM KSampler",
+    "LCMKitMergeLoRA": "Merge LoRAs (add, TIES, DARE)",
+    "LCMKitCompareLoRA": "Compare LoRAs",
+}
+
+
 def test_the_page_shows_a_chosen_language(browser, server):
     table = table_of("fr")
     page = opened_page(browser, server, **{"Comfy.Locale": "fr"})
     try:
-        nodes = ("LCMKitKSampler", "LCMKitMergeLoRA", "LCMKitCompareLoRA")
-        open_graph(page, {str(n): {"class_type": name, "inputs": {}} for n, name in enumerate(nodes)})
-        page.wait_for_function("title => app.graph.nodes[0].title === title", arg=table["LCM KSampler"])
+        graph = {str(n): {"class_type": name, "inputs": {}} for n, name in enumerate(NODES)}
+        open_graph_in(page, graph, [table[title] for title in NODES.values()])
         label, name = page.evaluate(
             "() => { const steps = app.graph.nodes[0].widgets.find(w => w.name === 'steps'); return [steps.label, steps.name] }"
         )
-        page.wait_for_timeout(500)  # our page script has seen the nodes
         strengths = page.evaluate(
             "() => app.graph.nodes.slice(1).flatMap(n => n.widgets).filter(w => w.name === 'strength_1').map(w => w.label)"
         )

@@ -290,6 +290,7 @@ CONTRACT = {
             ("start_from", "LORA_MODEL", None),
             ("phases", "INT", 1),
             ("recipe", "COMBO", "none"),
+            ("compile", "BOOLEAN", False),
         ],
         ["LORA_MODEL", "IMAGE", "STRING"],
     ),

@@ -210,6 +210,16 @@ def test_nested_latents_are_sampled_together():
         assert relative(part, of_core) < 2e-5
 
 
+@pytest.mark.parametrize("sound", [(1, 3, 5), (1, 8, 7, 16)])
+def test_the_noise_of_one_nested_latent_is_cores_and_leaves_torchs_generator_as_core_does(sound):
+    samples = tiny.nested(torch.zeros(1, 4, 7, 9), torch.zeros(sound))["samples"]
+    theirs = comfy.sample.prepare_noise(samples, SEED)
+    state = torch.get_rng_state()
+    for part, of_core in zip(initial_noise(samples, SEED, [0]).unbind(), theirs.unbind(), strict=True):
+        assert torch.equal(part, of_core)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_nested_latent_of_a_batch_is_the_one_made_alone():
     model = tiny.pair_model()
     together = ksampler(model, tiny.nested(torch.zeros(2, 4, 8, 8), torch.zeros(2, 3, 5))).unbind()

@@ -1,0 +1,220 @@
+"""What people read of a training: while it runs, when it ends, and of what is allowed and hardly meant."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...distillation.recipes import RECIPES
+from ...distillation.settings import Settings
+from ...samplers.preset_words import settings_in_words
+from ...samplers.presets import phased
+
+RISEN = 1.3  # times the lowest validation loss
+# Beginnings of ComfyUI's names for models -> guidance in ComfyUI's own workflow templates.
+GUIDANCE = {"WAN": "3.5 to 6", "Qwen": "2.5 to 4"}
+# Of the model's own pictures, each learnt so often or more: then more of them would have cost little.
+FEW, OFTEN = 256, 10
+Validation = Sequence[tuple[int, float]]
+"""(step, validation loss), ascending."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """A training in numbers.
+
+    done: steps.   losses: of each.   pictures: learnt from; own: whether the model made them.   dtype: of the network.
+    modules, parameters: of the LoRA.   still: those of its modules that are nothing yet.   remarks: sentences that were said before it began.
+    """
+
+    settings: Settings
+    done: int
+    losses: Sequence[float]
+    validation: Validation
+    pictures: int
+    own: bool
+    dtype: str
+    modules: int
+    parameters: int
+    still: Sequence[str]
+    seconds: float
+    remarks: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """What of a LoRA that a training begins with is not in the result.
+
+    name: of the LoRA.   elsewhere: its modules that are not trained.   waiting: number of those of a text encoder.
+    anew: trained layers that it has nothing for, of so many `layers`.
+    """
+
+    name: str
+    elsewhere: Sequence[str]
+    waiting: int
+    anew: int
+    layers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDisk:
+    """What is on disk of a training: paths in the output folder, that of the LoRA in the loras folder; None is not there.
+
+    checkpoint: with its bytes.   table: name of the file of its losses.   pictures: folder, number and bytes of those that
+    models have made.
+    """
+
+    checkpoint: tuple[str, int] | None
+    table: str
+    lora: str | None
+    pictures: tuple[str, int, int] | None
+
+
+def describe(account: Account) -> list[str]:
+    """Lines about a training that has ended."""
+    settings, losses = account.settings, account.losses
+    low, high = settings.cfg
+    tenth = max(1, len(losses) // 10)
+    lines = [
+        f"LCM-LoRA with {account.modules} modules, {account.parameters:,} parameters ({account.parameters * 2 / 1e6:.1f} MB "
+        "in fp16).",
+        f"{account.done} steps of {settings.batch * settings.accumulate} images from {account.pictures} "
+        f"pictures{' that the model made itself' if account.own else ''}; guidance "
+        f"{f'{low:g}' if low == high else f'{low:g} to {high:g}'}, skip {settings.skip}, {account.dtype}.",
+        f"Loss {sum(losses[:tenth]) / tenth:.4g} in the first tenth, {sum(losses[-tenth:]) / tenth:.4g} in the last; "
+        f"{account.seconds:.0f} seconds.",
+        *([phased_words(settings.phases)] if settings.phases > 1 else []),
+    ]
+    still = still_words(account.still, account.modules)
+    return [*lines, *validation_words(account.validation), *still, *account.remarks, *rate_words(settings)]
+
+
+def phased_words(phases: int) -> str:
+    preset = phased(phases)
+    return (
+        f"In {phases} phases: for {settings_in_words(preset)}. LCM-LoRA Loader and LoRA Mix read that from the file; "
+        f"elsewhere it is LCM Preset {preset.name}."
+    )
+
+
+def validation_words(validation: Validation) -> list[str]:
+    """A sentence on (step, validation loss) of a whole training; none if there is nothing to compare."""
+    if len(validation) < 2:
+        return []
+    (first, before), (_, last) = validation[0], validation[-1]
+    lowest, best = min((loss, step) for step, loss in validation)
+    said = (
+        f"Validation loss, always of the same pictures and noise: {before:.4g} at step {first}, {last:.4g} at the end; lowest "
+        f"{lowest:.4g} at step {best}."
+    )
+    if last > RISEN * lowest:
+        said += " It has risen since: a lower learning_rate, one that falls, or a moving average may help."
+    return [said]
+
+
+def still_words(still: Sequence[str], modules: int) -> list[str]:
+    """A sentence on modules that nobody is to take for trained; none without such."""
+    if not still:
+        return []
+    return [
+        f"{len(still)} of {modules} modules have not changed, as no gradient reaches them: the picture does not depend on them "
+        f"({', '.join(still[:2])}{', ...' if len(still) > 2 else ''})."
+    ]
+
+
+def recipe_words(name: str, own: Mapping[str, Any]) -> str:
+    """What a recipe sets; nothing for none. own: of its settings, those that somebody has set."""
+    wanted = RECIPES[name].settings
+    if not wanted:
+        return ""
+    said = f"Recipe {name}: {_listed({key: value for key, value in wanted.items() if key not in own})}."
+    return f"{said} Set by you: {_listed(own)}." if own else said
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items())
+
+
+def rate_words(settings: Settings) -> list[str]:
+    """A sentence on a learning rate that is never reached."""
+    highest = settings.highest_rate
+    if highest >= settings.learning_rate / 2:
+        return []
+    tenth = settings.steps // 10
+    return [
+        f"learning_rate {settings.learning_rate:g} is never reached, only {highest:.2g}: warmup is {settings.warmup} of "
+        f"{settings.steps} steps{f' and decay {settings.decay:g}' if settings.decay else ''}. Set warmup to {tenth}"
+        f"{' or less' if tenth else ''}, or train longer."
+    ]
+
+
+def advice(settings: Settings, pictures: int, own: bool, flow: str | None) -> list[str]:
+    """What is allowed and hardly meant. pictures: how many there are.   own: whether the model made them.
+    flow: ComfyUI's name of a flow model, None for any other."""
+    found = []
+    draws = settings.steps * settings.batch * settings.accumulate
+    if own and pictures < FEW and draws >= OFTEN * pictures:
+        found.append(
+            f"Few pictures: the model made {pictures}, and each is learnt about {draws // pictures} times. Some hundreds, of "
+            "varied prompts, make a LoRA that works for more; raise samples."
+        )
+    if flow is not None and Settings.guidance_min in settings.cfg:
+        usual = next(
+            (f"; templates have {cfg} for {kind}" for kind, cfg in GUIDANCE.items() if flow.startswith(kind)), ""
+        )
+        found.append(
+            f"Guidance {Settings.guidance_min:g} is Stable Diffusion 1.5's, and this model is another ({flow}){usual}. Set "
+            "guidance_min and guidance_max to the cfg at which it makes its best pictures."
+        )
+    return found
+
+
+def lost_words(lost: Lost) -> list[str]:
+    """A sentence for each part of it."""
+    found = []
+    if lost.elsewhere:
+        found.append(
+            f"{len(lost.elsewhere)} modules of {lost.name} are not among the trained layers and are not in the result "
+            f"({', '.join(lost.elsewhere[:2])}{', ...' if len(lost.elsewhere) > 2 else ''})."
+        )
+    if lost.waiting:
+        found.append(f"{lost.waiting} modules of {lost.name} are of a text encoder, which is not trained.")
+    if lost.anew:
+        found.append(f"{lost.name} has nothing for {lost.anew} of the {lost.layers} trained layers; these begin anew.")
+    return found
+
+
+def disk_words(kept: OnDisk) -> list[str]:
+    """What may be gone on from, and removed."""
+    found = []
+    if kept.checkpoint is not None:
+        path, size = kept.checkpoint
+        found.append(
+            f"Checkpoint: {path} in the output folder ({size / 1e6:.1f} MB); the same inputs with more steps go on from it. "
+            f"Its losses are in {kept.table}."
+        )
+    if kept.lora is not None:
+        found.append(f"LoRA so far: {kept.lora} in the loras folder, for Load LoRA.")
+    if kept.pictures is not None:
+        path, count, size = kept.pictures
+        found.append(
+            f"Pictures: {count} that models made, in {path} ({size / 1e6:.1f} MB); no training makes one of them again. "
+            "All of it may be removed."
+        )
+    return found
+
+
+def progress_words(done: int, steps: int, loss: float, validation: Validation, seconds_a_step: float) -> str:
+    """Where a training is, and how long it will take."""
+    said = f"step {done} of {steps}, loss {loss:.4g}"
+    if validation:
+        said += f", validation loss {validation[-1][1]:.4g} ({validation[0][1]:.4g} at first)"
+    if seconds_a_step:
+        said += f"; {seconds_a_step:.2g} seconds a step, {clock((steps - done) * seconds_a_step)} left"
+    return said
+
+
+def clock(seconds: float) -> str:
+    """1:05 or 2:03:04."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
