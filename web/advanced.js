@@ -78,10 +78,14 @@ function* nodesOf(graph, seen = new Set()) {
 }
 
 let drawnClassic; // which of the two the page draws with
-function foldAllWhereThePageChanged() {
-  if (drawnClassic === isClassic()) return;
+// After whatever was done by hand: the page draws otherwise now, or a hidden field has got a link or a value.
+function refresh() {
+  const changed = drawnClassic !== isClassic();
   drawnClassic = isClassic();
-  for (const node of nodesOf(app.rootGraph ?? app.graph)) if (OURS.test(node.comfyClass ?? node.type ?? "")) fold(node);
+  for (const node of nodesOf(app.rootGraph ?? app.graph)) {
+    if (!OURS.test(node.comfyClass ?? node.type ?? "")) continue;
+    if (changed || node.widgets?.some((widget) => widget.hidden && !folds(node, widget))) fold(node);
+  }
 }
 
 app.registerExtension({
@@ -97,7 +101,7 @@ app.registerExtension({
   },
   setup() {
     drawnClassic = isClassic();
-    const soon = () => setTimeout(foldAllWhereThePageChanged, 0);
+    const soon = () => setTimeout(refresh, 0);
     for (const type of ["pointerup", "keyup"]) document.addEventListener(type, soon, true);
   },
   nodeCreated(node) {
