@@ -17,7 +17,7 @@ def computed(monkeypatch):
     """The files that were read, by a process that knows none yet."""
     found = []
     real = digests._computed
-    monkeypatch.setattr(digests, "_computed", lambda path: found.append(os.fspath(path)) or real(path))
+    monkeypatch.setattr(digests, "_computed", lambda path, *rest: found.append(os.fspath(path)) or real(path, *rest))
     monkeypatch.setattr(digests, "_digests", {})
     monkeypatch.setattr(digests, "_kept_in", None)
     return found
