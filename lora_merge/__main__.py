@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from .disk.file_names import visible
 from .disk.garbage import uncollected
 
 # Command -> (what it does, the file of cli/ with a function `add_COMMAND` that adds its options and how to run it). Only
@@ -31,9 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with uncollected():
             status, text = options.run(options)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(visible(f"error: {error}"), file=sys.stderr)
         return 2
-    print(text)
+    print(visible(text))
     return int(status)
 
 

@@ -67,9 +67,18 @@ def shown(name: str) -> str:
     return repr(name) if len(name) <= _SHOWN else f"{name[: _SHOWN - 20]!r}...{name[-15:]!r}"
 
 
+def visible(text: str) -> str:
+    """For a terminal, which obeys what it does not show: such characters are written out; lines and tabs stay."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(ascii(one)[1:-1] if one not in "\n\t" and _unseen(one) else one for one in text)
+
+
 def _unseen(letter: str) -> bool:
     """Control characters, line ends, whatever turns the direction of writing, and what is no character at all."""
     number = ord(letter)
+    if 0xD800 <= number <= 0xDFFF:
+        return True
     if number & 0xFFFE == 0xFFFE or 0xFDD0 <= number <= 0xFDEF:
         return True
     return unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp") and letter not in _JOINERS

@@ -320,3 +320,18 @@ def test_a_hash_that_nobody_waits_for_any_more_is_given_up(tmp_path):
     with pytest.raises(InterruptedError, match="x: nobody waits"):
         sha256_of(path, lambda: bool(asked) or asked.append(True))
     assert sha256_of(path) == hashlib.sha256(bytes(3 << 20)).hexdigest()
+
+
+@pytest.mark.parametrize("letter", ["\x1b", "\0", "\r", "\x07", "\x9b", "\u202e", "\u2028"])
+def test_nothing_in_a_file_reaches_the_terminal_unseen(write, capsys, letter):
+    where = [
+        {UP: entry(dtype=f"F{letter}[31m")},
+        {UP: entry(), "__metadata__": {"ss_network_module": f"a{letter}b", "modelspec.title": f"a{letter}b"}},
+        {f"a{letter}b": entry()},
+        {UP: {**entry(), "shape": [f"a{letter}b"]}},
+    ]
+    for content in where:
+        assert main(["info", str(write(content, bytes(24)))]) == 2
+        said = capsys.readouterr()
+        assert letter not in said.out + said.err
+        assert "style.safetensors" in said.err
