@@ -29,12 +29,13 @@ else
   RUN := $(or $(PYTHON),$(CURDIR)/.venv/bin/python)
 endif
 
-# On the floor the slowest tests are left out, so that all of `make test` stays within a quarter of an hour.
-SOME := $(if $(filter floor,$(COMFYUI)),-m "not slow")
+# On the floor every test runs, and in each file each value of each parameter, but not all combinations, and no slow test.
+SOME := $(if $(filter floor,$(COMFYUI)),--each-value,-m "not rare")
 
-# Where pytest-xdist is installed the tests share two processes, file by file. Each takes about 1 GB of memory.
+# Where pytest-xdist is installed the tests share two processes, file by file; with ComfyUI all pages are one's, and all
+# else that asks the server (tests/with_comfyui/conftest.py). Each takes about 1 GB of memory.
 WORKERS ?= 2
-PYTEST = "$(RUN)" -m pytest $(shell "$(RUN)" -c 'import xdist' 2>/dev/null && echo '-n $(WORKERS) --dist loadfile')
+SPREAD = $(shell "$(RUN)" -c 'import xdist' 2>/dev/null && echo '-n $(WORKERS) --dist $(1)')
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -59,12 +60,12 @@ lint: setup  ## ruff and mypy
 	"$(RUN)" -m mypy
 
 unit: setup  ## the tests that need no ComfyUI
-	env -u COMFYUI_PATH $(PYTEST) tests --ignore=tests/with_comfyui
+	env -u COMFYUI_PATH "$(RUN)" -m pytest $(call SPREAD,loadfile) tests --ignore=tests/with_comfyui
 
 integration: setup  ## the tests that run the real ComfyUI: nodes, server, web page
-	COMFYUI_PATH="$(TREE)" $(PYTEST) $(SOME) tests/with_comfyui
+	COMFYUI_PATH="$(TREE)" "$(RUN)" -m pytest $(call SPREAD,loadgroup) $(SOME) tests/with_comfyui
 
-floor:  ## integration on the oldest ComfyUI that LCM Kit supports, without the slowest tests
+floor:  ## integration on the oldest ComfyUI that LCM Kit supports, without the slowest tests and all combinations
 	@$(MAKE) --no-print-directory integration COMFYUI=floor
 
 mutants: setup  ## small changes of the code, one at a time: does a unit test notice?
@@ -87,7 +88,7 @@ presets: setup  ## writes docs/presets.md from samplers/presets.py
 	@"$(RUN)" tools/presets.py
 
 workflows: setup  ## writes example_workflows/*.json and demo/workflow.json from the descriptions in tools/flows/
-	@COMFYUI_PATH="$(TREE)" "$(RUN)" tools/workflows.py
+	@COMFYUI_PATH="$(TREE)" "$(RUN)" tools/workflows.py $(if $(PACKS),--packs "$(PACKS)")
 
 pictures: setup  ## screenshots of nodes, workflows and help pages, and the help pages' pictures in web/docs; ONLY=LCMKitGrid
 	@COMFYUI_PATH="$(TREE)" "$(RUN)" tools/pictures.py $(if $(ONLY),--only "$(ONLY)") $(if $(WHAT),--what "$(WHAT)")

@@ -169,8 +169,11 @@ def equal_score(found: list[tuple[str, dict, dict]], kind: str, steps: int) -> d
     return enough[0] if enough else max(redrawn, key=lambda pair: pair[1])[0]
 
 
-def figure(editor: Editor, scene: Scene, found: list[tuple[str, dict, dict]], each: int) -> None:
-    """docs/editing.png: source, our edit, image to image; `each` pictures of both kinds."""
+def figure(editor: Editor, scene: Scene, plain: dict[str, dict], each: int) -> None:
+    """docs/editing.png: source, our edit, image to image; `each` pictures of both kinds.
+
+    plain: kind of edit -> settings of image to image.
+    """
     import sheet
     from torchvision.transforms.functional import to_pil_image
 
@@ -180,7 +183,6 @@ def figure(editor: Editor, scene: Scene, found: list[tuple[str, dict, dict]], ea
     def words(kind: str) -> list[str]:
         return [text.replace(" background", "") for text in scene.captions[kind][:each]]
 
-    plain = {kind: equal_score(found, kind, DEFAULTS["steps"]) for kind in KINDS}
     denoise = ", ".join(f"{plain[kind]['denoise']:g}" for kind in KINDS)
     lines = {
         "source": [scene.pictures, scene.pictures],
@@ -200,18 +202,28 @@ def figure(editor: Editor, scene: Scene, found: list[tuple[str, dict, dict]], ea
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=48)
+    parser.add_argument(
+        "--denoise", type=float, nargs=2, metavar=KINDS,
+        help="draw the picture with image to image at these, and measure nothing: needs no judge",
+    )  # fmt: skip
     args = parser.parse_args()
     torch.set_grad_enabled(False)
 
     studio = Studio()
     scene = make_scene(args.pictures)
-    editor, jury = Editor(studio, scene), Jury(scene)
+    editor = Editor(studio, scene)
+    if args.denoise:
+        steps = DEFAULTS["steps"]
+        plain = {kind: {"steps": steps, "denoise": one} for kind, one in zip(KINDS, args.denoise, strict=True)}
+        figure(editor, scene, plain, 6)
+        return
+    jury = Jury(scene)
     ceiling = studio.decoded(editor.latents)
     print(f"{args.pictures} pictures, two edits of each. Kept, in dB, of the autoencoder alone: "
           + ", ".join(f"{psnr(ceiling, scene.pictures, scene.kept[kind]):.1f} ({kind} edits)" for kind in KINDS) + ".\n")  # fmt: skip
     found = list(rows(editor, jury))
     print(markdown(COLUMNS, [table_row(*row) for row in found]))
-    figure(editor, scene, found, 6)
+    figure(editor, scene, {kind: equal_score(found, kind, DEFAULTS["steps"]) for kind in KINDS}, 6)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def measure(which: str, folder: str) -> dict[str, float]:
         def load(strength):
             return loader.load_lora(model, None, LORA, strength, 0)[0]
     else:
-        from lcm_kit.lora_merge.recognise.identity import sha256_of
+        from lcm_kit.lora_merge.disk.digests import sha256_of
         from lcm_kit.nodes.loading import LCMLoader
 
         if which == KNOWN:

@@ -96,6 +96,6 @@ def peak_memory(*, reset: bool = False) -> float:
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; numbers stand as they are given."""
-    from tabulate import tabulate
+    from tabulate import tabulate  # which pandas.DataFrame.to_markdown needs too, and calls for just this
 
     return tabulate([list(map(str, row)) for row in rows], list(columns), tablefmt="github", disable_numparse=True)

@@ -193,6 +193,11 @@ class Trainer:
         self.scaler.load_state_dict(facts["scaler"])
         self.done = facts["done"]
         self.losses = tensors["losses"].tolist() if "losses" in tensors else []
+        if self.done > self.settings.steps:
+            logger.warning(
+                "%s has been trained for %d steps already, and steps is %d: the LoRA is that of %d. Use another name for one of fewer "
+                "steps.", path.name, self.done, self.settings.steps, self.done,
+            )  # fmt: skip
 
     @property
     def sound(self) -> bool:

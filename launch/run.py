@@ -143,11 +143,11 @@ def _distil(
         if engine.process_index:
             return ""
         tensors = run.tensors()
+    lora = Lora.from_state_dict(tensors, metadata=run.metadata(**together), source=options.output.name)
+    save(lora, options.output, dtype=DTYPES[options.save_dtype], overwrite=options.overwrite)
     if options.picture:
         pixels = (strip.picture(course.validation)[0] * 255).round().clamp(0, 255).byte()
         write_picture(Image.fromarray(pixels.numpy()), options.picture, options.overwrite)
-    lora = Lora.from_state_dict(tensors, metadata=run.metadata(**together), source=options.output.name)
-    save(lora, options.output, dtype=DTYPES[options.save_dtype], overwrite=options.overwrite)
     recipe = recipe_words(options.recipe, set_otherwise(options.recipe, vars(options)))
     lines = run.report(tensors, time.monotonic() - started, course.validation)
     end = end_words(engine.num_processes, together["images per step"], options.output, folder)
@@ -166,8 +166,11 @@ def _train(options: argparse.Namespace, run: Any, strip: Any, folder: Path, kept
         known = {"validation": f"{course.validation[-1][1]:.4g}"} if course.validation else {}
         bar.set_postfix({"loss": f"{trainer.losses[-1]:.4g}"} | known, refresh=False)
         if new and main and (samples := strip.roughly()) is not None:
-            (folder / "samples").mkdir(parents=True, exist_ok=True)
-            write_picture(samples, folder / "samples" / f"{trainer.done:06}.png", True)
+            try:
+                (folder / "samples").mkdir(parents=True, exist_ok=True)
+                write_picture(samples, folder / "samples" / f"{trainer.done:06}.png", True)
+            except (OSError, ValueError) as error:  # what was learnt is not thrown away for a picture
+                logger.warning("No samples of step %d: %s", trainer.done, error)
 
     def save_lora() -> None:
         lora = run.lora("lora.safetensors")

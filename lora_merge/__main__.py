@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from .disk.garbage import uncollected
+
 # Command -> (what it does, the file of cli/ with a function `add_COMMAND` that adds its options and how to run it). Only
 # that of the command that was asked for is imported: with torch it takes seconds.
 _COMMANDS = {
@@ -26,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser(arguments).parse_args(arguments)
     try:
-        status, text = options.run(options)
+        with uncollected():
+            status, text = options.run(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

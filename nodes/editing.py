@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..host.door.node import Node
 from ..host.sampling import editing
 from . import inputs
-from .sampling import CATEGORY
+from .sampling import CATEGORY, preset_input
 
 
 class LCMEdit(Node):
@@ -55,6 +55,7 @@ class LCMEdit(Node):
                     tooltip="Places that the change of prompt moves by less than this share of the most moved place stay "
                     "as they are. 0 makes every change; higher keeps more of the picture.",
                 ),
+                preset_input("steps", "original_steps", more="; cfg and the noise between steps are the edit's own"),
             ],
             outputs=[io.Latent.Output(display_name="LATENT", tooltip="The edited latent, for VAE Decode.")],
             is_experimental=True,
@@ -63,7 +64,7 @@ class LCMEdit(Node):
 
     @classmethod
     def execute(
-        cls, model, source, target, latent_image, seed, steps, cfg, denoise, original_steps, keep
+        cls, model, source, target, latent_image, seed, steps, cfg, denoise, original_steps, keep, preset=None
     ) -> io.NodeOutput:
         return io.NodeOutput(
             editing.edit(
@@ -77,5 +78,6 @@ class LCMEdit(Node):
                 denoise=denoise,
                 original_steps=original_steps,
                 keep=keep,
+                preset=preset,
             )
         )

@@ -3,7 +3,7 @@
 import ast
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,21 @@ def imports_of(file: Path, root: Path = ROOT) -> Iterator[tuple[int, str]]:
             path = [*base, *(node.module.split(".") if node.module else [])]
             for alias in node.names:
                 yield node.lineno, ("." if node.level else "") + ".".join([*path, alias.name])
+
+
+def each_value(cases: Sequence[Mapping[str, Hashable]]) -> list[int]:
+    """Places of cases among which each value of each parameter is: those with the most new values first.
+
+    cases: parameter -> value, of each case of one test. Of all combinations of 3 and 20 values 20 are left.
+    """
+    seen: set[tuple[str, Hashable]] = set()
+    kept = [place for place, case in enumerate(cases) if not case]
+    for enough in range(max(map(len, cases), default=0), 0, -1):
+        for place, case in enumerate(cases):
+            if len(new := case.items() - seen) >= enough:
+                kept.append(place)
+                seen |= new
+    return sorted(kept)
 
 
 def relative(a, b) -> float:

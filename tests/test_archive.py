@@ -29,7 +29,7 @@ NEEDED = (
 )
 KEPT_OUT = ("tests", "demo", "benchmarks", "tools", ".ci", ".github")
 SUFFIXES = {".py", ".md", ".json", ".toml", ".txt", ".jpg", ".png", ".webp", ""}
-SCRIPTS = {Path("web/report.js"), Path("web/nodes.js")}
+SCRIPTS = {Path("web/report.js"), Path("web/nodes.js"), Path("web/advanced.js")}
 MEGABYTES = 3
 
 MODULES = {

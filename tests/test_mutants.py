@@ -115,6 +115,18 @@ def test_the_files_that_are_most_about_a_table_are_imported_anew(made):
     assert mutants.files_on(mutant, tests, made) == [f"tests/{letter}.py" for letter in "abcd"]
 
 
+def test_tests_that_are_about_a_module_come_first(made):
+    """By their file's name, or by what it imports."""
+    file = "lora_merge/merging/account.py"
+    assert {"tests/lora_merge/test_account.py", "tests/lora_merge/test_merge_words.py"} <= mutants.files_about(file)
+    mutant = next(one for one in mutations.mutants_of(ROOT / file) if one.function == "account_of")
+    others = [f"tests/lora_merge/test_families.py::test_{number}" for number in range(300)]
+    tests = {f"{file} account_of": [*others, "tests/lora_merge/test_account.py::test_sums"]}
+    found = mutants.callers_of(mutant, tests, 100, made)
+    assert found[0] == "tests/lora_merge/test_account.py::test_sums"
+    assert len(found) == 100
+
+
 def test_of_many_tests_the_first_and_some_of_the_others_are_tried():
     names = [f"{number}" for number in range(100)]
     assert mutants.some_of(names, 100) == names

@@ -4,7 +4,7 @@
     make compatibility COMFYUI=floor                          on .comfyui-floor
     make compatibility COMFYUI_PATH=/their/ComfyUI PYTHON=... on any other
 
-Runs all tests of tests/with_comfyui there, also the slow ones, and makes one row of the table out of them. The status is
+Runs all tests of tests/with_comfyui there, also the slow and the rare ones, and makes one row of the table out of them. The status is
 0 if all passed, 1 if some failed (they are named in the row), 2 if nothing could be run.
 """
 
@@ -69,7 +69,7 @@ def outcomes(report: Path) -> dict[str, Outcome]:
 
 def run_tests(tree: Path, report: Path) -> None:
     """All integration tests on `tree`, with pytest's words on the terminal."""
-    spread = ["-n", os.environ.get("WORKERS", "2"), "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
+    spread = ["-n", os.environ.get("WORKERS", "2"), "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", *spread, "tests/with_comfyui", f"--junit-xml={report}"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(tree)})
     if done.returncode not in (0, 1) or not report.is_file():

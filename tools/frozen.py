@@ -85,7 +85,8 @@ def both(page: Any) -> dict[str, Any]:
     workflow = page.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
     sent = page.evaluate("() => app.graphToPrompt().then(both => JSON.parse(JSON.stringify(both.output)))")
     workflow.pop("id", None)  # drawn at random
-    ours = {id_: node for id_, node in sent.items() if node["class_type"].startswith(OURS)}
+    # The page does not know what a node of a pack that is not there is called.
+    ours = {id_: node for id_, node in sent.items() if node.get("class_type", "").startswith(OURS)}
     return {
         "workflow": workflow,
         "prompt": {id_: {"class_type": node["class_type"], "inputs": node["inputs"]} for id_, node in ours.items()},

@@ -14,8 +14,8 @@ What is no change by construction is not made (mutations.py): keywords that cost
 full_matrices of torch.linalg.svd (a caller that slices gets the same, another one an error), texts for a person, checks
 such as strict of zip, and the sign of room for rounding (1 - 1e-9).
 
-Only tests that call the changed function are run: those that noticed another change of it first, then the quickest and
-most particular, --most of them where there are more. What calls what is seen once (mutant_calls.py). The tests are
+Only tests that call the changed function are run: those that noticed another change of it first, then those of files that
+are about its module, the quickest and most particular first, --most of them where there are more. What calls what is seen once (mutant_calls.py). The tests are
 collected once: each change is put into the functions in memory, in a process forked from there. Where that cannot show a
 change, in default values and in what runs at import, the survivors are tried again with the changed file imported afresh,
 by the tests of all that uses what was made then (mutant_made.py).
@@ -32,6 +32,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -98,10 +99,21 @@ def some_of(tests: list[str], most: int) -> list[str]:
     return first + [others[index * len(others) // spread] for index in range(spread)]
 
 
+@cache
+def files_about(file: str) -> frozenset[str]:
+    """The files of tests that are named as this file is, or import something from it."""
+    words = f"lcm_kit.{file.removesuffix('.py').replace('/', '.')} import "
+    every = {test: test.read_text(encoding="utf-8") for folder in TESTS for test in (ROOT / folder).rglob("test_*.py")}
+    about = {test for test, text in every.items() if test.stem == f"test_{Path(file).stem}" or words in text}
+    return frozenset(test.relative_to(ROOT).as_posix() for test in about)
+
+
 def callers_of(mutant: Mutant, tests: dict[str, list[str]], most: int, made: Made) -> list[str]:
     """The tests that call its function, [] if nothing does. Where it is called at import, those that use what was made
     there follow; where these are few, some that call others of its file, which may use what another test has kept."""
+    about = files_about(mutant.file)
     direct = tests.get(f"{mutant.file} {mutant.function}", [])
+    direct = sorted(direct, key=lambda name: name.split("::")[0] not in about)
     found = dict.fromkeys(some_of([name for name in direct if name != IMPORTED], most))
     if IMPORTED in direct:
         turns = itertools.zip_longest(*(tests.get(user, []) for user in made.users(mutant.file)))

@@ -38,6 +38,7 @@ UNSEEN = {
     "pin_memory",
     "foreach",
     "buffering",
+    "maxsize",
     "cancel_futures",
     "disable",
     "desc",

@@ -101,6 +101,7 @@ def of_help(page, web_page, node: str) -> bytes:
     """PNG of a help page as the page shows it beside the graph."""
     web_page.open_graph(page, {"1": {"class_type": node, "inputs": {}}}, "help")
     web_page.open_help(page, node)
+    page.wait_for_timeout(1500)  # the panel may still show the page of the node before
     return page.screenshot()
 
 

@@ -6,7 +6,7 @@ make presets
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +34,6 @@ What each preset of **LCM Preset** sets, for what, and where it is from. Made by
   spaced where they list no timesteps.
 """
 HEADER = ("preset", "for", "steps", "cfg", "gamma", "levels", "shift", "LoRA", "there with", "also", "source", "date")
-SHORT = ("preset", "what it sets")  # of the help page, whose panel has room for two columns
 TITLES = {False: "Stable Diffusion and its kin", True: "Flow models"}
 
 
@@ -69,29 +68,30 @@ def cells(preset) -> list[str]:
 
 def document(presets: Mapping) -> str:
     """The whole text of docs/presets.md."""
-    return "\n".join([INTRODUCTION, *tables(presets)])
+    return "\n".join([INTRODUCTION, *sections(presets, table)])
 
 
-def short_cells(preset) -> list[str]:
-    """One for each column of SHORT, from the same words."""
+def item(preset) -> str:
+    """Of the help page's list, from the same words: its panel is too narrow for a table."""
     name, models, steps, cfg, gamma, spaced, shift, *_ = cells(preset)
     said = [f"steps {steps}", f"cfg {cfg}", f"gamma {gamma}", spaced, *([] if shift == "-" else [f"shift {shift}"])]
-    return [f"**{name}** for {models}", ", ".join(said)]
+    return f"- **{name}** for {models}: {', '.join(said)}\n"
 
 
 def help_page(text: str, presets: Mapping) -> str:
-    """The text of the help page with its closing tables made anew."""
-    return "\n".join([text[: text.index(f"## {TITLES[False]}")].rstrip() + "\n", *tables(presets, SHORT, short_cells)])
+    """The text of the help page with its closing lists made anew."""
+    lists = sections(presets, lambda own: "".join(map(item, own)))
+    return "\n".join([text[: text.index(f"## {TITLES[False]}")].rstrip() + "\n", *lists])
 
 
-def tables(presets: Mapping, header=HEADER, cells=cells) -> list[str]:
-    """One for Stable Diffusion, one for flow models, each with its heading."""
-    made = []
-    for flow, title in TITLES.items():
-        own = [cells(preset) for preset in presets.values() if preset.flow is flow]
-        rows = [header, ["---"] * len(header), *own]
-        made.append(f"## {title}\n\n" + "".join(map(line, rows)))
-    return made
+def table(presets: Iterable) -> str:
+    return "".join(map(line, [HEADER, ["---"] * len(HEADER), *map(cells, presets)]))
+
+
+def sections(presets: Mapping, written: Callable[[list], str]) -> list[str]:
+    """One for Stable Diffusion, one for flow models, each with its heading. written: what stands under it."""
+    by_kind = {flow: [preset for preset in presets.values() if preset.flow is flow] for flow in TITLES}
+    return [f"## {title}\n\n{written(by_kind[flow])}" for flow, title in TITLES.items()]
 
 
 def line(row: Iterable[str]) -> str:

@@ -1,11 +1,12 @@
 """Writes example_workflows/*.json and demo/workflow.json from the descriptions in tools/flows/, by the node definitions of a real ComfyUI,
 and a small picture of each for the template browser.
 
-make workflows
+make workflows                          PACKS=/folder/of/other/packs also records anew the nodes of those packs
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import json
@@ -30,10 +31,18 @@ def package_module(name: str):
 
 
 def main() -> int:
-    writing = package_module("tools.flows.writing")
+    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    asked.add_argument("--packs", type=Path, help="folder of the other packs whose nodes are to be recorded")
+    options = asked.parse_args()
+    writing, recording = package_module("tools.flows.writing"), package_module("tools.flows.packs")
     comfyui = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".comfyui")
+    packs = {"lcm-kit": ROOT}
+    if options.packs:
+        packs |= {name: options.packs.resolve() / name for name in recording.recorded()}
     server = package_module("demo.comfyui_server").ComfyUIServer
-    with tempfile.TemporaryDirectory() as home, server(comfyui, home, packs={"lcm-kit": ROOT}) as running:
+    with tempfile.TemporaryDirectory() as home, server(comfyui, home, packs=packs) as running:
+        if options.packs:
+            recording.record(json.loads(running.request("/object_info")), options.packs)
         texts = writing.texts(running)
     for path in set(writing.FOLDER.glob("*.json")) - set(texts):
         path.unlink()

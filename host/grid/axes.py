@@ -9,9 +9,9 @@ from typing import Any
 
 from ...samplers.presets import PRESETS
 from ..door.lists import numbers
+from ..door.rules import LONGEST_TEXT
 
 MOST_VALUES, MOST_CELLS = 64, 1024  # of an axis; of a grid
-LONGEST = 100_000  # letters of a prompt
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ def cells(rows: Axis, columns: Axis) -> list[tuple[int, int, dict[str, Any]]]:
 
 
 def with_word(prompt: str, first: str, word: str) -> str:
-    """The prompt with `word` wherever `first` stands. Raises ValueError for one that would be longer than LONGEST."""
+    """The prompt with `word` wherever `first` stands. Raises ValueError for one that would be longer than any text may be."""
     length = len(prompt) + prompt.count(first) * (len(word) - len(first))
-    if length > LONGEST:
+    if length > LONGEST_TEXT:
         raise ValueError(
-            f"{WORDS}: with {word[:40]!r} the prompt has {length:,} characters, and it may have at most {LONGEST:,}. Write less."
+            f"{WORDS}: with {word[:40]!r} the prompt has {length:,} characters, and it may have at most {LONGEST_TEXT:,}. Write less."
         )
     return prompt.replace(first, word)
 

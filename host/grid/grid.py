@@ -15,7 +15,7 @@ from ...samplers.presets import PRESETS
 from ..lora import patches
 from ..progress import Progress
 from ..sampling.sampling import sample
-from .axes import LONGEST, NOTHING, STRENGTH, WORDS, Axis, cells, check_axes, parse_axis, with_word
+from .axes import NOTHING, STRENGTH, WORDS, Axis, cells, check_axes, parse_axis, with_word
 from .report import describe
 from .sheet import Sheet, as_picture, cell_size
 
@@ -216,8 +216,6 @@ def _check_parts(parts: Parts, down: Axis, across: Axis, prompt: str) -> None:
         raise ValueError(
             f"{STRENGTH} is varied, but no lora is connected. Connect a Load LoRA, or vary something else."
         )
-    if parts.clip is not None and len(prompt) > LONGEST:
-        raise ValueError(f"prompt has {len(prompt):,} characters, and it may have at most {LONGEST:,}. Write less.")
     if WORDS in varied:
         first = varied[WORDS].values[0]
         if parts.clip is None or first not in prompt:

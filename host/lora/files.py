@@ -7,17 +7,18 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import comfy.utils
 import folder_paths
 
 from ...lora_merge import load, save
+from ...lora_merge.disk.digests import keep_in, sha256_of
 from ...lora_merge.disk.file_names import path_trouble
 from ...lora_merge.disk.tensor_file import SERVER_MAPPED_ABOVE
 from ...lora_merge.files.dtypes import DTYPES
 from ...lora_merge.files.formats import SAVE_FORMATS as FORMATS
-from ...lora_merge.recognise.identity import identify, sha256_of, worth_hashing
+from ...lora_merge.recognise.identity import identify, worth_hashing
 from ..door.rules import not_there, shown
 from .identity import KnownWeights
 from .weights import LoraWeights, from_lora, to_lora
@@ -109,12 +110,15 @@ def read_file(path: str) -> KnownWeights:
 
 
 def _read(path: str, size: int) -> KnownWeights:
+    # A file is hashed once: it costs as much as all else that a loader does.
+    keep_in(Path(folder_paths.get_user_directory()) / "lcm_kit" / "sha256.json")
     # hashlib lets go of the interpreter lock, so a hash that will be wanted costs little beside the reading.
     with ThreadPoolExecutor(1) as pool:
         if worth_hashing(size):
             pool.submit(sha256_of, path)
         # As core's own loader, which looks at this while it runs.
-        lora = load(path, mapping=not comfy.utils.DISABLE_MMAP, mapped_above=SERVER_MAPPED_ABOVE)
+        mapped_above = None if comfy.utils.DISABLE_MMAP else SERVER_MAPPED_ABOVE
+        lora = load(path, in_memory=True, mapped_above=mapped_above)
         weights = from_lora(lora)
     identity = identify(lora, path)
     return KnownWeights(dict(weights), name=weights.name, metadata=weights.metadata, identity=identity)

@@ -8,10 +8,10 @@ from pathlib import PurePath
 import folder_paths
 
 from ...lora_merge import describe_merge, merge_with_account, resize_with_account
+from ...lora_merge.disk.digests import sha256_of
 from ...lora_merge.files.dtypes import DTYPES
 from ...lora_merge.methods.table import find_method
 from ...lora_merge.one_module.protect import protecting
-from ...lora_merge.recognise.identity import sha256_of
 from ...lora_merge.settings.strengths import for_inputs
 from ..progress import Progress
 from .files import lora_names

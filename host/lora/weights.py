@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 
 from ...lora_merge import Lora
+from ..door.rules import shown
+from ..page import plain
 
 
 class LoraWeights(dict):
@@ -17,6 +19,10 @@ class LoraWeights(dict):
         super().__init__(tensors)
         self.name = name
         self.metadata = dict(metadata or {})
+
+    def __repr__(self) -> str:
+        # Of a node that failed ComfyUI keeps and sends each input as text: that of a dict has every tensor in it.
+        return plain(f"LORA_MODEL {shown(self.name)} of {len(self)} tensors")
 
 
 def named(weights: Mapping[str, torch.Tensor], fallback: str = "The LoRA") -> LoraWeights:

@@ -4,6 +4,7 @@ Both prompts are conds of one guider, so models, hooks, ControlNets, areas and p
 """
 
 import copy
+import logging
 import math
 
 import comfy.model_management
@@ -17,6 +18,8 @@ from .latents import fitted, given_out, has_picture
 from .runs import run
 from .schedules import lcm_sigmas
 from .tables import forward_process, sigma_table
+
+logger = logging.getLogger(__name__)
 
 # Which prompt a prediction is for; rides in the model_options, which ComfyUI hands through to the guider.
 PROMPT = "lcm_kit_prompt"
@@ -90,9 +93,10 @@ class EditSampler(comfy.samplers.Sampler):
         )
 
 
-def edit(model, source, target, latent, *, seed, steps, cfg, denoise, original_steps, keep) -> dict:
+def edit(model, source, target, latent, *, seed, steps, cfg, denoise, original_steps, keep, preset=None) -> dict:
     """A LATENT, edited. Image k of a batch is the image edited alone with batch index k.
 
+    preset: a Preset, whose noise levels replace those of steps and original_steps, or None.
     Raises ValueError for an empty latent, or a schedule that does not exist.
     """
     if not has_picture(latent["samples"]):
@@ -100,7 +104,8 @@ def edit(model, source, target, latent, *, seed, steps, cfg, denoise, original_s
             "latent_image is empty, and an edit needs a picture to change. Connect VAE Encode, or use LCM KSampler to "
             "make a picture from nothing."
         )
-    sigmas = lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps)
+    sigmas = lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=original_steps, preset=preset)
+    _say_what_is_not_taken(preset)
     if len(sigmas) == 0:  # denoise 0
         latent = fitted(model, latent)
         return given_out(latent, latent["samples"])
@@ -114,3 +119,16 @@ def edit(model, source, target, latent, *, seed, steps, cfg, denoise, original_s
         seed=seed,
         calls=2 * (len(sigmas) - 1),
     )
+
+
+def _say_what_is_not_taken(preset) -> None:
+    """A warning for a preset of a gamma or cfg that an edit has no place for."""
+    given = {"cfg": preset.cfg, "gamma": preset.gamma} if preset is not None else {}
+    left = [f"{name} {value:g}" if isinstance(value, float) else name for name, value in given.items() if value != 1.0]
+    if left:
+        logger.warning(
+            "LCM Edit takes the noise levels of the preset %s, not its %s: an edit draws the noise of every step afresh, as "
+            "gamma 1 does, and its cfg leads from one prompt to the other.",
+            preset.name,
+            " and ".join(left),
+        )

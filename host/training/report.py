@@ -23,8 +23,7 @@ class Account:
     """A training in numbers.
 
     done: steps.   losses: of each.   pictures: learnt from; own: whether the model made them.   dtype: of the network.
-    modules, parameters: of the LoRA; unmoved: those of its modules that are still nothing.
-    remarks: sentences that were said before it began.
+    modules, parameters: of the LoRA.   still: those of its modules that are nothing yet.   remarks: sentences that were said before it began.
     """
 
     settings: Settings
@@ -36,8 +35,8 @@ class Account:
     dtype: str
     modules: int
     parameters: int
+    still: Sequence[str]
     seconds: float
-    unmoved: Sequence[str]
     remarks: Sequence[str]
 
 
@@ -85,18 +84,8 @@ def describe(account: Account) -> list[str]:
         f"{account.seconds:.0f} seconds.",
         *([phased_words(settings.phases)] if settings.phases > 1 else []),
     ]
-    lines += [*validation_words(account.validation), *unmoved_words(account.unmoved, account.modules)]
-    return [*lines, *account.remarks, *rate_words(settings)]
-
-
-def unmoved_words(unmoved: Sequence[str], modules: int) -> list[str]:
-    """A sentence on modules that nobody should take for trained; none without such. modules: how many there are."""
-    if not unmoved:
-        return []
-    return [
-        f"{len(unmoved)} of {modules} modules have not changed, as no gradient reaches them: the picture does not depend on them "
-        f"({', '.join(unmoved[:2])}{', ...' if len(unmoved) > 2 else ''})."
-    ]
+    still = still_words(account.still, account.modules)
+    return [*lines, *validation_words(account.validation), *still, *account.remarks, *rate_words(settings)]
 
 
 def phased_words(phases: int) -> str:
@@ -120,6 +109,16 @@ def validation_words(validation: Validation) -> list[str]:
     if last > RISEN * lowest:
         said += " It has risen since: a lower learning_rate, one that falls, or a moving average may help."
     return [said]
+
+
+def still_words(still: Sequence[str], modules: int) -> list[str]:
+    """A sentence on modules that nobody is to take for trained; none without such."""
+    if not still:
+        return []
+    return [
+        f"{len(still)} of {modules} modules have not changed, as no gradient reaches them: the picture does not depend on them "
+        f"({', '.join(still[:2])}{', ...' if len(still) > 2 else ''})."
+    ]
 
 
 def recipe_words(name: str, own: Mapping[str, Any]) -> str:

@@ -128,15 +128,15 @@ class Training:
             pictures=len(self.work.latents), own=self.work.own, dtype=str(self.work.dtype).split(".")[-1],
             modules=sum(key.endswith(".alpha") for key in tensors),
             parameters=sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(".alpha")),
-            seconds=seconds, unmoved=unmoved(tensors), remarks=self.remarks,
+            still=unchanged(tensors), seconds=seconds, remarks=self.remarks,
         )  # fmt: skip
         return describe(account)
 
 
-def unmoved(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Modules of a LoRA that are still nothing: the picture does not depend on them."""
-    ups = {key: tensor for key, tensor in tensors.items() if key.endswith(".lora_up.weight")}
-    return [key.removesuffix(".lora_up.weight") for key, tensor in ups.items() if not tensor.count_nonzero()]
+def unchanged(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Modules of a LoRA, in kohya's keys, that add nothing."""
+    end = ".lora_up.weight"
+    return [key.removesuffix(end) for key, up in tensors.items() if key.endswith(end) and not up.count_nonzero()]
 
 
 def advice_for(model, settings: Settings, pictures: int, own: bool) -> list[str]:

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ..updates.layer import Layer, LoraLayer, exponent, largest
 from ..updates.side_by_side import put
+from ..updates.unmade import Unmade, extremes, made
 from .threads import in_order, on_one_core
 
 # Largest entry of a tensor, in the dtype's smallest normal numbers, below which rounding is coarser than the dtype's bits.
 _SMALL = 4
-# Entries of a component that are looked at first.
-_FEW = 64
 # What is below it may be among the subnormal numbers of bfloat16 and float32.
 _NOTHING = 2.0**-100
 # Relative error above which an update is not the same any more; float16's rounding alone makes 0.0003.
@@ -130,11 +129,13 @@ def rounding(part: Tensor, rounded: Tensor) -> float:
     return float((rounded.double() - exact).norm() / exact.norm())
 
 
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all values of all tensors are numbers. Neighbours in one memory, as those of a file are, count as one."""
+def all_finite(tensors: Iterable[Tensor | Unmade]) -> bool:
+    """Whether all values of all tensors are numbers. Neighbours in one memory, as those of a file are, count as one; what is
+    unmade is read in the given order."""
+    tensors = list(tensors)
+    apart: list[Tensor | Unmade] = [tensor for tensor in tensors if isinstance(tensor, Unmade)]
     runs: list[tuple[Tensor, int, int]] = []  # first tensor, its storage, numbers
-    apart = []
-    for tensor in sorted(tensors, key=Tensor.data_ptr):
+    for tensor in sorted((tensor for tensor in tensors if isinstance(tensor, Tensor)), key=Tensor.data_ptr):
         if not tensor.is_contiguous():
             apart.append(tensor)
             continue
@@ -154,8 +155,10 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
         return all(found)
 
 
-def is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor | Unmade) -> bool:
     """Whether all values are numbers; true for a tensor without values (a meta tensor too), and for integers."""
+    if isinstance(tensor, Unmade):
+        return math.isfinite(tensor.extremes.low) and math.isfinite(tensor.extremes.high)
     if tensor.numel() == 0 or tensor.is_meta or not tensor.dtype.is_floating_point:
         return True
     tensor = tensor.detach()
@@ -183,23 +186,23 @@ def holds(layer: LoraLayer) -> bool:
     return True
 
 
-def _holds_components(factor: Tensor, number: float, rank_dim: int) -> bool:
+def _holds_components(factor: Tensor | Unmade, number: float, rank_dim: int) -> bool:
     """`holds` for number * factor in float16, where a component of its own can be lost."""
     # Without the bounds themselves: what is there may have been rounded to them, and 0 may have been a small number.
     bounds, by = torch.finfo(torch.float16), abs(number)
-    top, small = largest(factor), _SMALL * bounds.tiny
+    seen = factor.extremes if isinstance(factor, Unmade) else extremes(factor, rank_dim)
+    top, small = seen.largest, _SMALL * bounds.tiny
     # As a rule a few entries of each component show that it is large enough, far from where rounding decides.
-    few = factor.narrow(1 - rank_dim, 0, min(_FEW, factor.shape[1 - rank_dim])).float()
-    clear = float(few.abs().movedim(rank_dim, 0).flatten(1).amax(dim=1).min()) * by
-    if clear > 2 * small and top * by < bounds.max / 2:
+    if seen.component == rank_dim and seen.least * by > 2 * small and top * by < bounds.max / 2:
         return True
+    factor = made(factor)
     if not float(_rounded(torch.tensor(top, dtype=factor.dtype), number, torch.float16)) < bounds.max:
         return False
     # float32: torch takes up to ten times as long over columns of float16, not over rows.
     return bool((_rounded(component_maxima(factor.float(), rank_dim), number, torch.float16) > small).all())
 
 
-def _largest(factor: Tensor) -> Tensor:
+def _largest(factor: Tensor | Unmade) -> Tensor:
     return torch.tensor(largest(factor), dtype=factor.dtype)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..disk.digests import sha256_of
 from ..disk.hashes import stated, weights_sha256
 from ..files.dtypes import DTYPES
 from ..files.formats import SAVE_FORMATS
@@ -24,7 +25,7 @@ from ..merging.reproduce import reproduce
 from ..metadata.report import describe_metadata
 from ..methods.table import METHODS, all_parameters, methods_with
 from ..one_module.protect import protecting
-from ..recognise.identity import identify, sha256_of
+from ..recognise.identity import identify
 from ..settings.strengths import for_inputs
 from .shared import PATTERNS, Answer, add_meta, meta, overwriting, paths_and_strengths, progress_bar
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..algebra.orthonormal import triangle
 from ..algebra.threads import in_order
+from ..disk.garbage import uncollected
 from ..files.keys import BIAS_PARTS, WEIGHT_PARTS
 from ..files.lora import Lora
 from ..keywords import named
@@ -26,6 +27,7 @@ from ..naming import names
 from ..naming.blocks import place
 from ..naming.unet import infer_layout
 from ..updates.layer import LoraLayer, whole_factors
+from ..updates.unmade import made
 from .comparison import Comparison, Group, Input, Measure, Module, Pair, Part, cosine_variance, inside, overlap
 from .curve import Curve, Own, curve_of
 
@@ -34,6 +36,7 @@ _ZERO = 1e-6
 
 
 @named
+@uncollected()
 def compare(
     inputs: Sequence[tuple[Lora, float]],
     *,
@@ -123,7 +126,7 @@ def _factors(lora: Lora, module: str) -> tuple[Tensor, Tensor, Tensor] | None:
     ups, downs, scales = [], [], []
     if module in lora.modules:
         layer = lora.modules[module]
-        up, down = layer.stored_factors()
+        up, down = (made(factor).flatten(1) for factor in layer.stored_factors())
         ups.append(up)
         downs.append(down)
         scales.append(torch.full((up.shape[1],), layer.scale))

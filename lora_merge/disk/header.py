@@ -26,6 +26,7 @@ MAX_TENSORS = 100_000
 MAX_HEADER = 64_000_000
 MAX_NAME = 500
 MAX_DIMENSIONS = 8
+_COUNTS = 1 << 63
 
 _TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
 _TORCH |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
@@ -204,8 +205,13 @@ def _entry(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, in
 
 
 def _counts(value: Any) -> bool:
-    few = isinstance(value, list) and len(value) <= MAX_DIMENSIONS
-    return few and all(type(number) is int and 0 <= number < 1 << 63 for number in value)
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS:
+        return False
+    # Thousands of short lists: a loop takes a third of the time of all() with a generator.
+    for number in value:
+        if type(number) is not int or not 0 <= number < _COUNTS:
+            return False
+    return True
 
 
 def _check_layout(order: Sequence[tuple[int, int, str]], available: int, size: int) -> None:

@@ -1,14 +1,13 @@
-"""The tensors of a safetensors file, read into memory, and written from where they lie.
+"""The tensors of a safetensors file, read into memory or when they are needed, and written from where they lie.
 
 The format is in header.py. Other than with safetensors' own functions all tensors of a file lie in one memory, so that
 their values can be checked together, and a new file keeps the ordinary permissions.
 
-A file that is mapped into memory costs nothing until its pages are looked at, but whoever cuts it off meanwhile (a
-trainer that saves to that name, rsync --inplace) ends this process with a SIGBUS that nothing can catch. Reading takes
-0.4 ms of CPU for each MB, 0.05 s for a LoRA of 130 MB, as much memory as the pages that would have been looked at
-anyway, and nothing that happens to the file later matters. Beyond MAPPED_ABOVE the memory would hurt more: the system
-can take back pages of a file, not those of a copy. A server, which has other people's work to lose and keeps its files for
-long, reads up to SERVER_MAPPED_ABOVE; a command that ends so has written its result whole or not at all.
+TensorFile stays open and reads single tensors into memory that the caller has: memory that is used again costs neither page
+faults nor room. A file that is cut off or written to meanwhile (a trainer that saves to that name, rsync --inplace) is an
+error in words. One that is mapped into memory would end the process with a SIGBUS that nothing can catch; `read` maps only
+what is larger than its caller wants to have in memory, MAPPED_ABOVE or SERVER_MAPPED_ABOVE. Of a file in memory it does not
+matter what happens to it later, which is what a server wants, that keeps its files for long.
 """
 
 from __future__ import annotations
@@ -16,8 +15,11 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -30,8 +32,13 @@ from .header import DTYPES, Header, check_written, opened
 SERVER_MAPPED_ABOVE = 1 << 30
 # Windows replaces no file that is mapped, and a result may take its input's place.
 MAPPED_ABOVE = 1 << 28 if os.name == "posix" else SERVER_MAPPED_ABOVE
-# Bytes of what is made at once on its way into a file.
-_BATCH = 1 << 20
+# Whether a file can be read anywhere without a place of its own, which threads and forked processes would share.
+IN_PLACE = hasattr(os, "preadv")
+_one_at_a_time = threading.Lock()
+# Bytes of what is made at once on its way into a file, for the processor's cache to hold them until they are written; and
+# how many such memories there are, for whoever makes them ahead.
+_BATCH = 1 << 19
+_MEMORIES = 4
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Wide numbers first, so that all are aligned, and otherwise as safetensors sorts them: then who loads a file and lets
 # safetensors write it again, as kohya's tools do for a hash, has the same bytes.
@@ -57,38 +64,90 @@ def read(
 
 
 class TensorFile:
-    """A safetensors file whose tensors are read one at a time.   header: what it holds, checked."""
+    """A safetensors file whose tensors are read one at a time; from several threads, too.
 
-    def __init__(self, path: Path, file: BinaryIO, header: Header) -> None:
-        self.path, self.file, self.header = path, file, header
+    header: what it holds, checked. It is open until `close`, or until nobody knows it any more.
+    Raises ValueError for a file that check_header refuses; all methods but `close`, if it was changed since it was opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with ExitStack() as stack:
+            self.path, (self.file, self.header) = path, stack.enter_context(opened(path))
+            self.close = weakref.finalize(self, stack.pop_all().close)
+        _open.add(self)
+
+    def fill(self, name: str, place: Tensor) -> None:
+        """Reads a tensor into contiguous memory of its dtype and size."""
+        self._fill(self.header.entries[name][2], place)
 
     def tensor(self, name: str) -> Tensor:
-        """Raises ValueError if the file was changed since it was opened."""
-        dtype, shape, start, stop = self.header.entries[name]
-        memory = _bytes_at(self.file, self.header.begin + start, stop - start, self.path)
+        dtype, shape, *_ = self.header.entries[name]
+        memory = torch.empty(shape, dtype=dtype)
+        self.fill(name, memory)
+        return memory
+
+    def tensors(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Those of these names, neighbours in one memory."""
+        result: dict[str, Tensor] = {}
+        for is_wanted, run in groupby(self.header.entries.items(), lambda entry: wanted(entry[0])):
+            if is_wanted:
+                entries = dict(run)
+                start, stop = min(start for _, _, start, _ in entries.values()), 0
+                stop = max(stop for *_, stop in entries.values())
+                memory = torch.empty(stop - start, dtype=torch.uint8)
+                self._fill(start, memory)
+                result |= {
+                    n: _tensor(memory, d, shape, a - start, b - start) for n, (d, shape, a, b) in entries.items()
+                }
+        return result
+
+    def _fill(self, start: int, place: Tensor) -> None:
+        _fill(self.file, self.header.begin + start, place, self.path)
         _check_unchanged(self.file, self.header, self.path)
-        return memory.view(dtype).view(shape)
+
+
+_open: weakref.WeakSet[TensorFile] = weakref.WeakSet()
+
+
+def count_open() -> int:
+    """How many TensorFiles there are in this process, which may have some hundred files open."""
+    return sum(file.close.alive for file in list(_open))
 
 
 @contextmanager
 def tensor_file(path: Path) -> Iterator[TensorFile]:
-    """Raises ValueError for a file that check_header refuses."""
-    with opened(path) as (file, header):
-        yield TensorFile(path, file, header)
+    """Open until the end of the block."""
+    file = TensorFile(path)
+    try:
+        yield file
+    finally:
+        file.close()
 
 
 def _bytes_at(file: BinaryIO, begin: int, size: int, path: Path) -> Tensor:
     memory = torch.empty(size, dtype=torch.uint8)
-    view, done = memory.numpy().data, 0
+    _fill(file, begin, memory, path)
+    return memory
+
+
+def _fill(file: BinaryIO, begin: int, place: Tensor, path: Path) -> None:
+    # By way of numpy, which has no bfloat16 but has bytes.
+    view, done, size = place.view(-1).view(torch.uint8).numpy().data, 0, place.nbytes
     try:
-        file.seek(begin)
-        while done < size and (more := file.readinto(view[done:])):  # type: ignore[attr-defined]
+        while done < size and (more := _read_at(file, view[done:], begin + done)):
             done += more
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
     if done < size:
         raise ValueError(_changed(path))
-    return memory
+
+
+def _read_at(file: BinaryIO, place: memoryview, begin: int) -> int:
+    if IN_PLACE:
+        return os.preadv(file.fileno(), [place], begin)
+    with _one_at_a_time:
+        file.seek(begin)
+        return int(file.readinto(place))  # type: ignore[attr-defined]
 
 
 def _check_unchanged(file: BinaryIO, header: Header, path: Path) -> None:
@@ -123,7 +182,7 @@ class Content(Protocol):
 
 
 class ToFill(Content, Protocol):
-    """A tensor that is made on its way into the file. fill: writes it into memory of that dtype and shape."""
+    """A tensor that is made on its way into the file. fill: writes it into contiguous memory of that dtype and shape."""
 
     @property
     def fill(self) -> Callable[[Tensor], None]: ...
@@ -139,7 +198,7 @@ def write(
 ) -> None:
     """A whole safetensors file, by kind of number and then by name.
 
-    ahead: as `map`, and free to make the next pieces while one is written.
+    ahead: as `map`, and free to make the next two pieces while one is written.
     hashed: adds the file's hashes (hashes.py) to the metadata, made in the one pass over the tensors, for which one has to
         be able to go back in the file. Raises ValueError, before anything is written, where `read` would refuse it.
     Raises OSError where the disk is full.
@@ -147,22 +206,24 @@ def write(
     names = sorted(tensors, key=lambda name: (_ORDER.index(NAMES[tensors[name].dtype]), name))
     entries = _entries(names, tensors)
     metadata = {**metadata, **BLANK} if hashed else metadata
-    head = _head(entries, metadata)
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
+    head = _head(text, metadata)
     if hashed:
         size = len(head) + sum(tensor.nbytes for tensor in tensors.values())
         check_written(head, {"__metadata__": metadata, **entries}, size)
-    hashes = Hashes(_head(entries, training(metadata))) if hashed else None
+    hashes = Hashes(_head(text, training(metadata))) if hashed else None
     start = file.tell() if hashes else 0
     file.write(head)
     # Many small writes: in pieces of megabytes Linux looks for as large pages, at five times the cost when memory is full.
-    for batch in ahead(_all_bytes, _batches([tensors[name] for name in names])):
+    memories = cycle([_Memory() for _ in range(_MEMORIES)])
+    for batch in ahead(_all_bytes, zip(_batches([tensors[name] for name in names]), memories, strict=False)):
         for data in batch:
             file.write(data)
             if hashes:
                 hashes.add(data)
     if hashes:
         file.seek(start)
-        file.write(_head(entries, {**metadata, **hashes.found()}))
+        file.write(_head(text, {**metadata, **hashes.found()}))
         file.seek(0, 2)
 
 
@@ -176,10 +237,12 @@ def _entries(names: Sequence[str], tensors: Mapping[str, Content]) -> dict[str, 
     return entries
 
 
-def _head(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
-    """The header with its length before it."""
-    whole = {"__metadata__": dict(metadata), **entries} if metadata else entries
-    header = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
+def _head(entries: str, metadata: Mapping[str, str]) -> bytes:
+    """The header with its length before it. entries: of the tensors, as JSON."""
+    notes = (
+        json.dumps({"__metadata__": dict(metadata)}, separators=(",", ":"), ensure_ascii=False) if metadata else "{}"
+    )
+    header = (notes[:-1] + "," * (len(notes) > 2 and len(entries) > 2) + entries[1:]).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
 
@@ -197,15 +260,32 @@ def _batches(tensors: Sequence[Tensor | ToFill]) -> Iterator[list[Tensor | ToFil
     yield batch
 
 
-def _all_bytes(tensors: Sequence[Tensor | ToFill]) -> list[memoryview]:
-    return [_bytes(tensor) for tensor in tensors]
+class _Memory:
+    """Memory for the pieces of one batch, used again for a later one."""
+
+    def __init__(self) -> None:
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+    def __call__(self, size: int) -> Tensor:
+        if self.bytes.numel() < size:
+            self.bytes = torch.empty(size, dtype=torch.uint8)
+        return self.bytes[:size]
 
 
-def _bytes(tensor: Tensor | ToFill) -> memoryview:
-    if not isinstance(tensor, Tensor):
-        memory = torch.empty(tensor.shape, dtype=tensor.dtype)
-        tensor.fill(memory)
-        tensor = memory
-    # By way of numpy, which has no bfloat16 but has bytes.
+def _all_bytes(work: tuple[Sequence[Tensor | ToFill], _Memory]) -> list[memoryview]:
+    """Of the tensors as they stand in the file. What is unmade is made in the memory."""
+    tensors, memory = work
+    unmade = [tensor for tensor in tensors if not isinstance(tensor, Tensor)]
+    places = iter(torch.split(memory(sum(t.nbytes for t in unmade)), [t.nbytes for t in unmade]))
+    return [_bytes(tensor if isinstance(tensor, Tensor) else _filled(tensor, next(places))) for tensor in tensors]
+
+
+def _filled(tensor: ToFill, memory: Tensor) -> Tensor:
+    place = memory.view(tensor.dtype).view(tensor.shape)
+    tensor.fill(place)
+    return place
+
+
+def _bytes(tensor: Tensor) -> memoryview:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return data.data

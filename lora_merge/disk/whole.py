@@ -16,6 +16,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -116,7 +117,7 @@ def is_plain_file(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
+def open_plain(path: str | os.PathLike[str]) -> FileIO:
     """The file, to be read, unbuffered. Raises ValueError for what is no plain file, and for what cannot be read."""
     try:
         # To open a pipe is to wait until somebody writes into it.
@@ -133,8 +134,14 @@ def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     with _in_words(path):
         file, temporary = _opened(path)
     try:
-        with file, _in_words(path):
-            yield file, temporary
+        with _in_words(path), file:
+            try:
+                yield file, temporary
+            except BaseException:
+                # Closing writes what is left, which a full disk refuses once more, and bare; the first reason counts.
+                with suppress(OSError):
+                    file.close()
+                raise
     finally:
         # What went wrong before is what the user has to hear of.
         with suppress(OSError):

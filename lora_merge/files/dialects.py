@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..updates.unmade import Unmade
+
 _CONTROL = ("img_in.lora_A.weight", "img_in.lora_B.weight", "single_blocks.0.norm.key_norm.scale")
 _USO = ("single_blocks.37.processor.qkv_lora.up.weight", "double_blocks.18.processor.qkv_lora2.up.weight")
 # In this order: the names without a number are part of those with one.
@@ -29,7 +31,7 @@ _MODULATED = re.compile(r".*\b(?:blocks\.\d+|head)")
 RESHAPED = "diffusion_model.img_in.reshape_weight"
 
 
-def renamed(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
+def renamed(state_dict: Mapping[str, object]) -> dict[str, str]:
     """Key of the file -> key in the spelling that everything else here knows."""
     if all(key in state_dict for key in _CONTROL):
         return {key: f"diffusion_model.{_of_control(key)}" for key in state_dict}
@@ -44,7 +46,7 @@ def renamed(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
     return {key: _of_extracted(key) for key in state_dict}
 
 
-def added(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def added(state_dict: Mapping[str, Tensor | Unmade]) -> dict[str, Tensor]:
     """What such a file means without saying it: a control LoRA makes the weight of its input layer wider."""
     if not all(key in state_dict for key in _CONTROL):
         return {}

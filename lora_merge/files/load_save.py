@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,13 +17,15 @@ from ..disk import json_text
 from ..disk.garbage import uncollected
 from ..disk.header import check_header
 from ..disk.overwriting import Overwrite, guard
-from ..disk.tensor_file import TensorFile, read, tensor_file, write
+from ..disk.tensor_file import IN_PLACE, TensorFile, count_open, read, tensor_file, write
 from ..disk.whole import check_place, write_whole
 from ..keywords import named
 from ..metadata import fields
 from ..metadata.adapter_config import CONFIG_KEY, misfit, of_config
+from ..updates.unmade import CPU, Unmade
 from .dtypes import DTYPES
 from .formats import SAVE_FORMATS, SaveFormat, named_for
+from .keys import parse
 from .lora import Lora
 from .new_metadata import for_file
 from .readable import check_readable, stand_ins
@@ -32,15 +35,21 @@ _PEFT = re.compile(r"base_model\.model\.(.+)\.lora_A(?:\.[^.]+)?\.weight")
 
 # Values of a scale or a shape, which say how the rest is meant.
 _FEW = 8
+# Bytes from which on a file is not kept in memory, and files that are held open for it: systems allow 256 and more.
+_STREAMED = 1 << 21
+_OPEN = 128
 
 
 @named
 @uncollected()
-def load(path: str | os.PathLike[str], *, mapping: bool = True, mapped_above: int | None = None) -> Lora:
+def load(path: str | os.PathLike[str], *, in_memory: bool = False, mapped_above: int | None = None) -> Lora:
     """The LoRA in a safetensors file, in any spelling that naming/names.py and keys.py know.
 
-    mapping: whether a file above `mapped_above` bytes (256 MiB, 1 GiB on Windows, if None) may be mapped into memory;
-    whoever cuts such a file off ends this process.
+    All values are looked at. Those of a large file's LoRA factors are read once more whenever they are needed, into memory
+    that is used again: the file stays open as long as the LoRA is known, may be replaced and deleted, and is refused from
+    then on if it was written to. Windows replaces no open file, so that there all is in memory.
+    in_memory: for who needs all values there; whatever becomes of the file then.
+    mapped_above: bytes from which on such a file is mapped instead; whoever cuts it off ends this process.
     For a PEFT folder's `adapter_model.safetensors` the scale is taken from `adapter_config.json` beside it, also for a
     renamed one if ranks and modules are the same.
     Raises FileNotFoundError if there is no such file, ValueError if it is no whole safetensors file of a LoRA, with at
@@ -51,8 +60,37 @@ def load(path: str | os.PathLike[str], *, mapping: bool = True, mapped_above: in
         raise FileNotFoundError(f"{path}: there is no such file; check the name and the folder.")
     if path.is_dir():
         raise ValueError(f"{path}: this is a folder; give the .safetensors file in it.")
-    tensors, notes = read(path, mapping=mapping, mapped_above=mapped_above)
+    tensors, notes = _contents(path, in_memory, mapped_above)
     return Lora.from_state_dict(tensors, metadata=_notes(path, tensors, notes), source=path.name)
+
+
+def _contents(
+    path: Path, in_memory: bool, mapped_above: int | None
+) -> tuple[Mapping[str, Tensor | Unmade], Mapping[str, str]]:
+    """tensor_file.read, but for large files that nobody wants in memory."""
+    if in_memory or not IN_PLACE or path.stat().st_size < _STREAMED or count_open() >= _OPEN:
+        return read(path, mapping=mapped_above is not None or os.name != "posix", mapped_above=mapped_above)
+    file = TensorFile(path)
+    return _streamed(file), file.header.metadata
+
+
+def _streamed(file: TensorFile) -> dict[str, Tensor | Unmade]:
+    """The tensors, factors of LoRAs unmade."""
+    entries = file.header.entries
+    later = {name for name, (dtype, shape, *_) in entries.items() if _is_factor(name, dtype, shape)}
+    now = file.tensors(lambda name: name not in later)
+    return {name: _unmade(file, name) if name in later else now[name] for name in entries}
+
+
+def _is_factor(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether it may be a factor of a LoRA. 8-bit floats have no arithmetic."""
+    known = parse(name)
+    return known is not None and known[1] in ("up", "down") and dtype.itemsize > 1 and len(shape) > 1 and 0 not in shape
+
+
+def _unmade(file: TensorFile, name: str) -> Unmade:
+    dtype, shape, *_ = file.header.entries[name]
+    return Unmade(dtype, torch.Size(shape), partial(file.fill, name), CPU)
 
 
 def outline(path: str | os.PathLike[str]) -> Lora:
@@ -75,7 +113,7 @@ def _outlined(file: TensorFile, name: str) -> Tensor:
     return hollow if hollow.numel() > _FEW else file.tensor(name)
 
 
-def _notes(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+def _notes(path: Path, tensors: Mapping[str, Tensor | Unmade], metadata: Mapping[str, str]) -> dict[str, str]:
     """The metadata of a file with what a PEFT configuration beside it says of its scale."""
     return {key: value for key, value in metadata.items() if key != CONFIG_KEY} | _peft_config(path, tensors)
 
@@ -144,11 +182,13 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _peft_config(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def _peft_config(path: Path, tensors: Mapping[str, Tensor | Unmade]) -> dict[str, str]:
     """What an adapter_config.json beside the file says of its scale; for a renamed file only where all of it fits."""
     beside = path.with_name("adapter_config.json")
     own_name = path.name.startswith("adapter_model")
-    ranks = {match[1]: len(tensors[key]) for key in tensors if (match := _PEFT.fullmatch(key)) and tensors[key].ndim}
+    ranks = {
+        match[1]: tensors[key].shape[0] for key in tensors if (match := _PEFT.fullmatch(key)) and tensors[key].ndim
+    }
     if not beside.is_file() or not (own_name or ranks):
         return {}
     try:

@@ -21,7 +21,8 @@ from ..metadata.adapter_config import noted
 from ..naming import names
 from ..naming.aliases import sites
 from ..naming.unet import infer_layout
-from ..updates.layer import Layer, LoraLayer, Unmade
+from ..updates.layer import Layer, LoraLayer
+from ..updates.unmade import Unmade
 from ..updates.weight_dependent import Carried
 from .keys import BIAS_PARTS, DIFF_PARTS, WEIGHT_PARTS, suffix
 from .reading import KeyAccount, read
@@ -73,9 +74,14 @@ class Lora:
     @classmethod
     @uncollected()
     def from_state_dict(
-        cls, state_dict: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None, source: str = "LoRA"
+        cls,
+        state_dict: Mapping[str, Tensor | Unmade],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        source: str = "LoRA",
     ) -> Lora:
-        """The LoRA in a dict of tensors, in any spelling that naming/names.py and keys.py know.
+        """The LoRA in a dict of tensors, in any spelling that naming/names.py and keys.py know. Factors of plain LoRAs may be
+        unmade, and are left so.
 
         Keys that ComfyUI's loader has no use for are listed in `keys` and kept in `unread`. Raises ValueError, naming
         `source` and the keys, if nothing else is there or a LoRA is incomplete, if shapes do not fit, values are not

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..updates.layer import Unmade, shape_of_both
+from ..updates.layer import shape_of_both
+from ..updates.unmade import Unmade
 from .lora import Lora
 
 _SHOWN = 3

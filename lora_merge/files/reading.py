@@ -14,6 +14,7 @@ from ..naming import names
 from ..naming.unet import infer_layout
 from ..updates.build import build, idle, ignores_alpha, is_carried, problem
 from ..updates.layer import Layer
+from ..updates.unmade import Unmade, made
 from ..updates.weight_dependent import Carried
 from . import dialects, keys
 from .keys import DIFF_PARTS
@@ -55,7 +56,7 @@ def account_keys(names_of_keys: Iterable[str]) -> KeyAccount:
     return _account({key: keys.parse(key) for key in names_of_keys})
 
 
-def unread_keys(state_dict: Mapping[str, Tensor]) -> set[str]:
+def unread_keys(state_dict: Mapping[str, Tensor | Unmade]) -> set[str]:
     """Keys of a LORA_MODEL or file that have no effect."""
     parsed = {key: keys.parse(key) for key in state_dict}
     return {*_account(parsed, _without_effect(parsed, state_dict)).unread}
@@ -79,7 +80,9 @@ def _account(parsed: Mapping[str, tuple[str, str] | None], without_effect: Colle
     return KeyAccount(*map(tuple, ends.values()))
 
 
-def _without_effect(parsed: Mapping[str, tuple[str, str] | None], state_dict: Mapping[str, Tensor]) -> set[str]:
+def _without_effect(
+    parsed: Mapping[str, tuple[str, str] | None], state_dict: Mapping[str, Tensor | Unmade]
+) -> set[str]:
     """Keys of LoRAs of rank 0, and alphas that are no number where no number is needed."""
     modules: dict[str, dict[str, str]] = {}
     for key, known in parsed.items():
@@ -95,13 +98,13 @@ def _without_effect(parsed: Mapping[str, tuple[str, str] | None], state_dict: Ma
     return found
 
 
-def _no_rank(up: Tensor, down: Tensor) -> bool:
+def _no_rank(up: Tensor | Unmade, down: Tensor | Unmade) -> bool:
     if up.ndim < 2 or down.ndim < 2 or up.shape[1] or down.shape[0]:
         return False
     return up.shape[0] > 0 and down.shape[1] > 0
 
 
-def read(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> Contents:
+def read(state_dict: Mapping[str, Tensor | Unmade], metadata: Mapping[str, str], source: str) -> Contents:
     """What a state dict in any spelling holds, by canonical name.
 
     Every key ends in it, in an update or as unread, or in the ValueError that names it.
@@ -115,7 +118,7 @@ def read(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str], source: 
     contents = Contents(
         keys=KeyAccount(*(tuple(theirs[key] for key in ends) for ends in vars(account).values())),
         # A scale of nothing is of no use to anybody.
-        unread={theirs[key]: state[key].detach() for key in account.unread if parsed[key] is None},
+        unread={theirs[key]: made(state[key]).detach() for key in account.unread if parsed[key] is None},
     )
     state |= dialects.added(state_dict)
     parsed |= {key: keys.parse(key) for key in state.keys() - parsed.keys()}
@@ -179,13 +182,13 @@ def _canonical(parts: Mapping[str, object], contents: Contents, source: str) -> 
     return raw_of
 
 
-def _put(contents: Contents, canonical: str, tensors: dict[str, Tensor], alpha: float | None) -> None:
+def _put(contents: Contents, canonical: str, tensors: dict[str, Tensor | Unmade], alpha: float | None) -> None:
     tensors = {part: tensor if part in _NUMBERS else _floating(tensor) for part, tensor in tensors.items()}
     for part in DIFF_PARTS:
         if part in tensors:
             # ComfyUI reads b_norm beside w_norm only; alone it is the same as diff_b.
             name = "diff_b" if part == "b_norm" and "w_norm" not in tensors else part
-            contents.diffs[canonical, name] = tensors[part]
+            contents.diffs[canonical, name] = made(tensors[part])
     update = build(tensors, alpha, names.kernel(canonical))
     if isinstance(update, Layer):
         contents.modules[canonical] = update
@@ -193,20 +196,20 @@ def _put(contents: Contents, canonical: str, tensors: dict[str, Tensor], alpha: 
         contents.carried[canonical] = update
 
 
-def _alpha(tensors: Mapping[str, Tensor], scales: AdapterScales, module: str) -> float | None:
+def _alpha(tensors: Mapping[str, Tensor | Unmade], scales: AdapterScales, module: str) -> float | None:
     if "alpha" in tensors:
         if tensors["alpha"].numel() != 1:
             raise ValueError(f"alpha has shape {tuple(tensors['alpha'].shape)}, but it has to be one number")
-        return float(tensors["alpha"].item())
+        return float(made(tensors["alpha"]).item())
     # Only PEFT and diffusers write alphas there, and only for LoRA.
     if "down" in tensors:
-        return scales.alpha(module, int(tensors["down"].shape[0]) if tensors["down"].dim() else 1)
+        return scales.alpha(module, int(tensors["down"].shape[0]) if tensors["down"].ndim else 1)
     return None
 
 
-def _floating(tensor: Tensor) -> Tensor:
+def _floating(tensor: Tensor | Unmade) -> Tensor | Unmade:
     # 8-bit floats have no arithmetic in torch; float16 holds all their values.
-    return tensor.half() if tensor.dtype.itemsize == 1 else tensor
+    return made(tensor).half() if tensor.dtype.itemsize == 1 else tensor
 
 
 def _check_complete(parts: Mapping[str, Mapping[str, str]], doubled: list[str], source: str) -> None:
@@ -220,7 +223,7 @@ def _check_complete(parts: Mapping[str, Mapping[str, str]], doubled: list[str], 
                          "The file may be damaged.")  # fmt: skip
 
 
-def _check_values(tensors: Mapping[str, Tensor], source: str) -> None:
+def _check_values(tensors: Mapping[str, Tensor | Unmade], source: str) -> None:
     wrong = sorted(
         f"{key} ({str(tensor.dtype).removeprefix('torch.')})"
         for key, tensor in tensors.items()

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..algebra.scaling import levelled
 from ..algebra.sums import stacked
+from ..disk.digests import sha256_of
 from ..disk.hashes import weights_sha256
 from ..disk.tensor_file import read
 from ..files.formats import SAVE_FORMATS, named_for
 from ..files.load_save import load
 from ..files.lora import Lora
 from ..keywords import named
-from ..recognise.identity import sha256_of
 from ..settings.options import DTYPES
 from ..updates.layer import Term
 from .merge import Progress, merge_with_account

@@ -6,14 +6,13 @@ number of parameters), and what a file says about itself is believed last.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
-from ..disk.whole import open_plain
+from ..disk.digests import sha256_of
 from ..files.lora import Lora
 from ..metadata.about import merged_inputs
 from ..metadata.fields import ARCHITECTURE, MERGED_FROM, OURS, PRESET_KEY, PROVENANCE_KEY
@@ -30,9 +29,6 @@ SURE = {
     "metadata": "likely: by metadata, the file says so",
     "unknown": "not further known by sha256, structure or metadata",
 }
-_BLOCK = 1 << 20
-_MANY = 256
-_digests: dict[tuple[str, int, int, int], str] = {}
 
 # Not inside a longer word.
 _WORDS = tuple(
@@ -50,10 +46,15 @@ _LOOKS = re.compile(
 _NOISE = re.compile(r"(?i:(?<![a-z])(high|low)[-_ ]?noise)|(?<=[a-z\d])(High|Low)Noise")
 _CAPITALS = re.compile(r"(?<![A-Za-z])(HIGH|LOW)(?![A-Za-z])")
 _LAST = re.compile(r"(?:(?<![A-Za-z])(high|low)|(?<=[a-z\d])(High|Low)|(?<![A-Za-z])(High|Low))$")
+# What may follow them. A name comes with a file, so there is one way only to read it: a number, or letters behind a kind of
+# number (q8_0, fp8_e4m3fn), are taken whole, by looking ahead and then at what was found.
 _BEHIND = re.compile(
-    r"(?:[-_. ](?:v?\d[\d.]*|e\d+|q\d\w*|b?fp?\d+\w*|rank[-_]?\d+|r\d+|epoch\d*|steps?\d*|loras?|scaled|comfyui|[a-z]\d_k(?:_[sml])?))+$",
+    r"(?:[-_. ](?:v?(?=(?P<number>\d[\d.]*(?=[-_. ]|$)))(?P=number)|(?=(?P<kind>(?:q|b?fp?)\d\w*))(?P=kind)"
+    r"|e\d+|rank[-_]?\d+|r\d+|epoch\d*|steps?\d*|loras?|scaled|comfyui|(?![qf])[a-z]\d_k(?:_[sml])?))+$",
     re.I,
 )
+# No file is called so long, and a title that is says nothing in its thousandth word.
+_LONGEST_NAME = 255
 _OF_TWO_EXPERTS = "Wan 2.1/2.2 14B"
 # As kohya's trainers write it. SD2 is two of them, which no module tells apart.
 ARCHITECTURES = {"SD1.5": "stable-diffusion-v1/lora", "SDXL": "stable-diffusion-xl-v1-base/lora"}
@@ -185,7 +186,7 @@ def identify(
 
 def half_by_name(name: str) -> Expert | None:
     """Which half of a model in two a file's name or title says; None if it says neither, or both."""
-    stem = re.sub(r"\.(?:safetensors|sft|gguf|pt|ckpt)$", "", name, flags=re.I)
+    stem = re.sub(r"\.(?:safetensors|sft|gguf|pt|ckpt)$", "", name[:_LONGEST_NAME], flags=re.I)
     for text, pattern in ((stem, _NOISE), (stem, _CAPITALS), (_BEHIND.sub("", stem), _LAST)):
         found = {next(filter(None, match.groups())).lower() for match in pattern.finditer(text)}
         if found:
@@ -196,29 +197,6 @@ def half_by_name(name: str) -> Expert | None:
 def worth_hashing(size: int, catalogue: Sequence[Published] = PUBLISHED) -> bool:
     """Whether a published file has this size; then its hash can be computed while the file is read."""
     return any(entry.may_have(size) for entry in catalogue)
-
-
-def sha256_of(path: str | os.PathLike[str], stopped: Callable[[], bool] = lambda: False) -> str:
-    """sha256 of a file, lower case hexadecimal, computed once for each path, size and time.
-
-    stopped: whether nobody waits for it any more, asked now and then; InterruptedError then. Raises what `open_plain` raises.
-    """
-    path = os.path.abspath(path)
-    state = os.stat(path)
-    key = (path, state.st_size, state.st_mtime_ns, state.st_ino)
-    if key not in _digests:
-        value, left = hashlib.sha256(), state.st_size
-        with open_plain(path) as file:
-            # Not to its end: another program may write faster than this reads.
-            while left > 0 and (block := file.read(min(left, _BLOCK))):
-                if stopped():
-                    raise InterruptedError(f"{path}: nobody waits for its hash.")
-                value.update(block)
-                left -= len(block)
-        while len(_digests) >= _MANY:
-            _digests.pop(next(iter(_digests)))
-        _digests[key] = value.hexdigest()
-    return _digests[key]
 
 
 def _published(
@@ -307,7 +285,7 @@ def _preset_by_metadata(metadata: Mapping[str, str]) -> str | None:
 def _names(lora: Lora) -> list[tuple[str, str]]:
     """(what a LoRA is called, where that stands)."""
     found = [(lora.metadata.get(key, ""), f"its metadata {key}") for key in ("modelspec.title", "ss_output_name")]
-    return [(lora.source, "its file name"), *found]
+    return [(name[:_LONGEST_NAME], where) for name, where in [(lora.source, "its file name"), *found]]
 
 
 def _expert(lora: Lora) -> Half | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from math import prod
 
 from torch import Tensor
 
@@ -10,6 +11,8 @@ from .layer import Layer, LoraLayer
 from .loha import LohaLayer
 from .lokr import LokrLayer
 from .parts import DIFF_PARTS, WEIGHT_PARTS
+from .side_by_side import stored
+from .unmade import Unmade, made
 from .weight_dependent import BOFT, BUNDLED, DORA, GLORA, OFT, REPLACED, RESIZED, Carried
 
 # Kind -> parts that have to be there, parts that may.
@@ -84,16 +87,24 @@ def ignores_alpha(parts: Collection[str]) -> bool:
     return REPLACED in kinds_of(parts) or {"lokr_w1", "lokr_w2"} <= set(parts)
 
 
-def build(parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, ...] = ()) -> Layer | Carried | None:
+def build(
+    parts: Mapping[str, Tensor | Unmade], alpha: float | None, kernel: tuple[int, ...] = ()
+) -> Layer | Carried | None:
     """The update that complete parts make; None for parts that are differences only.
 
+    parts: those of a plain LoRA stay unmade if they are.
     kernel: of the weight, where its name tells, for kinds that keep it flattened.
     Raises ValueError if the shapes do not belong together.
     """
     kinds = kinds_of(parts)
     if not kinds:
         return None
-    kind = kinds[0]
+    if kinds[0] == "LoRA" and "mid" not in parts and _MODIFIERS.keys().isdisjoint(parts):
+        return stored(parts["up"], parts["down"], alpha)
+    return _made(kinds[0], {name: made(part) for name, part in parts.items()}, alpha, kernel)
+
+
+def _made(kind: str, parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, ...]) -> Layer | Carried:
     layer = _additive(kind, parts, alpha, kernel) if kind in ADDITIVE else None
     own = {name: part for name, part in parts.items() if name not in DIFF_PARTS and name != "alpha"}
     if layer is not None and _MODIFIERS.keys().isdisjoint(parts):
@@ -155,10 +166,12 @@ def _glora_shape(own: Mapping[str, Tensor]) -> tuple[int, ...]:
     a1, a2, b1, b2 = (tuple(own[name].shape) for name in ("a1", "a2", "b1", "b2"))
     if min(map(len, (a1, a2, b1, b2))) > 1:
         shapes = []
-        if b2[0] == b1[1] == a1[1] == a2[0]:
+        # W a1 a2 + b1 b2, where a1 and a2 work on the channels of a convolution.
+        if b2[0] == b1[1] == a1[1] == a2[0] and a1[0] == a2[1] and prod(b2[1:]) % a1[0] == 0:
             shapes.append((b1[0], *b2[1:]))
-        if b2[1] == b1[0] == a1[0] == a2[1]:  # as LyCORIS wrote it at first
+        # W a2 a1 + b2 b1, as LyCORIS wrote it at first.
+        if b2[1] == b1[0] == a1[0] == a2[1] and prod(a1[1:]) == a2[0] == prod(b1[1:]):
             shapes.append((b2[0], *b1[1:]))
         if shapes:
             return max(shapes)  # a square weight allows both readings, and is larger than its rank
-    raise ValueError(f"a1 is {a1}, a2 {a2}, b1 {b1}, b2 {b2}; their ranks differ")
+    raise ValueError(f"a1 is {a1}, a2 {a2}, b1 {b1}, b2 {b2}; their ranks or widths differ")

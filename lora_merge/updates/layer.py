@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar
@@ -12,32 +12,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, eq=False)
-class Unmade:
-    """A tensor that is not there yet. fill: writes it into memory of that dtype and shape."""
-
-    dtype: torch.dtype
-    shape: torch.Size
-    fill: Callable[[Tensor], None]
-    device: torch.device
-
-    @property
-    def nbytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
-    def made(self) -> Tensor:
-        memory = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        self.fill(memory)
-        return memory
+from .unmade import Unmade
 
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """A product in a sum: (above * up) @ (below * down), with rank the second dimension of up and the first of down."""
+    """A product in a sum: (above * up) @ (below * down), with rank the second dimension of up and the first of down; an
+    unmade one may have more dimensions, of the kernel."""
 
-    up: Tensor
-    down: Tensor
+    up: Tensor | Unmade
+    down: Tensor | Unmade
     above: float = 1.0
     below: float = 1.0
 
@@ -103,8 +87,8 @@ class Layer(ABC):
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """(out, rank) and (rank, in * kernel), float32 or float64, whose product is the update without the scale; exact."""
 
-    def stored_factors(self) -> tuple[Tensor, Tensor]:
-        """`factors` in the dtype they came in, where they need no arithmetic; else in float32."""
+    def stored_factors(self) -> tuple[Tensor | Unmade, Tensor | Unmade]:
+        """`factors` in the dtype they came in, unmade if they are, where they need no arithmetic; else in float32."""
         return self.factors()
 
     @property
@@ -165,17 +149,7 @@ class LoraLayer(Layer):
     mid: Tensor | None = None
 
     def __post_init__(self) -> None:
-        up, down, mid = tuple(self.up.shape), tuple(self.down.shape), self.mid
-        if len(up) < 2 or len(down) < 2 or prod(up) == 0 or prod(down) == 0:
-            raise ValueError(f"up is {up} and down is {down}, but both need at least two dimensions, none of size 0")
-        if prod(up[2:]) != 1:
-            raise ValueError(f"up is {up}, but only down may have a kernel larger than 1")
-        if mid is not None:
-            shape = tuple(mid.shape)
-            if len(shape) < 3 or prod(shape) == 0 or prod(down[2:]) != 1 or shape[:2] != (up[1], down[0]):
-                raise ValueError(f"mid is {shape}, which does not fit between up {up} and down {down}")
-        elif up[1] != down[0]:
-            raise ValueError(f"up is {up} but down is {down}; ranks {up[1]} and {down[0]} differ")
+        check_factors(tuple(self.up.shape), tuple(self.down.shape), self.mid)
         check_alpha(self.alpha)
 
     @property
@@ -200,7 +174,7 @@ class LoraLayer(Layer):
         """What up and down are side by side of, `mid` aside."""
         return (Share(self.up.detach(), self.down.detach()),)
 
-    def stored_factors(self) -> tuple[Tensor, Tensor]:
+    def stored_factors(self) -> tuple[Tensor | Unmade, Tensor | Unmade]:
         if self.mid is not None:
             return self.factors()
         return self.up.detach().flatten(1), self.down.detach().flatten(1)
@@ -220,6 +194,20 @@ class LoraLayer(Layer):
 Term = tuple[Layer, float]
 
 
+def check_factors(up: tuple[int, ...], down: tuple[int, ...], mid: Tensor | None = None) -> None:
+    """Raises ValueError if these shapes of a LoraLayer's parts do not belong together."""
+    if len(up) < 2 or len(down) < 2 or prod(up) == 0 or prod(down) == 0:
+        raise ValueError(f"up is {up} and down is {down}, but both need at least two dimensions, none of size 0")
+    if prod(up[2:]) != 1:
+        raise ValueError(f"up is {up}, but only down may have a kernel larger than 1")
+    if mid is not None:
+        shape = tuple(mid.shape)
+        if len(shape) < 3 or prod(shape) == 0 or prod(down[2:]) != 1 or shape[:2] != (up[1], down[0]):
+            raise ValueError(f"mid is {shape}, which does not fit between up {up} and down {down}")
+    elif up[1] != down[0]:
+        raise ValueError(f"up is {up} but down is {down}; ranks {up[1]} and {down[0]} differ")
+
+
 def check_alpha(alpha: float | None) -> None:
     if alpha is not None and not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha}, but it has to be a finite number")
@@ -231,7 +219,7 @@ def is_safe(layer: Layer, strength: float = 1.0, *, part: int = 0, low: int = -1
     part: powers of two, of either sign, that every part and the product of all keep within; 0 is what `factors` bears.
     low, high: powers of two that strength * update keeps within.
     """
-    parts = list(layer.parts().values())
+    parts = list(layer.pieces().values())
     # `factors` multiplies parts with one another where there are more than two.
     part = part or (100 if len(parts) == 2 else 36)
     size = exponent(strength * layer.scale)
@@ -265,8 +253,10 @@ def exponent(number: float) -> float:
     return math.frexp(number)[1] if number else -math.inf
 
 
-def largest(tensor: Tensor) -> float:
+def largest(tensor: Tensor | Unmade) -> float:
     """Largest magnitude in a tensor, 0 in an empty one."""
+    if isinstance(tensor, Unmade):
+        return tensor.extremes.largest
     if tensor.numel() == 0:
         return 0.0
     # 8-bit floats have no aminmax.

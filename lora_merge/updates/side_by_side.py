@@ -1,4 +1,4 @@
-"""LoRA updates side by side: their sum, whose factors are made when somebody asks for them."""
+"""LoRA updates side by side: their sum, whose factors are made when somebody asks for them, and one that lies in a file."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layer import LoraLayer, Share, Unmade
+from .layer import LoraLayer, Share, check_alpha, check_factors
+from .unmade import Unmade, borrowed_bytes, made
 
 
 class Sum(LoraLayer):
     """up = [a_1 up_1, a_2 up_2, ...] and down = [b_1 down_1; b_2 down_2; ...] of its shares, alpha = rank.
 
-    Numbers are multiplied in float32 and rounded to the dtype once, each on its way to its place. Made by `side_by_side`;
-    as a layer it is a LoraLayer, whose `up` and `down` are made once, when they are first read. The shares' tensors have to
-    stay as they are until then.
+    Numbers are multiplied in float32 and rounded to the dtype once, each on its way to its place. Made by `side_by_side`, or
+    by `stored` of one share with an alpha of its own; as a layer it is a LoraLayer, whose `up` and `down` are made when they
+    are read: once where the shares are in memory, each time where they are in a file. The shares' tensors have to stay as
+    they are until then.
     """
 
     dtype: torch.dtype
     _shares: tuple[Share, ...]
     _shape: tuple[int, ...]
+    _up_shape: torch.Size
+    _down_shape: torch.Size
+    _alpha: float | None
 
     def __new__(cls, *parts: Any, **named: Any) -> LoraLayer:  # type: ignore[misc]
         # dataclasses.replace: with another part it is the sum of these shares no more.
@@ -37,16 +42,16 @@ class Sum(LoraLayer):
         return self._shares
 
     @property
-    def alpha(self) -> float:  # type: ignore[override]
-        return float(self.rank)
+    def alpha(self) -> float | None:  # type: ignore[override]
+        return self._alpha
 
-    @cached_property
+    @property
     def up(self) -> Tensor:
-        return self._up.made()
+        return self._kept("up", self._up)
 
-    @cached_property
+    @property
     def down(self) -> Tensor:
-        return self._down.made()
+        return self._kept("down", self._down)
 
     @property
     def dim(self) -> int:
@@ -72,27 +77,59 @@ class Sum(LoraLayer):
     def device(self) -> torch.device:
         return self.shares[0].up.device
 
+    def stored_factors(self) -> tuple[Tensor | Unmade, Tensor | Unmade]:
+        return self._piece("up", self._up), self._piece("down", self._down)
+
     def pieces(self) -> dict[str, Tensor | Unmade]:
-        return {"up": vars(self).get("up", self._up), "down": vars(self).get("down", self._down)}
+        kept = vars(self)
+        return {"up": kept.get("up", self._up), "down": kept.get("down", self._down)}
 
     def in_dtype(self, dtype: torch.dtype) -> LoraLayer:
         if dtype == self.dtype:
             return self
-        # Rounding twice is not rounding once, but float32 is what the numbers are before they are rounded.
-        if self.dtype == torch.float32:
-            return side_by_side(self.shares, self.shape, dtype)
+        # Rounding twice is not rounding once; float32 is what numbers are before they are rounded, and what is multiplied by
+        # nothing was not rounded yet.
+        if self.dtype == torch.float32 or self._is_whole:
+            return _sum(self.shares, self.shape, dtype, (self._up_shape, self._down_shape), self.alpha)
         result = super().in_dtype(dtype)
         assert isinstance(result, LoraLayer)
         return result
 
+    @cached_property
+    def _is_whole(self) -> bool:
+        """Whether it has the very numbers of its shares."""
+        return all(
+            share.above == share.below == 1 and {share.up.dtype, share.down.dtype} == {self.dtype}
+            for share in self.shares
+        )
+
     @property
     def _up(self) -> Unmade:
-        shape = torch.Size((self.shape[0], self.rank, *(1 for _ in self.kernel)))
-        return Unmade(self.dtype, shape, self._fill_up, self.device)
+        only = self._shares[0].up
+        if isinstance(only, Unmade) and len(self._shares) == 1 and self._is_whole:
+            return only
+        return Unmade(self.dtype, self._up_shape, self._fill_up, self.device)
 
     @property
     def _down(self) -> Unmade:
-        return Unmade(self.dtype, torch.Size((self.rank, *self.shape[1:])), self._fill_down, self.device)
+        only = self._shares[0].down
+        if isinstance(only, Unmade) and len(self._shares) == 1 and self._is_whole:
+            return only
+        return Unmade(self.dtype, self._down_shape, self._fill_down, self.device)
+
+    def _piece(self, name: str, unmade: Unmade) -> Tensor | Unmade:
+        kept = vars(self).get(name)
+        return unmade if kept is None else kept.flatten(1)
+
+    def _kept(self, name: str, unmade: Unmade) -> Tensor:
+        """The factor, kept where only time and no memory of its own was to be saved by not making it."""
+        known: dict[str, Tensor] = vars(self)
+        if name in known:
+            return known[name]
+        result = unmade.made()
+        if not any(isinstance(factor, Unmade) for share in self.shares for factor in (share.up, share.down)):
+            known[name] = result
+        return result
 
     def _fill_up(self, place: Tensor) -> None:
         places = torch.split(place.view(self.shape[0], -1), [share.rank for share in self.shares], dim=1)
@@ -107,17 +144,57 @@ class Sum(LoraLayer):
 
 def side_by_side(shares: Sequence[Share], shape: tuple[int, ...], dtype: torch.dtype) -> Sum:
     """The sum of shares of one weight. shares: one or more, of matrices.   shape: of the weight.   dtype: of the result."""
+    rank = sum(share.rank for share in shares)
+    up, down = torch.Size((shape[0], rank, *(1 for _ in shape[2:]))), torch.Size((rank, *shape[1:]))
+    return _sum(shares, shape, dtype, (up, down), float(rank))
+
+
+def stored(up: Tensor | Unmade, down: Tensor | Unmade, alpha: float | None) -> LoraLayer:
+    """LoraLayer(up, down, alpha), read when somebody asks where both are unmade.
+
+    Raises ValueError if the shapes do not belong together.
+    """
+    if not (isinstance(up, Unmade) and isinstance(down, Unmade) and up.dtype == down.dtype):
+        return LoraLayer(made(up), made(down), alpha)
+    check_factors(tuple(up.shape), tuple(down.shape))
+    check_alpha(alpha)
+    shape = (up.shape[0], *down.shape[1:])
+    return _sum([Share(up, down)], shape, up.dtype, (up.shape, down.shape), alpha)
+
+
+def _sum(
+    shares: Sequence[Share],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    factors: tuple[torch.Size, torch.Size],
+    alpha: float | None,
+) -> Sum:
     result: Sum = object.__new__(Sum)
-    vars(result).update(_shares=tuple(shares), _shape=shape, dtype=dtype)
+    vars(result).update(
+        _shares=tuple(shares), _shape=shape, dtype=dtype, _up_shape=factors[0], _down_shape=factors[1], _alpha=alpha
+    )
     return result
 
 
-def put(factor: Tensor, number: float, place: Tensor) -> None:
+def put(factor: Tensor | Unmade, number: float, place: Tensor) -> None:
     """number * factor, multiplied in float32 and rounded to the place's dtype once."""
-    if factor.dtype == place.dtype:
+    if isinstance(factor, Unmade):
+        if factor.dtype == place.dtype and place.is_contiguous():
+            factor.fill(place)
+            if number != 1:
+                place.mul_(number)
+            return
+        with borrowed_bytes(factor.nbytes) as memory:
+            between = memory.view(factor.dtype).view(place.shape)
+            factor.fill(between)
+            put(between, number, place)
+    elif number == 1:
+        place.copy_(factor)
+    elif factor.dtype == place.dtype:
         # torch multiplies 16-bit floats by a number in float32.
         torch.mul(factor, number, out=place)
     elif place.dtype == torch.float32:
         place.copy_(factor).mul_(number)
     else:
-        place.copy_(factor.to(torch.float32) * number)
+        with borrowed_bytes(4 * factor.numel(), place.device) as memory:
+            place.copy_(memory.view(torch.float32).view(factor.shape).copy_(factor).mul_(number))

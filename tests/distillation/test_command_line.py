@@ -210,6 +210,16 @@ def test_nothing_to_learn_from_is_told(tmp_path, capsys):
     assert "nothing to learn from: give --prompts FILE, or --pictures" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "why"), [("0", "0 is below 1"), ("1.5", "'1.5' is no whole number"), ("x", "'x' is no whole number")]
+)
+def test_what_is_no_count_is_told(text, why, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(command(tmp_path, "--samples", text))
+    assert ended.value.code == 2
+    assert f"argument --samples: {why}" in capsys.readouterr().err
+
+
 def test_what_is_no_picture_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"a\.png cannot be read as a picture"):

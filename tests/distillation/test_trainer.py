@@ -20,6 +20,7 @@ from torch import nn
 from lcm_kit.distillation import checkpoint
 from lcm_kit.distillation.adapter import Average
 from lcm_kit.distillation.draws import draw
+from lcm_kit.distillation.engine import Alone
 from lcm_kit.distillation.health import Diverged, Health
 from lcm_kit.distillation.objective import distillation_loss
 from lcm_kit.distillation.optimizers import optimizer_of
@@ -41,6 +42,13 @@ from lcm_kit.tests.distillation.toy import (
     perfect_jump,
     width,
 )
+
+
+class Second(Alone):
+    """The other one of two processes, whose share is all that is reduced."""
+
+    process_index, num_processes = 1, 2
+
 
 SHORT = Settings(
     steps=12, batch=4, learning_rate=0.02, warmup=0, guidance_min=1.0, guidance_max=3.0, skip=STRIDE, seed=3
@@ -239,6 +247,17 @@ def test_a_finished_run_is_read_back_and_a_longer_one_goes_on(tmp_path):
             loras.append(adapters.lora_state_dict())
     assert_same_lora(loras[1], loras[0])
     assert_same_lora(loras[2], trained(dataclasses.replace(SHORT, steps=20))[0])
+
+
+def test_fewer_steps_than_there_are_already_are_told(tmp_path, caplog):
+    path = tmp_path / "run.safetensors"
+    for steps in (3, 2):
+        network = Gains()
+        with adapters_on(network, 2, seed=SHORT.seed) as adapters:
+            trainer = trainer_of(adapters, network, dataclasses.replace(SHORT, steps=steps))
+            trainer.run(save_to=path)
+            assert trainer.done == 3
+    assert "run.safetensors has been trained for 3 steps already, and steps is 2: the LoRA is that of 3." in caplog.text
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):
@@ -694,3 +713,27 @@ def test_solver_steps_that_end_between_trained_timesteps_are_refused():
         Settings(original_steps=50, skip=1).grid(1000)
     for points, skip in ((8, 125), (50, 20), (33, 30), (50, 200), (3, 333)):
         Settings(original_steps=points, skip=skip).grid(1000)
+
+
+@pytest.mark.parametrize("stop", [None, 3])
+def test_only_the_first_of_several_processes_writes_and_each_has_pictures_of_its_own(tmp_path, stop):
+    """Whether the run ends or breaks off. Step by step the second process takes what the first leaves."""
+
+    def interrupt(done, loss):
+        if done == stop:
+            raise KeyboardInterrupt
+
+    for engine in (Alone(), Second()):
+        network, path, drawn = Gains(), tmp_path / f"{engine.process_index}.safetensors", []
+
+        def noted(step, items, drawn=drawn):
+            drawn.append([*items])
+            return data(step, items)
+
+        with adapters_on(network, 2, seed=3) as adapters:
+            trainer = Trainer(denoiser(network), adapters, noted, TABLE, SHORT, engine=engine)
+            with pytest.raises(KeyboardInterrupt) if stop else nullcontext():
+                trainer.run(save_to=path, save_every=2, callback=interrupt)
+        assert path.exists() == (engine.process_index == 0)
+        share = [*range(engine.process_index * SHORT.batch, (engine.process_index + 1) * SHORT.batch)]
+        assert drawn == [share] * (stop or SHORT.steps)

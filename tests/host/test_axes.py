@@ -4,7 +4,8 @@ import tracemalloc
 
 import pytest
 
-from lcm_kit.host.grid.axes import LONGEST, Axis, cells, check_axes, parse_axis, with_word
+from lcm_kit.host.door.rules import LONGEST_TEXT as LONGEST
+from lcm_kit.host.grid.axes import Axis, cells, check_axes, parse_axis, with_word
 
 
 @pytest.mark.parametrize(

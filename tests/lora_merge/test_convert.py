@@ -100,6 +100,22 @@ def test_shared_and_unique_are_the_whole(file):
         only(one, one, "unique")
 
 
+@pytest.mark.parametrize("which", ["shared", "unique"])
+def test_of_every_kind_of_update_only_those_of_the_kept_modules_are_left(which):
+    """Low-rank, whole, of a bias, dependent on the weight; and no key that nobody reads."""
+    state = flux(dtype=torch.float32) | {f"{QKV}.diff_b": torch.ones(3 * WIDTH), f"{PROJ}.diff_b": torch.ones(WIDTH)}
+    state |= {f"lora_unet_img_in.{part}": torch.ones(WIDTH) for part in ("diff", "diff_b")}
+    state |= {f"{PROJ}.dora_scale": torch.ones(WIDTH, 1), "a.stray.key": torch.ones(3)}
+    one = Lora.from_state_dict(state)
+    other = Lora.from_state_dict(
+        {key: part for key, part in state.items() if key.startswith((PROJ, "lora_unet_img_in"))}
+    )
+    kept = {PROJ, "lora_unet_img_in"} if which == "shared" else {QKV, SINGLE}
+    found = only(one, other, which).to_state_dict()
+    assert found.keys() == {key for key in one.to_state_dict() if key.split(".")[0] in kept}
+    assert all(torch.equal(tensor, one.to_state_dict()[key]) for key, tensor in found.items())
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

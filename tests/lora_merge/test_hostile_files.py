@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from lcm_kit.lora_merge import Lora, load
 from lcm_kit.lora_merge.__main__ import main
 from lcm_kit.lora_merge.disk import header
+from lcm_kit.lora_merge.disk.digests import sha256_of
 from lcm_kit.lora_merge.disk.header import MAX_HEADER
 from lcm_kit.lora_merge.disk.json_text import MAX_CHARACTERS
-from lcm_kit.lora_merge.recognise.identity import sha256_of
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
 MODULE = "lora_unet_mid_block_attentions_0_proj_in"

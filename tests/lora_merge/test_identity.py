@@ -1,7 +1,9 @@
 """What a LoRA is, by hash, by structure and by its own words, in this order."""
 
 import hashlib
-import os
+import random
+import re
+import time
 
 import pytest
 import safetensors.torch
@@ -11,7 +13,7 @@ from lcm_kit.lora_merge import Lora, load, merge, save
 from lcm_kit.lora_merge.recognise import identity
 from lcm_kit.lora_merge.recognise.base_models import BY_NAME
 from lcm_kit.lora_merge.recognise.catalogue import PUBLISHED, Published, instead
-from lcm_kit.lora_merge.recognise.identity import half_by_name, identify, sha256_of, worth_hashing
+from lcm_kit.lora_merge.recognise.identity import half_by_name, identify, worth_hashing
 from lcm_kit.lora_merge.recognise.transformers import BY_NAME as TRANSFORMERS
 from lcm_kit.samplers.presets import PRESETS
 from lcm_kit.tests.lora_merge import full_size
@@ -128,29 +130,6 @@ def test_hash_beats_structure(tmp_path):
     assert identify(load(path), path, catalogue=[row(path), *PUBLISHED]).kind == "Test 3 steps"
 
 
-def test_a_hash_is_computed_once_for_each_state_of_a_file(file, monkeypatch):
-    opened = []
-    open_plain = identity.open_plain
-
-    def counting(path):
-        opened.append(os.fspath(path))
-        return open_plain(path)
-
-    monkeypatch.setattr(identity, "open_plain", counting)
-    first = sha256_of(file)
-    assert first == sha256_of(str(file)) == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert len(opened) == 1
-    safetensors.torch.save_file(small(seed=1), file)
-    assert sha256_of(file) != first
-    assert len(opened) == 2
-
-
-def test_a_file_larger_than_a_block_is_hashed_whole(tmp_path):
-    path = tmp_path / "large"
-    path.write_bytes(bytes(range(256)) * 4096 * 3 + b"end")
-    assert sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 # ---- by metadata
 
 
@@ -264,6 +243,40 @@ def test_halves_by_their_names(name, half):
 def test_a_name_that_sounds_like_an_acceleration_lora_gives_no_settings(name, word):
     found = identify(Lora.from_state_dict(small(), source=name))
     assert (found.looks_like, found.preset, found.how, found.kind) == (word, None, "unknown", "LoRA")
+
+
+# As a person would write it down: the same text can be read in many ways, and Python's matcher tries them all.
+_PLAINLY = re.compile(
+    r"(?:[-_. ](?:v?\d[\d.]*|e\d+|q\d\w*|b?fp?\d+\w*|rank[-_]?\d+|r\d+|epoch\d*|steps?\d*|loras?|scaled|comfyui"
+    r"|[a-z]\d_k(?:_[sml])?))+$",
+    re.I,
+)
+_PARTS = """
+1 2 22 v1 V2 1.5 v1.0 v2.1.3 e5 E10 e4m3fn q8 Q8_0 q4_K_M Q5_k_s q q4_K_XL bf16 fp8 FP8 fp8_e4m3fn fp8_e5m2_scaled f16 fp b8 rank rank32
+rank_64 rank-8 r16 r epoch epoch12 step steps steps4 4steps lora loras Lora scaled comfyui i2v T2V 14B A14B p4_K a4_k_m k M s high low noise x
+""".split()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_may_follow_the_word_is_read_as_it_is_written(seed):
+    draw = random.Random(seed)
+    for _ in range(200):
+        parts = [draw.choice(_PARTS) for _ in range(draw.randint(1, 7))]
+        name = "wan_high" + "".join(draw.choice("-_. ") + part for part in parts)
+        assert identity._BEHIND.sub("", name) == _PLAINLY.sub("", name)
+
+
+@pytest.mark.parametrize(
+    "unit", [".1", "_q1", ".1_q1", "-q1_k_q1_k", "_bf1", "1", ".v1", " e1", "_rank_1", "_e1_k_s", "..1", "_fp8_q8"]
+)
+@pytest.mark.parametrize("end", ["", "!"])
+def test_no_name_and_no_title_takes_long_to_read(unit, end):
+    for times in (30, 100, 1_000_000):
+        name = f"high-1{unit * times}{end}"
+        started = time.process_time()
+        half_by_name(name)
+        identify(Lora.from_state_dict(small(), source=name[:200], metadata={"modelspec.title": name}))
+        assert time.process_time() - started < 1.0  # 0.01 s
 
 
 def test_a_published_half_is_known_by_its_hash_and_a_style_by_what_it_is_called(tmp_path):

@@ -125,6 +125,22 @@ def test_loha_that_does_not_fit_together_is_refused(change, message):
         Lora.from_state_dict(state)
 
 
+@pytest.mark.parametrize("kind", ["GLoRA", "GLoRA, old"])
+@pytest.mark.parametrize("part", ["a1", "a2", "b1", "b2"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_glora_that_fits_no_weight_is_refused(kind, part, axis):
+    """ComfyUI leaves the weight as it is then, with a line in its log."""
+    state = kinds.state_dict(kind, LINEAR)
+    key = f"{LINEAR}.{part}.weight"
+    longer = torch.cat([state[key], state[key].narrow(axis, 0, 1)], dim=axis)
+    of_rows = (part, axis) == (("b1" if kind == "GLoRA" else "b2"), 0)  # of these there may be any number
+    if of_rows:
+        assert Lora.from_state_dict(state | {key: longer}).carried
+        return
+    with pytest.raises(ValueError, match=r"a1 is .*, b2 .*; their ranks or widths differ"):
+        Lora.from_state_dict(state | {key: longer})
+
+
 @pytest.mark.parametrize(
     ("kind", "gone", "message"),
     [

@@ -150,3 +150,31 @@ def test_the_last_who_leaves_turns_collection_on_again_and_who_had_it_off_keeps_
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_who_leaves_looks_at_what_is_new_and_not_at_everything():
+    """A full collection would be due as soon as collection is on again."""
+    seen = []
+
+    def note(phase, info):
+        seen.append(info["generation"])
+
+    before = gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(1000, 1, 1)
+    gc.disable()
+    # Many, since Python waits until a quarter of all is new.
+    due = [[] for _ in range(len(gc.get_objects()))]
+    for _ in range(3):
+        gc.collect(1)
+    gc.enable()
+    gc.callbacks.append(note)
+    try:
+        with uncollected():
+            kept = [[] for _ in range(5000)]
+            due.append(kept)
+        found = max(seen)
+    finally:
+        gc.callbacks.remove(note)
+        gc.set_threshold(*before)
+    assert found == 0, (len(due), len(kept))

@@ -1,5 +1,7 @@
 """The stages of a merge, each by itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -81,3 +83,21 @@ def test_the_stages_one_after_the_other_are_the_merge(choices):
     state, expected = merged.to_state_dict(), whole.to_state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
+@pytest.mark.parametrize(
+    ("options", "meet"),
+    [({}, False), ({"method": "ties"}, True), ({"method": "average"}, False), ({"mu": 1.0, "protect": 0}, True), ({"rank": 2}, False)],
+)  # fmt: skip
+def test_a_weight_beside_its_slices_counts_where_the_method_looks_at_both(options, meet):
+    """Names of attention that several models have, so that the slices stay slices: q, k and v of one weight. A sum is the
+    same either way; what compares updates, or makes room among them, sees two weights."""
+    whole = lora("whole", "lora_unet_double_blocks_0_img_attn_qkv")
+    whole = Lora(
+        {name: replace(layer, up=normal(24, 2)) for name, layer in whole.modules.items()},
+        spellings=whole.spellings, source="whole",
+    )  # fmt: skip
+    slices = lora("slices", *(f"transformer.transformer_blocks.0.attn.to_{part}" for part in "qkv"))
+    found = plan([(whole, 1.0), (slices, 1.0)], MergeOptions(**options)).fused
+    assert [first.canonical for first, _ in found] == ["lora_unet_double_blocks_0_img_attn_qkv"] * (3 if meet else 0)
+    assert plan([(whole, 1.0), (whole, 1.0)], MergeOptions(**options)).fused == []

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -261,6 +263,46 @@ def test_the_place_is_checked_without_writing(tmp_path):
     assert names(tmp_path) == []
 
 
+@contextmanager
+def room_for(size):
+    """No file of this process may be larger, as if the disk were full."""
+    import resource  # there is none on Windows
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@POSIX
+@pytest.mark.parametrize("piece", [1, 100, 5000, 8191, 8192, 8193, 100_000, 3_000_000])
+def test_the_words_stay_whatever_is_left_to_be_written(tmp_path, piece):
+    path = tmp_path / "x"
+
+    def fill(file):
+        for _ in range(3_000_000 // piece):
+            file.write(bytes(piece))
+
+    with room_for(1_000_000), pytest.raises(OSError, match="x: could not be written "):
+        write_whole(path, fill)
+    assert names(tmp_path) == []
+
+
+@POSIX
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
+def test_what_went_wrong_first_is_told(tmp_path, error):
+    def fill(file):
+        file.write(bytes(1_000_000))
+        file.write(bytes(100))
+        raise error
+
+    with room_for(1_000_000), pytest.raises(type(error)):
+        write_whole(tmp_path / "x", fill)
+    assert names(tmp_path) == []
+
+
 # ---- a name for one process
 
 
@@ -302,3 +344,30 @@ def test_a_name_is_one_process_s_until_it_ends_however_that_is(tmp_path):
 def test_where_nothing_can_be_locked_the_name_is_free(tmp_path):
     with held(tmp_path / "no such folder" / "x") as free:
         assert free is True
+
+
+@POSIX
+@pytest.mark.parametrize("size", [100, 50_000])
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_disk_that_takes_no_more_is_told_with_the_file_s_name_and_interrupts_stay_interrupts(tmp_path, size, ends):
+    """What is small lies in Python's buffer until the file is closed, and the system refuses it then once more."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "x"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write(file):
+        file.write(bytes(size))
+        if not ends:
+            raise KeyboardInterrupt
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt if not ends and size == 100 else OSError) as raised:
+            write_whole(path, write, anything)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    if isinstance(raised.value, OSError):
+        assert f"{path}: could not be written" in str(raised.value)
+    assert names(tmp_path) == []

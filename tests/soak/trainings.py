@@ -106,16 +106,15 @@ def waited(process: subprocess.Popen, run: Path, draw: random.Random, seconds: f
 def soak(folder: Path, count: int, seed: int = 1) -> Figures:
     figures, draw = Figures(), random.Random(seed)
     make_data(folder)
-    expected, seconds = {}, 0.0
+    expected, seconds, number = {}, {}, 0
     kinds = ["captions", "pictures"]
-    for kind in kinds:
-        started = time.monotonic()
-        _finish(command(kind, folder, folder / f"{kind}.safetensors"))
-        seconds = time.monotonic() - started
-        expected[kind] = load_file(folder / f"{kind}.safetensors")
-    number = 0
     while figures.kills < count:
         kind = kinds[number % 2]
+        if kind not in expected:
+            started = time.monotonic()
+            _finish(command(kind, folder, folder / f"{kind}.safetensors"))
+            seconds[kind] = time.monotonic() - started
+            expected[kind] = load_file(folder / f"{kind}.safetensors")
         output = folder / f"{number}.safetensors"
         run, number = output.with_suffix(".run"), number + 1
         for _ in range(min(draw.randint(2, 6), count - figures.kills)):
@@ -125,7 +124,7 @@ def soak(folder: Path, count: int, seed: int = 1) -> Figures:
                 stderr=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
             try:
-                waited(process, run, draw, seconds)
+                waited(process, run, draw, seconds[kind])
             finally:
                 process.kill()
                 process.wait()

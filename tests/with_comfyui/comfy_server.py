@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from lcm_kit.demo.comfyui_server import ComfyUIServer
@@ -18,14 +19,14 @@ def comfyui() -> Path:
     return Path(os.environ["COMFYUI_PATH"]).expanduser().resolve()
 
 
-def pack_server(home: Path, **options) -> ComfyUIServer:
-    """Not started yet. Previews are on, so that tests can see them, and the page is this ComfyUI's own.
+def pack_server(home: Path, others: Mapping[str, Path] | None = None, **options) -> ComfyUIServer:
+    """Not started yet. others: packs beside this one, see ComfyUIServer. Previews are on, so that tests can see them, and the page is this ComfyUI's own.
 
     FRONTEND_PATH names the folder of another page (the `static` of a comfyui-frontend-package).
     """
     page = ["--front-end-root", os.environ["FRONTEND_PATH"]] if os.environ.get("FRONTEND_PATH") else own_page(comfyui())
     options.setdefault("arguments", ["--preview-method", "latent2rgb", *page])
-    return ComfyUIServer(comfyui(), home, packs=PACKS, models=MODELS, **options)
+    return ComfyUIServer(comfyui(), home, packs=PACKS | dict(others or {}), models=MODELS, **options)
 
 
 def own_page(tree: Path) -> list[str]:

@@ -8,23 +8,20 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-from lcm_kit.tests.helpers import ROOT
+from lcm_kit.tests.helpers import ROOT, each_value
 
 DEMO_MODELS = ROOT / "demo" / "models"
 HOME = None
-# Few tests, but long ones: minutes of training, of prompts one after the other, of web pages.
-LONG = (
-    "test_distillation_command.py",
-    "test_soak.py",
-    "test_hostile_texts.py",
-    "test_markup_in_page.py",
-    "test_browser.py",
-    "test_soak_trainings.py",
-)
+# What goes to one process, the longest first, so that none is alone with one at the end; all else goes file by file.
+# Pages share a browser's process and a server, and are not drawn two at a time.
+PAGES, SERVER = "pages", "server"
+RUNNING = pytest.StashKey()  # the browser
+LONG = (PAGES, SERVER, "test_distillation_command.py", "test_soak.py", "test_soak_trainings.py")
 
 if os.environ.get("COMFYUI_PATH"):
     from comfy.cli_args import args
@@ -58,10 +55,49 @@ def pytest_configure(config):
         config.option.loadscopereorder = False
 
 
-def pytest_collection_modifyitems(items):
-    """Long files first, so that no process is alone with one at the end."""
+def pytest_addoption(parser):
+    parser.addoption(
+        "--each-value",
+        action="store_true",
+        help="of each file every test, and each value of each parameter, but not all combinations; no slow test",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
     order = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+    items.sort(key=lambda item: order.get(group_of(item), len(LONG)))
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    if config.getoption("each_value"):
+        files = defaultdict(list)
+        for item in items:
+            if item.get_closest_marker("slow") is item.get_closest_marker("rare") is None:
+                files[item.path].append(item)
+        kept = {cases[place] for cases in files.values() for place in each_value([values_of(case) for case in cases])}
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+
+
+def group_of(item):
+    return PAGES if "browser" in item.fixturenames else SERVER if "server" in item.fixturenames else item.path.name
+
+
+def values_of(item):
+    """Parameter, or the names of a list of tuples -> what its value in this case is known by; and the test itself."""
+    test = {("test",): item.nodeid.partition("[")[0]}
+    if not hasattr(item, "callspec"):
+        return test
+    params = item.callspec.params
+    lists = [mark.args[0] for mark in item.iter_markers("parametrize")]
+    together = [names.replace(" ", "").split(",") if isinstance(names, str) else names for names in lists]
+    alone = [[name] for name in params.keys() - {name for names in together for name in names}]
+    return test | {tuple(names): tuple(known_by(params[name]) for name in names) for names in [*together, *alone]}
+
+
+def known_by(value):
+    """Alike in all processes, which have to choose the same cases: constants that are equal may be one object or two."""
+    return repr(value) if isinstance(value, (str, int, float, tuple, list, dict, type(None))) else id(value)
 
 
 def pytest_unconfigure():
@@ -133,6 +169,34 @@ def vae():
     return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(DEMO_MODELS / "vae" / "tiny_emoji_vae.safetensors")))
 
 
+@pytest.fixture
+def loras_folder(comfy_home, tmp_path, monkeypatch):
+    """An empty folder that ComfyUI takes for its first loras folder, and nothing in memory."""
+    import folder_paths
+
+    from lcm_kit.host.lora import files
+
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(folder)], {".safetensors", ".pt"}))
+    monkeypatch.setitem(folder_paths.filename_list_cache, "loras", None)
+    folder_paths.filename_list_cache.pop("loras")
+    yield folder
+    files._cache.clear()
+
+
+@pytest.fixture
+def put(loras_folder):
+    """Writes tensors into it, under a name, with metadata."""
+    import safetensors.torch
+
+    def write(name, tensors, metadata=None):
+        safetensors.torch.save_file(tensors, loras_folder / name, metadata)
+        return name
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """One running ComfyUI server for all tests, with this pack, the demo's models and previews."""
@@ -151,19 +215,22 @@ def client(server):
         yield connected
 
 
-@pytest.fixture(scope="module")  # while it is there, nothing else can run an event loop
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    from lcm_kit.tests.with_comfyui.web_page import OPTIONS, chromium
+@pytest.fixture(scope="session")
+def browser(request):
+    from lcm_kit.tests.with_comfyui.web_page import Browser, chromium
 
     path = chromium()
     if path is None:
         pytest.skip("no Chromium: install it (Debian: apt-get install chromium), or name one with CHROMIUM=/path")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=OPTIONS)
-        yield browser
-        browser.close()
+    request.config.stash[RUNNING] = Browser(path)
+    return request.config.stash[RUNNING]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    running = item.config.stash.get(RUNNING, None)
+    if running is not None and (nextitem is None or group_of(nextitem) != PAGES):
+        running.close()
 
 
 @pytest.fixture(scope="module")
@@ -171,4 +238,6 @@ def page(browser, server):
     """ComfyUI's page on the shared server."""
     from lcm_kit.tests.with_comfyui.web_page import opened_page
 
-    return opened_page(browser, server)
+    opened = opened_page(browser, server)
+    yield opened
+    opened.close()

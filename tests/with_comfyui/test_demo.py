@@ -231,40 +231,62 @@ def test_demo_draws_only_what_the_tiny_model_can_read(prompt):
 COMMAND = [sys.executable, str(ROOT / "demo" / "run.py")]
 
 
-def test_demo_command_draws_the_users_prompt(tmp_path):
-    arguments = ["--prompt", "fluffy cat face", "--output", str(tmp_path)]
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=300)
+def drawn(tree, output, *arguments):
+    """What the demo's command says and draws on the ComfyUI in `tree`: (standard output and error, name -> pixels)."""
+    environment = {**os.environ, "COMFYUI_PATH": str(tree)}
+    done = subprocess.run(
+        [*COMMAND, "--output", str(output), *arguments], capture_output=True, text=True, timeout=600, env=environment
+    )
     assert done.returncode == 0, done.stderr
+    return done, {file.stem: np.array(Image.open(file).convert("RGB")) for file in output.glob("*.png")}
+
+
+WORDS = ("--prompt", "fluffy cat face")
+
+
+@pytest.fixture(scope="module")
+def of_words(tmp_path_factory):
+    """Of a user's words, on the ComfyUI of these tests: as `drawn`, and the folder."""
+    folder = tmp_path_factory.mktemp("words")
+    return *drawn(comfyui(), folder, *WORDS), folder
+
+
+def test_demo_command_draws_the_users_prompt(of_words):
+    done, pictures, folder = of_words
     assert "left out: fluffy" in done.stdout
     assert f"{STYLED_LCM.name}      4            4" in done.stdout
-    height, width, _ = np.array(Image.open(tmp_path / "prompt.png")).shape
+    height, width, _ = pictures["prompt"].shape
     assert height > 2 * 128
     assert width > 8 * 128
     assert "100%" in done.stderr  # of the progress bar
-    assert "Starting server" in (tmp_path / "comfyui" / "server.log").read_text()
+    assert "Starting server" in (folder / "comfyui" / "server.log").read_text()
+
+
+def other_trees():
+    """The ComfyUIs of `make setup` beside that of these tests."""
+    trees = [ROOT / name for name in (".comfyui", ".comfyui-floor")]
+    others = [tree for tree in trees if (tree / "main.py").is_file() and tree.resolve() != comfyui()]
+    if not others:
+        pytest.skip("no other ComfyUI to compare with: `make setup` fetches them")
+    return others
 
 
 @pytest.mark.slow
+def test_every_version_of_comfyui_draws_a_users_words_the_same_to_the_bit(of_words, tmp_path):
+    for number, tree in enumerate(other_trees()):
+        _, there = drawn(tree, tmp_path / str(number), *WORDS)
+        assert there.keys() == of_words[1].keys() == {"prompt"}
+        assert np.array_equal(there["prompt"], of_words[1]["prompt"]), f"on {tree}"
+
+
+@pytest.mark.rare
 def test_every_version_of_comfyui_draws_the_pictures_of_the_demo_the_same_to_the_bit(tmp_path):
-    trees = list(dict.fromkeys([comfyui(), *(ROOT / name for name in (".comfyui", ".comfyui-floor"))]))
-    trees = [tree for tree in trees if (tree / "main.py").is_file()]
-    if len(trees) < 2:
-        pytest.skip("no other ComfyUI to compare with: `make setup` fetches them")
-    drawn = [pictures_of_the_demo(tree, tmp_path / str(i)) for i, tree in enumerate(trees)]
-    for tree, pictures_there in zip(trees[1:], drawn[1:], strict=True):
-        assert pictures_there.keys() == drawn[0].keys() == {"grid", "figure3", "strength_by_steps"}
-        for name, pixels in pictures_there.items():
-            assert np.array_equal(pixels, drawn[0][name]), f"{name} of {tree} is not that of {trees[0]}"
-
-
-def pictures_of_the_demo(tree, output):
-    """Name -> pixels, as `make demo` makes them on the ComfyUI in `tree`."""
-    environment = {**os.environ, "COMFYUI_PATH": str(tree)}
-    done = subprocess.run(
-        [*COMMAND, "--output", str(output)], capture_output=True, text=True, timeout=600, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return {file.stem: np.array(Image.open(file).convert("RGB")) for file in output.glob("*.png")}
+    _, here = drawn(comfyui(), tmp_path / "here")
+    for number, tree in enumerate(other_trees()):
+        _, there = drawn(tree, tmp_path / str(number))
+        assert there.keys() == here.keys() == {"grid", "figure3", "strength_by_steps"}
+        for name, pixels in there.items():
+            assert np.array_equal(pixels, here[name]), f"{name} of {tree}"
 
 
 def test_demo_command_says_which_words_it_knows(tmp_path):

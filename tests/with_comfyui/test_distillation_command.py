@@ -121,10 +121,13 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_lora(in_process, pictures, wh
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-        ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"],
+        pytest.param(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], id="torchrun"),
+        pytest.param(
+            ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"],
+            id="accelerate",
+            marks=pytest.mark.rare,
+        ),
     ],
-    ids=["torchrun", "accelerate"],
 )
 def test_two_processes_make_what_one_makes_with_their_batches_together(launcher, pictures, whole, tmp_path):
     pytest.importorskip("accelerate", reason="the engine for several processes: pip install -r tools/requirements.txt")
@@ -250,3 +253,50 @@ def test_bad_input_ends_with_one_line(more, message, in_process, pictures, tmp_p
     assert message in said
     assert said.splitlines()[-1].startswith("error: ")
     assert [path for path in Path(tmp_path).iterdir() if path.suffix == ".safetensors"] == []
+
+
+def test_samples_that_cannot_be_written_do_not_end_the_training(in_process, pictures, tmp_path, caplog, capsys):
+    kept = tmp_path / "run"
+    kept.mkdir()
+    (kept / "samples").write_text("no folder")
+    file = tmp_path / "lcm.safetensors"
+    arguments = [
+        "--pictures",
+        pictures,
+        *VAE,
+        "--steps",
+        1,
+        "--batch",
+        2,
+        "--save-every",
+        1,
+        "--resume",
+        kept,
+        "-o",
+        file,
+    ]
+    assert in_process(*arguments) == 0
+    assert "No samples of step 1: " in caplog.text
+    assert file.exists()
+    assert capsys.readouterr().out.startswith("LCM-LoRA with 177 modules")
+
+
+def test_the_report_begins_with_the_recipe(in_process, pictures, tmp_path, capsys):
+    arguments = [
+        "--pictures",
+        pictures,
+        *VAE,
+        "--steps",
+        1,
+        "--batch",
+        1,
+        "--recipe",
+        "SD1.5 on 12 GB",
+        "--accumulate",
+        1,
+    ]
+    assert in_process(*arguments, "-o", tmp_path / "lcm.safetensors") == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("Recipe SD1.5 on 12 GB: ")
+    assert "Set by you: steps 1, batch 1, accumulate 1, width 64, height 64." in first
+    assert second.startswith("LCM-LoRA with 177 modules")

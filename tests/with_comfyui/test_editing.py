@@ -13,9 +13,11 @@ from comfy.model_base import ModelType
 from comfy_extras import nodes_apg, nodes_differential_diffusion
 from nodes import ConditioningSetArea, LatentFromBatch, SetLatentNoiseMask
 
+from lcm_kit.host.sampling.schedules import lcm_sigmas
 from lcm_kit.nodes.editing import LCMEdit
 from lcm_kit.nodes.sampling import LCMKSampler
 from lcm_kit.samplers.noise import StepNoise, level_numbers
+from lcm_kit.samplers.presets import PRESETS
 from lcm_kit.samplers.schedule import lcm_timesteps
 from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import tiny
@@ -68,6 +70,42 @@ def test_is_the_picture_and_the_difference_of_two_predictions(model_type, steps,
     expected = model.model.process_latent_out(edited)
     assert relative(edit(model, latent, steps=steps, denoise=denoise, cfg=cfg), expected) < 1e-4
     assert relative(expected, latent["samples"]) > 0.1
+
+
+@pytest.mark.parametrize("name", ["LCM", "AnimateLCM", "Turbo", "TCD", "Lightning 4 steps"])
+def test_a_preset_gives_the_noise_levels_in_place_of_steps_and_original_steps(name):
+    """Of a training grid, of listed timesteps; the same as a plain sampler's, which takes an edit of no picture."""
+    preset = PRESETS[name]
+    model, latent = tiny.small_model(), tiny.latent(seed=9)
+    made = edit(model, latent, preset=preset, steps=7, original_steps=30)
+    levels = lcm_sigmas(model, steps=1, denoise=1.0, original_steps=1, preset=preset)
+    asked = []
+
+    def record(apply, args):
+        asked.append(float(args["timestep"].flatten()[0]))
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    watched = tiny.small_model()
+    watched.set_model_unet_function_wrapper(record)
+    assert torch.equal(edit(watched, latent, preset=preset), made)
+    assert sorted(set(asked), reverse=True) == pytest.approx(levels[:-1].tolist())
+    if not preset.timesteps:
+        assert torch.equal(made, edit(model, latent, steps=preset.steps, original_steps=preset.original_steps))
+
+
+@pytest.mark.parametrize("name", {(p.cfg, p.gamma, p.flow): name for name, p in PRESETS.items()}.values())
+def test_what_an_edit_has_no_place_for_in_a_preset_is_told(name, caplog):
+    """Its gamma and cfg; a preset of another kind of model is refused as everywhere."""
+    preset = PRESETS[name]
+    model = tiny.small_model(ModelType.FLOW if preset.flow else ModelType.EPS)
+    edit(model, tiny.latent(seed=9), preset=preset)
+    told = [
+        record.getMessage() for record in caplog.records if "LCM Edit takes the noise levels" in record.getMessage()
+    ]
+    assert bool(told) == ((preset.cfg, preset.gamma) != (1.0, 1.0))
+    for line in told:
+        named = line.partition("not its ")[2].partition(":")[0]
+        assert (f"cfg {preset.cfg:g}" in named, "gamma" in named) == (preset.cfg != 1.0, preset.gamma != 1.0)
 
 
 def test_a_lora_hook_on_the_target_acts_on_the_target_alone():

@@ -1,5 +1,6 @@
 """Extract LoRA from ComfyUI's own MODELs and CLIPs."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from lcm_kit.nodes.extracting import ExtractLoRA
 from lcm_kit.nodes.loading import ApplyLoRA
 from lcm_kit.nodes.sampling import LCMKSampler
 from lcm_kit.tests.with_comfyui import dits, tiny
+from lcm_kit.tests.with_comfyui.families import FAMILIES
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
@@ -118,6 +120,22 @@ def test_files_in_the_names_of_diffusers_and_of_ldm_meet(in_diffusers_names, tmp
     }
     for key, value in states["tuned"].items():
         torch.testing.assert_close(got[key], value, rtol=0, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_model_that_is_told_its_guidance_meets_one_that_is_not(order):
+    """Flux dev and schnell. Of so small a model guidance_in is more than a tenth of the weights."""
+    dev = FAMILIES["Flux"]
+    schnell = replace(dev, config=dev.config | {"guidance_embed": False, "depth": 0})
+    pair = [replace(dev, config=dev.config | {"depth": 0}).model(seed=1), schnell.model(seed=0)]
+    keys = [{key for key in model.model.state_dict() if key.startswith("diffusion_model.")} for model in pair]
+    assert len(keys[0] - keys[1]) > 0.1 * len(keys[0])
+    found, _ = extracted(*pair[::order], rank=4096)
+    assert not any("guidance_in" in key for key in found)
+    module = "diffusion_model.img_in.weight"
+    wanted = [model.model.state_dict()[module] for model in pair[::order]]
+    lora = to_lora(found)
+    assert torch.allclose(lora.delta(lora.find("diffusion_model.img_in")), wanted[0] - wanted[1], atol=2e-5)
 
 
 def test_the_text_encoder_is_taken_if_it_is_connected():

@@ -7,7 +7,7 @@ import pytest
 
 from lcm_kit.nodes import LCMKitExtension
 from lcm_kit.tests.helpers import ROOT
-from lcm_kit.tests.with_comfyui.web_page import open_graph, opened_page
+from lcm_kit.tests.with_comfyui.web_page import open_graph_in, opened_page
 from lcm_kit.tools.locales import (
     LANGUAGES,
     NODE_LIST,
@@ -78,33 +78,12 @@ NODES = {
 }
 
 
-def open_translated(page, table, tries=5):
-    """NODES on the page, called what the table calls them.
-
-    The page names nodes when it hears of them, and loads a language beside: where the nodes were first they stay English
-    until they are refreshed. And when a language comes late the page opens its own last workflow over ours.
-    """
-    from playwright.sync_api import TimeoutError
-
-    titles = [table[title] for title in NODES.values()]
-    for _ in range(tries):
-        open_graph(page, {str(n): {"class_type": name, "inputs": {}} for n, name in enumerate(NODES)})
-        try:
-            page.wait_for_function(
-                "titles => titles.every((title, n) => app.graph.nodes[n]?.title === title)", arg=titles, timeout=20_000
-            )
-            page.wait_for_timeout(500)  # our page script has seen the nodes
-            return
-        except TimeoutError:
-            page.evaluate("() => app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")
-    raise AssertionError(f"opened {tries} times: {page.evaluate('() => app.graph.nodes.map(n => n.title)')}")
-
-
 def test_the_page_shows_a_chosen_language(browser, server):
     table = table_of("fr")
     page = opened_page(browser, server, **{"Comfy.Locale": "fr"})
     try:
-        open_translated(page, table)
+        graph = {str(n): {"class_type": name, "inputs": {}} for n, name in enumerate(NODES)}
+        open_graph_in(page, graph, [table[title] for title in NODES.values()])
         label, name = page.evaluate(
             "() => { const steps = app.graph.nodes[0].widgets.find(w => w.name === 'steps'); return [steps.label, steps.name] }"
         )

@@ -20,7 +20,7 @@ from lcm_kit.demo.graphs import TINY, Graph, load, merge
 from lcm_kit.host.page import WORD_JOINER, plain
 from lcm_kit.tests.helpers import ROOT
 from lcm_kit.tests.with_comfyui.test_distilling_in_server import training
-from lcm_kit.tests.with_comfyui.web_page import SLOW, open_graph, opened_page, report_on, run_in_page
+from lcm_kit.tests.with_comfyui.web_page import SLOW, becomes, open_graph, opened_page, report_on, run_in_page
 
 INK = ROOT / "demo" / "models" / "loras" / TINY.style
 # A name of a module cannot hold a dot, nor a name of a file a slash.
@@ -68,12 +68,16 @@ def watched_page(browser, server):
 
 @pytest.fixture(scope="module")
 def runner(browser, server):
-    return watched_page(browser, server)
+    page = watched_page(browser, server)
+    yield page
+    page.close()
 
 
 @pytest.fixture(scope="module")
 def onlooker(browser, server):
-    return watched_page(browser, server)
+    page = watched_page(browser, server)
+    yield page
+    page.close()
 
 
 def post(server, graph, page=None):
@@ -220,9 +224,9 @@ def test_a_report_that_a_strangers_workflow_brings_is_text(runner):
     for node, report in zip(workflow["nodes"], (MARKUP, MARKUP, {"length": 1e9}), strict=True):
         node["properties"]["lcm_kit_report"] = report
     runner.evaluate("graph => app.loadGraphData(graph)", workflow)
-    runner.wait_for_timeout(1000)
     boxes = """() => app.graph.nodes.flatMap(n => n.widgets ?? []).filter(w => w.name === "lcm_kit_report").map(w => w.element.value)"""
-    assert runner.evaluate(boxes) == [MARKUP] * 2
+    assert becomes(runner, [MARKUP] * 2, lambda: runner.evaluate(boxes)) == [MARKUP] * 2
+    runner.wait_for_timeout(500)  # for what would come of it
     assert harm(runner) == [0, []]
 
 
@@ -234,7 +238,6 @@ def test_no_name_of_a_file_becomes_markup_in_a_list(runner, hostile):
         graph.add("PreviewAny", source=[graph.add("LCMKitLoadLoRA", lora_name=TINY.lcm), 1])
         open_graph(runner, graph, "list")
         runner.evaluate("() => app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")
-        runner.wait_for_timeout(1000)
         at = runner.evaluate(
             """() => {
                 const node = app.graph.nodes.find(n => n.type === "LCMKitLoadLoRA"), ds = app.canvas.ds;
@@ -246,7 +249,7 @@ def test_no_name_of_a_file_becomes_markup_in_a_list(runner, hostile):
             }"""
         )
         runner.mouse.click(*at)
-        runner.get_by_text(TINY.style).first.wait_for(timeout=10_000)
+        runner.get_by_text(TINY.style).first.wait_for()
         assert harm(runner) == [0, []]
         runner.keyboard.press("Escape")
     finally:
@@ -283,7 +286,8 @@ def test_what_the_server_refuses_at_once_becomes_no_markup(runner):
     """A newer ComfyUI says so in the answer to the page; an older one runs into our own error."""
     open_graph(runner, FAILING["no preset of that name"], "refused")
     runner.evaluate("() => app.queuePrompt(0)")
-    runner.wait_for_timeout(2000)
+    runner.wait_for_function("() => Object.keys(app.lastNodeErrors ?? {}).length || app.lastExecutionError")
+    runner.wait_for_timeout(1000)  # for what would come of it
     assert harm(runner) == [0, []]
     runner.keyboard.press("Escape")
 

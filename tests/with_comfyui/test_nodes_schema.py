@@ -63,7 +63,7 @@ CONTRACT = {
             ("original_steps", "INT", 50),
             ("keep", "FLOAT", 0.2),
         ],
-        [],
+        [("preset", "LCM_PRESET", None)],
         ["LATENT"],
     ),
     "LCMKitSampler": (

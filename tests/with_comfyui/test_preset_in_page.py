@@ -3,14 +3,10 @@
 import pytest
 
 from lcm_kit.demo.graphs import TINY, Graph, Shot, lcm_only
-from lcm_kit.tests.with_comfyui.web_page import open_graph, opened_page, report_on, run_in_page
+from lcm_kit.tests.with_comfyui.web_page import becomes, open_graph, opened_page, report_on, run_in_page
 
 REPLACED = {"steps", "cfg", "gamma", "original_steps"}
 FIELDS = """name => Object.fromEntries(app.graph.nodes.find(n => n.type === name).widgets.map(w => [w.name, Boolean(w.disabled)]))"""
-# What a person can write into, in Nodes 2.0.
-DRAWN = """() => Object.fromEntries([...document.querySelectorAll("[data-node-id] [data-widget-name], [data-node-id] input")]
-    .flatMap(e => { const field = e.matches("input") ? e : e.querySelector("input"); const label = field?.getAttribute("aria-label");
-        return label ? [[label, field.disabled]] : []; }))"""
 
 
 def with_preset(**sampler):
@@ -21,9 +17,9 @@ def with_preset(**sampler):
     return graph
 
 
-def off(page, node="LCMKitKSampler"):
-    page.wait_for_timeout(100)
-    return {name for name, disabled in page.evaluate(FIELDS, node).items() if disabled}
+def off(page, expected, node="LCMKitKSampler"):
+    """Names of the fields that are off, once they are the expected ones."""
+    return becomes(page, expected, lambda: {name for name, off in page.evaluate(FIELDS, node).items() if off})
 
 
 def set_mode(page, mode):
@@ -41,18 +37,17 @@ def renderer(request, browser, server):
 
 def test_the_fields_that_a_preset_replaces_are_off_while_it_is_connected(renderer):
     open_graph(renderer, with_preset(), "preset")
-    assert off(renderer) == REPLACED
+    assert off(renderer, REPLACED) == REPLACED
     if renderer.vue:
-        renderer.wait_for_timeout(500)
-        assert renderer.locator("[data-node-id]").count() > 3
+        renderer.wait_for_function("() => document.querySelectorAll('[data-node-id]').length > 3")
     disconnect = "() => { const n = app.graph.nodes.find(n => n.type === 'LCMKitKSampler'); n.disconnectInput(n.findInputSlot('preset')); }"
     for mode in (4, 2):  # bypassed, never: nothing comes through
         set_mode(renderer, mode)
-        assert off(renderer) == set()
+        assert off(renderer, set()) == set()
     set_mode(renderer, 0)
-    assert off(renderer) == REPLACED
+    assert off(renderer, REPLACED) == REPLACED
     renderer.evaluate(disconnect)
-    assert off(renderer) == set()
+    assert off(renderer, set()) == set()
 
 
 def test_what_is_sent_is_the_same_with_the_fields_off(renderer):
@@ -81,7 +76,7 @@ def test_a_warning_is_on_its_node_until_a_run_without_it(renderer):
     assert run_in_page(renderer)["status"]["status_str"] == "success"
     told = report_on(renderer, "LCMKitKSampler")
     assert told.startswith("No negative prompt is connected: cfg 2 guides away from the empty prompt")
-    assert renderer.get_by_label("LCM KSampler: report").is_visible()
+    renderer.get_by_label("LCM KSampler: report").wait_for()
     renderer.evaluate(
         "() => { app.graph.nodes.find(n => n.type === 'LCMKitKSampler').widgets.find(w => w.name === 'cfg').value = 1; }"
     )
@@ -130,12 +125,13 @@ def test_strengths_are_called_after_what_is_connected(renderer):
         "LCMKitCompareLoRA", lora_1=[first, 0], lora_2=lora, **{f"strength_{n}": 1.0 for n in range(1, 5)}, rank=0
     )
     open_graph(renderer, graph, "names")
-    renderer.wait_for_timeout(300)
     labels = """type => app.graph.nodes.find(n => n.type === type).widgets.slice(0, 3).map(w => w.label ?? w.name)"""
     ink = TINY.style.removesuffix(".safetensors")
-    assert renderer.evaluate(labels, "LCMKitMergeLoRA") == [f"strength_1: {ink}", "strength_2", "strength_3"]
-    named = renderer.evaluate(labels, "LCMKitCompareLoRA")
-    assert named == ["strength_1: Merge LoRAs (add, TIES, DARE)", f"strength_2: {ink}", "strength_3"]
+    for type_, expected in {
+        "LCMKitMergeLoRA": [f"strength_1: {ink}", "strength_2", "strength_3"],
+        "LCMKitCompareLoRA": ["strength_1: Merge LoRAs (add, TIES, DARE)", f"strength_2: {ink}", "strength_3"],
+    }.items():
+        assert becomes(renderer, expected, lambda type_=type_: renderer.evaluate(labels, type_)) == expected
     assert renderer.evaluate("() => app.canvas.default_connection_color_byType.LORA_MODEL") == "#e58fb1"
     css = "() => getComputedStyle(document.body).getPropertyValue('--color-datatype-LCM_PRESET').trim()"
     assert renderer.evaluate(css) == "#e8b04a"

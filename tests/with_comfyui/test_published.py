@@ -223,30 +223,38 @@ def test_kleins_list_is_cores_flux2_scheduler_at_the_size_it_says():
     torch.testing.assert_close(levels(model_of("Flux.2"), "Flux.2 Klein"), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", FLOW_PRESETS)
-def test_every_flow_preset_on_every_family(name, family, caplog):
+def test_every_flow_preset_on_every_family(name, caplog):
     """Listed levels stand wherever they are asked for; a rule goes through the model's own shift, and a preset that
     was made for another one says so.
     """
-    preset, shift = PRESETS[name], FAMILIES[family][3]
-    model = model_of(family)
-    found = levels(model, name)
-    lowest = float(model.model_sampling.sigma_min)
-    spaced = {
-        "even": even(preset.steps),
-        "normal": torch.linspace(1.0, lowest, preset.steps, dtype=torch.float64).tolist(),
-        "sgm_uniform": torch.linspace(1.0, lowest, preset.steps + 1, dtype=torch.float64).tolist()[:-1],
-    }
-    expected = preset.sigmas or shifted(shift, spaced[preset.spacing])
-    torch.testing.assert_close(found, torch.tensor([*expected, 0.0]), rtol=0, atol=1e-4)
-    if name not in STARTS_BELOW_NOISE:
-        assert float(found[0]) == pytest.approx(1.0, abs=1e-6)
-    if preset.shift is None or abs(shift / preset.shift - 1) < 0.01:
-        assert warnings_of(caplog) == []
-    else:
-        (warning,) = warnings_of(caplog)
-        assert warning.startswith(f"{name}: shift {preset.shift:g} expected, this model has {shift:.3g}. Put ")
+    preset = PRESETS[name]
+    for family, (*_, shift) in FAMILIES.items():
+        caplog.clear()
+        model = model_of(family)
+        found = levels(model, name)
+        lowest = float(model.model_sampling.sigma_min)
+        spaced = {
+            "even": even(preset.steps),
+            "normal": torch.linspace(1.0, lowest, preset.steps, dtype=torch.float64).tolist(),
+            "sgm_uniform": torch.linspace(1.0, lowest, preset.steps + 1, dtype=torch.float64).tolist()[:-1],
+        }
+        expected = preset.sigmas or shifted(shift, spaced[preset.spacing])
+        torch.testing.assert_close(
+            found,
+            torch.tensor([*expected, 0.0]),
+            rtol=0,
+            atol=1e-4,
+            msg=lambda text, family=family: f"{family}: {text}",
+        )
+        if name not in STARTS_BELOW_NOISE:
+            assert float(found[0]) == pytest.approx(1.0, abs=1e-6), family
+        if preset.shift is None or abs(shift / preset.shift - 1) < 0.01:
+            assert warnings_of(caplog) == [], family
+        else:
+            (warning,) = warnings_of(caplog)
+            told = f"{name}: shift {preset.shift:g} expected, this model has {shift:.3g}. Put "
+            assert warning.startswith(told), family
 
 
 @pytest.mark.parametrize(
@@ -270,14 +278,17 @@ def test_the_node_that_a_warning_of_the_shift_names_helps(name, family, node, ca
     assert patch.model_sampling.timestep(half) == model.model_sampling.timestep(half)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", [name for name in PRESETS if name not in FLOW_PRESETS])
-def test_the_presets_of_stable_diffusion_on_flow_models_start_from_noise(name, family, caplog):
-    preset, shift = PRESETS[name], FAMILIES[family][3]
+def test_the_presets_of_stable_diffusion_on_flow_models_start_from_noise(name, caplog):
+    preset = PRESETS[name]
     times = [(t + 1) / 1000 for t in preset.timesteps[: preset.steps]] or even(preset.steps)
-    expected = torch.tensor([*shifted(shift, times), 0.0])
-    torch.testing.assert_close(levels(model_of(family), name), expected, rtol=0, atol=1e-4)
-    assert warnings_of(caplog) == []
+    for family, (*_, shift) in FAMILIES.items():
+        expected = torch.tensor([*shifted(shift, times), 0.0])
+        torch.testing.assert_close(
+            levels(model_of(family), name), expected, rtol=0, atol=1e-4,
+            msg=lambda text, family=family: f"{family}: {text}",
+        )  # fmt: skip
+        assert warnings_of(caplog) == [], family
 
 
 @pytest.mark.parametrize("name", [name for name in FLOW_PRESETS if PRESETS[name].first_expert])

@@ -9,7 +9,7 @@ import pytest
 
 from lcm_kit.demo.graphs import TINY, Shot, style_in_few_steps
 from lcm_kit.tests.with_comfyui.test_browser import tree_of_picture
-from lcm_kit.tests.with_comfyui.web_page import open_graph, opened_page, run_in_page
+from lcm_kit.tests.with_comfyui.web_page import becomes, open_graph, opened_page, run_in_page
 
 # What people type -> the node that they mean.
 WORDS = {
@@ -97,18 +97,25 @@ def test_a_bypassed_node_hands_on_what_it_got(page, opened, type_):
 
 @pytest.fixture(scope="module")
 def search(browser, server):
-    """What the page's own search lists for a text."""
+    """Whether the page's own search finds a node by a text, and what it lists."""
     page = opened_page(browser, server)
     page.evaluate("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     field = page.locator("[role=dialog] input, .comfy-vue-node-search-container input").first
     field.wait_for(timeout=20_000)
 
-    def found(text):
-        field.fill(text)
-        page.wait_for_timeout(400)
-        return page.locator("[role=dialog], .comfy-vue-node-search-container, [role=listbox]").all_inner_texts()
+    listed = page.locator("[role=dialog], .comfy-vue-node-search-container, [role=listbox]")
 
-    yield found
+    def shown():
+        return re.sub(r"\s+", " ", " ".join(listed.all_inner_texts()))
+
+    def finds(text, name):
+        """Whether it comes to list the name, which it does not list before."""
+        field.fill("no node is called so")
+        assert becomes(page, False, lambda: name in shown()) is False
+        field.fill(text)
+        return becomes(page, True, lambda: name in shown()), shown()
+
+    yield finds
     page.close()
 
 
@@ -116,5 +123,5 @@ def search(browser, server):
 def test_the_words_that_people_type_find_the_node(search, server, words):
     names = json.loads(server.request("/object_info"))
     name = names[WORDS[words]]["display_name"]
-    shown = re.sub(r"\s+", " ", " ".join(search(words)))
-    assert re.sub(r"\s+", " ", name) in shown, shown[:600]
+    found, shown = search(words, re.sub(r"\s+", " ", name))
+    assert found, shown[:600]

@@ -5,6 +5,7 @@ import logging
 import re
 import warnings
 from functools import cache
+from inspect import signature
 
 import pytest
 import torch
@@ -143,9 +144,11 @@ def test_comfyui_reads_diffusers_names_where_it_has_a_table(name):
 def test_diffusers_names_are_those_of_its_model(name):
     """Its own class on the meta device: names, and the shapes of ours as far as sizes are not told by a configuration."""
     diffusers = pytest.importorskip("diffusers")
-    sizes = _HIDREAM if name == "HiDream" else {}
+    cls = getattr(diffusers, DIFFUSERS[name][1])
+    # Two blocks of each kind, whose last may be another: the first is what is asked for. All other sizes are its own.
+    blocks = {size: 2 for size in signature(cls).parameters if re.fullmatch(r"(num|n)_(\w+_)?(layers|blocks)", size)}
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        model = getattr(diffusers, DIFFUSERS[name][1])(**sizes)
+        model = cls(**blocks | (_HIDREAM if name == "HiDream" else {}))
     theirs = {key.removesuffix(".weight") for key in model.state_dict()}
     ours = {module.removeprefix("transformer.") for module in deltas(written(of_model(name, blocks=True), "diffusers"))}
     assert ours

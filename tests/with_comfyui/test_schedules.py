@@ -148,28 +148,28 @@ def entry_of(model, level):
     return int(found[0, 0])
 
 
-@pytest.mark.parametrize("denoise", DENOISE)
 @pytest.mark.parametrize("name", STEPPED)
-def test_listed_timesteps_start_at_the_level_asked_for_to_one_timestep(name, denoise):
+def test_listed_timesteps_start_at_the_level_asked_for_to_one_timestep(name):
     model, preset = Sampled(ModelType.EPS, {}), PRESETS[name]
-    levels = sigmas(model, denoise=denoise, preset=name)
-    start = (preset.timesteps[0] + 1) * denoise - 1
-    assert abs(entry_of(model, levels[0]) - max(start, 0)) <= 0.5 + 1e-9
-    assert levels[-1] == 0
-    assert bool((levels.diff() < 0).all())
-    if denoise >= 0.01 and preset.gamma > 0:
-        assert len(levels) == preset.steps + 1
+    for denoise in DENOISE:
+        levels = sigmas(model, denoise=denoise, preset=name)
+        start = (preset.timesteps[0] + 1) * denoise - 1
+        assert abs(entry_of(model, levels[0]) - max(start, 0)) <= 0.5 + 1e-9, denoise
+        assert levels[-1] == 0
+        assert bool((levels.diff() < 0).all()), denoise
+        if denoise >= 0.01 and preset.gamma > 0:
+            assert len(levels) == preset.steps + 1, denoise
 
 
 @pytest.mark.parametrize("name", [name for name in STEPPED if PRESETS[name].gamma == 0.0])
-@pytest.mark.parametrize("denoise", DENOISE)
-def test_a_model_of_steps_of_one_length_runs_none_that_are_longer(name, denoise):
+def test_a_model_of_steps_of_one_length_runs_none_that_are_longer(name):
     model, preset = Sampled(ModelType.EPS, {}), PRESETS[name]
-    levels = sigmas(model, denoise=denoise, preset=name)
-    timesteps = [entry_of(model, level) for level in levels[:-1]] + [-1]
-    longest = max(above - below for above, below in pairwise(timesteps))
-    assert longest <= 1000 / preset.steps + 1
-    assert len(levels) - 1 == math.ceil(preset.steps * denoise - 1e-4)
+    for denoise in DENOISE:
+        levels = sigmas(model, denoise=denoise, preset=name)
+        timesteps = [entry_of(model, level) for level in levels[:-1]] + [-1]
+        longest = max(above - below for above, below in pairwise(timesteps))
+        assert longest <= 1000 / preset.steps + 1, denoise
+        assert len(levels) - 1 == math.ceil(preset.steps * denoise - 1e-4), denoise
 
 
 @pytest.mark.parametrize("denoise", [0.25, 0.5, 0.75])
@@ -189,14 +189,14 @@ def test_a_training_grid_gives_the_steps_it_has_and_one_line_of_warning(steps, d
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 20, 50])
-@pytest.mark.parametrize("denoise", DENOISE)
 @pytest.mark.parametrize("flow", [False, True])
-def test_every_denoise_runs_at_every_number_of_steps(steps, denoise, flow):
+def test_every_denoise_runs_at_every_number_of_steps(steps, flow):
     model = Sampled(*FLOWS["1,000 levels, shift 8"][:2]) if flow else Sampled(ModelType.EPS, {})
-    levels = sigmas(model, steps=steps, denoise=denoise)
-    assert levels[-1] == 0
-    assert bool((levels.diff() < 0).all())
-    assert levels.isfinite().all()
+    for denoise in DENOISE:
+        levels = sigmas(model, steps=steps, denoise=denoise)
+        assert levels[-1] == 0
+        assert bool((levels.diff() < 0).all()), denoise
+        assert levels.isfinite().all(), denoise
 
 
 @pytest.mark.parametrize("kind", [ModelType.EPS, ModelType.FLOW, ModelType.EDM])

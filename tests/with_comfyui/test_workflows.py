@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import quote
 
@@ -11,8 +13,8 @@ from PIL import Image
 
 from lcm_kit.demo.graphs import TINY
 from lcm_kit.tests.helpers import ROOT
-from lcm_kit.tests.with_comfyui.comfy_server import PACK
-from lcm_kit.tools.flows import writing
+from lcm_kit.tests.with_comfyui.comfy_server import PACK, pack_server
+from lcm_kit.tools.flows import packs, writing
 from lcm_kit.tools.flows.descriptions import FLOWS
 from lcm_kit.tools.flows.files import LCM_SD15, SD15, STYLE, ModelFile
 
@@ -25,7 +27,7 @@ NOT_THERE = {"value_not_in_list", "custom_validation_failed"}
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 # What the page downloads from.
 SITES = ("https://huggingface.co/", "https://civitai.com/")
-FOLDERS = {"checkpoints", "controlnet", "diffusion_models", "loras", "text_encoders", "vae"}
+FOLDERS = {"animatediff_models", "checkpoints", "controlnet", "diffusion_models", "loras", "text_encoders", "vae"}
 
 COMFYUI = "0.30.0"  # whose definitions the files are written with
 
@@ -35,14 +37,19 @@ def on_sd15(flow):
     return files <= {SD15, LCM_SD15, STYLE}
 
 
+def foreign(flow):
+    """Types of its nodes that other packs have."""
+    return {node.type for node in flow.nodes} & packs.nodes().keys()
+
+
 every_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 every_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 
 
 @pytest.fixture(scope="module")
 def known(server):
-    """Node id -> its entry in /object_info."""
-    return json.loads(server.request("/object_info"))
+    """Node id -> its entry in /object_info; of other packs' as it was recorded."""
+    return json.loads(server.request("/object_info")) | packs.nodes()
 
 
 def read(path):
@@ -131,7 +138,8 @@ def test_links_are_consistent(path):
 @every_workflow
 def test_every_node_names_its_pack(path):
     for node in read(path)[1]:
-        expected = ("lcm-kit", VERSION) if node["type"].startswith("LCMKit") else ("comfy-core", COMFYUI)
+        own, others = node["type"].startswith("LCMKit"), packs.homes()
+        expected = ("lcm-kit", VERSION) if own else others.get(node["type"], ("comfy-core", COMFYUI))
         assert (node["properties"]["cnr_id"], node["properties"]["ver"]) == expected, node["type"]
 
 
@@ -204,7 +212,33 @@ def test_example_has_a_picture(path, server):
     assert min(picture.size) >= 256
 
 
-@pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
+@pytest.mark.parametrize("flow", [flow for flow in FLOWS if foreign(flow)], ids=lambda flow: flow.name)
+def test_a_workflow_with_nodes_of_other_packs_says_so_and_lacks_them_alone(flow, known, server):
+    (name,) = {packs.homes()[type][0] for type in foreign(flow)}
+    words = name.removeprefix("comfyui-").replace("-", " ")
+    assert words in flow.note.lower()
+    assert "Install Missing Custom Nodes" in flow.note
+    body = json.dumps({"prompt": writing.prompt(flow, known)}).encode()
+    with pytest.raises(HTTPError) as refused:
+        server.request("/prompt", body, {"Content-Type": "application/json"})
+    with refused.value as answer:
+        assert foreign(flow) == {json.loads(answer.read())["error"]["extra_info"]["class_type"]}
+
+
+def test_other_packs_nodes_are_what_these_packs_say(tmp_path):
+    """With OTHER_PACKS=/folder/of/packs, as `make workflows PACKS=...` takes it."""
+    folder = os.environ.get("OTHER_PACKS")
+    if not folder:
+        pytest.skip("no other packs here: OTHER_PACKS names their folder")
+    there = {name: Path(folder) / name for name in packs.recorded()}
+    with pack_server(tmp_path, there) as server:
+        known = json.loads(server.request("/object_info"))
+    for id, entry in packs.nodes().items():
+        now = known[id] | {"input": {group: known[id]["input"].get(group, {}) for group in entry["input"]}}
+        assert {key: now[key] for key in entry} == entry
+
+
+@pytest.mark.parametrize("flow", [flow for flow in FLOWS if not foreign(flow)], ids=lambda flow: flow.name)
 def test_the_server_asks_for_nothing_but_the_files_to_download(flow, known, server):
     """Every link fits, every value is in range, nothing is missing: what the server refuses is the models alone."""
     (server.input / "example.png").unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """The example workflows in the order of their numbers, which their names begin with."""
 
-from . import flow_models, lora_work, sd15, sdxl
+from . import beside, flow_models, lora_work, sd15, sdxl
 from .flow import Flow
 
 
@@ -10,4 +10,4 @@ def _numbered(flows: list[Flow]) -> list[Flow]:
     return flows
 
 
-FLOWS = _numbered([*sd15.FLOWS, *sdxl.FLOWS, *flow_models.FLOWS, *lora_work.FLOWS])
+FLOWS = _numbered([*sd15.FLOWS, *sdxl.FLOWS, *flow_models.FLOWS, *lora_work.FLOWS, *beside.FLOWS])

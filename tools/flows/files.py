@@ -55,6 +55,10 @@ STYLE = ModelFile(
 
 LCM_SD15 = _published("LCM", "SD1.5", "lcm-lora-sdv1-5.safetensors")
 LCM_SDXL = _published("LCM", "SDXL", "lcm-lora-sdxl.safetensors", has="pytorch_lora_weights")
+ANIMATELCM = _hosted("wangfuyun/AnimateLCM", "AnimateLCM_sd15_t2v_lora.safetensors", "loras")
+ANIMATELCM_MOTION = _hosted(
+    "conrevo/AnimateDiff-A1111", "motion_module/mm_sd15_AnimateLCM.safetensors", "animatediff_models"
+)
 LIGHTNING = _published("Lightning 4 steps", "SDXL")
 HYPER = _published("Hyper-SD 4 steps", "SDXL")
 DMD2 = _published("DMD2", "SDXL", has="fp16")

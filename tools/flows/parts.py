@@ -25,8 +25,8 @@ def checkpoint(flow: Flow, file: ModelFile, title: str = "") -> Node:
     return flow.add("CheckpointLoaderSimple", title, ckpt_name=file)
 
 
-def fast(flow: Flow, model: Output, file: ModelFile, title: str = "") -> Node:
-    return flow.add("LCMKitLoader", title, model=model, lora_name=file)
+def fast(flow: Flow, model: Output, file: ModelFile, title: str = "", **others: float) -> Node:
+    return flow.add("LCMKitLoader", title, model=model, lora_name=file, **others)
 
 
 def checkpoint_and_lcm(flow: Flow, file: ModelFile, lora: ModelFile) -> tuple[Node, Node]:

@@ -131,8 +131,9 @@ def edit(flow: Flow) -> None:
         target = text(flow, base["CLIP"], "a drawing of a girl in a red dress on a green hill", "What it should show")
     with flow.group("Edit"):
         edited = flow.add(
-            "LCMKitEdit", model=lcm["MODEL"], source=source, target=target, latent_image=latent, seed=1, steps=4
-        )
+            "LCMKitEdit", model=lcm["MODEL"], source=source, target=target, latent_image=latent, seed=1,
+            preset=lcm["preset"],
+        )  # fmt: skip
     with flow.group("Picture"):
         shown(flow, edited["LATENT"], base["VAE"], "Edited", save=True)
 

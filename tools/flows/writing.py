@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...demo.comfyui_server import ComfyUIServer
-from . import embedded
+from . import embedded, packs
 from .definitions import CONTROL, Input, inputs_of, values_of
 from .descriptions import FLOWS
 from .files import ModelFile
@@ -24,18 +24,20 @@ _PICTURES = {"SaveImage", "PreviewImage", "LoadImage", "SaveVideo"}
 _BLUE, _BROWN, _DARK_BROWN = "#3f789e", "#653", "#432"
 _TITLE, _MARK = "## ", re.compile(r"## |- |\d+\. ")  # what a line of a note begins with
 _BYPASS = 4  # mode of a node that is switched off
+_MISSING = 40  # pixels that the page adds to a node as long as it does not know its pack
 _OPTIONAL = 7  # the page's shape of a socket that need not be connected
 
 
 def texts(server: ComfyUIServer) -> dict[Path, str]:
     """File -> its text, for every workflow. server: a running one, with this pack."""
-    known = json.loads(server.request("/object_info"))
+    known = json.loads(server.request("/object_info")) | packs.nodes()
     comfyui = json.loads(server.request("/system_stats"))["system"]["comfyui_version"]
     found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
-    packs = {True: ("lcm-kit", found[1]), False: ("comfy-core", comfyui)}
+    own, homes = ("lcm-kit", found[1]), packs.homes()
+    homes = {id: own if id.startswith(OWN) else homes.get(id, ("comfy-core", comfyui)) for id in known}
     (demo,) = embedded.FLOWS
     files = {DEMO: demo} | {FOLDER / f"{flow.name}.json": flow for flow in FLOWS}
-    return {path: Document(flow, known, packs).text() for path, flow in files.items()}
+    return {path: Document(flow, known, homes).text() for path, flow in files.items()}
 
 
 def prompt(flow: Flow, known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -57,10 +59,10 @@ def index_of(link: Output, known: Mapping[str, Any]) -> int:
 
 
 class Document:
-    """One workflow on its way into a file. packs: own node or not -> name and version of its pack."""
+    """One workflow on its way into a file. homes: node id -> name and version of its pack."""
 
-    def __init__(self, flow: Flow, known: Mapping[str, Any], packs: Mapping[bool, tuple[str, str]]):
-        self.flow, self.known, self.packs = flow, known, packs
+    def __init__(self, flow: Flow, known: Mapping[str, Any], homes: Mapping[str, tuple[str, str]]):
+        self.flow, self.known, self.homes = flow, known, homes
         self.inputs = {node: inputs_of(known[node.type], node.inputs) for node in flow.nodes}
         self.values = {node: values_of(node, self.inputs[node]) for node in flow.nodes}
         self.links: list[list[Any]] = []
@@ -107,10 +109,23 @@ class Document:
     def _size(self, node: Node) -> tuple[float, float]:
         rows = max(sum(not g.widget for g in self.inputs[node]), len(self.known[node.type]["output"]))
         widgets = [given for given in self.inputs[node] if given.widget]
+        if len(folded := [given for given in widgets if self._folded(node, given)]) > 1:
+            widgets = [given for given in widgets if given not in folded]
+            rows += 1  # the button that shows them
         fields = len(widgets) + sum(bool(g.options.get(CONTROL)) + bool(g.options.get("image_upload")) for g in widgets)
         high = TEXT * sum(bool(given.options.get("multiline")) for given in widgets)
+        high += _MISSING * (node.type in packs.homes())
         picture = node.type in _PICTURES
         return PICTURE if picture else WIDTH, 16 + ROW * rows + WIDGET * fields + high + (PICTURE - 110) * picture
+
+    def _folded(self, node: Node, given: Input) -> bool:
+        """Whether the page folds this field of ours away: web/advanced.js, and Nodes 2.0."""
+        return (
+            node.type.startswith(OWN)
+            and bool(given.options.get("advanced"))
+            and not isinstance(node.inputs.get(given.name), Output)
+            and self.values[node][given.name] == given.default
+        )
 
     def _node(self, node: Node, box: Box) -> dict[str, Any]:
         into = {(link[3], link[4]): link[0] for link in self.links}
@@ -126,7 +141,7 @@ class Document:
         ]
         if entry["output_node"] and not own:  # newer versions of ComfyUI hand on what they saved
             outputs = [slot for slot in outputs if slot["links"]]
-        pack, version = self.packs[own]
+        pack, version = self.homes[node.type]
         properties: dict[str, Any] = {"cnr_id": pack, "ver": version, "Node name for S&R": node.type}
         files = [value for value in self.values[node].values() if isinstance(value, ModelFile)]
         if files:
