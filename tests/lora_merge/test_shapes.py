@@ -1,6 +1,7 @@
 """Parts of one module whose sizes belong together, or do not, against the definitions and nothing else."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -208,10 +209,12 @@ def test_a_scale_of_nothing_and_one_that_the_kind_has_not_are_idle(scale):
 
 
 def glora(out, inputs, rank, kernel=(), old=False):
-    """A = a1 a2 acts on the weight's input side, (in, in); B = b1 b2 is (out, in * kernel). Old: each the other way about."""
+    """A = a1 a2 acts on the weight's input side, (in, in); B = b1 b2 is (out, in * kernel). Old: each the other way about,
+    and A acts on all of a flattened row, (in * kernel, in * kernel)."""
     shapes = {"a1": (inputs, rank), "a2": (rank, inputs), "b1": (out, rank), "b2": (rank, inputs, *kernel)}
     if old:
-        shapes = {"a1": (rank, inputs), "a2": (inputs, rank), "b1": (rank, inputs, *kernel), "b2": (out, rank)}
+        row = inputs * math.prod(kernel)
+        shapes = {"a1": (rank, row), "a2": (row, rank), "b1": (rank, inputs, *kernel), "b2": (out, rank)}
     return {name: normal(*shape) for name, shape in shapes.items()}
 
 
@@ -233,9 +236,9 @@ def test_a_glora_whose_ranks_differ_is_refused(old):
     for name, part in parts.items():
         shape = list(part.shape)
         shape[1 - axis[name] if old else axis[name]] += 2
-        with pytest.raises(ValueError, match=r"a1 is .* their ranks differ"):
+        with pytest.raises(ValueError, match=r"a1 is .* their ranks or widths differ"):
             build(parts | {name: normal(*shape)}, 1.0)
-        with pytest.raises(ValueError, match=r"a1 is .* their ranks differ"):
+        with pytest.raises(ValueError, match=r"a1 is .* their ranks or widths differ"):
             build(parts | {name: normal(4)}, 1.0)
 
 
