@@ -132,6 +132,22 @@ def comfy_home():
     return HOME
 
 
+@pytest.fixture(scope="module")
+def model():
+    """A tiny SD 1.x, where a file has none of its own. Nothing may change it: nodes work on clones."""
+    from lcm_kit.tests.with_comfyui import tiny
+
+    return tiny.tiny_model()
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Another base than `model`: the same module names, wider context."""
+    from lcm_kit.tests.with_comfyui import tiny
+
+    return tiny.tiny_model(context_dim=24)
+
+
 @pytest.fixture(scope="session")
 def tiny_emoji():
     """(MODEL, CLIP) of the demo by ComfyUI's own loader, which knows the model type only meanwhile. Work on clones."""

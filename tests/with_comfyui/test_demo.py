@@ -317,4 +317,5 @@ def test_interrupted_demo_command_stops_its_server(tmp_path):
         command.kill()
     assert command.returncode == 130
     assert errors.endswith("demo: stopped\n")
-    assert not any(process.is_running() for process in servers)
+    # Interrupted while it starts its server, the command ends before it knows it, and the kernel ends what was tied to it.
+    assert psutil.wait_procs(servers, timeout=30)[1] == []

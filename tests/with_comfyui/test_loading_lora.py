@@ -18,12 +18,6 @@ from lcm_kit.tests.with_comfyui.lora_nodes import applied, assert_same_weights, 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
-@pytest.fixture(scope="module")
-def model():
-    """Nothing here may change it: nodes work on clones."""
-    return tiny.tiny_model()
-
-
 @pytest.mark.parametrize("spelling", ["kohya", "kohya on ldm", "generic", "generic PEFT"])
 def test_loaded_and_applied_equals_cores_lora_loader(model, put, spelling):
     tensors = tiny.lora(model, spelling, dtype=torch.float16)

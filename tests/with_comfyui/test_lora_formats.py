@@ -39,12 +39,6 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture(scope="module")
-def model():
-    """Nothing here may change it: nodes work on clones."""
-    return tiny.tiny_model()
-
-
-@pytest.fixture(scope="module")
 def clip():
     return tiny.tiny_clip()
 

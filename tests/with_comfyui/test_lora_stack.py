@@ -13,18 +13,6 @@ from lcm_kit.tests.with_comfyui.lora_nodes import assert_same_weights, by_comfyu
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
-@pytest.fixture(scope="module")
-def model():
-    """Nothing here may change it: nodes work on clones."""
-    return tiny.tiny_model()
-
-
-@pytest.fixture(scope="module")
-def wide():
-    """Another base: the same module names, wider context."""
-    return tiny.tiny_model(context_dim=24)
-
-
 # ---- a stack of LoRAs from another pack
 
 

@@ -14,18 +14,6 @@ from lcm_kit.tests.with_comfyui.lora_nodes import applied, assert_same_weights, 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
-@pytest.fixture(scope="module")
-def model():
-    """Nothing here may change it: nodes work on clones."""
-    return tiny.tiny_model()
-
-
-@pytest.fixture(scope="module")
-def wide():
-    """Another base: the same module names, wider context."""
-    return tiny.tiny_model(context_dim=24)
-
-
 # ---- wrong base
 
 

@@ -38,11 +38,6 @@ def saved(lora, name, dtype="fp32"):
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny.tiny_model()
-
-
-@pytest.fixture(scope="module")
 def clip():
     return tiny.tiny_clip()
 

@@ -123,7 +123,7 @@ def test_a_recipe_sets_what_was_left_and_the_report_says_so(model):
     by_hand = distilled(model, phases=4, weighting="v", average=0.95, accumulate=6, skip=125)
     assert_same_lora(by_recipe[0], by_hand[0])
     said = by_recipe[2].splitlines()[0]
-    assert said.startswith(f"Recipe {recipe}: phases 4, weighting v, average 0.95, accumulate 6.")
+    assert said.startswith(f"Recipe {recipe}: phases 4, skip 125, weighting v, average 0.95, accumulate 6.")
     assert f"steps {WIDGETS['steps']}" in said.partition("Set by you: ")[2]
 
 

@@ -21,12 +21,6 @@ from lcm_kit.tests.with_comfyui.lora_nodes import applied, assert_same_weights, 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
-@pytest.fixture(scope="module")
-def model():
-    """Nothing here may change it: nodes work on clones."""
-    return tiny.tiny_model()
-
-
 # ---- saving
 
 
