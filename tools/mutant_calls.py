@@ -18,8 +18,13 @@ from types import CodeType
 from mutations import ROOT, inside
 
 FOLDERS = ("samplers", "lora_merge", "distillation")
-# Of processes that they start, which import what is in the files and not what is changed in memory.
-SLOW_TESTS = ["tests/distillation/test_two_processes.py", "tests/lora_merge/test_kills.py"]
+# Of processes that they start, which import what is in the files and not what is changed in memory; and of code that is
+# compiled, with the line that says its name or not.
+SLOW_TESTS = [
+    "tests/distillation/test_two_processes.py",
+    "tests/lora_merge/test_kills.py",
+    "tests/distillation/test_compiling.py",
+]
 BUILD = ROOT / "build" / "mutants"
 IMPORTED = ""  # in place of a test: while the tests were collected
 _SAYS = "_mutants_called"
