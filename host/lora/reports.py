@@ -272,7 +272,7 @@ def _no_settings(identity: Identity | None) -> str:
         )
         return f"It {steps}, but its settings ({identity.preset}) are none of those known here: {end}"
     if identity.structure.accelerates:
-        return f"It changes what acceleration LoRAs change, but which one it is is not known: {end}"
+        return f"It changes all that acceleration LoRAs change; whether it is one is not known: {end}"
     if identity.looks_like:
         return f"Its name says {identity.looks_like}, but it is none of the files known here: {end}"
     return f"No acceleration LoRA recognised: {end}"

@@ -27,7 +27,7 @@ SURE = {
     "sha256": "certainly: by sha256, it is the published file byte for byte",
     "structure": "very likely: by structure, its modules, rank, alpha and size; LoRAs of the same training script look alike",
     "metadata": "likely: by metadata, the file says so",
-    "unknown": "not further known by sha256, structure or metadata",
+    "unknown": "not known by sha256, structure or metadata",
 }
 
 # Not inside a longer word.
@@ -171,7 +171,7 @@ def identify(
     if named is not None:
         kind = f"{named} LoRA" if PROVENANCE_KEY not in lora.metadata else f"merge with {named} in it"
     else:
-        kind = "LoRA that covers what acceleration LoRAs cover" if structure.accelerates else "LoRA"
+        kind = "LoRA"
     return Identity(
         kind=kind,
         bases=bases,

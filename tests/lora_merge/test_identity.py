@@ -59,7 +59,7 @@ def test_another_rank_alpha_or_number_of_modules_is_not_that_file(changed):
     assert found.bases == ("SD1.5",)
     assert found.preset is None
     assert found.structure.accelerates
-    assert found.kind == "LoRA that covers what acceleration LoRAs cover"
+    assert found.kind == "LoRA"
 
 
 def test_a_style_lora_is_a_lora_for_its_base():

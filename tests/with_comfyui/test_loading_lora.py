@@ -128,7 +128,7 @@ def test_an_acceleration_lora_by_its_modules_that_is_not_known_gets_no_settings_
         lambda name: LoadLoRA.execute(name).result[1],
     ):
         report = node(put("a.safetensors", tiny.lora(model)))
-        assert "It changes what acceleration LoRAs change, but which one it is is not known: no preset" in report
+        assert "It changes all that acceleration LoRAs change; whether it is one is not known: no preset" in report
         assert "Settings (" not in report
 
 

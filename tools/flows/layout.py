@@ -10,7 +10,7 @@ TITLE = 30  # pixels of a node above its position
 ROW, WIDGET, TEXT = 20, 24, 110  # heights of a socket, of a field, of a field of several lines
 WIDTH, PICTURE = 340, 400
 _GAP, _MARGIN, _HEAD = 24, 12, 44
-_REPORT = 180  # free below a node whose report appears when it has run
+_GROWTH = 230  # free below a node whose report or preview appears when it runs
 _VIEW = (1560, 780)  # what the page leaves of a usual screen
 _LINE, _BETWEEN, _CHARACTER = 22, 12, 8  # of the note: heights, width of a letter
 _NOTE = (1080, 440)  # its widths above the graph and beside it
@@ -36,9 +36,9 @@ class Placed:
     note: Box
 
 
-def place(flow: Flow, text: str, sizes: dict[Node, tuple[float, float]], reporting: set[Node]) -> Placed:
-    """text: of the note.   sizes: width and height of every node without its title.   reporting: nodes that grow when they have run."""
-    nodes, groups = _columns(flow, sizes, reporting)
+def place(flow: Flow, text: str, sizes: dict[Node, tuple[float, float]], growing: set[Node]) -> Placed:
+    """text: of the note.   sizes: width and height of every node without its title.   growing: nodes that grow when they have run."""
+    nodes, groups = _columns(flow, sizes, growing)
     right = max(box.x + box.width for box in groups)
     bottom = max(box.y + box.height for box in groups)
     above, beside = (_note(text, width) for width in _NOTE)
@@ -52,7 +52,7 @@ def place(flow: Flow, text: str, sizes: dict[Node, tuple[float, float]], reporti
 
 
 def _columns(
-    flow: Flow, sizes: dict[Node, tuple[float, float]], reporting: set[Node]
+    flow: Flow, sizes: dict[Node, tuple[float, float]], growing: set[Node]
 ) -> tuple[dict[Node, Box], list[Box]]:
     nodes, groups = {}, []
     x = right = bottom = 0.0
@@ -64,7 +64,7 @@ def _columns(
         width = max(sizes[node][0] for node in group.nodes)
         for node in group.nodes:
             nodes[node] = Box(x + _MARGIN, y, width, sizes[node][1])
-            y += sizes[node][1] + _GAP + TITLE + (_REPORT if node in reporting else 0)
+            y += sizes[node][1] + _GAP + TITLE + (_GROWTH if node in growing else 0)
         groups.append(Box(x, top, width + 2 * _MARGIN, y - TITLE - _GAP + _MARGIN - top))
         right = max(right, x + width + 2 * _MARGIN + _GAP)
         bottom = y - TITLE - _GAP + _MARGIN + _GAP

@@ -72,8 +72,7 @@ class Document:
 
     def text(self) -> str:
         sizes = {node: self._size(node) for node in self.flow.nodes}
-        reporting = {node for node in self.flow.nodes if "report" in self.known[node.type]["output_name"]}
-        placed = place(self.flow, large(self.flow.note), sizes, reporting)
+        placed = place(self.flow, large(self.flow.note), sizes, set(filter(self._grows, self.flow.nodes)))
         self._link()
         nodes = [self._node(node, placed.nodes[node]) for node in self.flow.nodes]
         nodes.append(self._note(placed.note, len(nodes) + 1))
@@ -92,6 +91,11 @@ class Document:
             "version": 0.4,
         }
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+    def _grows(self, node: Node) -> bool:
+        """Whether it shows a report when it has run, or previews, as samplers do."""
+        known = self.known[node.type]
+        return "report" in known["output_name"] or any("latent_image" in inputs for inputs in known["input"].values())
 
     def _link(self) -> None:
         for node in self.flow.nodes:
