@@ -133,6 +133,7 @@ def test_a_table_has_a_line_for_each_step_and_goes_on_where_the_run_does(tmp_pat
     table = Table(path, 3)
     table.write({"step": 4, "loss": 9.0})
     table.close()
+    assert b"\r" not in path.read_bytes()  # lines that are read again and new ones end alike
     rows = read_table(path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[0]["loss"] == pytest.approx(1 / 3, rel=1e-9)

@@ -5,7 +5,7 @@ import torch
 
 from lcm_kit.lora_merge.algebra.core_space import core_space
 from lcm_kit.lora_merge.methods.consensus import disjoint, orthogonalised, slerp
-from lcm_kit.lora_merge.one_module.protect import leading_inputs, stepping_aside
+from lcm_kit.lora_merge.one_module.protect import dense_stepping_aside, leading_inputs, stepping_aside
 from lcm_kit.lora_merge.updates.layer import LoraLayer
 
 
@@ -147,6 +147,15 @@ def test_a_large_mu_clears_the_protected_directions():
     aside = stepping_aside(TERMS[:2], 1, 1e9, energy=1.0)
     directions = leading_inputs(TERMS[1][0].factors(), 1.0)
     assert (aside[0][0].delta() @ directions.T).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+@pytest.mark.parametrize("mu", [0.0, 0.3, 1.0, 4.0])
+def test_whole_updates_step_aside_as_their_factors_do(mu, kernel):
+    terms = [(layer(seed=seed, kernel=kernel), 1.0) for seed in (1, 2, 3)]
+    whole = dense_stepping_aside([update.delta() for update, _ in terms], 1, mu)
+    for (update, _), moved in zip(stepping_aside(terms, 1, mu), whole, strict=True):
+        torch.testing.assert_close(moved, update.delta(), rtol=0, atol=1e-4)
 
 
 def test_energy_chooses_as_few_directions_as_hold_it():

@@ -12,7 +12,7 @@ from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
 from lcm_kit.lora_merge.files.one_naming import can_turn, in_own_naming, split, stacked, turned
 from lcm_kit.lora_merge.naming import flux, hunyuan_video, names, z_image
-from lcm_kit.lora_merge.naming.families import FAMILIES, family_by_shapes, family_by_width, family_of
+from lcm_kit.lora_merge.naming.families import FAMILIES, family_by_shapes, family_by_width, family_of, readable
 from lcm_kit.lora_merge.naming.family import Rows
 from lcm_kit.lora_merge.naming.unet import Layout
 from lcm_kit.lora_merge.updates.layer import LoraLayer
@@ -539,3 +539,16 @@ def test_a_part_of_zeros_and_one_with_a_core_stay_layers_of_the_same_update(alph
     found = split(tucker, parts)
     assert [layer.rank for layer in found.values()] == [3, 3]
     torch.testing.assert_close(torch.cat([layer.delta() for layer in found.values()]), tucker.delta())
+
+
+def test_where_one_name_is_not_read_all_are_written_anew():
+    """Z-Image: musubi's `lora_unet_` names are read by nothing but LCM Kit."""
+    bodies = [f"layers.{n}.attention.to_{part}" for n in range(4) for part in "qk"]
+    read = {canonical(f"transformer.{body}"): f"transformer.{body}" for body in bodies}
+    musubi = {canonical(f"transformer.{body}"): f"lora_unet_{body.replace('.', '_')}" for body in bodies[2:5]}
+    family = family_of([read])
+    assert [all(map(family.reads, spelled.values())) for spelled in (read, musubi)] == [True, False]
+    assert readable(read) == read
+    anew = readable(read | musubi)
+    assert anew.keys() == read.keys()
+    assert all(name.startswith("diffusion_model.") and family.reads(name) for name in anew.values())
