@@ -51,7 +51,7 @@ RECIPES = {
 
 
 def followed(name: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(given with the recipe's settings in it, those of its settings that stay as they were given).
+    """(given with the recipe's settings in it, those of its settings that stay otherwise than it says).
 
     given: settings by name; one that is not its default was meant and stays.   Raises ValueError for an unknown name.
     """
