@@ -1,5 +1,6 @@
 """The main job through the real server: merged LoRAs, four steps, a picture; and what users get wrong on the way."""
 
+import contextlib
 import io
 import itertools
 import os
@@ -297,24 +298,33 @@ def test_demo_command_says_which_words_it_knows(tmp_path):
     assert 'knows no word of "hello world"; try cat face, ' in done.stderr
 
 
+def servers_of(command: subprocess.Popen) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process(command.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # The probe of setpriv comes and goes.
+            if "main.py" in child.cmdline():
+                found.append(child)
+    return found
+
+
 def test_interrupted_demo_command_stops_its_server(tmp_path):
     # A shell's background jobs, and so their children, ignore Ctrl-C; a terminal's do not.
-    command = subprocess.Popen(
+    with subprocess.Popen(
         [*COMMAND, "--output", str(tmp_path)],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not (servers := [p for p in psutil.Process(command.pid).children() if "main.py" in p.cmdline()]):
-            assert command.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        command.send_signal(signal.SIGINT)
-        _, errors = command.communicate(timeout=60)
-    finally:
-        command.kill()
+    ) as command:
+        try:
+            deadline = time.monotonic() + 60
+            while not (servers := servers_of(command)):
+                assert command.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            command.send_signal(signal.SIGINT)
+            _, errors = command.communicate(timeout=60)
+        finally:
+            command.kill()
     assert command.returncode == 130
     assert errors.endswith("demo: stopped\n")
     # Interrupted while it starts its server, the command ends before it knows it, and the kernel ends what was tied to it.

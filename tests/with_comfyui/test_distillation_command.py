@@ -91,18 +91,18 @@ def test_a_run_makes_a_lora_file_and_a_report(in_process, whole, pictures, capsy
 def test_a_run_that_is_stopped_goes_on_to_the_same_lora(in_process, pictures, whole, tmp_path):
     file, kept = tmp_path / "lcm.safetensors", tmp_path / "kept"
     arguments = ["--pictures", pictures, "--batch", 2, "-o", file, "--resume", kept]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command(*arguments, "--steps", 1000, "--save-every", 1), cwd=ROOT, env=QUICK, stderr=subprocess.PIPE, text=True,
         stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 200
-        while not (kept / "run.safetensors").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    ) as process:  # fmt: skip
+        try:
+            deadline = time.monotonic() + 200
+            while not (kept / "run.safetensors").exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, said[-3000:]
     assert said.endswith("stopped; the same command goes on from the last finished step\n")
     assert not file.exists()
