@@ -22,7 +22,7 @@ from ..files.keys import BIAS_PARTS, WEIGHT_PARTS
 from ..files.lora import Lora
 from ..keywords import named
 from ..merging.align import fused_with_slices, unify
-from ..merging.report import fused_notes, notes_on
+from ..metadata.adapter_config import of_peft
 from ..naming import names
 from ..naming.blocks import place
 from ..naming.unet import infer_layout
@@ -98,7 +98,6 @@ def _together(
     energy: float,
 ) -> Comparison:
     """The figures of blocks, of all modules together, and of each input."""
-    fused = fused_with_slices(loras)
     blocks = dict.fromkeys(sorted({module.block for module in modules}, key=_in_order))
     return Comparison(
         inputs=tuple(_facts(index, loras, modules, strength) for index, strength in enumerate(strengths)),
@@ -109,8 +108,7 @@ def _together(
         kept=tuple(map(tuple, curve.kept.tolist())),
         numbers=tuple(map(int, curve.numbers.tolist())),
         leading_energy=energy,
-        fused=len(fused),
-        notes=(*notes_on(loras), *fused_notes(fused, loras)),
+        fused=tuple(fused_with_slices(loras)),
     )
 
 
@@ -298,6 +296,8 @@ def _facts(index: int, loras: Sequence[Lora], modules: Sequence[Module], strengt
         biases=sum(part in BIAS_PARTS for _, part in lora.diffs),
         carried=tuple(sorted(Counter(update.kind for update in lora.carried.values()).items())),
         values=lora.parameters,
+        unread=lora.keys.unread,
+        peft=of_peft(lora.metadata),
     )
 
 
