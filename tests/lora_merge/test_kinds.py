@@ -109,9 +109,21 @@ def test_lokr_by_hand():
     assert low.delta().tolist() == [[0, 7.5, 0, 15], [0, 22.5, 0, 30]]  # 3 / 2 of it
 
 
+@pytest.mark.parametrize("alpha", [None, 0.5])
+@pytest.mark.parametrize(("kind", "kernel"), [pair for pair in CASES if pair[0].startswith("LoKr")])
+def test_a_lokr_without_its_core_is_the_same_update_and_without_one_it_is_itself(kind, kernel, alpha):
+    (one,) = lora(kind, kernel, alpha=alpha).modules.values()
+    made = one.without_core()
+    assert made.t2 is None
+    assert (made is one) == (one.t2 is None)
+    assert made.shape == one.shape
+    assert relative(made.delta(), one.delta()) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({".hada_w2_b": torch.ones(3, 12)}, r"hada_w2_a is \(8, 2\), hada_w2_b \(3, 12\); their ranks differ"),
         ({".hada_w1_b": torch.ones(3, 12)}, r"hada_w1_a is \(8, 2\), hada_w1_b \(3, 12\); their ranks differ"),
         ({".hada_w2_b": torch.ones(2, 11)}, r"the two products are \(8, 12\) and \(8, 11\)"),
         ({".hada_w1_a": torch.ones(8, 2, 1)}, "hada_w1_a is .* needs 2 dimensions"),
