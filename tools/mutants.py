@@ -11,8 +11,8 @@ A change that no test notices is a fact that no test states. Those that make no 
 in mutants_known.json with the reason. Exit status 1 if fewer than 95 % of the others were noticed.
 
 What is no change by construction is not made (mutations.py): keywords that cost or save time and memory alone, such as
-full_matrices of torch.linalg.svd (a caller that slices gets the same, another one an error), texts for a person, checks
-such as strict of zip, and the sign of room for rounding (1 - 1e-9).
+full_matrices of torch.linalg.svd (a caller that slices gets the same, another one an error), what torch takes by default,
+texts for a person, checks such as strict of zip, and the sign of room for rounding (1 - 1e-9).
 
 Only tests that call the changed function are run: those that noticed another change of it first, then those of files that
 are about its module, the quickest and most particular first, --most of them where there are more. What calls what is seen once (mutant_calls.py). The tests are

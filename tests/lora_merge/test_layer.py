@@ -187,6 +187,7 @@ def test_a_matrix_is_itself_times_one_on_its_shorter_side(shape, dtype):
     assert up.dtype == down.dtype == dtype
     assert (up.shape, down.shape) == ((shape[0], min(shape)), (min(shape), shape[1]))
     assert torch.equal(up.double() @ down.double(), matrix.double())
+    assert {factor.device.type for factor in whole_factors(matrix.to("meta"))} == {"meta"}
 
 
 @pytest.mark.parametrize(
