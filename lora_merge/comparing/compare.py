@@ -69,11 +69,10 @@ def compare(
         except OverflowError:
             raise ValueError(_beyond(name, [lora for lora in loras if _has(lora, name)], energy)) from None
 
-    threads = torch.get_num_threads() if workers is None else max(1, workers)
     modules: list[Module] = []
     curve = Curve.empty(len(loras))
     products = torch.zeros(len(loras), len(loras), dtype=torch.float64)
-    for module, part, dots in in_order(work, wanted, threads):
+    for module, part, dots in in_order(work, wanted, workers):
         modules.append(module)
         curve = curve + part
         products += dots
@@ -147,9 +146,7 @@ def _factors(lora: Lora, module: str) -> tuple[Tensor, Tensor, Tensor] | None:
             ups.append(up)
             downs.append(down)
             scales.append(torch.ones(up.shape[1]))
-    if len(ups) == 1:
-        return ups[0], downs[0], scales[0]
-    return (torch.cat(ups, dim=1), torch.cat(downs, dim=0), torch.cat(scales)) if ups else None
+    return (torch.cat(ups, dim=1), torch.cat(downs), torch.cat(scales)) if ups else None
 
 
 def _own(up: Tensor, down: Tensor, share: float) -> Own:
@@ -182,8 +179,8 @@ def _module(
     found = {index: pair for index, lora in enumerate(loras) if (pair := _factors(lora, name)) is not None}
     ups, downs = [up for up, _, _ in found.values()], [down for _, down, _ in found.values()]
     rows, columns, ranks = ups[0].shape[0], downs[0].shape[1], [up.shape[1] for up in ups]
-    up, down = (ups[0], downs[0]) if len(found) == 1 else (torch.cat(ups, dim=1), torch.cat(downs, dim=0))
-    r_up, r_down = torch.split(triangle(up), ranks, dim=1), torch.split(triangle(down.T), ranks, dim=1)
+    r_up = torch.split(triangle(torch.cat(ups, dim=1)), ranks, dim=1)
+    r_down = torch.split(triangle(torch.cat(downs).T), ranks, dim=1)
     owns = {
         index: _own(a * scales, b, share)
         for (index, (_, _, scales)), a, b in zip(found.items(), r_up, r_down, strict=True)
@@ -199,7 +196,7 @@ def _module(
     for i, j in combinations(owns, 2):
         dots[i, j] = dots[j, i] = (owns[i].core * owns[j].core).sum()
         if owns[i].energy > 0 and owns[j].energy > 0:
-            sign = math.copysign(1.0, strengths[i]) * math.copysign(1.0, strengths[j])
+            sign = math.copysign(1.0, strengths[i] * strengths[j])
             pairs.append(_pair((i, j), owns[i], owns[j], sign * float(dots[i, j]), (rows, columns)))
 
     is_dense = any((name, part) in lora.diffs for lora in loras for part in WEIGHT_PARTS)

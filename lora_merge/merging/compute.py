@@ -35,8 +35,8 @@ class Computed:
     tally: Tally
 
 
-def compute(plan: Plan, *, threads: int, device: torch.device, progress: Progress | None = None) -> Computed:
-    """What the plan makes of every module, on the CPU, the same for any number of threads."""
+def compute(plan: Plan, *, threads: int | None, device: torch.device, progress: Progress | None = None) -> Computed:
+    """What the plan makes of every module, on the CPU, the same for any number of threads (algebra/threads.py)."""
     steps = _Steps(progress, len(plan.modules))
     merger = ModuleMerger(plan.loras, plan.strengths, plan.options, plan.whole, device)
     tally = Tally(len(plan.loras))
@@ -75,7 +75,7 @@ def _is_norm(loras: Sequence[Lora], module: str) -> bool:
     return parts == {"w_norm"} and not any(module in lora.modules for lora in loras)
 
 
-def _allocated(plan: Plan, merger: ModuleMerger, biases: Diffs, threads: int, steps: _Steps) -> dict[str, int]:
+def _allocated(plan: Plan, merger: ModuleMerger, biases: Diffs, threads: int | None, steps: _Steps) -> dict[str, int]:
     """The first of two passes, where ranks are shared out: by what each would keep. Of the directions that it finds only
     what has the size of the ranks is kept for the second, a fifth of the inputs in float32 for an LCM-LoRA and a style."""
     options = plan.options

@@ -139,20 +139,15 @@ def _method_lines(account: Account) -> list[str]:
     if account.options.the_method.averages:
         total = sum(source.strength for source in account.sources)
         lines.append(f"The mean of the LoRAs: each strength is a weight, divided by their sum, {total:g}.")
-    if account.options.mu and account.options.protect is not None:
+    protected = account.options.protect
+    if account.options.mu and isinstance(protected, int):
         left = [
             f"{source.name} keeps {100 * source.stepped_aside:.1f} % of its energy there"
             for source in account.sources
             if not source.protected
         ]
-        lines.append(
-            f"Made room for {account.sources[_number(account)].name}, mu {account.options.mu:g}: {', '.join(left)}."
-        )
+        lines.append(f"Made room for {account.sources[protected].name}, mu {account.options.mu:g}: {', '.join(left)}.")
     return lines
-
-
-def _number(account: Account) -> int:
-    return account.options.protect if isinstance(account.options.protect, int) else 0
 
 
 def _cut_lines(account: Account) -> list[str]:

@@ -1,5 +1,6 @@
 """Cuts of a whole LoRA, protection, strengths by block, workers and dtypes in `merge`, and `resize`."""
 
+import inspect
 import itertools
 import json
 import math
@@ -378,6 +379,42 @@ def test_the_file_says_all_that_was_asked_for():
     assert "method della (density 0.9, spread 0.2, seed 5)" in text
     assert "times down=0.5" in text
     assert "Cut so that each input keeps 90 % of its energy" in text
+
+
+GIVEN = [
+    {"method": "ties"},
+    {"rank": 4},
+    {"keep": 0.9},
+    {"retain": 0.9},
+    {"max_mb": 0.05},
+    {"rank": 4, "balanced": True},
+    {"method": "ties", "density": 0.3},
+    {"method": "della", "spread": 0.05},
+    {"method": "breadcrumbs", "outliers": 0.05},
+    {"method": "della", "parameters": {"spread": 0.05}},
+    {"seed": 5},
+    {"method": "ties", "dense": True},
+    {"protect": 1},
+    {"protect": 1, "mu": 0.5},
+    {"leave_out": True},
+    {"out_dtype": torch.bfloat16},
+]
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=lambda given: " ".join(map(str, given)))
+def test_every_option_is_passed_on_as_it_was_given(given):
+    wanted = MergeOptions(**given)
+    assert wanted != MergeOptions(**dict([*given.items()][:-1]))
+    assert merge_with_account(INPUTS, **given)[1].options == wanted
+    notes = json.loads(merge(INPUTS, **given).metadata["lcm_kit.merge"])
+    assert notes["options"] == wanted.to_dict()
+
+
+def test_there_is_an_example_of_every_option():
+    parameters = inspect.signature(MergeOptions).parameters
+    assert {name for given in GIVEN for name in given} == parameters.keys()
+    for function in (merge, merge_with_account):
+        assert parameters.keys() <= inspect.signature(function).parameters.keys()
 
 
 # ---- what is refused

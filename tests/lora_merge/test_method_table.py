@@ -173,6 +173,24 @@ def test_a_hint_says_which_way_to_go(density, hint):
     assert any(one.endswith(hint) for one in warnings_of(account))
 
 
+@pytest.mark.parametrize(("share", "warned"), [(0.49, True), (0.5, False), (0.51, False), (None, False)])
+def test_less_than_half_is_lost_and_half_is_not(share, warned):
+    """Of what the method made, and of what the cut left; where there is no cut nothing is lost in one."""
+
+    def words(**facts):
+        options = MergeOptions("ties", rank=facts.pop("rank", 0))
+        faint = Source(**{"name": "faint", "strength": 1.0, "modules": 1, "only_here": 1, "diffs": 0, "ranks": (2, 2),
+                          "alphas": (2.0, 2.0), "retention": None} | facts)  # fmt: skip
+        return lost([faint], options)
+
+    assert [text.startswith("method ties leaves about 49 % of faint") for text in words(effect=share)] == [
+        True
+    ] * warned
+    cut = words(retention=share, rank=4)
+    assert [text.startswith("the cut leaves 49 % of the energy of faint") for text in cut] == [True] * warned
+    assert words(retention=share) == []
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_no_hint_names_a_parameter_that_the_method_has_not(method):
     faint = Source(

@@ -156,6 +156,21 @@ def test_names_of_two_weights_are_merged(pair):
     assert len(Lora.from_state_dict(merged.to_state_dict()).modules) == 2
 
 
+@pytest.mark.parametrize(
+    ("values", "meet"), [((6,), True), ((30,), True), ((7,), False), ((5,), False), ((6, 5), True), ((5, 6), False)]
+)
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_vector_may_be_of_a_matrix_by_its_rows_or_by_all_its_values(values, meet, swap):
+    """Names of two kinds of which nothing is known: whether they can be one weight is told by the shapes alone."""
+    odd = one("diffusion_model.stages.0.mixer.win", 6, 5)
+    vector = Lora.from_state_dict({"transformer.decoder_stack.0.gate.w.diff": torch.ones(values)}, source="other")
+    pair = (vector, odd) if swap else (odd, vector)
+    if meet:
+        assert "nothing here tells whether they are of one weight" in refused(*pair)
+    else:
+        assert len(merge([(lora, 1.0) for lora in pair]).spellings) == 2
+
+
 def test_names_of_one_weight_whose_shapes_differ_are_of_two_models():
     pair = one("lora_unet_double_blocks_7_img_attn_proj"), one("transformer.transformer_blocks.7.attn.to_out.0", out=8)
     assert len(merge([(lora, 1.0) for lora in pair]).modules) == 2
