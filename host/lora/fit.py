@@ -17,12 +17,22 @@ TEXT_PREFIXES = ("lora_te", "lora_prior_te", "text_encoder", "text_model.", "te1
 
 
 @dataclass(frozen=True)
+class Clash:
+    """update: the shape that the module's update has, or what is wrong with it in the words of who builds it.
+    weight: shape of the weight, None where nothing is known."""
+
+    module: str
+    update: tuple[int, ...] | str
+    weight: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
 class Fit:
     """patches: target weight -> ComfyUI's patch, for the placed modules only.
     placed: modules with a place and the right shape.
     homeless: modules that ComfyUI's key maps do not know in this model.
-    clashing: modules with a place but another shape, as "module: (out, in) on a weight of (out, in)".
-    twice: pairs of modules of the file that are one weight, as "module and module"; only one of the two has an effect.
+    clashing: modules with a place but another shape.
+    twice: pairs of modules of the file that are one weight; only the first of the two has an effect.
     waiting: text-encoder modules while no CLIP is connected.
     unread: keys that ComfyUI's loader has no use for, whatever the model.
     """
@@ -30,8 +40,8 @@ class Fit:
     patches: dict
     placed: tuple[str, ...]
     homeless: tuple[str, ...]
-    clashing: tuple[str, ...]
-    twice: tuple[str, ...]
+    clashing: tuple["Clash", ...]
+    twice: tuple[tuple[str, str], ...]
     waiting: tuple[str, ...]
     unread: tuple[str, ...] = ()
 
@@ -62,7 +72,7 @@ def fit(weights: Mapping[str, torch.Tensor], model, clip=None) -> Fit:
     homes = {module: homes[module] for module in named if module in homes and weight_of(homes[module]) in shapes}
     patches = comfy.lora.load_lora(lora, homes, log_missing=False)
 
-    fates: dict[str, list[str]] = {fate: [] for fate in ("placed", "homeless", "clashing", "twice", "waiting")}
+    fates: dict[str, list] = {fate: [] for fate in ("placed", "homeless", "clashing", "twice", "waiting")}
     taken: dict = {}
     for module, parts in sorted(named.items()):
         targets = _targets(homes.get(module), set(parts))
@@ -70,10 +80,10 @@ def fit(weights: Mapping[str, torch.Tensor], model, clip=None) -> Fit:
             waits = clip is None and module.startswith(TEXT_PREFIXES)
             fates["waiting" if waits else "homeless"].append(module)
         elif other := next((taken[target] for target in targets if target in taken), None):
-            fates["twice"].append(f"{other} and {module}")
-        elif clash := _clash(targets, {part: lora[key] for part, key in parts.items()}, shapes):
+            fates["twice"].append((other, module))
+        elif clash := _clash(module, targets, {part: lora[key] for part, key in parts.items()}, shapes):
             # ComfyUI would log an error for every picture and keep the weight as it is.
-            fates["clashing"].append(f"{module}: {clash}")
+            fates["clashing"].append(clash)
         else:
             fates["placed"].append(module)
             taken |= dict.fromkeys(targets, module)
@@ -116,7 +126,7 @@ def _targets(home, parts: set[str]) -> list:
     return weight + ([f"{home.removesuffix('.weight')}.bias"] if parts & {*BIAS_PARTS} else [])
 
 
-def _clash(targets: list, parts: dict[str, torch.Tensor], shapes) -> str | None:
+def _clash(module: str, targets: list, parts: dict[str, torch.Tensor], shapes) -> Clash | None:
     """What is wrong with the shape of a module's updates, None if nothing is or if nothing is known about it."""
     for target in targets:
         shape = _shape_of(target, shapes)
@@ -124,9 +134,9 @@ def _clash(targets: list, parts: dict[str, torch.Tensor], shapes) -> str | None:
         try:
             delta = _delta_shape({part: tensor for part, tensor in parts.items() if (part in BIAS_PARTS) == is_bias})
         except ValueError as error:
-            return f"{error} on a weight of {shape}"
+            return Clash(module, str(error), shape)
         if shape is not None and delta is not None and not _suits(delta, shape, parts):
-            return f"{delta} on a weight of {shape}"
+            return Clash(module, delta, shape)
     return None
 
 

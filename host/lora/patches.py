@@ -11,7 +11,7 @@ from .case import Case
 from .fit import fit, weight_of
 from .identity import KnownWeights, identity_of, preset_of
 from .model_base import base_of, uncovered
-from .reports import applied_lines, metadata_lines, refusal
+from .reports import applied_lines, metadata_lines, not_applied, refusal
 from .stored import change_objects, never_patched
 from .weights import LoraWeights, named
 
@@ -59,7 +59,7 @@ def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=Fal
         return Applied(
             model=model,
             clip=clip,
-            report=f"{weights.name}: not applied, its strength is 0.",
+            report=not_applied(weights.name),
             preset=preset,
             name=weights.name,
         )

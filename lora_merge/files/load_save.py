@@ -21,7 +21,7 @@ from ..disk.tensor_file import IN_PLACE, TensorFile, count_open, read, tensor_fi
 from ..disk.whole import check_place, write_whole
 from ..keywords import named
 from ..metadata import fields
-from ..metadata.adapter_config import CONFIG_KEY, misfit, of_config
+from ..metadata.adapter_config import CONFIG_KEY, Misfit, misfit, of_config, unused
 from ..updates.unmade import CPU, Unmade
 from .dtypes import DTYPES
 from .formats import SAVE_FORMATS, SaveFormat, named_for
@@ -196,8 +196,8 @@ def _peft_config(path: Path, tensors: Mapping[str, Tensor | Unmade]) -> dict[str
     except ValueError as error:
         if own_name:
             raise ValueError(f"{beside}: not JSON ({error}), so the scale of {path.name} is unknown.") from None
-        return {CONFIG_KEY: "it is not JSON"}
+        return unused(Misfit())
     if own_name:
         return of_config(config)
     reason = misfit(config, ranks)
-    return {CONFIG_KEY: reason} if reason else {**of_config(config), CONFIG_KEY: "used"}
+    return unused(reason) if reason else {**of_config(config), CONFIG_KEY: "used"}
