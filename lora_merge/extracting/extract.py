@@ -199,10 +199,15 @@ def _energy(matrix: Tensor) -> float:
 
 
 def _check(name: str, diff: Tensor, tuned: Tensor, base: Tensor) -> None:
-    if not is_finite(diff):
-        models = {"the tuned model": tuned, "the base": base}
-        whose = " and of ".join(model for model, weight in models.items() if not is_finite(weight))
-        raise ValueError(f"{name}: not all numbers of {whose} are finite. Load it again, in float32 if need be.")
+    if is_finite(diff):
+        return
+    if whose := " and of ".join(
+        whose for whose, weight in (("the tuned model", tuned), ("the base", base)) if not is_finite(weight)
+    ):
+        raise ValueError(
+            f"{name}: the weights of {whose} are not all finite numbers. Load the models again, in float32 if need be."
+        )
+    raise ValueError(f"{name}: the two models differ by more than the dtype of the result can hold. Take float32.")
 
 
 def _as_norms(diffs: dict[tuple[str, str], Tensor]) -> None:
