@@ -68,11 +68,7 @@ class Tables:
         self.turned = {own: theirs.removeprefix("~") for own, theirs in turned.items()}
         self._turned_back = {_key(theirs): own for own, theirs in self.turned.items()}
         self._turned_last = {f"{stack.own}.{{}}.{name}" for stack in stacks for name in stack.turned_last.split()}
-        self._parameters = {*parameters, *(f"{stack.own}.{{}}.{name}" for stack in stacks for name in stack.parameters)}
-        # ComfyUI knows bare parameters and pieces of fused weights behind their dotted prefix alone.
-        self._dotted_only = self._parameters | {
-            f"{stack.own}.{{}}.{piece}" for stack in stacks for fused in stack.fused.values() for piece in fused.pieces
-        }
+        self._dotted_only = {*parameters, *(name for stack in stacks for name in stack.dotted_only())}
         # Prefix -> own names and diffusers' that ComfyUI reads behind it.
         self._read: dict[str, tuple[set[str], set[str]]] = {
             prefix: (set(), set()) for prefix in ("", *own_read_as, *theirs_read_as, _DOTTED, _KOHYA)
