@@ -1,5 +1,7 @@
 """Timesteps and sigmas: known answers, equality with diffusers, and messages for what cannot be."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -291,3 +293,13 @@ def test_a_text_may_have_as_many_timesteps_as_a_run_has_steps_and_no_more():
     assert len(parse_timesteps(text)) == MOST_STEPS
     with pytest.raises(ValueError, match="has 1,001 entries"):
         parse_timesteps(f"1000, {text}")
+
+
+@pytest.mark.parametrize("total", [100, 500, 2000])
+@pytest.mark.parametrize("points", [20, 25, 50])
+def test_a_model_of_other_training_timesteps_has_the_same_shares_of_them(total, points):
+    k = total // points
+    assert training_grid(points, train_timesteps=total) == [k * n - 1 for n in range(1, points + 1)]
+    for steps in (1, 4, 7):
+        wanted = [k * (points - math.floor(i * points / steps)) - 1 for i in range(steps)]
+        assert lcm_timesteps(steps, original_steps=points, train_timesteps=total) == wanted
