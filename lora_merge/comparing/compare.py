@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -22,10 +23,11 @@ from ..files.keys import BIAS_PARTS, WEIGHT_PARTS
 from ..files.lora import Lora
 from ..keywords import named
 from ..merging.align import fused_with_slices, unify
-from ..merging.report import fused_notes, notes_on
+from ..metadata.adapter_config import of_peft
 from ..naming import names
 from ..naming.blocks import place
 from ..naming.unet import infer_layout
+from ..one_module.fault import at_fault
 from ..updates.layer import LoraLayer, whole_factors
 from ..updates.unmade import made
 from .comparison import Comparison, Group, Input, Measure, Module, Pair, Part, cosine_variance, inside, overlap
@@ -61,10 +63,11 @@ def compare(
 
     def work(name: str) -> tuple[Module, Curve, Tensor]:
         where = place(name, layout)
+        block = f"{where.part} {where.block}".strip()
         try:
-            return _module(name, f"{where.part} {where.block}".strip(), loras, strengths, energy)
+            return _module(name, block, loras, strengths, energy)
         except OverflowError:
-            raise ValueError(f"{name}: the squares of its updates are beyond float64, so that none compares") from None
+            raise ValueError(_beyond(name, [lora for lora in loras if _has(lora, name)], energy)) from None
 
     modules: list[Module] = []
     curve = Curve.empty(len(loras))
@@ -76,6 +79,15 @@ def compare(
         if progress is not None:
             progress(len(modules), len(wanted))
     return _together(loras, strengths, modules, curve, products, energy)
+
+
+def _beyond(name: str, loras: Sequence[Lora], energy: float) -> str:
+    # Each beside itself, since products of two are what is too large first.
+    alone = [(lora, partial(_module, name, "", [lora] * 2, [1.0] * 2, energy)) for lora in loras]
+    return (
+        f"{at_fault(name, alone)}: the squares of its updates are beyond float64, so that none compares. Leave the LoRA "
+        "out: no trained one is of that size."
+    )
 
 
 def _check(inputs: Sequence[tuple[Lora, float]], energy: float) -> None:
@@ -97,7 +109,6 @@ def _together(
     energy: float,
 ) -> Comparison:
     """The figures of blocks, of all modules together, and of each input."""
-    fused = fused_with_slices(loras)
     blocks = dict.fromkeys(sorted({module.block for module in modules}, key=_in_order))
     return Comparison(
         inputs=tuple(_facts(index, loras, modules, strength) for index, strength in enumerate(strengths)),
@@ -108,8 +119,7 @@ def _together(
         kept=tuple(map(tuple, curve.kept.tolist())),
         numbers=tuple(map(int, curve.numbers.tolist())),
         leading_energy=energy,
-        fused=len(fused),
-        notes=(*notes_on(loras), *fused_notes(fused, loras)),
+        fused=tuple(fused_with_slices(loras)),
     )
 
 
@@ -295,6 +305,8 @@ def _facts(index: int, loras: Sequence[Lora], modules: Sequence[Module], strengt
         biases=sum(part in BIAS_PARTS for _, part in lora.diffs),
         carried=tuple(sorted(Counter(update.kind for update in lora.carried.values()).items())),
         values=lora.parameters,
+        unread=lora.keys.unread,
+        peft=of_peft(lora.metadata),
     )
 
 

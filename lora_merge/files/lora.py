@@ -151,7 +151,10 @@ class Lora:
             kind = self.carried[module].kind
             raise ValueError(f"{self.source}: {module} is {kind}, whose update depends on the weight it changes")
         if module in self.modules:
-            return self.modules[module].delta()
+            try:
+                return self.modules[module].delta()
+            except ValueError as error:
+                raise ValueError(f"{self.source}: {self.spellings[module]}: {error}") from None
         for part in WEIGHT_PARTS:
             if (module, part) in self.diffs:
                 return self.diffs[module, part].detach().to(torch.float32, copy=True)

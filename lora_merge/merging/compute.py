@@ -10,7 +10,6 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from ..algebra.precision import cast_part, rounding
 from ..algebra.ranks import alike
 from ..algebra.threads import in_order
 from ..files.keys import WEIGHT_PARTS
@@ -64,11 +63,10 @@ def compute(plan: Plan, *, threads: int | None, device: torch.device, progress: 
 def _biases(plan: Plan, tally: Tally) -> Diffs:
     """Sums of all bias differences in the result's dtype; what rounding costs them goes to the tally."""
     norms = {module for module in plan.whole if module not in plan.passthrough.updates and _is_norm(plan.loras, module)}
-    sums = bias_sums(plan.loras, plan.strengths, norms)
-    biases = {key: cast_part(diff, plan.options.out_dtype, copy=False) for key, diff in sums.items()}
-    for key, diff in biases.items():
-        tally.add_rounding(key[0], rounding(sums[key], diff))
-    return biases
+    sums = bias_sums(plan.loras, plan.strengths, norms, plan.options.out_dtype)
+    for (module, _), (_, error) in sums.items():
+        tally.add_rounding(module, error)
+    return {key: diff for key, (diff, _) in sums.items()}
 
 
 def _is_norm(loras: Sequence[Lora], module: str) -> bool:

@@ -1,7 +1,5 @@
 """A LORA_MODEL as text: ComfyUI writes out every input of a node that failed, for its history and for all open pages."""
 
-import time
-
 import torch
 
 from lcm_kit.host.lora.weights import LoraWeights
@@ -9,10 +7,13 @@ from lcm_kit.host.page import WORD_JOINER, plain
 
 
 def test_it_says_what_it_is_and_not_what_is_in_it():
-    weights = LoraWeights({f"m{n}.lora_up.weight": torch.ones(64, 8) for n in range(2000)}, name="style.safetensors")
-    started = time.process_time()
+    class Tensor(torch.Tensor):
+        def __repr__(self):
+            raise AssertionError("a value is written out, of millions")
+
+    ones = torch.ones(64, 8).as_subclass(Tensor)
+    weights = LoraWeights({f"m{n}.lora_up.weight": ones for n in range(2000)}, name="style.safetensors")
     assert str(weights) == repr(weights) == "LORA_MODEL 'style.safetensors' of 2000 tensors"
-    assert time.process_time() - started < 0.01  # a dict's takes seconds and a million characters
 
 
 def test_a_name_is_one_short_line_without_markup():

@@ -11,6 +11,7 @@ from lcm_kit.lora_merge import Lora, merge, merge_with_account
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
 from lcm_kit.lora_merge.files.one_naming import can_turn, in_own_naming, split, stacked, turned
+from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.naming import flux, hunyuan_video, names, z_image
 from lcm_kit.lora_merge.naming.families import FAMILIES, family_by_shapes, family_by_width, family_of, readable
 from lcm_kit.lora_merge.naming.family import Rows
@@ -91,7 +92,7 @@ def test_a_split_lora_and_a_fused_one_meet_weight_by_weight(prefix, alpha, swap)
     own, other = lora(first, prefix, 1), lora(DIFFUSERS, "transformer.", 2, alpha=alpha)
     inputs = [(own, 1.0), (other, 0.8)]
     merged, account = merge_with_account(inputs[::-1] if swap else inputs)
-    assert account.warnings == ()
+    assert warnings_of(account) == ()
     assert known(merged) == known(own)
     for name, delta in whole(other).items():
         wanted = own.delta(f"diffusion_model.{name}") + 0.8 * delta

@@ -2,14 +2,17 @@
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from lcm_kit.lora_merge import LohaLayer, Lora, LoraLayer, MergeOptions, describe, describe_merge, merge
+from lcm_kit.lora_merge.files.twice import Named
 from lcm_kit.lora_merge.merging.account import Account, Source
-from lcm_kit.lora_merge.merging.report import _scaled_protection, describe_provenance
+from lcm_kit.lora_merge.merging.report import _scaled_protection, describe_provenance, warnings_of
+from lcm_kit.lora_merge.metadata.adapter_config import OfPeft
+from lcm_kit.lora_merge.metadata.inherit import Cut, TooLong
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
 
@@ -143,13 +146,45 @@ def test_the_median_rank_is_told_where_ranks_were_shared_out():
         assert "median" not in describe_merge(account(**other), MERGED)
 
 
-def test_warnings_end_with_one_full_stop_and_rebalanced_modules_are_counted():
-    said = lines(account(warnings=("it is so", "It is. And so."), rebalanced=3))
-    assert said[-3:] == [
-        "Factors of 3 modules balanced to fit float16; their updates are the same.",
-        "Warning: it is so.",
-        "Warning: It is. And so.",
-    ]
+PART = (
+    Named(owner=0, canonical="qkv", spelling="qkv", is_bias=False, shape=(6, 2)),
+    Named(owner=1, canonical="q", spelling="q", is_bias=False, shape=(2, 2)),
+)
+
+
+@pytest.mark.parametrize(
+    ("facts", "warning"),
+    [
+        ({"notes": (Cut(tags=9, kept=4),)}, "of 9 tags in ss_tag_frequency the 4 most frequent are kept, since"),
+        ({"notes": (TooLong("a", "description", 7),)}, "a: its metadata description is left out, because it has 7"),
+        ({"unread": ("stray",)}, "a holds what has no effect in ComfyUI and is left out: unknown (1 keys: stray)"),
+        ({"peft": OfPeft(config="used")}, "a: its scale is that of adapter_config.json beside it"),
+        ({"peft": OfPeft(changed_base="olora")}, "a: it was trained with init_lora_weights 'olora', which changes"),
+        ({"fused": (PART,)}, "a weight as a whole and a slice of it do not meet here, each goes its own way: qkv (a) and q (b)"),
+        ({"protects_nobody": True}, "no input is recognised as an acceleration LoRA, so no LoRA is protected and mu"),
+        ({"too_small": {"x": 0.25}, "out": torch.float16}, "float16 has no numbers small enough for 1 modules: their"),
+        ({"effect": 0.25, "options": {"method": "ties"}}, "method ties leaves about 25 % of a. Choose a higher density"),
+        ({"retention": 0.25, "options": {"rank": 1}}, "the cut leaves 25 % of the energy of a. Choose a higher rank"),
+        ({"options": {"method": "dare", "density": 1.0}}, "density is 1, at which method dare prunes nothing: this is"),
+    ],
+)  # fmt: skip
+def test_each_fact_that_the_user_should_know_is_a_warning_with_one_full_stop(facts, warning):
+    """And nothing else of the account is, which says the rest in lines of its own."""
+    facts = dict(facts)
+    options = facts.pop("options", {}) | ({"out_dtype": facts.pop("out")} if "out" in facts else {})
+    own = {name: facts.pop(name) for name in [*facts] if name in {one.name for one in fields(Source)}}
+    found = account(source(**own), source("b"), options=options, **facts)
+    (said,) = [line for line in lines(found) if line.startswith("Warning: ")]
+    assert said.startswith(f"Warning: {warning}")
+    assert said.endswith(".")
+    assert not said.endswith("..")
+    assert not warnings_of(account(options={"method": options.get("method", "linear")}))
+
+
+def test_rebalanced_modules_are_counted():
+    assert lines(account(rebalanced=3))[-1] == (
+        "Factors of 3 modules balanced to fit float16; their updates are the same."
+    )
     assert not any("balanced" in line for line in lines(account()))
 
 

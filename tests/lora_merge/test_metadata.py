@@ -14,6 +14,7 @@ from lcm_kit.lora_merge import Lora, MergeOptions, load, merge, merge_with_accou
 from lcm_kit.lora_merge.__main__ import main
 from lcm_kit.lora_merge.files.new_metadata import _set_implementation, for_file
 from lcm_kit.lora_merge.merging.budget import numbers_within
+from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.metadata import tags
 from lcm_kit.lora_merge.metadata.about import trigger_words
 from lcm_kit.lora_merge.metadata.fields import ADAPTER_KEY, is_name
@@ -256,7 +257,7 @@ def test_authors_licences_and_hints_name_everybody():
     assert merged.metadata["modelspec.license"] == "MIT (a.safetensors); CC-BY-NC-4.0 (b.safetensors)"
     assert merged.metadata["modelspec.usage_hint"] == "a.safetensors: 0.8 is enough\nb.safetensors: 4 steps"
     assert any(
-        "different licences, MIT (a.safetensors); CC-BY-NC-4.0 (b.safetensors)" in one for one in account.warnings
+        "different licences, MIT (a.safetensors); CC-BY-NC-4.0 (b.safetensors)" in one for one in warnings_of(account)
     )
     same = merge(pair({"modelspec__author": "Ann", "license": "MIT"}, {"modelspec__author": "Ann", "license": "MIT"}))
     assert (same.metadata["modelspec.author"], same.metadata["license"]) == ("Ann", "MIT")
@@ -349,7 +350,7 @@ def test_tags_beyond_what_a_header_holds_are_cut_to_the_most_frequent(tmp_path, 
     assert len(merged.metadata["ss_tag_frequency"]) < 10_000
     assert len(kept) == 250
     assert sorted(kept.values()) == sorted([*range(375, 500)] * 2)
-    assert any("of 1000 tags in ss_tag_frequency the 250 most frequent are kept" in one for one in account.warnings)
+    assert any("of 1000 tags in ss_tag_frequency the 250 most frequent are kept" in one for one in warnings_of(account))
 
 
 def test_large_metadata_of_both_inputs_goes_into_one_file_that_is_read(tmp_path):
@@ -406,7 +407,7 @@ def test_metadata_of_no_use_costs_a_sentence_and_nothing_else(tmp_path, key, tex
     sentences = [line for line in describe_metadata(lora.metadata) if f"Its metadata {key} is left aside" in line]
     assert len(sentences) == 1
     _, account = merge_with_account([(lora, 1.0), (small(), 1.0)], protect="auto", mu=1.0)
-    assert sum(f"x.safetensors: its metadata {key} is left aside" in one for one in account.warnings) == 1
+    assert sum(f"x.safetensors: its metadata {key} is left aside" in one for one in warnings_of(account)) == 1
     save(merge([(lora, 1.0), (small(), 1.0)]), tmp_path / "merged.safetensors")
     load(tmp_path / "merged.safetensors")
     assert main(["info", str(tmp_path / "x.safetensors")]) == 0

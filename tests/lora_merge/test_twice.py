@@ -6,6 +6,7 @@ import torch
 from lcm_kit.lora_merge import Lora, merge, merge_with_account
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
+from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.naming import aliases
 from lcm_kit.tests.lora_merge.make import factors, kohya, relative
 
@@ -219,7 +220,7 @@ def test_a_fused_weight_and_its_slices_are_added_up_exactly_and_named_where_they
     fused = one("lora_unet_double_blocks_0_img_attn_qkv", out=18, source="kohya")
     part = one("transformer.transformer_blocks.0.attn.to_q", seed=1, source="diffusers")
     merged, account = merge_with_account([(fused, 0.8), (part, 1.0)])
-    assert account.warnings == ()
+    assert warnings_of(account) == ()
     assert (
         relative(merged.delta("lora_unet_double_blocks_0_img_attn_qkv"), 0.8 * fused.delta(next(iter(fused.modules))))
         < 1e-6
@@ -227,7 +228,7 @@ def test_a_fused_weight_and_its_slices_are_added_up_exactly_and_named_where_they
     pair = "lora_unet_double_blocks_0_img_attn_qkv (kohya) and transformer.transformer_blocks.0.attn.to_q (diffusers)"
     note = f"a weight as a whole and a slice of it do not meet here, each goes its own way: {pair}"
     for more in ({"method": "ties"}, {"mu": 1.0, "protect": 0}):
-        assert note in merge_with_account([(fused, 0.8), (part, 1.0)], **more)[1].warnings
+        assert note in warnings_of(merge_with_account([(fused, 0.8), (part, 1.0)], **more)[1])
     text = as_text(compare([(fused, 1.0), (part, 1.0)]))
     assert f"Note: {note}." in text
     assert "Nothing to fight" not in text

@@ -16,8 +16,13 @@ from lcm_kit.lora_merge.comparing.comparison import (
 )
 from lcm_kit.lora_merge.comparing.report import _cuts
 from lcm_kit.lora_merge.comparing.verdict import Relation, answer, dependent_blocks, headline, relation
+from lcm_kit.lora_merge.files.twice import Named
 
 NOTHING = Measure(0.0, 0.0, 0.0, 1.0)
+SLICE = (
+    Named(owner=0, canonical="qkv", spelling="qkv", is_bias=False, shape=(6, 2)),
+    Named(owner=1, canonical="q", spelling="q", is_bias=False, shape=(2, 2)),
+)
 
 
 def pair(cosine=0.0, *, which=(0, 1), deviation=0.001, first=NOTHING, second=NOTHING, norms=2.0):
@@ -42,7 +47,7 @@ def group(*pairs, name="all", energies=(1.0, 1.0), energy=2.0):
     return Group(name=name, modules=1, energies=tuple(energies), energy=energy, pairs=tuple(pairs))
 
 
-def comparison(*pairs, blocks=(), strengths=(1.0, 1.0), energies=None, sources=None, fused=0, **options):
+def comparison(*pairs, blocks=(), strengths=(1.0, 1.0), energies=None, sources=None, fused=(), **options):
     inputs = tuple(
         Input(
             source=(sources or [f"{'abcdefghi'[number]}.safetensors" for number in range(len(strengths))])[number],
@@ -200,7 +205,7 @@ def local(*pairs):
     ("one", "begins"),
     [
         (comparison(strengths=(1.0,)), "One LoRA alone"),
-        (comparison(fused=1), "Not known"),
+        (comparison(fused=(SLICE,)), "Not known"),
         (comparison(), "Nothing to fight"),
         (comparison(pair(-0.5), strengths=(1.0, 0.0)), "Nothing to fight"),
         (comparison(pair(-0.5), blocks=local(pair(0.5))), "They fight: "),
