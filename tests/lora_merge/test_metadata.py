@@ -160,7 +160,7 @@ def test_a_text_may_be_as_long_as_is_said_and_is_left_out_with_its_length_beyond
         merged, account = merge_with_account(pair({"description": "x" * length}, {"trigger_words": "y" * length}))
         kept = length == 100_000
         assert ("description" in merged.metadata, "trigger_words" in merged.metadata) == (kept, kept)
-        told = [one for one in account.warnings if f"because it has {length} characters" in one]
+        told = [one for one in warnings_of(account) if f"because it has {length} characters" in one]
         assert len(told) == (0 if kept else 2)
         assert trigger_words({"trigger_words": "y" * length}) == (["y" * length] if kept else [])
 
@@ -193,7 +193,7 @@ def test_tags_that_just_fit_are_all_kept_and_of_more_the_most_frequent_half(monk
         _, account = merge_with_account(
             pair({tags.KEY: json.dumps({"a": found["a"]})}, {tags.KEY: json.dumps({"b": found["b"]})})
         )
-        assert [one.split(",")[0] for one in account.warnings] == told
+        assert [one.split(",")[0] for one in warnings_of(account)] == told
 
 
 def test_the_size_of_metadata_is_what_it_takes_in_a_header():
