@@ -456,6 +456,24 @@ def test_biases_of_slices_stand_in_their_rows_of_the_fused_bias():
     assert {*merged.modules} == {whole, merged.find("diffusion_model.img_in.proj")}
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float16,) * 2, (torch.bfloat16,) * 2, (torch.float16, torch.float32)])
+@pytest.mark.parametrize("part", ["diff", "diff_b"])
+def test_differences_of_slices_stand_in_their_rows_in_the_dtype_that_all_have(part, dtypes):
+    name, g = "transformer.single_transformer_blocks.39.attn.to_{}".format, torch.Generator().manual_seed(0)
+    state = kohya("transformer.x_embedder.proj", *factors(H, 2, 4))
+    wanted = torch.zeros(7 * H, H) if part == "diff" else torch.zeros(7 * H)
+    for x, start, dtype in zip("qv", (0, 2 * H), dtypes, strict=True):
+        own = torch.randn(wanted[:H].shape, generator=g).to(dtype)
+        state[f"{name(x)}.{part}"] = own
+        wanted[start : start + H] = own
+        if part == "diff_b":
+            state |= kohya(name(x), *factors(H, 2, H, seed=start))
+    (named,) = in_own_naming([Lora.from_state_dict(state)])
+    found = named.diffs["lora_unet_single_blocks_39_linear1", part]
+    assert found.dtype == (dtypes[0] if len({*dtypes}) == 1 else torch.float32)
+    assert torch.equal(found.float(), wanted)
+
+
 # ---- the way back
 
 

@@ -372,3 +372,21 @@ def test_identification_looks_at_no_values():
             name = key.removesuffix(".alpha")
             modules[name] = LoraLayer(tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"], 8.0)
     assert identify(Lora(modules)).kind == "LCM-LoRA SD1.5"
+
+
+def test_what_accelerates_is_told_by_three_kinds_of_modules():
+    """Those of timesteps, of convolutions and of the text: fewer are a style's."""
+    places = ["resnets_0_time_emb_proj", "resnets_0_conv1", "attentions_0_transformer_blocks_0_attn2_to_k"]
+    shapes = [((320, 1280), ()), ((320, 320), (3, 3)), ((320, 768), ())]
+    states = [
+        kohya(f"lora_unet_down_blocks_0_{place}", *factors(out, 2, inputs, kernel), 2.0)
+        for place, ((out, inputs), kernel) in zip(places, shapes, strict=True)
+    ]
+    for left_out in (None, 0, 1, 2):
+        state = {key: value for n, one in enumerate(states) if n != left_out for key, value in one.items()}
+        assert identify(Lora.from_state_dict(state)).structure.accelerates is (left_out is None)
+
+
+def test_one_published_file_of_a_size_is_enough_to_be_hashed(file):
+    size = file.stat().st_size
+    assert worth_hashing(size, [row(file, bytes=size + 1), row(file), row(file, bytes=size - 1)])
