@@ -7,6 +7,7 @@ import torch
 
 from ...lora_merge import describe
 from ...lora_merge.files.keys import unread_text
+from ...lora_merge.metadata.adapter_config import of_peft
 from ...lora_merge.metadata.report import describe_metadata, peft_remarks, remarks
 from ...lora_merge.recognise import catalogue
 from ...lora_merge.recognise.identity import Identity
@@ -75,7 +76,7 @@ def applied_lines(
 
 def metadata_lines(metadata: Mapping[str, str]) -> list[str]:
     """What of a file's metadata could not be read, and where ComfyUI's reading of a file of PEFT's is not PEFT's."""
-    return [*remarks(metadata), *(f"Note: {remark}." for remark in peft_remarks(metadata))]
+    return [*remarks(metadata), *(f"Note: {remark}." for remark in peft_remarks(of_peft(metadata)))]
 
 
 def by_step_lines(case: Case, frames: Sequence[tuple[float, float]]) -> list[str]:

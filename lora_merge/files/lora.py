@@ -151,7 +151,10 @@ class Lora:
             kind = self.carried[module].kind
             raise ValueError(f"{self.source}: {module} is {kind}, whose update depends on the weight it changes")
         if module in self.modules:
-            return self.modules[module].delta()
+            try:
+                return self.modules[module].delta()
+            except ValueError as error:
+                raise ValueError(f"{self.source}: {self.spellings[module]}: {error}") from None
         for part in WEIGHT_PARTS:
             if (module, part) in self.diffs:
                 return self.diffs[module, part].detach().to(torch.float32, copy=True)
@@ -265,7 +268,7 @@ def in_memory(
 ) -> dict[str, Tensor]:
     """Pieces with all that is unmade made, in several threads."""
     unmade = {key: piece for key, piece in pieces.items() if isinstance(piece, Unmade)}
-    with closing(in_order(make, unmade.values(), torch.get_num_threads())) as results:
+    with closing(in_order(make, unmade.values())) as results:
         made = dict(zip(unmade, results, strict=True))
     return {key: piece if isinstance(piece, Tensor) else made[key] for key, piece in pieces.items()}
 
@@ -302,8 +305,8 @@ def _without_scale(layer: Layer) -> LoraLayer:
         return layer
     up, down = layer.factors()
     kernel = (1 for _ in layer.kernel)
-    if layer.scale and math.frexp(layer.scale)[0] in (0.5, -0.5):  # a power of two: exact in one factor
+    if abs(math.frexp(layer.scale)[0]) == 0.5:  # a power of two: exact in one factor
         return LoraLayer((up * layer.scale).reshape(*up.shape, *kernel), down.reshape(-1, *layer.shape[1:]))
     half = abs(layer.scale) ** 0.5
-    up = (up * (half if layer.scale >= 0 else -half)).reshape(*up.shape, *kernel)
+    up = (up * math.copysign(half, layer.scale)).reshape(*up.shape, *kernel)
     return LoraLayer(up, (down * half).reshape(-1, *layer.shape[1:]))

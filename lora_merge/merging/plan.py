@@ -77,7 +77,7 @@ def plan(
         raise ValueError(refusal(loras, passthrough))
     whole = dense_modules(loras)
     modules = _modules(loras, whole, passthrough)
-    _check_signs(options, strengths, modules)
+    _check_signs(options, loras, strengths, modules)
     return Plan(
         loras=loras,
         strengths=strengths,
@@ -124,14 +124,14 @@ def _has_part(lora: Lora, index: int, strengths: Strengths) -> bool:
     return any(strengths.at(module)[index] != 0 for module in lora.spellings)
 
 
-def _check_signs(options: MergeOptions, strengths: Strengths, modules: Iterable[str]) -> None:
+def _check_signs(options: MergeOptions, loras: Sequence[Lora], strengths: Strengths, modules: Iterable[str]) -> None:
     if options.the_method.signed:
         return
     for module in modules:
-        lowest = min(strengths.at(module))
+        lowest, lora = min(zip(strengths.at(module), loras, strict=True), key=lambda pair: pair[0])
         if lowest < 0:
             raise ValueError(
-                f"{module}: strength is {lowest:g}, but method {options.method} goes from one LoRA to another and takes "
+                f"{lora.source}: strength is {lowest:g} at {lora.spellings.get(module, module)}, but method {options.method} goes from one LoRA to another and takes "
                 "no negative strength. Choose another method, such as linear."
             )
 

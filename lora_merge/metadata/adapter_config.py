@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..disk import json_text
 from .adapter_scales import METADATA_KEY
@@ -12,6 +13,21 @@ from .adapter_scales import METADATA_KEY
 # In the metadata of a Lora: "used", or why it was not.
 CONFIG_KEY = "lcm_kit.adapter_config"
 _FIELDS = ("init_lora_weights", "use_dora")
+# Ways of PEFT to begin a training that take something out of the base model first.
+_CHANGES_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga|milora", re.I)
+
+
+class OfPeft(NamedTuple):
+    """What is known of how PEFT made a LoRA.
+
+    config: what became of the adapter_config.json beside its file: "" where there is none, "used" for its scale, or why not.
+    changed_base: how its training took something out of the base model first, "" for any other.
+    dora: whether it has DoRA that PEFT trained.
+    """
+
+    config: str = ""
+    changed_base: str = ""
+    dora: bool = False
 
 
 def noted(metadata: Mapping[str, str], keys: Collection[str]) -> dict[str, str]:
@@ -37,6 +53,16 @@ def of_config(config: Mapping[str, Any]) -> dict[str, str]:
     if config.get("alpha_pattern"):
         notes["alpha_pattern"] = json.dumps(config["alpha_pattern"])
     return notes
+
+
+def of_peft(metadata: Mapping[str, str]) -> OfPeft:
+    """What the metadata of a LoRA says of its making by PEFT."""
+    begun = metadata.get("init_lora_weights", "")
+    return OfPeft(
+        config=metadata.get(CONFIG_KEY, ""),
+        changed_base=begun if _CHANGES_BASE.fullmatch(begun) else "",
+        dora=metadata.get("use_dora", "").lower() == "true",
+    )
 
 
 def misfit(config: Mapping[str, Any], ranks: Mapping[str, int]) -> str | None:

@@ -85,7 +85,7 @@ def _agree(one: Family, other: Family, names: Iterable[str]) -> bool:
 
 
 def one_for_all(names: Collection[str], spellings: Mapping[str, Collection[str]]) -> dict[str, str] | None:
-    """A spelling for each weight of LoRAs whose family is not told.
+    """A spelling for each weight of LoRAs whose family is not told; what has one alone keeps it.
 
     names: all canonical ones of the LoRAs.   spellings: canonical name -> how the LoRAs spell it.
     The spelling is one of the given ones that ComfyUI reads in every family that has all the names, as far as it reads any

@@ -55,6 +55,7 @@ _BEHIND = re.compile(
 )
 # No file is called so long, and a title that is says nothing in its thousandth word.
 _LONGEST_NAME = 255
+_LONGEST_LIST = 16 * _LONGEST_NAME
 _OF_TWO_EXPERTS = "Wan 2.1/2.2 14B"
 # As kohya's trainers write it. SD2 is two of them, which no module tells apart.
 ARCHITECTURES = {"SD1.5": "stable-diffusion-v1/lora", "SDXL": "stable-diffusion-xl-v1-base/lora"}
@@ -276,6 +277,7 @@ def _preset_by_metadata(metadata: Mapping[str, str]) -> str | None:
     except ValueError:
         inputs = []  # somebody else's notes under our key
     words += [name for name, strength in inputs if strength != 0] or [metadata.get(MERGED_FROM, "")]
+    words = [word[:_LONGEST_LIST] for word in words]
     for pattern, preset in _WORDS:
         if any(pattern.search(word) for word in words):
             return preset

@@ -6,7 +6,6 @@ import gc
 import operator
 import os
 import pickle
-import time
 from collections import ChainMap, OrderedDict
 from types import MappingProxyType
 
@@ -285,10 +284,13 @@ def test_what_others_may_write_into_is_added_up_at_once(tmp_path):
 
 
 def test_it_says_what_it_is_and_not_what_is_in_it():
-    weights = LoraWeights({f"m{n}.lora_up.weight": torch.ones(64, 8) for n in range(2000)}, name="style.safetensors")
-    started = time.process_time()
+    class Tensor(torch.Tensor):
+        def __repr__(self):
+            raise AssertionError("a value is written out, of millions")
+
+    ones = torch.ones(64, 8).as_subclass(Tensor)
+    weights = LoraWeights({f"m{n}.lora_up.weight": ones for n in range(2000)}, name="style.safetensors")
     assert str(weights) == repr(weights) == "LORA_MODEL 'style.safetensors' of 2000 tensors"
-    assert time.process_time() - started < 0.01  # a dict's takes seconds and a million characters
 
 
 def test_a_name_is_one_short_line_without_markup():

@@ -11,6 +11,7 @@ from lcm_kit.lora_merge import Lora, merge, merge_with_account
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
 from lcm_kit.lora_merge.files.one_naming import can_turn, in_own_naming, split, stacked, turned
+from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.naming import flux, hunyuan_video, names, z_image
 from lcm_kit.lora_merge.naming.families import FAMILIES, family_by_shapes, family_by_width, family_of, readable
 from lcm_kit.lora_merge.naming.family import Rows
@@ -91,7 +92,7 @@ def test_a_split_lora_and_a_fused_one_meet_weight_by_weight(prefix, alpha, swap)
     own, other = lora(first, prefix, 1), lora(DIFFUSERS, "transformer.", 2, alpha=alpha)
     inputs = [(own, 1.0), (other, 0.8)]
     merged, account = merge_with_account(inputs[::-1] if swap else inputs)
-    assert account.warnings == ()
+    assert warnings_of(account) == ()
     assert known(merged) == known(own)
     for name, delta in whole(other).items():
         wanted = own.delta(f"diffusion_model.{name}") + 0.8 * delta
@@ -244,6 +245,12 @@ def test_one_weight_has_one_name_whatever_stands_before_it(prefix):
             assert flux.FAMILY.own(wanted) == wanted
 
 
+def test_of_no_known_family_there_is_no_own_naming():
+    one = Lora.from_state_dict(kohya("diffusion_model.stages.0.mixer.win", *factors(6, 2, 5)))
+    for loras in ([one], [one, one]):
+        assert in_own_naming(loras) is None
+
+
 def test_stacked_slices_do_not_mix():
     g = torch.Generator().manual_seed(0)
     layers = [
@@ -254,6 +261,19 @@ def test_stacked_slices_do_not_mix():
     assert made.rank == 3
     wanted = torch.cat([layers[1].delta(), torch.zeros(3, 5), layers[0].delta()])
     torch.testing.assert_close(made.delta(), wanted)
+
+
+@pytest.mark.parametrize("second", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("first", [torch.float16, torch.bfloat16, torch.float32])
+def test_stacked_slices_have_their_own_dtype_where_it_holds_them(first, second):
+    """A scale of 1/2 is exact in any of them, one of 0.3 in float32 alone."""
+    for alpha, exact in ((1.0, True), (0.6, False)):
+        layers = [LoraLayer(*factors(3, 2, 5, seed=n, dtype=dtype), alpha) for n, dtype in enumerate((first, second))]
+        made = stacked([(Rows(0, 3), layers[0]), (Rows(3, 3), layers[1])], (6, 5))
+        wanted = first if exact and first == second else torch.float32
+        assert {made.up.dtype, made.down.dtype} == {wanted}
+        assert torch.equal(made.delta(), torch.cat([layer.delta() for layer in layers])) or not exact
+        assert relative(made.delta(), torch.cat([layer.delta() for layer in layers])) < 1e-6
 
 
 RECOGNISED = {

@@ -331,6 +331,15 @@ def test_what_is_told_of_an_unmade_tensor_is_told_of_the_tensor(dtype, column, b
     assert layer.alpha == LoraLayer(up, down, 3.0).alpha
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_an_unmade_tensor_is_made_in_its_dtype_where_it_belongs(dtype):
+    """meta stands for a device without numbers."""
+    made = Unmade(dtype, torch.Size((2, 3)), lambda place: None, torch.device("meta")).made()
+    assert (made.dtype, made.shape, made.device.type) == (dtype, (2, 3), "meta")
+    with borrowed_bytes(7, torch.device("meta")) as memory:
+        assert (memory.dtype, memory.shape, memory.device.type) == (torch.uint8, (7,), "meta")
+
+
 def test_memory_that_is_lent_is_nobody_elses_meanwhile():
     with borrowed_bytes(8) as one, borrowed_bytes(8) as other:
         one.fill_(1)
