@@ -134,7 +134,7 @@ def _candidate(name: str, path: str) -> Candidate | None:
 
 def _fits(candidate: Candidate, model) -> bool:
     weights = from_lora(candidate.lora)
-    known = KnownWeights(dict(weights), name=candidate.name, metadata=weights.metadata, identity=candidate.identity)
+    known = KnownWeights(weights.pieces, name=candidate.name, metadata=weights.metadata, identity=candidate.identity)
     return not case_of(known, candidate.identity, model, None).wrong(demand_all=True)
 
 

@@ -72,8 +72,9 @@ def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=Fal
     # Text-encoder modules wait by choice, everything else that is left out is news.
     complete = len(found.placed) == case.counts.asked > 0
     (logger.info if complete and not wrong else logger.warning)("%s", " ".join(lines))
-    for_model = {target: patch for target, patch in found.patches.items() if weight_of(target) in case.model.weights}
-    for_clip = {target: patch for target, patch in found.patches.items() if target not in for_model}
+    patches = found.patches()
+    for_model = {target: patch for target, patch in patches.items() if weight_of(target) in case.model.weights}
+    for_clip = {target: patch for target, patch in patches.items() if target not in for_model}
     return Applied(
         model=_patched(model, for_model, strength_model),
         clip=_patched(clip, for_clip, strength_clip),
