@@ -100,11 +100,13 @@ def one_for_all(
     of them there, and that may be as wide. None where there is no such spelling, or no such family.
     """
     known = _as_wide([family for family in TRANSFORMERS if family.recognises(shapes)], shapes)
+    if not known:
+        return None
     found = {}
     for name, given in spellings.items():
         read = [{s for s in given if family.reads(s) or family.reads_lately(s)} for family in known]
         every = set(given).intersection(*filter(None, read))
-        if not known or not every:
+        if not every:
             return None
         found[name] = min(every, key=[*given].index)
     return found
