@@ -132,8 +132,12 @@ def test_tests_that_are_about_a_module_come_first(made):
     mutant = next(one for one in mutations.mutants_of(ROOT / file) if one.function == "account_of")
     others = [f"tests/lora_merge/test_families.py::test_{number}" for number in range(300)]
     tests = {f"{file} account_of": [*others, "tests/lora_merge/test_account.py::test_sums"]}
+    tests[f"{file} account_of"].insert(0, "tests/lora_merge/test_merge_words.py::test_words")
     found = mutants.callers_of(mutant, tests, 100, made)
-    assert found[0] == "tests/lora_merge/test_account.py::test_sums"
+    assert found[:2] == [
+        "tests/lora_merge/test_account.py::test_sums",
+        "tests/lora_merge/test_merge_words.py::test_words",
+    ]
     assert len(found) == 100
 
 

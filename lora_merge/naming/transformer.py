@@ -282,6 +282,7 @@ def transformer(
     ratios: Mapping[str, float] | None = None,
     sure: bool = False,
     width: int = 0,
+    widths: tuple[int, ...] = (),
     saved: Literal["comfy", "diffusers"] = "comfy",
     saved_fused: Literal["comfy", "kohya"] = "comfy",
 ) -> Family:
@@ -295,7 +296,7 @@ def transformer(
     own_read_lately: what newer versions alone read before an own name with dots.
     theirs_behind_kohya: whether trainers write diffusers' names behind `lora_unet_` or `diffusion_model.`.
     ratios: template of an own name -> rows for each column, where that tells the family from one with like names.
-    sure, width, saved, saved_fused: see Family.
+    sure, width, widths, saved, saved_fused: see Family.
     """
     turned = turned or {}
     outside = {**dict.fromkeys(turned, ""), **outside}
@@ -317,6 +318,7 @@ def transformer(
         suits=lambda own, shape: tables.suits(own, shape, ratios or {}),
         sure=sure,
         width=width,
+        widths=widths,
         saved=saved,
         saved_fused=saved_fused,
     )

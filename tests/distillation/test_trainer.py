@@ -612,6 +612,22 @@ def test_the_grid_is_that_of_the_samplers(skip, points):
     assert skipping_grid(skip, 1000) == lcm_timesteps(points, original_steps=points)[::-1]
 
 
+@pytest.mark.parametrize("total", [500, 2000])
+def test_a_model_of_other_timesteps_is_trained_on_its_own_grid(total):
+    """All points, those of original_steps, and those that each phase visits, or as many more."""
+
+    def grid(**options):
+        return dataclasses.replace(SHORT, **options).grid(total)
+
+    def every(k):
+        return [*range(k - 1, total, k)]
+
+    assert grid(skip=20, original_steps=0) == every(20)
+    assert grid(skip=20, original_steps=100) == every(total // 100)
+    assert grid(skip=25, original_steps=0, phases=4) == every(25)
+    assert grid(skip=25, original_steps=total // 5, phases=4) == every(5)
+
+
 def test_more_timesteps_may_be_trained_than_the_solver_visits():
     settings = dataclasses.replace(SHORT, skip=200, original_steps=50)
     assert settings.grid(1000) == lcm_timesteps(50)[::-1]

@@ -11,6 +11,7 @@ from lcm_kit.lora_merge import Lora, describe, load, merge_with_account, save
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
 from lcm_kit.lora_merge.merging.report import warnings_of
+from lcm_kit.lora_merge.metadata.adapter_config import noted
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
 NAME = "mid_block.attentions.0.proj_in"
@@ -143,3 +144,27 @@ def test_what_peft_saves_beside_factors_is_listed():
         "unknown (1 keys",
     ):
         assert words in text
+
+
+def test_what_a_packed_configuration_says_of_its_making_is_noted_field_by_field():
+    """diffusers writes it under the part of the model; what the file says by itself goes first, and ranks are read elsewhere."""
+    packed = {
+        "unet.init_lora_weights": "pissa",
+        "unet.use_dora": True,
+        "unet.r": 4,
+        "unet.lora_alpha": "8",
+        "use_dora.x": True,
+    }
+    key = "lora_adapter_metadata"
+    assert noted({key: json.dumps(packed)}, ()) == {
+        key: json.dumps(packed),
+        "init_lora_weights": "pissa",
+        "use_dora": "True",
+    }
+    assert noted({key: json.dumps(packed), "init_lora_weights": "olora"}, ())["init_lora_weights"] == "olora"
+    for other in (4, None, ["pissa"]):
+        text = {key: json.dumps({"unet.init_lora_weights": other})}
+        assert noted(text, ()) == text
+    assert noted({key: "["}, ()) == {key: "["}
+    assert noted({}, ["a.lora_A.weight"]) == {}
+    assert noted({}, ["a.lora_A.weight", "a.lora_magnitude_vector.weight"]) == {"use_dora": "True"}
