@@ -29,11 +29,13 @@ from lcm_kit.distillation.log import read_table
 from lcm_kit.distillation.objective import distillation_loss
 from lcm_kit.distillation.settings import Settings, Setup
 from lcm_kit.host.training import distilling, strip, teacher_pictures
+from lcm_kit.host.training.advice import FewPictures
 from lcm_kit.host.training.data import Batches, Item, encoded, moved
 from lcm_kit.host.training.identity import identity_of
 from lcm_kit.host.training.loan import Denoiser, lent
 from lcm_kit.host.training.picture import HEIGHT, LABEL, WIDTH
 from lcm_kit.host.training.prompts import chunks
+from lcm_kit.host.training.report import remark_words
 from lcm_kit.host.training.run import _fingerprint_of_weights, advice_for
 from lcm_kit.host.training.strip import Strip
 from lcm_kit.lora_merge import Lora, load
@@ -728,21 +730,25 @@ def test_the_lcm_patch_of_core_is_refused(model):
 
 
 def test_few_pictures_and_another_familys_guidance_are_told(model):
+    def said(*training):
+        return [words for remark in advice_for(*training) for words in remark_words(remark)]
+
     few = Settings(steps=100, batch=4)
     assert advice_for(model, few, 64, False) == []
     assert advice_for(model, few, 300, True) == advice_for(model, few, 41, True) == []
-    assert advice_for(model, few, 40, True)[0].startswith(
+    assert advice_for(model, few, 40, True) == [FewPictures(made=40, times=10)]
+    assert said(model, few, 40, True)[0].startswith(
         "Few pictures: the model made 40, and each is learnt about 10 times"
     )
     flow = calm_model(ModelType.FLOW, sampling_settings={"shift": 3.0})
-    (said,) = advice_for(flow, Settings(), 64, False)
-    assert said.startswith(
+    (words,) = said(flow, Settings(), 64, False)
+    assert words.startswith(
         "Guidance 8.5 is Stable Diffusion 1.5's, and this model is another (TinyConfig). Set guidance_min"
     )
     assert advice_for(flow, Settings(guidance_min=5.0, guidance_max=5.0), 64, False) == []
     type(flow.model.model_config).__name__, before = "WAN21_T2V", type(flow.model.model_config).__name__
     try:
-        assert "(WAN21_T2V); templates have 3.5 to 6 for WAN." in advice_for(flow, Settings(), 64, False)[0]
+        assert "(WAN21_T2V); templates have 3.5 to 6 for WAN." in said(flow, Settings(), 64, False)[0]
     finally:
         type(flow.model.model_config).__name__ = before
 
