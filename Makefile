@@ -71,7 +71,8 @@ floor:  ## integration on the oldest ComfyUI that LCM Kit supports, without the 
 mutants: setup  ## small changes of the code, one at a time: does a unit test notice?
 	"$(RUN)" tools/mutants.py --sample $(or $(SAMPLE),300)
 
-fuzz: setup  ## random and broken LoRA files on the whole way; SECONDS=1800 SEED=1
+fuzz: setup  ## random values for all stated properties, random and broken LoRA files on the whole way; SECONDS=1800 SEED=1
+	env -u COMFYUI_PATH "$(RUN)" -m pytest -q $(call SPREAD,load) -m hypothesis --hypothesis-profile=drawn_anew tests --ignore=tests/with_comfyui
 	env -u COMFYUI_PATH OMP_NUM_THREADS=1 "$(RUN)" tests/soak/fuzz.py --seconds $(or $(SECONDS),1800) --seed $(or $(SEED),1)
 
 soak: setup  ## kills, races, random workflows and hundreds of prompts; PROMPTS=500 KILLS=200 SAVES=100 TRAININGS=50 GRAPHS=2000

@@ -136,6 +136,7 @@ class LoraAdapters(nn.Module):
         if alpha is not None and not 0 < alpha < math.inf:
             raise ValueError(f"alpha is {alpha}; it has to be a finite number above 0. Leave it out to take the rank.")
         self.enabled = True
+        self.rank = rank
         scale = float(rank if alpha is None else alpha)
         self.branches = nn.ModuleList(LoraBranch(named[name], rank, scale, generator, device) for name in self.names)
         # A list in a list: nn.Module would take the network for a part of this module, and train and save it.
@@ -172,7 +173,7 @@ class LoraAdapters(nn.Module):
         """
         branches = dict(self._pairs())
         shapes = {layer: (branch.up.shape[0], branch.down[0].numel()) for layer, branch in branches.items()}
-        check_factors(factors, shapes, max(branch.rank for branch in branches.values()), name)
+        check_factors(factors, shapes, self.rank, name)
         for layer, (up, down) in factors.items():
             branch, rank = branches[layer], up.shape[1]
             branch.up.zero_()

@@ -14,7 +14,7 @@ from . import checkpoint
 from .adapter import Average, LoraAdapters
 from .draws import START, WHOLE_RUN, draw, generator
 from .engine import Alone, Engine
-from .health import IN_A_ROW, Diverged, Health
+from .health import Diverged, Health
 from .objective import Batch, ConditionalDenoiser, distillation_loss
 from .optimizers import optimizer_of, restore, state_of
 from .recompute import recomputing
@@ -103,7 +103,7 @@ class Trainer:
             total += loss.detach()
         value = float(engine.reduce(total, "mean"))
         self._astray = True
-        self.health.check(self.done + 1, [*self.losses[1 - IN_A_ROW :], value])
+        self.health.check(self.done + 1, [*self.losses, value])
         self._astray = False
         if self._due is not None and self.health.sound(value):
             self._keep(self._due)

@@ -4,7 +4,6 @@ The loss of a training step is of what that step has drawn, and differs far more
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 
@@ -37,7 +36,7 @@ def validation_loss(trainer: Trainer, picture: Callable[[int], Batch]) -> float:
             loss = distillation_loss(
                 trainer.denoise, trainer.adapters, batch, fixed_draws(trainer, number, batch), stride=settings.skip,
                 table=trainer.table, huber_c=settings.huber_c, weighting=settings.weighting, flow=trainer.flow,
-                phases=settings.phases, averaged=nullcontext,
+                phases=settings.phases,
             )  # fmt: skip
             total += float(loss)
     return total / DRAWS

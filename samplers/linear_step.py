@@ -13,6 +13,10 @@ from .renoise import NoiseScaling, noise_kept, signal_and_noise, variance_explod
 HALF_RESOLUTION = 2.0**-25
 
 
+# c_skip and c_out where f is the model's x0.
+_WITHOUT_SKIP = (0.0, 1.0)
+
+
 @dataclass(frozen=True)
 class Plan:
     """All that is known of a run before it begins: for each step its weights, and the number of the level it returns to."""
@@ -73,7 +77,7 @@ def step_weights(
     """
     steps = max(len(sigmas) - 1, 0)
     sigmas = sigmas.detach().cpu()
-    scalings = [(0.0, 1.0)] * steps if timesteps is None else _scalings(timesteps, steps)
+    scalings = [_WITHOUT_SKIP] * steps if timesteps is None else _scalings(timesteps, steps)
     shares = noise_kept(sigmas, gamma, table=table, noise_scaling=noise_scaling)
     levels, is_zero = signal_and_noise(sigmas, noise_scaling), (sigmas == 0).tolist()
     return [_weights(levels[i], levels[i + 1], *scalings[i], shares[i], is_zero[i + 1]) for i in range(steps)]
@@ -89,7 +93,7 @@ def _weights(
 ) -> StepWeights:
     (a_t, b_t), (a, b) = level, next_level
     if c_skip < HALF_RESOLUTION:
-        c_skip, c_out = 0.0, 1.0
+        c_skip, c_out = _WITHOUT_SKIP
     skip = c_skip / math.hypot(a_t, b_t)
     if ends:
         return StepWeights(skip, c_out, 0.0)

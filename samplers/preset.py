@@ -89,7 +89,7 @@ class Preset:
         """
         if self.timesteps:
             of_one_length = self.fixed and self.gamma == 0.0
-            return math.ceil(self.steps * strength - 1e-4) if of_one_length else self.steps
+            return max(math.ceil(self.steps * strength - 1e-4), 1) if of_one_length else self.steps
         if self.sigmas or self.flow or self.steps > self.original_steps:
             return self.steps
         return min(self.steps, max(kept_points(self.original_steps, strength), 1))

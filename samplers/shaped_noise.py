@@ -36,8 +36,9 @@ class ShapedNoise:
             for image in noise.unbind():
                 bound = self.clip_std * image.std()
                 image.clamp_(min=-bound, max=bound)
-        factor = self.factors.get(level, 1.0)
-        return noise if isinstance(factor, float) and factor == 1.0 else noise.mul_(factor)
+        if (factor := self.factors.get(level)) is not None:
+            noise.mul_(factor)
+        return noise
 
 
 def ramp(start: float, end: float, places: Sequence[int], steps: int) -> list[float]:

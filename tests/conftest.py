@@ -26,6 +26,8 @@ pytest.register_assert_rewrite(f"{PACKAGE}.tests.helpers")
 if os.environ.get("COMFYUI_PATH"):
     sys.path.insert(0, str(Path(os.environ["COMFYUI_PATH"]).expanduser().resolve()))
 
-# How long an example takes says how busy the machine is.
-hypothesis.settings.register_profile("untimed", deadline=None)
-hypothesis.settings.load_profile("untimed")
+# How long an example takes says how busy the machine is. A run for a change tries the same examples as the run before it;
+# new ones are tried where somebody looks for faults: `make fuzz`, or pytest --hypothesis-profile=drawn_anew.
+hypothesis.settings.register_profile("the_same", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("drawn_anew", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("the_same")

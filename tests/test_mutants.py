@@ -50,6 +50,10 @@ def test_every_known_change_has_a_reason_in_words():
         ("max(a)", ["min(a)"]),
         ("f(a, b=c)", ["f(a)"]),
         ("zip(a, strict=d)", []),
+        ("torch.cat(a, dim=1)", ["torch.cat(a)"]),
+        ("torch.cat(a, dim=0)", []),
+        ("a.sort(dim=-1)", []),
+        ("a.sum(dim=0)", ["a.sum()"]),
         ("f'{a}' + b", []),
         ("1 - 1e-9", []),
         ("a < b < c", []),
@@ -113,17 +117,27 @@ def test_the_files_that_are_most_about_a_table_are_imported_anew(made):
     tests = {f"{file} instead": [mutant_calls.IMPORTED, *(f"tests/{letter}.py::test" for letter in "abcdef")]}
     tests |= {f"x.py f{number}": [f"tests/{letter}.py::test" for letter in "abcdef"[number:]] for number in range(6)}
     assert mutants.files_on(mutant, tests, made) == [f"tests/{letter}.py" for letter in "abcd"]
+    about = "tests/lora_merge/test_catalogue.py"
+    assert about in mutants.files_about(file)
+    tests[f"{file} instead"].append(f"{about}::test")
+    tests |= {f"y.py f{number}": [f"{about}::test"] for number in range(9)}
+    assert mutants.files_on(mutant, tests, made) == [about, *(f"tests/{letter}.py" for letter in "abc")]
 
 
 def test_tests_that_are_about_a_module_come_first(made):
     """By their file's name, or by what it imports."""
     file = "lora_merge/merging/account.py"
     assert {"tests/lora_merge/test_account.py", "tests/lora_merge/test_merge_words.py"} <= mutants.files_about(file)
+    assert "tests/lora_merge/test_signatures.py" in mutants.files_about("lora_merge/merging/merge.py")
     mutant = next(one for one in mutations.mutants_of(ROOT / file) if one.function == "account_of")
     others = [f"tests/lora_merge/test_families.py::test_{number}" for number in range(300)]
     tests = {f"{file} account_of": [*others, "tests/lora_merge/test_account.py::test_sums"]}
+    tests[f"{file} account_of"].insert(0, "tests/lora_merge/test_merge_words.py::test_words")
     found = mutants.callers_of(mutant, tests, 100, made)
-    assert found[0] == "tests/lora_merge/test_account.py::test_sums"
+    assert found[:2] == [
+        "tests/lora_merge/test_account.py::test_sums",
+        "tests/lora_merge/test_merge_words.py::test_words",
+    ]
     assert len(found) == 100
 
 

@@ -11,11 +11,11 @@ A change that no test notices is a fact that no test states. Those that make no 
 in mutants_known.json with the reason. Exit status 1 if fewer than 95 % of the others were noticed.
 
 What is no change by construction is not made (mutations.py): keywords that cost or save time and memory alone, such as
-full_matrices of torch.linalg.svd (a caller that slices gets the same, another one an error), texts for a person, checks
-such as strict of zip, and the sign of room for rounding (1 - 1e-9).
+full_matrices of torch.linalg.svd (a caller that slices gets the same, another one an error), what torch takes by default,
+texts for a person, checks such as strict of zip, and the sign of room for rounding (1 - 1e-9).
 
-Only tests that call the changed function are run: those that noticed another change of it first, then those of files that
-are about its module, the quickest and most particular first, --most of them where there are more. What calls what is seen once (mutant_calls.py). The tests are
+Only tests that call the changed function are run: those that noticed another change of it first, then those of the file that
+is named as its module is and of others about it, the quickest and most particular first, --most of them where there are more. What calls what is seen once (mutant_calls.py). The tests are
 collected once: each change is put into the functions in memory, in a process forked from there. Where that cannot show a
 change, in default values and in what runs at import, the survivors are tried again with the changed file imported afresh,
 by the tests of all that uses what was made then (mutant_made.py).
@@ -29,6 +29,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -102,18 +103,25 @@ def some_of(tests: list[str], most: int) -> list[str]:
 @cache
 def files_about(file: str) -> frozenset[str]:
     """The files of tests that are named as this file is, or import something from it."""
-    words = f"lcm_kit.{file.removesuffix('.py').replace('/', '.')} import "
+    folder, _, name = file.removesuffix(".py").replace("/", ".").rpartition(".")
+    imports = re.compile(
+        rf"from lcm_kit\.(?:{re.escape(folder)}\.{name} import |{re.escape(folder)} import .*\b{name}\b)"
+    )
     every = {test: test.read_text(encoding="utf-8") for folder in TESTS for test in (ROOT / folder).rglob("test_*.py")}
-    about = {test for test, text in every.items() if test.stem == f"test_{Path(file).stem}" or words in text}
+    about = {test for test, text in every.items() if test.stem == f"test_{name}" or imports.search(text)}
     return frozenset(test.relative_to(ROOT).as_posix() for test in about)
+
+
+def distance(test: str, file: str) -> int:
+    """0 for the file of tests that is named as this file is, 1 for another one that is about it, 2 for all others."""
+    return (Path(test).stem != f"test_{Path(file).stem}") + (test not in files_about(file))
 
 
 def callers_of(mutant: Mutant, tests: dict[str, list[str]], most: int, made: Made) -> list[str]:
     """The tests that call its function, [] if nothing does. Where it is called at import, those that use what was made
     there follow; where these are few, some that call others of its file, which may use what another test has kept."""
-    about = files_about(mutant.file)
     direct = tests.get(f"{mutant.file} {mutant.function}", [])
-    direct = sorted(direct, key=lambda name: name.split("::")[0] not in about)
+    direct = sorted(direct, key=lambda name: distance(name.split("::")[0], mutant.file))
     found = dict.fromkeys(some_of([name for name in direct if name != IMPORTED], most))
     if IMPORTED in direct:
         turns = itertools.zip_longest(*(tests.get(user, []) for user in made.users(mutant.file)))
@@ -129,13 +137,13 @@ def callers_of(mutant: Mutant, tests: dict[str, list[str]], most: int, made: Mad
 
 
 def files_on(mutant: Mutant, tests: dict[str, list[str]], made: Made) -> list[str]:
-    """The files of tests that are about what was made at import with a function: those of its users' tests that call the
-    fewest functions."""
+    """The files of tests that are about what was made at import with a function: of its users' tests those of files that are
+    about its module, then those that call the fewest functions."""
     called = Counter(name for names in tests.values() for name in names)
     calls: dict[str, list[int]] = {}
     for name in {name for user in made.users(mutant.file) for name in tests.get(user, [])} - {IMPORTED}:
         calls.setdefault(name.split("::")[0], []).append(called[name])
-    return sorted(calls, key=lambda file: (median(calls[file]), file))[:FILES]
+    return sorted(calls, key=lambda file: (distance(file, mutant.file), median(calls[file]), file))[:FILES]
 
 
 def outcomes(mutants: list[Mutant], paths: list[str], most: int) -> Iterable[tuple[Mutant, str]]:

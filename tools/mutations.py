@@ -46,6 +46,8 @@ UNSEEN = {
     "help",
     "metavar",
 }
+# What torch takes where nothing is said: to say it makes no difference.
+TORCHS = {("cat", "dim"): 0, ("stack", "dim"): 0, ("split", "dim"): 0, ("sort", "dim"): -1, ("kthvalue", "dim"): -1}
 ROUNDING = 1e-6  # 1 - 1e-9 is room for rounding, and 1 + 1e-9, or dividing by it, is as much of it
 
 
@@ -110,8 +112,15 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
         if isinstance(node.func, ast.Name) and node.func.id in NAMES:
             yield ast.Call(ast.Name(NAMES[node.func.id], ast.Load()), node.args, node.keywords)
         for index, keyword in enumerate(node.keywords):
-            if keyword.arg is not None and keyword.arg not in UNSEEN:
+            if keyword.arg is not None and keyword.arg not in UNSEEN and not _is_torchs(node.func, keyword):
                 yield ast.Call(node.func, node.args, node.keywords[:index] + node.keywords[index + 1 :])
+
+
+def _is_torchs(function: ast.expr, keyword: ast.keyword) -> bool:
+    """Whether the keyword says what torch takes anyway."""
+    name = function.attr if isinstance(function, ast.Attribute) else ""
+    default = TORCHS.get((name, keyword.arg or ""))
+    return default is not None and ast.unparse(keyword.value) == str(default)
 
 
 def _is_text(node: ast.AST) -> bool:

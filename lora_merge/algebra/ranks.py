@@ -50,7 +50,11 @@ def allocate(
                 f"{least} ({2 * least / 1e6:.1f} MB in float16). Allow at least that."
             )
         return _within(prospects, order, parameters)
-    reached = _keeps(prospects, keep) if keep is not None else _retains(prospects, retain or 1.0)
+    if retain is not None:
+        reached = _retains(prospects, retain)
+    else:
+        assert keep is not None
+        reached = _keeps(prospects, keep)
     low, high = 0, len(order)
     while low < high:
         middle = (low + high) // 2
@@ -69,7 +73,7 @@ def alike(prospects: Mapping[str, Prospect]) -> dict[str, Prospect]:
     whole = torch.stack([prospect.kept[1:, -1] for prospect in prospects.values()]).sum(0)
     result = {}
     for name, prospect in prospects.items():
-        shares = prospect.kept[1:].diff(dim=1) / whole.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+        shares = prospect.kept[1:].diff() / whole.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
         result[name] = replace(prospect, priority=shares.sum(0))
     return result
 

@@ -21,14 +21,17 @@ _making, _settling = threading.Lock(), threading.Lock()
 _this_thread = threading.local()
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
+def in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None
+) -> Generator[Result, None, None]:
     """work(item) for each item, in order; at most 2 * workers results wait, so that memory stays bounded.
 
-    Each worker uses one thread for its arithmetic, whatever `workers` is: thousands of small matrices are
+    workers: at least one is taken; None is torch.get_num_threads().
+    Each worker uses one thread for its arithmetic, however many there are: thousands of small matrices are
     slower with more (measured: ten times, under load), and sums come out the same bit for bit.
     What `work` raises is raised here, and nothing further is begun.
     """
-    workers = max(1, workers)
+    workers = max(1, torch.get_num_threads() if workers is None else workers)
     if _on_one_core(workers):
         for item in items:
             yield _quietly(work, item)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -22,10 +23,11 @@ from ..files.keys import BIAS_PARTS, WEIGHT_PARTS
 from ..files.lora import Lora
 from ..keywords import named
 from ..merging.align import fused_with_slices, unify
-from ..merging.report import fused_notes, notes_on
+from ..metadata.adapter_config import of_peft
 from ..naming import names
 from ..naming.blocks import place
 from ..naming.unet import infer_layout
+from ..one_module.fault import at_fault
 from ..updates.layer import LoraLayer, whole_factors
 from ..updates.unmade import made
 from .comparison import Comparison, Group, Input, Measure, Module, Pair, Part, cosine_variance, inside, overlap
@@ -61,22 +63,31 @@ def compare(
 
     def work(name: str) -> tuple[Module, Curve, Tensor]:
         where = place(name, layout)
+        block = f"{where.part} {where.block}".strip()
         try:
-            return _module(name, f"{where.part} {where.block}".strip(), loras, strengths, energy)
+            return _module(name, block, loras, strengths, energy)
         except OverflowError:
-            raise ValueError(f"{name}: the squares of its updates are beyond float64, so that none compares") from None
+            raise ValueError(_beyond(name, [lora for lora in loras if _has(lora, name)], energy)) from None
 
-    threads = torch.get_num_threads() if workers is None else max(1, workers)
     modules: list[Module] = []
     curve = Curve.empty(len(loras))
     products = torch.zeros(len(loras), len(loras), dtype=torch.float64)
-    for module, part, dots in in_order(work, wanted, threads):
+    for module, part, dots in in_order(work, wanted, workers):
         modules.append(module)
         curve = curve + part
         products += dots
         if progress is not None:
             progress(len(modules), len(wanted))
     return _together(loras, strengths, modules, curve, products, energy)
+
+
+def _beyond(name: str, loras: Sequence[Lora], energy: float) -> str:
+    # Each beside itself, since products of two are what is too large first.
+    alone = [(lora, partial(_module, name, "", [lora] * 2, [1.0] * 2, energy)) for lora in loras]
+    return (
+        f"{at_fault(name, alone)}: the squares of its updates are beyond float64, so that none compares. Leave the LoRA "
+        "out: no trained one is of that size."
+    )
 
 
 def _check(inputs: Sequence[tuple[Lora, float]], energy: float) -> None:
@@ -98,7 +109,6 @@ def _together(
     energy: float,
 ) -> Comparison:
     """The figures of blocks, of all modules together, and of each input."""
-    fused = fused_with_slices(loras)
     blocks = dict.fromkeys(sorted({module.block for module in modules}, key=_in_order))
     return Comparison(
         inputs=tuple(_facts(index, loras, modules, strength) for index, strength in enumerate(strengths)),
@@ -109,8 +119,7 @@ def _together(
         kept=tuple(map(tuple, curve.kept.tolist())),
         numbers=tuple(map(int, curve.numbers.tolist())),
         leading_energy=energy,
-        fused=len(fused),
-        notes=(*notes_on(loras), *fused_notes(fused, loras)),
+        fused=tuple(fused_with_slices(loras)),
     )
 
 
@@ -137,9 +146,7 @@ def _factors(lora: Lora, module: str) -> tuple[Tensor, Tensor, Tensor] | None:
             ups.append(up)
             downs.append(down)
             scales.append(torch.ones(up.shape[1]))
-    if len(ups) == 1:
-        return ups[0], downs[0], scales[0]
-    return (torch.cat(ups, dim=1), torch.cat(downs, dim=0), torch.cat(scales)) if ups else None
+    return (torch.cat(ups, dim=1), torch.cat(downs), torch.cat(scales)) if ups else None
 
 
 def _own(up: Tensor, down: Tensor, share: float) -> Own:
@@ -172,8 +179,8 @@ def _module(
     found = {index: pair for index, lora in enumerate(loras) if (pair := _factors(lora, name)) is not None}
     ups, downs = [up for up, _, _ in found.values()], [down for _, down, _ in found.values()]
     rows, columns, ranks = ups[0].shape[0], downs[0].shape[1], [up.shape[1] for up in ups]
-    up, down = (ups[0], downs[0]) if len(found) == 1 else (torch.cat(ups, dim=1), torch.cat(downs, dim=0))
-    r_up, r_down = torch.split(triangle(up), ranks, dim=1), torch.split(triangle(down.T), ranks, dim=1)
+    r_up = torch.split(triangle(torch.cat(ups, dim=1)), ranks, dim=1)
+    r_down = torch.split(triangle(torch.cat(downs).T), ranks, dim=1)
     owns = {
         index: _own(a * scales, b, share)
         for (index, (_, _, scales)), a, b in zip(found.items(), r_up, r_down, strict=True)
@@ -189,7 +196,7 @@ def _module(
     for i, j in combinations(owns, 2):
         dots[i, j] = dots[j, i] = (owns[i].core * owns[j].core).sum()
         if owns[i].energy > 0 and owns[j].energy > 0:
-            sign = math.copysign(1.0, strengths[i]) * math.copysign(1.0, strengths[j])
+            sign = math.copysign(1.0, strengths[i] * strengths[j])
             pairs.append(_pair((i, j), owns[i], owns[j], sign * float(dots[i, j]), (rows, columns)))
 
     is_dense = any((name, part) in lora.diffs for lora in loras for part in WEIGHT_PARTS)
@@ -298,6 +305,8 @@ def _facts(index: int, loras: Sequence[Lora], modules: Sequence[Module], strengt
         biases=sum(part in BIAS_PARTS for _, part in lora.diffs),
         carried=tuple(sorted(Counter(update.kind for update in lora.carried.values()).items())),
         values=lora.parameters,
+        unread=lora.keys.unread,
+        peft=of_peft(lora.metadata),
     )
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from ..files.twice import Pair as Fused
+from ..metadata.adapter_config import OfPeft
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ class Group:
 class Input:
     """settings: (kind, rank, alpha, scale, number of modules), the commonest first.   biases: differences of biases,
     carried: (kind, number) of updates that depend on the weight; neither is compared.   values: numbers in the file.
+    unread: keys of its file that have no effect in ComfyUI.   peft: what is known of how PEFT made it.
     """
 
     source: str
@@ -174,6 +178,8 @@ class Input:
     biases: int
     carried: tuple[tuple[str, int], ...]
     values: int
+    unread: tuple[str, ...] = ()
+    peft: OfPeft = field(default_factory=OfPeft)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +188,7 @@ class Comparison:
 
     kept: [0][r] energy of the weighted sum inside the first r singular directions of each module, [1 + i][r] that of
     input i; the last entries are the whole.   numbers: values in the file of a merge that is cut to rank r.
-    fused: number of weights that two inputs change under two names, one of them a slice's, which are not compared.
-    notes: what the user should know about the inputs, in sentences.
+    fused: modules of two inputs, by their numbers, of which one is a slice of the other's weight and which are not compared.
     """
 
     inputs: tuple[Input, ...]
@@ -194,8 +199,7 @@ class Comparison:
     kept: tuple[tuple[float, ...], ...]
     numbers: tuple[int, ...]
     leading_energy: float
-    fused: int = 0
-    notes: tuple[str, ...] = ()
+    fused: tuple[Fused, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:

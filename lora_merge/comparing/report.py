@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 
+from ..merging.report import fused_notes, notes_on
 from .comparison import Comparison, Group, Measure, Module, Pair, Part
 from .verdict import answer, relation
 
@@ -26,9 +27,15 @@ def as_text(comparison: Comparison, rank: int = 0) -> str:
         _pairs(comparison),
         _blocks(comparison),
         _cuts(comparison, rank),
-        [f"Note: {note}." for note in comparison.notes],
+        [f"Note: {note}." for note in _notes(comparison)],
     ]
     return "\n\n".join("\n".join(section) for section in sections if section)
+
+
+def _notes(c: Comparison) -> list[str]:
+    """What the user should know about the inputs."""
+    inputs = [(one.source, one.unread, one.peft) for one in c.inputs]
+    return notes_on(inputs) + fused_notes(c.fused, [one.source for one in c.inputs])
 
 
 def _inputs(c: Comparison) -> list[str]:
@@ -166,7 +173,7 @@ def as_json(comparison: Comparison, rank: int = 0) -> str:
         {
             "version": 1,
             "answer": answer(c),
-            "notes": list(c.notes),
+            "notes": _notes(c),
             "leading_energy": c.leading_energy,
             "rank": rank or None,
             "inputs": [

@@ -87,7 +87,7 @@ def _keep() -> None:
     # Another server may have written meanwhile.
     whole = _kept(_kept_in) | {key: digest for key, digest in _digests.items() if now - key[2] > _SETTLED}
     entries = [[*key, digest] for key, digest in list(whole.items())[-_MANY:]]
-    text = json.dumps({"files": entries}, ensure_ascii=True, indent=0)
+    text = json.dumps({"files": entries})
     with suppress(OSError, ValueError):
         _kept_in.parent.mkdir(parents=True, exist_ok=True)
         write_whole(_kept_in, lambda file: file.write(text.encode()), lambda _: None)

@@ -47,6 +47,8 @@ _QUANTISED = re.compile(
 )
 # Under this name newer files keep the formats of their weights in the header.
 _QUANTISED_NOTE = "_quantization_metadata"
+# First and last share of the rows.
+_WHOLE = (0.0, 1.0)
 # Two models of one family share nearly all keys; a few come and go with training extras.
 _FAMILY = 0.9
 # By what a model that was distilled with guidance is told how much, which its base has not: of LCMs, of Flux and its kin.
@@ -127,9 +129,11 @@ class Pairs:
             for key, in_tuned, in_base in self._pairs:
                 a, b = tuned.tensor(in_tuned), base.tensor(in_base)
                 for name, rows in named_rows(key, self._prefix):
-                    start, end = (round(len(a) * share) for share in rows) if a.ndim else (0, 0)
-                    whole = a.ndim == 0 or (start, end) == (0, len(a))
-                    yield (name, a, b) if whole else (name, a[start:end], b[start:end])
+                    if rows == _WHOLE or not a.ndim:
+                        yield name, a, b
+                    else:
+                        start, end = (round(len(a) * share) for share in rows)
+                        yield name, a[start:end], b[start:end]
 
 
 def is_told_guidance(key: str) -> bool:
@@ -173,12 +177,11 @@ def named_rows(key: str, prefix: str) -> list[tuple[str, tuple[float, float]]]:
 
     prefix: of names that have none in the file, see `prefix_of`.
     """
-    whole = (0.0, 1.0)
     if match := _CLIP.fullmatch(key):
         module, _, part = match[3].rpartition(".")
         prefix = _encoder(match[1]) if match[1] else f"lora_te{match[2] or ''}"
         return [
-            (f"{prefix}_{module.replace('.', '_')}.{part}" if _OURS.fullmatch(match[3]) else f"{key}{NAMELESS}", whole)
+            (f"{prefix}_{module.replace('.', '_')}.{part}" if _OURS.fullmatch(match[3]) else f"{key}{NAMELESS}", _WHOLE)
         ]
     if match := _OPEN_CLIP.fullmatch(key):
         prefix = f"{_encoder(match[1])}_text_model_encoder_layers_{match[2]}"
@@ -186,15 +189,15 @@ def named_rows(key: str, prefix: str) -> list[tuple[str, tuple[float, float]]]:
             part = match[3].rpartition("_")[2]
             return [(f"{prefix}_self_attn_{x}_proj.{part}", (n / 3, (n + 1) / 3)) for n, x in enumerate("qkv")]
         module, _, part = match[3].rpartition(".")
-        return [(f"{prefix}_{_OF_OPEN_CLIP[module]}.{part}" if module in _OF_OPEN_CLIP else f"{key}{NAMELESS}", whole)]
+        return [(f"{prefix}_{_OF_OPEN_CLIP[module]}.{part}" if module in _OF_OPEN_CLIP else f"{key}{NAMELESS}", _WHOLE)]
     if key.startswith(_ENCODERS):
-        return [(f"{key}{NAMELESS}", whole)]
+        return [(f"{key}{NAMELESS}", _WHOLE)]
     name = f"diffusion_model.{key.removeprefix(_MODEL)}" if key.startswith(_MODEL) else key
     module, _, part = name.rpartition(".")
     spelled = names.kohya_name(module)
     if prefix and spelled == module:
         spelled = prefix + module
-    return [(f"{spelled}.{part}", whole)]
+    return [(f"{spelled}.{part}", _WHOLE)]
 
 
 def _encoder(number: str | None) -> str:

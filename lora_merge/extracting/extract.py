@@ -118,7 +118,7 @@ class _Found:
 
     def _add_vector(self, name: str, tuned: Tensor, base: Tensor) -> None:
         diff = (tuned.double() - base.double()).to("cpu", self.dtype)
-        _check(name, diff)
+        _check(name, diff, tuned, base)
         module, _, part = name.rpartition(".")
         self.diffs[module, "diff_b" if part == "bias" else "w_norm"] = diff
 
@@ -172,7 +172,7 @@ def _best(
     diff = tuned.to(where, torch.float64, copy=True).flatten(1)
     size = float(torch.linalg.vector_norm(diff)) / math.sqrt(diff.numel())
     diff -= base.to(where).flatten(1)
-    _check(name, diff)
+    _check(name, diff, tuned, base)
     # What rounding the weights to float32 alone makes: entries of size eps * weight, in a random matrix.
     noise = torch.finfo(torch.float32).eps * size * (math.sqrt(diff.shape[0]) + math.sqrt(diff.shape[1]))
     tall = diff.shape[0] > diff.shape[1]
@@ -198,11 +198,16 @@ def _energy(matrix: Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
 
 
-def _check(name: str, diff: Tensor) -> None:
-    if not is_finite(diff):
+def _check(name: str, diff: Tensor, tuned: Tensor, base: Tensor) -> None:
+    if is_finite(diff):
+        return
+    if whose := " and of ".join(
+        whose for whose, weight in (("the tuned model", tuned), ("the base", base)) if not is_finite(weight)
+    ):
         raise ValueError(
-            f"{name}: its weights are not all finite numbers. Load the models again, in float32 if need be."
+            f"{name}: the weights of {whose} are not all finite numbers. Load the models again, in float32 if need be."
         )
+    raise ValueError(f"{name}: the two models differ by more than the dtype of the result can hold. Take float32.")
 
 
 def _as_norms(diffs: dict[tuple[str, str], Tensor]) -> None:

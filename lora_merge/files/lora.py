@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -151,7 +151,10 @@ class Lora:
             kind = self.carried[module].kind
             raise ValueError(f"{self.source}: {module} is {kind}, whose update depends on the weight it changes")
         if module in self.modules:
-            return self.modules[module].delta()
+            try:
+                return self.modules[module].delta()
+            except ValueError as error:
+                raise ValueError(f"{self.source}: {self.spellings[module]}: {error}") from None
         for part in WEIGHT_PARTS:
             if (module, part) in self.diffs:
                 return self.diffs[module, part].detach().to(torch.float32, copy=True)
@@ -174,11 +177,7 @@ class Lora:
         too small for it all the same.
         Raises ValueError for what the format cannot name or hold, and for values the dtype cannot hold.
         """
-        pieces = self.pieces(dtype, format=format, copy=copy)
-        unmade = {key: piece for key, piece in pieces.items() if isinstance(piece, Unmade)}
-        with closing(in_order(Unmade.made, unmade.values(), torch.get_num_threads())) as results:
-            made = dict(zip(unmade, results, strict=True))
-        return {key: piece if isinstance(piece, Tensor) else made[key] for key, piece in pieces.items()}
+        return in_memory(self.pieces(dtype, format=format, copy=copy))
 
     def pieces(self, dtype: torch.dtype | None = None, *, format: Format = "kohya", copy: bool = True) -> Pieces:
         """`to_state_dict`, where the factors of a sum (updates/side_by_side.py) are unmade: they are finite, and whoever
@@ -264,6 +263,16 @@ class Lora:
         return {module: name for module, name in spelled.items() if name is not None}
 
 
+def in_memory(
+    pieces: Mapping[str, Tensor | Unmade], make: Callable[[Unmade], Tensor] = Unmade.made
+) -> dict[str, Tensor]:
+    """Pieces with all that is unmade made, in several threads."""
+    unmade = {key: piece for key, piece in pieces.items() if isinstance(piece, Unmade)}
+    with closing(in_order(make, unmade.values())) as results:
+        made = dict(zip(unmade, results, strict=True))
+    return {key: piece if isinstance(piece, Tensor) else made[key] for key, piece in pieces.items()}
+
+
 def too_small(errors: Mapping[str, float], dtype: torch.dtype | None) -> str:
     """What to say of modules whose update a dtype does not hold. errors: module -> relative error, 1 for all of it."""
     worst = max(errors, key=lambda name: errors[name])
@@ -296,8 +305,8 @@ def _without_scale(layer: Layer) -> LoraLayer:
         return layer
     up, down = layer.factors()
     kernel = (1 for _ in layer.kernel)
-    if layer.scale and math.frexp(layer.scale)[0] in (0.5, -0.5):  # a power of two: exact in one factor
+    if abs(math.frexp(layer.scale)[0]) == 0.5:  # a power of two: exact in one factor
         return LoraLayer((up * layer.scale).reshape(*up.shape, *kernel), down.reshape(-1, *layer.shape[1:]))
     half = abs(layer.scale) ** 0.5
-    up = (up * (half if layer.scale >= 0 else -half)).reshape(*up.shape, *kernel)
+    up = (up * math.copysign(half, layer.scale)).reshape(*up.shape, *kernel)
     return LoraLayer(up, (down * half).reshape(-1, *layer.shape[1:]))

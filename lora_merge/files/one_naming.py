@@ -77,7 +77,7 @@ def _behind_one_prefix(loras: Sequence[Lora]) -> list[Lora] | None:
             spellings.setdefault(name, []).append(lora.spellings[module])
         news.append(new)
     # What one spelling alone names stays as it came.
-    every = [module for new in news for module in new]
+    every = {module: shape for lora in loras for module, shape in model_shapes(lora).items()}
     shared = one_for_all(every, {name: given for name, given in spellings.items() if len(set(given)) > 1})
     if shared is None:
         return None

@@ -96,11 +96,10 @@ def _sharing_a_site(updates: Iterable[Named]) -> Iterator[Pair]:
             # A bias is the update beside a weight's, or a parameter of its own name.
             by_site.setdefault(f"{site}_bias" if one.is_bias else site, []).append(one)
     for those in by_site.values():
-        if len(those) > 1:
-            for first, second in combinations(those, 2):
-                other = (first.canonical, first.is_bias) != (second.canonical, second.is_bias)
-                if other and _may_meet(first.shape, second.shape):
-                    yield first, second
+        for first, second in combinations(those, 2):
+            other = (first.canonical, first.is_bias) != (second.canonical, second.is_bias)
+            if other and _may_meet(first.shape, second.shape):
+                yield first, second
 
 
 def _sites_of(updates: Sequence[Named]) -> Callable[[Named], Iterable[str]]:

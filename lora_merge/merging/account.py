@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 from ..disk.hashes import stated
+from ..files.twice import Pair
+from ..metadata.adapter_config import OfPeft, of_peft
+from ..metadata.inherit import Note
 from ..one_module.tally import Tally
 from ..settings.options import MergeOptions
 from .by_target import ModelNames
@@ -32,6 +35,7 @@ class Source:
     protected: the others stepped aside for it.   block_strengths: what was asked for, "" for none.
     sha256: of its file, None where there is no file or nobody said.   weights: sha256 of all behind its file's header, as
         the file states it, None where it does not.
+    unread: keys of its file that have no effect in ComfyUI.   peft: what is known of how PEFT made it.
     """
 
     name: str
@@ -51,16 +55,22 @@ class Source:
     block_strengths: str = ""
     sha256: str | None = None
     weights: str | None = None
+    unread: tuple[str, ...] = ()
+    peft: OfPeft = field(default_factory=OfPeft)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """What a merge did.
+    """What a merge did, in numbers and names; report.py says it in sentences.
 
     relative_error: of the cut, all updates together, Frobenius norm against what the method made; 0 for an exact merge.
     options: all that was asked for, defaults filled in.   ranks: smallest, median and largest rank of the result.
-    warnings: what the user should know, in sentences.   rebalanced: modules whose factors were balanced for float16.
+    rebalanced: modules whose factors were balanced for float16.
     model: what a connected model said of the inputs' names, where these do not tell by themselves.
+    notes: what of the inputs' metadata is not kept as it was.
+    fused: modules of two inputs, by their numbers, of which one is a slice of the other's weight and which never met.
+    protects_nobody: whether someone was to be protected, and none of the inputs is such a LoRA.
+    too_small: module -> relative error of its update, where the result's dtype has no numbers small enough for it.
     """
 
     sources: tuple[Source, ...]
@@ -71,9 +81,12 @@ class Account:
     relative_error: float
     options: MergeOptions = field(default_factory=MergeOptions)
     ranks: tuple[int, float, int] | None = None
-    warnings: tuple[str, ...] = ()
     rebalanced: int = 0
     model: ModelNames | None = None
+    notes: tuple[Note, ...] = ()
+    fused: tuple[Pair, ...] = ()
+    protects_nobody: bool = False
+    too_small: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 def account_of(plan: Plan, tally: Tally, sha256: Sequence[str | None]) -> Account:
@@ -92,6 +105,10 @@ def account_of(plan: Plan, tally: Tally, sha256: Sequence[str | None]) -> Accoun
         ranks=(min(tally.ranks), median(tally.ranks), max(tally.ranks)) if tally.ranks else None,
         rebalanced=tally.rebalanced,
         model=plan.model,
+        notes=tuple(plan.notes),
+        fused=tuple(plan.fused),
+        protects_nobody=plan.protects_nobody,
+        too_small=dict(tally.too_small),
     )
 
 
@@ -119,6 +136,8 @@ def _source(plan: Plan, tally: Tally, index: int, effect: float | None, sha256: 
         block_strengths=blocks.text if blocks else "",
         sha256=sha256,
         weights=stated(lora.metadata),
+        unread=lora.keys.unread,
+        peft=of_peft(lora.metadata),
     )
 
 

@@ -58,7 +58,8 @@ def numbers_within(
     numbers = sum(whole.values()) + sum(diff.numel() for diff in biases.values())
     numbers += sum(update.parameters for update in passed.values())
     if not whole and not passed and not biases:
-        header = max(header, _header_of_diffusers(written, spellings))
+        dotted = _names_of_diffusers(written, spellings)
+        header = max(header, sum(2 * (len(name) + _FACTOR) + 3 * len(name) + _CONFIGURED for name in dotted))
     left = options.max_mb * 1e6 - header - sources - notes - _NOTES - size * numbers
     if left <= 0:
         raise ValueError(
@@ -68,10 +69,8 @@ def numbers_within(
     return int(left / size)
 
 
-def _header_of_diffusers(modules: Sequence[str], spellings: Mapping[str, str]) -> int:
-    """Bytes of header and configuration at most, 0 where a module has no name in that format."""
+def _names_of_diffusers(modules: Sequence[str], spellings: Mapping[str, str]) -> list[str]:
+    """Of all modules, none where one has no name in that format."""
     layout = infer_layout(names.unet_bodies(spellings.values()))
     dotted = [name for module in modules if (name := names.dotted(spellings[module], layout)) is not None]
-    if len(dotted) < len(modules):
-        return 0
-    return sum(2 * (len(name) + _FACTOR) + 3 * len(name) + _CONFIGURED for name in dotted)
+    return dotted if len(dotted) == len(modules) else []

@@ -10,7 +10,6 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from ..algebra.precision import cast_part, rounding
 from ..algebra.ranks import alike
 from ..algebra.threads import in_order
 from ..files.keys import WEIGHT_PARTS
@@ -36,10 +35,10 @@ class Computed:
     tally: Tally
 
 
-def compute(plan: Plan, *, threads: int, device: torch.device, progress: Progress | None = None) -> Computed:
-    """What the plan makes of every module, on the CPU, the same for any number of threads."""
+def compute(plan: Plan, *, threads: int | None, device: torch.device, progress: Progress | None = None) -> Computed:
+    """What the plan makes of every module, on the CPU, the same for any number of threads (algebra/threads.py)."""
     steps = _Steps(progress, len(plan.modules))
-    merger = ModuleMerger(plan.loras, plan.strengths, plan.options, plan.whole, device)
+    merger = ModuleMerger(plan.loras, plan.strengths, plan.options, plan.whole, device, plan.drawn_by)
     tally = Tally(len(plan.loras))
     biases = _biases(plan, tally)
     ranks = _allocated(plan, merger, biases, threads, steps)
@@ -64,11 +63,10 @@ def compute(plan: Plan, *, threads: int, device: torch.device, progress: Progres
 def _biases(plan: Plan, tally: Tally) -> Diffs:
     """Sums of all bias differences in the result's dtype; what rounding costs them goes to the tally."""
     norms = {module for module in plan.whole if module not in plan.passthrough.updates and _is_norm(plan.loras, module)}
-    sums = bias_sums(plan.loras, plan.strengths, norms)
-    biases = {key: cast_part(diff, plan.options.out_dtype, copy=False) for key, diff in sums.items()}
-    for key, diff in biases.items():
-        tally.add_rounding(key[0], rounding(sums[key], diff))
-    return biases
+    sums = bias_sums(plan.loras, plan.strengths, norms, plan.options.out_dtype)
+    for (module, _), (_, error) in sums.items():
+        tally.add_rounding(module, error)
+    return {key: diff for key, (diff, _) in sums.items()}
 
 
 def _is_norm(loras: Sequence[Lora], module: str) -> bool:
@@ -77,7 +75,7 @@ def _is_norm(loras: Sequence[Lora], module: str) -> bool:
     return parts == {"w_norm"} and not any(module in lora.modules for lora in loras)
 
 
-def _allocated(plan: Plan, merger: ModuleMerger, biases: Diffs, threads: int, steps: _Steps) -> dict[str, int]:
+def _allocated(plan: Plan, merger: ModuleMerger, biases: Diffs, threads: int | None, steps: _Steps) -> dict[str, int]:
     """The first of two passes, where ranks are shared out: by what each would keep. Of the directions that it finds only
     what has the size of the ranks is kept for the second, a fifth of the inputs in float32 for an LCM-LoRA and a style."""
     options = plan.options

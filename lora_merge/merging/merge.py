@@ -162,8 +162,7 @@ def merge_with_account(
         out_dtype=out_dtype,
     )
     planned = plan(inputs, options, block_strengths, metadata, model)
-    threads = torch.get_num_threads() if workers is None else max(1, workers)
-    computed = compute(planned, threads=threads, device=torch.device(device), progress=progress)
+    computed = compute(planned, threads=workers, device=torch.device(device), progress=progress)
     return outcome(planned, computed, list(sha256() if callable(sha256) else sha256))
 
 

@@ -13,14 +13,12 @@ from .account import Account, account_of
 from .compute import Computed
 from .plan import Plan
 from .provenance import to_json
-from .report import warnings_of
 
 
 def outcome(plan: Plan, computed: Computed, sha256: Sequence[str | None] = ()) -> tuple[Lora, Account]:
     """(merged LoRA, with its provenance in the metadata; account). sha256: of the inputs' files, as many as are known."""
     digests = [*sha256, *[None] * (len(plan.loras) - len(sha256))]
     account = account_of(plan, computed.tally, digests)
-    account = replace(account, warnings=warnings_of(account, plan, computed.tally))
     notes = {
         **plan.metadata,
         PROVENANCE_KEY: to_json(account),

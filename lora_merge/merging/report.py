@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 
 import torch
@@ -11,13 +11,12 @@ import torch
 from ..files.keys import unread_text
 from ..files.lora import Lora, too_small
 from ..files.twice import Pair, pairs_text
+from ..metadata.adapter_config import OfPeft, of_peft
 from ..metadata.report import in_words, peft_remarks, shown
 from ..methods.table import METHODS, Parameter
-from ..one_module.tally import Tally
 from ..settings.options import MergeOptions
 from ..updates.layer import Layer, LoraLayer
 from .account import Account, Source
-from .plan import Plan
 from .provenance import recipe_of
 
 _INPUTS = 50
@@ -47,7 +46,7 @@ def describe(lora: Lora) -> str:
         lines.append(f"  weight and bias differences: {len(lora.diffs)}")
     if lora.keys.unread:
         lines.append(f"  without effect in ComfyUI: {unread_text(lora.keys.unread)}")
-    lines += [f"  note: {remark}" for remark in peft_remarks(lora.metadata)]
+    lines += [f"  note: {remark}" for remark in peft_remarks(of_peft(lora.metadata))]
     lines.append(f"  size: {size_text(lora, torch.float16)} in float16")
     return "\n".join(lines)
 
@@ -67,7 +66,7 @@ def describe_merge(account: Account, merged: Lora) -> str:
         lines.append("Note: the inputs share no module. They may be made for different base models.")
     if any(source.strength == 0 for source in account.sources):
         lines.append("Note: an input of strength 0 adds nothing.")
-    lines += [f"Warning: {warning}." if warning[-1] != "." else f"Warning: {warning}" for warning in account.warnings]
+    lines += [f"Warning: {one}." if one[-1] != "." else f"Warning: {one}" for one in warnings_of(account)]
     return "\n".join(lines)
 
 
@@ -140,20 +139,15 @@ def _method_lines(account: Account) -> list[str]:
     if account.options.the_method.averages:
         total = sum(source.strength for source in account.sources)
         lines.append(f"The mean of the LoRAs: each strength is a weight, divided by their sum, {total:g}.")
-    if account.options.mu and account.options.protect is not None:
+    protected = account.options.protect
+    if account.options.mu and isinstance(protected, int):
         left = [
             f"{source.name} keeps {100 * source.stepped_aside:.1f} % of its energy there"
             for source in account.sources
             if not source.protected
         ]
-        lines.append(
-            f"Made room for {account.sources[_number(account)].name}, mu {account.options.mu:g}: {', '.join(left)}."
-        )
+        lines.append(f"Made room for {account.sources[protected].name}, mu {account.options.mu:g}: {', '.join(left)}.")
     return lines
-
-
-def _number(account: Account) -> int:
-    return account.options.protect if isinstance(account.options.protect, int) else 0
 
 
 def _cut_lines(account: Account) -> list[str]:
@@ -211,37 +205,38 @@ def _span(low: float, high: float) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def warnings_of(account: Account, plan: Plan, tally: Tally) -> tuple[str, ...]:
+def warnings_of(account: Account) -> tuple[str, ...]:
     """What a user should know of a merge besides its numbers: of the inputs first, then of what became of them."""
-    options = account.options
+    options, sources = account.options, account.sources
     return (
-        *map(in_words, plan.notes),
-        *notes_on(plan.loras),
-        *fused_notes(plan.fused, plan.loras),
-        *([_NOBODY] if plan.protects_nobody else []),
-        *([too_small(tally.too_small, options.out_dtype)] if tally.too_small else []),
+        *map(in_words, account.notes),
+        *notes_on((source.name, source.unread, source.peft) for source in sources),
+        *fused_notes(account.fused, [source.name for source in sources]),
+        *([_NOBODY] if account.protects_nobody else []),
+        *([too_small(account.too_small, options.out_dtype)] if account.too_small else []),
         *_idle(options),
-        *_scaled_protection(account.sources, options),
-        *_lost(account.sources, options),
+        *_scaled_protection(sources, options),
+        *_lost(sources, options),
     )
 
 
-def fused_notes(pairs: Sequence[Pair], loras: Sequence[Lora]) -> list[str]:
-    """What to say about them where modules that meet are looked at together; nothing without pairs."""
+def fused_notes(pairs: Sequence[Pair], names: Sequence[str]) -> list[str]:
+    """What to say about them where modules that meet are looked at together; nothing without pairs. names: of the inputs."""
     if not pairs:
         return []
-    shown = pairs_text(pairs, [lora.source for lora in loras])
+    shown = pairs_text(pairs, names)
     return [f"a weight as a whole and a slice of it do not meet here, each goes its own way: {shown}"]
 
 
-def notes_on(loras: Sequence[Lora]) -> list[str]:
-    """Sentences about the inputs for a report: what of them has no effect, and what is known of how they were made."""
-    unread = [
-        f"{lora.source} holds what has no effect in ComfyUI and is left out: {unread_text(lora.keys.unread)}"
-        for lora in loras
-        if lora.keys.unread
+def notes_on(inputs: Iterable[tuple[str, Sequence[str], OfPeft]]) -> list[str]:
+    """Sentences about the inputs for a report, each (name, keys without effect, how PEFT made it)."""
+    inputs = list(inputs)
+    idle = [
+        f"{name} holds what has no effect in ComfyUI and is left out: {unread_text(unread)}"
+        for name, unread, _ in inputs
+        if unread
     ]
-    return unread + [f"{lora.source}: {remark}" for lora in loras for remark in peft_remarks(lora.metadata)]
+    return idle + [f"{name}: {remark}" for name, _, peft in inputs for remark in peft_remarks(peft)]
 
 
 def _scaled_protection(sources: Sequence[Source], options: MergeOptions) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def reproduce(
         workers=workers,
         progress=progress,
         model=recipe.model,
-        **vars(replace(recipe.options, out_dtype=recipe.options.out_dtype or dtype)),
+        **vars(recipe.options),
     )
     state = _as_written(made, dtype, tensors)
     if state.keys() != tensors.keys():

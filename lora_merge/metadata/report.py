@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from .about import most_frequent_tags, trigger_words, unreadable
-from .adapter_config import CONFIG_KEY
+from .adapter_config import Misfit, OfPeft
 from .inherit import Cut, Licences, Note, TooLong, Unreadable
 from .tags import KEY as TAGS_KEY
 
@@ -23,8 +22,6 @@ _FIELDS = (
 )
 _SHOWN = 200
 _CONFIG = "adapter_config.json"
-# Ways of PEFT to begin a training that take something out of the base model first.
-_CHANGES_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga|milora", re.I)
 
 
 def describe_metadata(metadata: Mapping[str, str]) -> list[str]:
@@ -64,28 +61,34 @@ def in_words(note: Note) -> str:
             return f"of {note.tags} tags in {TAGS_KEY} the {note.kept} most frequent are kept, since the others are too many"
 
 
-def peft_remarks(metadata: Mapping[str, str]) -> list[str]:
-    """Sentences for the report about a LoRA with this metadata."""
+def peft_remarks(known: OfPeft) -> list[str]:
+    """Sentences for the report about a LoRA that PEFT made."""
     found = []
-    config = metadata.get(CONFIG_KEY)
-    if config == "used":
+    if known.config == "used":
         found.append(f"its scale is that of {_CONFIG} beside it")
-    elif config:
+    elif known.config is not None:
         found.append(
-            f"{_CONFIG} beside it was not used: {config}. If it is its own, name the file adapter_model.safetensors"
+            f"{_CONFIG} beside it was not used: {_misfit(known.config)}. If it is its own, name the file adapter_model.safetensors"
         )
-    start = metadata.get("init_lora_weights", "")
-    if _CHANGES_BASE.fullmatch(start):
+    if known.changed_base:
         found.append(
-            f"it was trained with init_lora_weights {start[:40]!r}, which changes the base model too: on the original base "
+            f"it was trained with init_lora_weights {known.changed_base[:40]!r}, which changes the base model too: on the original base "
             "it is wrong. Use the changed base, or convert it with PEFT (path_initial_model_for_weight_conversion)"
         )
-    if metadata.get("use_dora", "").lower() == "true":
+    if known.dora:
         found.append(
             "its DoRA was trained by PEFT, which divides by the norm of the tuned weight; ComfyUI divides by that of the "
             "base weight, so its effect is not quite the trained one"
         )
     return found
+
+
+def _misfit(why: Misfit) -> str:
+    if not why.module:
+        return "it is not JSON"
+    if why.rank is None:
+        return f"it does not name {why.module}"
+    return f"it says rank {why.said}, but {why.module} has {why.rank}"
 
 
 def shown(text: str, most: int = _SHOWN) -> str:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..algebra.sums import dense_sum
+from ..algebra.precision import cast, cast_part, rounding
+from ..algebra.sums import dense_sum, weighted_sum
 from ..files.keys import BIAS_PARTS, WEIGHT_PARTS
 from ..files.lora import Lora
 from ..settings.strengths import Strengths
 from ..updates.layer import Term
+from .fault import Attempt, in_words
 
 Diffs = dict[tuple[str, str], Tensor]
 
@@ -49,22 +54,53 @@ def weight_sum(module: str, loras: Sequence[Lora], strengths: Sequence[float]) -
     return part, dense_sum(low_rank, [diff for terms in found.values() for diff in terms.dense])
 
 
-def bias_sums(loras: Sequence[Lora], strengths: Strengths, norms: Collection[str]) -> Diffs:
-    """Sums of all bias differences, in every method. norms: modules with a w_norm in the result.
+def sums_of_one(
+    module: str, loras: Sequence[Lora], strengths: Sequence[float], dtype: torch.dtype | None
+) -> list[Attempt]:
+    """For each LoRA that changes the weight by more than nothing: strength times all its updates of it, in the dtype."""
+
+    def attempt(terms: WeightTerms) -> Callable[[], object]:
+        if terms.dense:
+            return partial(_sum_in, terms.low_rank, terms.dense, dtype)
+        return lambda: cast(weighted_sum(terms.low_rank), dtype or torch.float32)
+
+    found = weight_terms(module, loras, strengths)[1]
+    return [(loras[index], attempt(terms)) for index, terms in found.items() if strengths[index]]
+
+
+def bias_sums(
+    loras: Sequence[Lora], strengths: Strengths, norms: Collection[str], dtype: torch.dtype | None
+) -> dict[tuple[str, str], tuple[Tensor, float]]:
+    """(sum in the dtype, relative error of rounding it) of all bias differences, in every method.
+
+    norms: modules with a w_norm in the result.   dtype: None for float32.
 
     Beside a w_norm a sum of b_norms stays a b_norm; elsewhere ComfyUI reads no b_norm, and diff_b means the same.
     """
-    found: dict[str, list[tuple[str, tuple[Tensor, float]]]] = {}
+    found: dict[str, list[_Bias]] = {}
     for index, lora in enumerate(loras):
         for (module, part), diff in lora.diffs.items():
             if part in BIAS_PARTS:
-                found.setdefault(module, []).append((part, (diff, strengths.at(module)[index])))
-    result: Diffs = {}
-    for module, terms in found.items():
-        is_norm = module in norms and all(part == "b_norm" for part, _ in terms)
-        try:
-            total = dense_sum([], [term for _, term in terms])
-        except ValueError as error:
-            raise ValueError(f"{module}, its bias: {error}") from None
-        result[module, "b_norm" if is_norm else "diff_b"] = total
+                found.setdefault(module, []).append(_Bias(lora, part, (diff, strengths.at(module)[index])))
+    result = {}
+    for module, biases in found.items():
+        is_norm = module in norms and all(bias.part == "b_norm" for bias in biases)
+        with in_words(module, partial(_biases_of_one, biases, dtype), ", its bias"):
+            total = dense_sum([], [bias.term for bias in biases])
+            rounded = cast_part(total, dtype, copy=False)
+        result[module, "b_norm" if is_norm else "diff_b"] = rounded, rounding(total, rounded)
     return result
+
+
+def _sum_in(terms: Sequence[Term], diffs: Sequence[tuple[Tensor, float]], dtype: torch.dtype | None) -> Tensor:
+    return cast_part(dense_sum(terms, diffs), dtype, copy=False)
+
+
+class _Bias(NamedTuple):
+    lora: Lora
+    part: str
+    term: tuple[Tensor, float]
+
+
+def _biases_of_one(biases: Sequence[_Bias], dtype: torch.dtype | None) -> list[Attempt]:
+    return [(bias.lora, partial(_sum_in, [], [bias.term], dtype)) for bias in biases if bias.term[1]]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ from ..methods.table import Situation
 from ..settings.options import MergeOptions
 from ..settings.strengths import Strengths
 from ..updates.layer import Layer, LoraLayer, Term, exponent, largest
-from .differences import weight_sum, weight_terms
+from .differences import sums_of_one, weight_sum, weight_terms
+from .fault import in_words
 from .protect import dense_stepping_aside, stepping_aside
 from .tally import Finished
 from .unshared import smaller_whole, uncut, unshared
@@ -45,6 +47,7 @@ class ModuleMerger:
 
     loras: with canonical names that agree.   options: checked, `protect` a number or None.
     dense_modules: those that an input changes by a whole-weight difference.   device: where to compute.
+    drawn_by: module -> the name that draws for it are of; its own where there is none.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class ModuleMerger:
         options: MergeOptions,
         dense_modules: Mapping[str, None],
         device: torch.device,
+        drawn_by: Mapping[str, str] = MappingProxyType({}),
     ):
         self.loras = loras
         self.strengths = strengths
@@ -62,11 +66,12 @@ class ModuleMerger:
         self.values = options.values
         self.dense_modules = dense_modules
         self.device = device
+        self.drawn_by = drawn_by
         self.known: dict[str, Known] = {}
 
     def prospect(self, module: str) -> Prospect:
         """What each rank of the module would keep, of all inputs: 0 of those that do not have the module."""
-        with _in_words(module):
+        with self._in_words(module):
             owners, terms, _, power = self._terms(module)
             all_found = self._directions(module, owners, terms)[0]
             if self.method.combine is None and (known := all_found.known()) is not None:
@@ -79,7 +84,7 @@ class ModuleMerger:
 
     def finish(self, module: str, rank: int) -> Finished:
         """The module of the result, in the result's dtype. rank: the largest that it may have, 0 for any."""
-        with _in_words(module):
+        with self._in_words(module):
             done = self._dense(module) if module in self.dense_modules else self._low_rank(module, rank)
             dtype = self.options.out_dtype
             if done.layer is not None:
@@ -94,6 +99,11 @@ class ModuleMerger:
                 rounded = cast_part(diff.cpu(), dtype, copy=False)
                 done = replace(done, diff=(part, rounded), rounding=rounding(diff.cpu(), rounded))
             return done
+
+    def _in_words(self, module: str) -> AbstractContextManager[None]:
+        """Names files and module in what is raised."""
+        strengths, dtype = self.strengths.at(module), self.options.out_dtype
+        return in_words(module, lambda: sums_of_one(module, self.loras, strengths, dtype))
 
     def unshared(self, module: str) -> Layer | None:
         """The LoHa or LoKr that can stand in the result as it came, times its strength."""
@@ -140,7 +150,7 @@ class ModuleMerger:
             strengths=tuple(at[index] for index in owners),
             inputs=owners,
             values=self.values,
-            module=module,
+            module=self.drawn_by.get(module, module),
             seed=self.options.seed,
         )
 
@@ -233,19 +243,6 @@ class ModuleMerger:
             return Finished(module=module, owners=owners, diff=("diff", total), products=products, aside=energies)
         cut = truncated_matrix(total, deltas, rank)
         return Finished(module=module, owners=owners, layer=cut.layer, cut=cut, products=products, aside=energies)
-
-
-@contextmanager
-def _in_words(module: str) -> Iterator[None]:
-    """Names the module in what is raised."""
-    try:
-        yield
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise ValueError(
-            f"{module}: its values are of no use to a decomposition ({error}); leave the LoRA out"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{module}: {error}") from None
 
 
 def _power(deltas: Sequence[Tensor]) -> int:

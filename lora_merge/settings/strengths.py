@@ -84,10 +84,10 @@ def _parsed(blocks: Blocks | Sequence[Blocks], inputs: int) -> list[BlockStrengt
 def _check_work(loras: Sequence[Lora], parsed: Sequence[BlockStrengths | None]) -> None:
     """What globs cost at most is known before they are tried: their letters times those of the names."""
     for lora, blocks in zip(loras, parsed, strict=True):
-        work = sum(len(glob) for glob, _ in blocks.by_glob) * sum(map(len, lora.spellings)) if blocks else 0
-        if work > MAX_WORK:
+        tried = [glob for glob, _ in blocks.by_glob] if blocks else []
+        if sum(map(len, tried)) * sum(map(len, lora.spellings)) > MAX_WORK:
             raise ValueError(
-                f"block strengths: {len(blocks.by_glob if blocks else ())} names with * or ? take too long on the "
+                f"block strengths: {len(tried)} names with * or ? take too long on the "
                 f"{len(lora.spellings)} modules of {lora.source}. Write fewer or shorter ones, or blocks by their names."
             )
 

@@ -100,7 +100,8 @@ class LokrLayer(Layer):
             return self
         core, a, b = (part.detach().to(torch.float32) for part in (self.t2, self.w2_a, self.w2_b))
         w2 = torch.einsum("ijkl,io,jn->onkl", core, a, b).mul_(self.scale).contiguous()
-        return LokrLayer(w1=self.w1, w2=w2, w1_a=self.w1_a, w1_b=self.w1_b, unfold=self.unfold)
+        # A core has the kernel: nothing is flattened.
+        return LokrLayer(w1=self.w1, w2=w2, w1_a=self.w1_a, w1_b=self.w1_b)
 
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         (up1, down1), (up2, down2) = (_factors(pieces, dtype) for pieces in self._pieces())

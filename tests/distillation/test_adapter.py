@@ -141,6 +141,15 @@ def test_rank_0_is_refused():
         LoraAdapters(network(), 0, generator=torch.Generator())
 
 
+def test_rank_1_is_the_smallest():
+    adapters = LoraAdapters(network(), 1, generator=torch.Generator().manual_seed(0))
+    other = other_lora(adapters, 1)
+    adapters.start_from(other)
+    for name, branch in zip(adapters.names, adapters.branches, strict=True):
+        torch.testing.assert_close(branch.up.flatten(1) @ branch.down.flatten(1), other[name][0] @ other[name][1])
+    adapters.remove()
+
+
 def test_a_rank_above_all_widths_is_refused_before_anything_is_made():
     net = network()
     widest = max(min(net.get_submodule(name).weight.flatten(1).shape) for name in adapters_of(network()).names)

@@ -3,9 +3,9 @@
 import dataclasses
 import importlib.util
 import re
-import time
 from contextlib import nullcontext
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -226,18 +226,23 @@ def test_a_short_run_is_looked_at_once(tmp_path):
     assert course.validation == []
 
 
-def test_the_seconds_of_a_step_are_without_what_is_shown():
-    network, said = Gains(), []
+def test_the_seconds_of_a_step_are_without_what_is_shown(monkeypatch):
+    now, network, said = [0.0], Gains(), []
+    monkeypatch.setattr("lcm_kit.host.training.course.time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def slow(course, new):
-        time.sleep(0.2)
+        now[0] += 1000
         said.append(course.words)
 
+    def loaded(*which):
+        now[0] += 1 / SETTINGS.accumulate
+        return data(*which)
+
     with adapters_on(network, 2, seed=SETTINGS.seed) as adapters:
-        course = course_of(Trainer(denoiser(network), adapters, data, TABLE, SETTINGS), 100, shown=slow)
+        course = course_of(Trainer(denoiser(network), adapters, loaded, TABLE, SETTINGS), 100, shown=slow)
         course.run(None)
-    assert 0 < course.seconds_a_step < 0.15
-    assert re.fullmatch(r"step 3 of 6, loss \S+; \S+ seconds a step, 0:0\d left", said[2])
+    assert course.seconds_a_step == pytest.approx(1)
+    assert re.fullmatch(r"step 3 of 6, loss \S+; 1 seconds a step, 0:03 left", said[2])
     assert [clock(seconds) for seconds in (4.6, 65, 3600 * 2 + 3 * 60 + 4)] == ["0:05", "1:05", "2:03:04"]
 
 

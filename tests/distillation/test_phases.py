@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lcm_kit.distillation.objective import consistency, consistency_loss, ddim_step, noised, pseudo_huber
-from lcm_kit.distillation.phases import START, edge_below, edge_timesteps, levels, phased_target
+from lcm_kit.distillation.phases import START, check_phases, edge_below, edge_timesteps, levels, phased_target
 from lcm_kit.distillation.settings import Settings
 from lcm_kit.distillation.trainer import Trainer, adapters_on
 from lcm_kit.samplers.multistep import sample_lcm
@@ -317,3 +317,17 @@ def test_its_preset_is_a_step_a_phase_without_noise(steps):
 @pytest.mark.parametrize("name", ["Phased LCM 0 steps", "Phased LCM x steps", "Phased LCM 4 steps.", "phased", ""])
 def test_other_names_are_no_phased_preset(name):
     assert preset_called(name) is PRESETS.get(name) is None
+
+
+@pytest.mark.parametrize(
+    ("phases", "skip", "total", "use"),
+    [
+        (2, 1, 999, "use 1 or 3."),
+        (501, 1, 1000, "use 500 or 1000."),
+        (8, 2, 1000, "use 1 or 5 for skip."),
+        (4, 200, 1000, "use 125 or 250 for skip."),
+    ],
+)
+def test_the_next_numbers_that_divide_evenly_are_told_one_and_the_whole_among_them(phases, skip, total, use):
+    with pytest.raises(ValueError, match=f"evenly; {use}"):
+        check_phases(phases, skip, total)

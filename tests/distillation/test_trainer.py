@@ -538,6 +538,55 @@ def test_settings_that_make_no_sense_are_refused(wrong, message):
 ODD = ["3", None, True, 1.5, math.nan, math.inf, -math.inf, -1e9, [], (1.0,), (1.0, 2.0, 3.0), {}, object(), 2 + 1j]
 
 
+def said_of(owner, one, value):
+    """What is said against a value of a field by itself, as the range of its field has it; "" if nothing is."""
+    given = (value, 0.5) if one.name == "betas" else value
+    beside = {"guidance_min": 1.0} if one.name == "guidance_max" else {}
+    try:
+        owner(**beside | {one.name: given})
+    except ValueError as error:
+        return str(error) if "it has to be a whole number" in str(error) or "a finite number" in str(error) else ""
+    return ""
+
+
+@pytest.mark.parametrize("owner", [Settings, Setup])
+def test_both_ends_of_a_range_are_in_it_and_what_lies_beyond_is_refused_with_the_range(owner):
+    ranges = 0
+    for one in dataclasses.fields(owner):
+        low, high, above = (one.metadata.get(key) for key in ("low", "high", "above"))
+        whole = one.type is int
+        step = 1 if whole else 1e-6
+        name = "betas: the first" if one.name == "betas" else one.name
+        default = "" if one.name == "betas" else f" The default is {one.default:g}." if low is not None else ""
+        among = (
+            f", from {low:g} to {high:g}" if high is not None else f", {'above' if above else 'at least'} {low or 0:g}"
+        )
+        for end, way in ((low, -1), (high, 1)):
+            if end is not None:
+                ranges += 1
+                assert bool(said_of(owner, one, end)) == above
+                beyond = end + way * step
+                assert said_of(owner, one, beyond) == (
+                    f"{name} is {beyond!r}; it has to be a {'whole' if whole else 'finite'} number{among}.{default}"
+                )
+    assert ranges > (15 if owner is Settings else 0)
+
+
+def test_sides_that_no_latent_has_are_refused_with_the_next_ones():
+    for side, near in ((3, "8"), (20, "16 or 24"), (511, "504 or 512"), (1001, "1000 or 1008")):
+        for name in ("width", "height"):
+            with pytest.raises(ValueError, match=rf"^{name} is {side}; it has to be a multiple of 8, use {near}\.$"):
+                Setup(**{name: side})
+
+
+def test_what_the_average_is_compared_with_is_a_fact_of_the_run_where_there_is_one():
+    def kept(**options):
+        return dataclasses.replace(SHORT, **options).kept()
+
+    assert kept(average=0.5) != kept(average=0.5, average_target=False)
+    assert kept() == kept(average_target=False)
+
+
 @pytest.mark.parametrize("owner", [Settings, Setup])
 def test_a_value_of_any_kind_is_right_or_refused_by_name(owner):
     """Through the class, which no command line and no node stands before."""
@@ -561,6 +610,22 @@ def test_a_value_of_any_kind_is_right_or_refused_by_name(owner):
 @pytest.mark.parametrize(("skip", "points"), [(20, 50), (1, 1000), (10, 100), (30, 33), (333, 3), (1000, 1)])
 def test_the_grid_is_that_of_the_samplers(skip, points):
     assert skipping_grid(skip, 1000) == lcm_timesteps(points, original_steps=points)[::-1]
+
+
+@pytest.mark.parametrize("total", [500, 2000])
+def test_a_model_of_other_timesteps_is_trained_on_its_own_grid(total):
+    """All points, those of original_steps, and those that each phase visits, or as many more."""
+
+    def grid(**options):
+        return dataclasses.replace(SHORT, **options).grid(total)
+
+    def every(k):
+        return [*range(k - 1, total, k)]
+
+    assert grid(skip=20, original_steps=0) == every(20)
+    assert grid(skip=20, original_steps=100) == every(total // 100)
+    assert grid(skip=25, original_steps=0, phases=4) == every(25)
+    assert grid(skip=25, original_steps=total // 5, phases=4) == every(5)
 
 
 def test_more_timesteps_may_be_trained_than_the_solver_visits():

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from lcm_kit.lora_merge.naming.aliases import (
+    body,
     is_foreign,
     is_known,
     one_encoder,
@@ -117,6 +118,15 @@ def test_a_name_of_diffusers_or_of_a_slice_is_foreign(canonical, foreign):
 )
 def test_whether_a_modules_other_names_are_known(canonical, known):
     assert is_known(canonical) == known
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "lora_prior_unet_", "lora_unet_", "lora_transformer_", "model_diffusion_model_"]
+)
+@pytest.mark.parametrize("word", ["", "model_", "decoder_"])
+def test_one_prefix_is_taken_off_a_name_and_what_follows_is_its_own(prefix, word):
+    for own in ("layers_0_x", "decoder_layers_0_x", "model_layers_0_x") if word else ("layers_0_x", "a_lora_unet_x"):
+        assert body(f"{prefix}{word}{own}") == own
 
 
 def test_numbers_of_a_name_are_alike_and_digits_inside_words_are_not_numbers():

@@ -11,6 +11,7 @@ from lcm_kit.lora_merge import Lora, merge, merge_with_account, parse_block_stre
 from lcm_kit.lora_merge.naming import globs
 from lcm_kit.lora_merge.naming.blocks import Place, place
 from lcm_kit.lora_merge.recognise.transformers import TRANSFORMERS
+from lcm_kit.lora_merge.settings import block_strengths, strengths
 from lcm_kit.lora_merge.settings.strengths import for_inputs
 
 
@@ -345,6 +346,25 @@ def test_globs_that_take_too_long_are_refused_before_they_are_tried():
     text = ", ".join(f"{'*a' * 90}{number}=1" for number in range(50))
     with pytest.raises(ValueError, match=r"50 names with . or . take too long on the 400 modules"):
         merge([(long, 1.0)], block_strengths=text)
+
+
+def test_globs_may_take_the_work_that_is_allowed_and_no_more(monkeypatch):
+    """Their letters, in all, times those of the names."""
+    one, text = lora("diffusion_model.a.q", "diffusion_model.bb.q"), "*q=0.5, *a*=0.5"
+    work = len("*q*a*") * sum(map(len, one.spellings))
+    monkeypatch.setattr(strengths, "MAX_WORK", work)
+    assert merge([(one, 1.0), (one, 1.0)], block_strengths=[text, None])
+    monkeypatch.setattr(strengths, "MAX_WORK", work - 1)
+    with pytest.raises(ValueError, match=r"2 names with \* or \? take too long on the 2 modules"):
+        merge([(one, 1.0), (one, 1.0)], block_strengths=[None, text])
+
+
+def test_texts_names_and_globs_may_be_as_long_and_as_many_as_is_said():
+    assert parse_block_strengths("mid=1".ljust(block_strengths.MAX_TEXT)).by_block == {"mid": 1.0}
+    with pytest.raises(ValueError, match="the text has 100001 letters; at most 100000 are read"):
+        parse_block_strengths("mid=1".ljust(block_strengths.MAX_TEXT + 1))
+    assert len(parse_block_strengths(",".join(f"*{number}=1" for number in range(100))).by_glob) == 100
+    assert parse_block_strengths("*" * 200 + "=1").by_glob == (("*" * 200, 1.0),)
 
 
 @pytest.mark.parametrize("spelled", ["2:", "lora_2:", " 2 : ", "lora_2 :"])

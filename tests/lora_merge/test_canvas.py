@@ -50,6 +50,24 @@ def test_a_line_is_as_wide_as_asked_for(width):
     assert ink(once) is None
 
 
+def drawn(draw):
+    canvas = Canvas(120, 40)
+    draw(canvas)
+    return canvas.image().tobytes()
+
+
+def test_a_line_is_thin_and_whole_and_a_text_of_thirteen_unless_told():
+    points = [(5, 5), (60, 30), (110, 5)]
+    assert drawn(lambda one: one.line(points, BLACK)) == drawn(lambda one: one.line(points, BLACK, 1.0, False))
+    assert drawn(lambda one: one.text((5, 5), "Abc")) == drawn(lambda one: one.text((5, 5), "Abc", 13, INK))
+
+
+def test_a_thick_line_has_no_notch_where_it_bends():
+    canvas = Canvas(80, 80)
+    canvas.line([(10, 50), (50, 50), (50, 10)], BLACK, 16)
+    assert max(canvas.image().getpixel((54, 54))) < 60
+
+
 def test_a_text_takes_the_pixels_it_says():
     canvas = Canvas(300, 40)
     canvas.text((10, 5), "HHHHHHHH", 20, BLACK)
@@ -71,8 +89,12 @@ def test_a_text_keeps_as_much_of_both_of_its_ends_as_fits(width):
 def test_a_text_that_fits_is_left_alone():
     short, plain = Canvas(300, 40), Canvas(300, 40)
     plain.text((10, 5), "some text", 20)
-    short.text((10, 5), "some text", 20, width=Canvas.length("some text", 20) + 0.5)
+    short.text((10, 5), "some text", 20, width=Canvas.length("some text", 20))
     assert short.image().tobytes() == plain.image().tobytes()
+
+
+def test_one_letter_of_each_end_is_kept_where_nothing_fits():
+    assert drawn(lambda one: one.text((5, 5), "abcdefgh", width=0)) == drawn(lambda one: one.text((5, 5), "a...h"))
 
 
 def test_a_text_covers_what_it_stands_on_if_asked_to():
@@ -135,11 +157,14 @@ def test_places_in_the_frame_are_shares_of_it():
     assert [one._up(y) for y in (-5, 200)] == [160, 44]
     _, point = axes(x=(3.0, 3.0), y=(2.0, 2.0))
     assert (point._along(3.0), point._up(2.0)) == (52, 160)
+    assert (point._along(3.5), point._up(2.5)) == (172, 102)  # as if it were 1 wide
 
 
 def test_decades_are_evenly_spaced():
     _, one = axes(y=(1.0, 1000.0), log=True)
     assert [one._up(y) for y in (0.0, 1.0, 10.0, 100.0, 1000.0)] == pytest.approx([160, 160, 364 / 3, 248 / 3, 44])
+    _, low = axes(y=(0.01, 1.0), log=True)
+    assert [low._up(y) for y in (0.0, 0.01, 0.1, 1.0)] == pytest.approx([160, 160, 102, 44])
 
 
 @pytest.mark.parametrize(

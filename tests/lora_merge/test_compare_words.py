@@ -10,6 +10,7 @@ import pytest
 from lcm_kit.lora_merge.comparing.comparison import Comparison, Group, Input, Measure, Module, Pair, Part
 from lcm_kit.lora_merge.comparing.report import as_csv, as_json, as_text
 from lcm_kit.lora_merge.comparing.verdict import answer, dependent_blocks, headline, relation
+from lcm_kit.lora_merge.metadata.adapter_config import OfPeft
 
 
 def share(found, expected=0.02, whole=1.0, deviation=0.001):
@@ -61,7 +62,7 @@ def of_one(**facts):
 
 
 def test_two_loras_in_full():
-    found = comparison(notes=("a note",))
+    found = comparison(inputs=(INPUTS[0], replace(INPUTS[1], unread=("stray",), peft=OfPeft(config="used"))))
     assert as_text(found, 1).split("\n") == [
         "Will they fight? No fight: they are independent, and their sum does what each of them does.",
         "  a and b: independent, cosine +0.000 (by chance up to 0.01).",
@@ -88,7 +89,8 @@ def test_two_loras_in_full():
         "    rank     error        MB   keeps of 1   keeps of 2",
         "       1       0.5       1.0       75.0 %            -  <- this rank",
         "",
-        "Note: a note.",
+        "Note: b.safetensors holds what has no effect in ComfyUI and is left out: unknown (1 keys: stray).",
+        "Note: b.safetensors: its scale is that of adapter_config.json beside it.",
     ]
 
 
@@ -205,8 +207,10 @@ def test_every_figure_of_a_module_is_in_its_row():
 
 
 def test_all_figures_are_in_the_json():
-    told = json.loads(as_json(comparison(notes=("n",)), 1))
-    assert (told["version"], told["rank"], told["notes"], told["leading_energy"]) == (1, 1, ["n"], 0.5)
+    inputs = (replace(INPUTS[0], peft=OfPeft(dora=True)), INPUTS[1])
+    told = json.loads(as_json(comparison(inputs=inputs), 1))
+    assert (told["version"], told["rank"], len(told["notes"]), told["leading_energy"]) == (1, 1, 1, 0.5)
+    assert told["notes"][0].startswith("a.safetensors: its DoRA was trained by PEFT")
     assert json.loads(as_json(comparison()))["rank"] is None
     assert told["answer"] == answer(comparison())
     assert told["inputs"][1] == {
@@ -325,8 +329,8 @@ def test_the_first_line_is_the_worst_that_is_there(facts, begins):
         ({"whole": group(pairs=(pair(first=0.52, second=0.3),))}, "a and b: no cancelling, cosine +0.000 (by chance up to 0.01), but 52 % of "
          "a lies where b is strongest (2 % by chance) and 30 % of b lies where a is strongest (2 % by chance). Protecting the one "
          "(mu) makes room."),
-        ({"inputs": (INPUTS[0], replace(INPUTS[1], strength=0.0))}, "a and b: b adds nothing (strength 0, or an update of zeros)."),
-        ({"whole": group(energies=(0.0, 0.0))}, "a and b: a and b adds nothing (strength 0, or an update of zeros)."),
+        ({"inputs": (INPUTS[0], replace(INPUTS[1], strength=0.0))}, "a and b: b adds nothing, its strength is 0."),
+        ({"whole": group(energies=(0.0, 0.0))}, "a and b: a adds nothing, its updates are zeros, and b adds nothing, its updates are zeros."),
     ],
 )  # fmt: skip
 def test_every_two_have_their_sentence(facts, line):

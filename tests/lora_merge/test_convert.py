@@ -67,6 +67,17 @@ def test_a_scale_that_is_no_power_of_two_is_kept_in_float32(tmp_path, capsys):
         assert float((load(out).delta(module) - wanted).abs().max()) <= 2e-7 * float(wanted.abs().max())
 
 
+@pytest.mark.parametrize("alpha", [-4.0, -2.0, -0.5, 0.25, 8.0])
+def test_a_scale_that_is_a_power_of_two_is_exact_whatever_its_sign(alpha):
+    """It goes into up as a whole: down keeps its numbers, and up's are multiplied without rounding."""
+    state = {key: tensor.float() for key, tensor in flux(alpha=alpha).items()}
+    written = Lora.from_state_dict(state).to_state_dict(format="comfy")
+    assert len(written) == 2 * len(KOHYA)
+    for module in KOHYA:
+        assert torch.equal(written[f"{module}.lora_B.weight"], state[f"{module}.lora_up.weight"] * (alpha / 2))
+        assert torch.equal(written[f"{module}.lora_A.weight"], state[f"{module}.lora_down.weight"])
+
+
 def test_kohyas_format_keeps_every_number(file):
     _, out = convert(file, "--format", "kohya")
     before, after = load_file(file), load_file(out)

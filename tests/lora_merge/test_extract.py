@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from lcm_kit.lora_merge import Lora, load
 from lcm_kit.lora_merge.__main__ import main
-from lcm_kit.lora_merge.extracting.checkpoints import named_rows, prefix_of
-from lcm_kit.lora_merge.extracting.extract import extract
+from lcm_kit.lora_merge.extracting.checkpoints import named_rows, pairs, prefix_of
+from lcm_kit.lora_merge.extracting.extract import Extraction, extract
 from lcm_kit.lora_merge.extracting.report import describe
 from lcm_kit.tests.lora_merge.make import dense, factors, generator, relative
 
@@ -46,7 +46,7 @@ def test_the_error_is_the_smallest_possible_and_is_told(shape, rank):
     assert account.error == pytest.approx(best, abs=1e-6)
 
 
-@pytest.mark.parametrize("size", [2.0**-20, 2.0**-6, 1.0, 2.0**6])
+@pytest.mark.parametrize("size", [2.0**-80, 2.0**-20, 2.0**-6, 1.0, 2.0**6, 2.0**80])
 def test_the_error_is_relative_whatever_the_size_of_the_difference(size):
     base = torch.zeros(20, 30)
     (one, account), (other, whole) = (
@@ -65,6 +65,50 @@ def test_without_a_share_to_keep_the_smallest_component_stays_that_is_no_roundin
     lora, _ = extract([(f"{LINEAR}.weight", tuned, base)], rank=8)
     assert lora.modules[LINEAR].rank == 2
     assert float(lora.delta(LINEAR)[1, 1]) == pytest.approx(3e-7, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(64, 4), (4, 64), (9, 9), (4, 4, 4, 4)])
+@pytest.mark.parametrize(("share", "found"), [(0.99, False), (1.01, True)])
+def test_below_what_rounding_makes_of_the_weights_there_is_no_difference(shape, share, found):
+    """Of weights w rounded to float32 the rounding is a random matrix of entries eps * w, of norm eps * w * (sqrt(m) + sqrt(n))."""
+    base = torch.full(shape, 3.0, dtype=torch.float64)
+    tuned = base.clone()
+    rows, columns = shape[0], math.prod(shape[1:])
+    tuned.view(-1)[0] += share * 2.0**-23 * 3.0 * (math.sqrt(rows) + math.sqrt(columns))
+    _, account = extract([(f"{LINEAR}.weight", tuned, base)], rank=2)
+    assert (account.modules, account.equal) == ((1, 0) if found else (0, 1))
+
+
+def test_the_rank_is_sixty_four_unless_told():
+    lora, _ = extract([(f"{LINEAR}.weight", weight(70, 72), torch.zeros(70, 72))])
+    assert lora.modules[LINEAR].rank == 64
+
+
+def test_the_names_of_one_unet_are_of_one_kind():
+    ones = [(f"{name}.weight", torch.ones(4, 4), torch.zeros(4, 4)) for name in (
+        LINEAR, "lora_unet_down_blocks_0_attentions_0_proj_in", "lora_te_text_model_encoder_layers_0_mlp_fc1",
+        "diffusion_model.something.else")]  # fmt: skip
+    with pytest.raises(ValueError, match="mine: its weights mix the block names of diffusers with those of ldm"):
+        extract(ones, source="mine")
+    assert len(extract(ones[1:])[0].modules) == len(extract([ones[0], *ones[2:]])[0].modules) == 3
+
+
+def test_what_is_no_weight_in_floating_point_is_named():
+    one = torch.ones(4, 4)
+    weights = [
+        ("a.weight", torch.tensor(2.0), torch.tensor(1.0)),
+        ("b.weight", one.to(torch.uint8), 0 * one.to(torch.uint8)),
+        ("c.weight", one.bool(), ~one.bool()),
+        ("d.weight", one.int(), 0 * one.int()),
+        ("e.table", one, 0 * one),
+        ("weight", one, 0 * one),
+        ("bias", one[0], 0 * one[0]),
+        ("f.bias", one[0], one[0].clone()),
+        ("g.weight", one[0], one[0].clone()),
+    ]
+    lora, account = extract([*weights, (f"{LINEAR}.weight", one.to(torch.int8), 0 * one.to(torch.int8))])
+    assert account.other == ("a.weight", "b.weight", "c.weight", "d.weight", "e.table", "weight", "bias")
+    assert (account.equal, account.vectors, list(lora.modules)) == (2, 0, [LINEAR])
 
 
 def test_what_it_is_called_is_its_title():
@@ -145,8 +189,9 @@ def test_rounding_of_float32_is_no_difference():
     assert (account.modules, account.equal) == (0, 2)
 
 
-def test_inputs_are_left_alone_and_half_precision_is_read_exactly():
-    tuned, base = weight(20, 10, seed=1).half(), weight(20, 10, seed=2).bfloat16()
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.bfloat16), (torch.float64, torch.float64)])
+def test_inputs_are_left_alone_and_half_precision_is_read_exactly(dtypes):
+    tuned, base = (weight(20, 10, seed=seed).to(dtype) for seed, dtype in enumerate(dtypes, 1))
     before = tuned.clone(), base.clone()
     lora, _ = extract([(f"{LINEAR}.weight", tuned, base)], rank=10)
     assert torch.equal(tuned, before[0])
@@ -160,13 +205,26 @@ def test_inputs_are_left_alone_and_half_precision_is_read_exactly():
         ([], {"rank": 0}, "rank is 0, but the smallest rank is 1"),
         ([], {"keep": 0.0}, "above 0 and at most 1"),
         ([("a.weight", torch.ones(2, 3), torch.ones(3, 2))], {}, r"a.weight: the tuned model has \(2, 3\), the base"),
-        ([("a.weight", torch.full((2, 3), torch.inf), torch.ones(2, 3))], {}, "not all finite"),
-        ([("a.bias", torch.full((2,), torch.nan), torch.ones(2))], {}, "not all finite"),
     ],
 )
 def test_bad_input_is_refused(weights, options, said):
     with pytest.raises(ValueError, match=said):
         extract(weights, **options)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("name", ["a.weight", "a.bias"])
+@pytest.mark.parametrize(
+    "whose", [("the tuned model",), ("the base",), ("the tuned model", "the base")], ids=" and ".join
+)
+def test_the_model_whose_weights_are_not_finite_is_named(whose, name, value):
+    sound = torch.arange(6.0).reshape(2, 3) if name == "a.weight" else torch.arange(2.0)
+    pair = [sound, sound + 1]
+    for weight, model in zip(pair, ("the tuned model", "the base"), strict=True):
+        weight[1] = value if model in whose else weight[1]
+    said = f"^{name}: the weights of {' and of '.join(whose)} are not all finite numbers"
+    with pytest.raises(ValueError, match=said):
+        extract([(name, *pair)])
 
 
 @pytest.mark.parametrize(
@@ -181,10 +239,29 @@ def test_bad_input_is_refused(weights, options, said):
         ("cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight", "", "lora_te_text_model_encoder_layers_0_mlp_fc1.weight"),
         ("conditioner.embedders.0.transformer.text_model.encoder.layers.2.self_attn.q_proj.bias", "", "lora_te1_text_model_encoder_layers_2_self_attn_q_proj.bias"),
         ("conditioner.embedders.1.model.transformer.resblocks.3.mlp.c_proj.weight", "", "lora_te2_text_model_encoder_layers_3_mlp_fc2.weight"),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1.weight", "", "lora_te_text_model_encoder_layers_0_mlp_fc1.weight"),
+        ("text_encoder_2.text_model.encoder.layers.0.mlp.fc1.bias", "", "lora_te2_text_model_encoder_layers_0_mlp_fc1.bias"),
+        ("cond_stage_model.model.transformer.resblocks.3.attn.out_proj.bias", "", "lora_te_text_model_encoder_layers_3_self_attn_out_proj.bias"),
     ],
 )  # fmt: skip
 def test_checkpoint_keys_get_the_names_of_lora_files(key, prefix, name):
     assert named_rows(key, prefix) == [(name, (0.0, 1.0))]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
+        "cond_stage_model.model.transformer.resblocks.3.ln_1.weight",
+        "conditioner.embedders.1.model.text_projection",
+        "text_encoder_2.text_projection.weight",
+    ],
+)
+def test_what_lora_files_have_no_name_for_has_none_here(key, tmp_path):
+    ((name, rows),) = named_rows(key, "")
+    assert (name.startswith(key), name != key, rows) == (True, True, (0.0, 1.0))
+    _, account = extract([(name, torch.ones(2, 2), torch.zeros(2, 2))])
+    assert account.other == (name,)
 
 
 BLOCK, SINGLE, JOINT = (f"{name}.0.attn.to_q.weight" for name in ("transformer_blocks", "single_transformer_blocks", "joint_transformer_blocks"))  # fmt: skip
@@ -308,6 +385,76 @@ def test_checkpoints_of_any_plain_dtype_are_read_as_their_numbers(of_tuned, of_b
 
 
 UNET = "model.diffusion_model."
+
+
+def test_the_account_in_words():
+    facts = {"modules": 0, "vectors": 0, "equal": 3, "other": (), "ranks": None, "error": 0.5, "energy": 1.0}
+    assert describe(Extraction(**facts)) == "The two models do not differ: nothing to extract."
+    assert describe(Extraction(**facts | {"vectors": 2, "equal": 0})).split("\n") == [
+        "Extracted 0 modules, rank 0.",
+        "2 biases and norms differ and are kept whole.",
+    ]
+    assert describe(Extraction(**facts | {"modules": 2, "ranks": (4, 4), "other": ("a", "b")})).split("\n") == [
+        "Extracted 2 modules, rank 4.",
+        "Relative error 0.5: 75.00 % of the difference's energy is kept, the most that these ranks can hold.",
+        "3 weights do not differ and are left out.",
+        "Left out, since only weights and biases under the names of LoRA files are extracted: 2 parameters (a, ...).",
+    ]
+    assert "rank 1 to 4." in describe(Extraction(**facts | {"modules": 2, "ranks": (1, 4)}))
+
+
+def numbered(count, *, aside=()):
+    return {f"{UNET}middle_block.{n}.proj_in.weight": weight(3, 2, seed=n) for n in range(count)} | dict.fromkeys(
+        aside, torch.ones(2, 2)
+    )
+
+
+def test_nine_keys_of_ten_are_one_family_and_fewer_are_not(tmp_path):
+    """What the model is told its guidance by counts for nothing. Text encoders' keys that one file lacks come last."""
+    encoder = "cond_stage_model.transformer.text_model.x.weight"
+    both = files(tmp_path, tuned=numbered(10, aside=[f"{UNET}time_embed.cond_proj.weight", encoder]), base=numbered(9))
+    found = pairs(*both)
+    assert len(found) == 9
+    assert found.only_one == [f"{UNET}middle_block.9.proj_in.weight", f"{UNET}time_embed.cond_proj.weight", encoder]
+    with pytest.raises(ValueError, match=r"only 8 of 9 weights have the same name \(first other: \S+middle_block\.8\."):
+        pairs(*files(tmp_path, tuned=numbered(9), base=numbered(8)))
+
+
+def test_weights_that_differ_are_named_with_the_first_of_them(tmp_path):
+    tuned, base = numbered(4), numbered(4)
+    for n, shape in ((2, (4, 3)), (3, (5, 3))):
+        tuned[f"{UNET}middle_block.{n}.proj_in.weight"] = torch.ones(shape)
+    with pytest.raises(
+        ValueError, match=r"2 weights differ in shape \(first: \S+block\.2\.proj_in\.weight, \(4, 3\) and \(3, 2\)\)"
+    ):
+        pairs(*files(tmp_path, tuned=tuned, base=base))
+    tuned = numbered(4)
+    for n in (1, 3):
+        tuned[f"{UNET}middle_block.{n}.proj_in.weight"] = torch.ones(3, 2, dtype=torch.int8)
+    for models in ({"tuned": tuned, "base": base}, {"base": base, "tuned": tuned}):
+        with pytest.raises(ValueError, match=r"2 of 4 weights are 8-bit integers in one .*\(first: \S+block\.1\."):
+            pairs(*files(tmp_path, **models))
+
+
+def test_the_thirds_of_a_fused_weight_and_bias_are_read_and_a_single_number_is_named(tmp_path):
+    prefix = "cond_stage_model.model.transformer.resblocks."
+    tuned = numbered(1) | {
+        f"{prefix}0.attn.in_proj_weight": weight(12, 4, seed=5),
+        f"{prefix}0.attn.in_proj_bias": weight(12, seed=6),
+        f"{prefix}1.attn.in_proj_weight": torch.tensor(2.0),
+        "levels": torch.ones(3, dtype=torch.uint8),
+    }
+    base = {key: torch.zeros_like(tensor) for key, tensor in tuned.items()}
+    lora, account = extract(pairs(*files(tmp_path, tuned=tuned, base=base)), rank=4)
+    for n, letter in enumerate("qkv"):
+        module = f"lora_te1_text_model_encoder_layers_0_self_attn_{letter}_proj"
+        rows = slice(4 * n, 4 * n + 4)
+        assert relative(lora.delta(module), tuned[f"{prefix}0.attn.in_proj_weight"][rows]) < 1e-5
+        assert torch.equal(lora.diffs[module, "diff_b"], tuned[f"{prefix}0.attn.in_proj_bias"][rows])
+    assert [name.rpartition("layers_1_self_attn_")[2] for name in account.other][:3] == [
+        f"{letter}_proj.weight" for letter in "qkv"
+    ]
+    assert len(account.other) == 4
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model."])

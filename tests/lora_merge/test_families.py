@@ -11,8 +11,16 @@ from lcm_kit.lora_merge import Lora, merge, merge_with_account
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
 from lcm_kit.lora_merge.files.one_naming import can_turn, in_own_naming, split, stacked, turned
+from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.naming import flux, hunyuan_video, names, z_image
-from lcm_kit.lora_merge.naming.families import FAMILIES, family_by_shapes, family_by_width, family_of, readable
+from lcm_kit.lora_merge.naming.families import (
+    FAMILIES,
+    TRANSFORMERS,
+    family_by_shapes,
+    family_by_width,
+    family_of,
+    readable,
+)
 from lcm_kit.lora_merge.naming.family import Rows
 from lcm_kit.lora_merge.naming.unet import Layout
 from lcm_kit.lora_merge.updates.layer import LoraLayer
@@ -91,7 +99,7 @@ def test_a_split_lora_and_a_fused_one_meet_weight_by_weight(prefix, alpha, swap)
     own, other = lora(first, prefix, 1), lora(DIFFUSERS, "transformer.", 2, alpha=alpha)
     inputs = [(own, 1.0), (other, 0.8)]
     merged, account = merge_with_account(inputs[::-1] if swap else inputs)
-    assert account.warnings == ()
+    assert warnings_of(account) == ()
     assert known(merged) == known(own)
     for name, delta in whole(other).items():
         wanted = own.delta(f"diffusion_model.{name}") + 0.8 * delta
@@ -157,6 +165,49 @@ def test_blocks_that_many_models_have_are_not_taken_for_flux():
     """Qwen-Image's attention has these names and, in the real models, the same shapes."""
     attention = {name: shape for name, shape in DIFFUSERS.items() if name.startswith("transformer_blocks.3.attn")}
     refused(lora(OWN, "diffusion_model.", 1), lora(attention, "transformer.", 2))
+
+
+# Prefixes that tools write before diffusers' names; kohya's is one of the model's own names' alone in all of these.
+BEFORE_DIFFUSERS = ["", "transformer.", "base_model.model.", "lycoris_", "lora_transformer_"]
+WIDE = [(family.name, width) for family in TRANSFORMERS for width in family.widths]
+
+
+def queries(prefix, width, source="LoRA"):
+    """Attention of the picture alone, which a dozen models have by these names."""
+    names = {f"transformer_blocks.3.attn.{x}": (width, width) for x in ("to_q", "to_k", "to_v", "to_out.0")}
+    put = {name.replace(".", "_") if prefix.endswith("_") else name: shape for name, shape in names.items()}
+    return lora(put, prefix, source=source)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(BEFORE_DIFFUSERS, 2)))
+def test_two_prefixes_of_a_name_of_many_models_meet_where_its_width_tells_which_these_may_be(first, second):
+    """A spelling that each family of this width reads, as far as it reads any of the two; another is refused."""
+    for name, width in WIDE:
+        one, two = queries(first, width, "a"), queries(second, width, "b")
+        asked = [family for family in TRANSFORMERS if family.recognises([*one.spellings, *two.spellings])]
+        asked = [family for family in asked if width in family.widths or not family.widths]
+        if not any(family.name == name for family in asked) or one.spellings.keys() == two.spellings.keys():
+            continue  # of another family, or one name for both prefixes
+        both = [(s, t) for s, t in zip(one.spellings.values(), two.spellings.values(), strict=True)]
+        may = [
+            {s for s in pair if all(family.reads(s) or not any(map(family.reads, pair)) for family in asked)}
+            for pair in both
+        ]
+        if not all(may):
+            refused(one, two)
+            continue
+        merged = merge([(one, 1.0), (two, 0.8)])
+        assert len(merged.modules) == len(both)
+        for written, allowed in zip(merged.spellings.values(), may, strict=True):
+            assert written in allowed, (name, width)
+
+
+def test_flux_attention_meets_behind_any_two_prefixes():
+    """SD3 reads no bare name and ACE-Step no other, and none of their models is as wide."""
+    for first, second in itertools.permutations(BEFORE_DIFFUSERS, 2):
+        assert len(merge([(queries(first, 3072), 1.0), (queries(second, 3072), 1.0)]).modules) == 4
+    # A width that no family is known to have tells nothing.
+    refused(queries("", 24, "a"), queries("transformer.", 24, "b"))
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", "", "base_model.model.", "lycoris_"])
@@ -244,6 +295,12 @@ def test_one_weight_has_one_name_whatever_stands_before_it(prefix):
             assert flux.FAMILY.own(wanted) == wanted
 
 
+def test_of_no_known_family_there_is_no_own_naming():
+    one = Lora.from_state_dict(kohya("diffusion_model.stages.0.mixer.win", *factors(6, 2, 5)))
+    for loras in ([one], [one, one]):
+        assert in_own_naming(loras) is None
+
+
 def test_stacked_slices_do_not_mix():
     g = torch.Generator().manual_seed(0)
     layers = [
@@ -254,6 +311,19 @@ def test_stacked_slices_do_not_mix():
     assert made.rank == 3
     wanted = torch.cat([layers[1].delta(), torch.zeros(3, 5), layers[0].delta()])
     torch.testing.assert_close(made.delta(), wanted)
+
+
+@pytest.mark.parametrize("second", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("first", [torch.float16, torch.bfloat16, torch.float32])
+def test_stacked_slices_have_their_own_dtype_where_it_holds_them(first, second):
+    """A scale of 1/2 is exact in any of them, one of 0.3 in float32 alone."""
+    for alpha, exact in ((1.0, True), (0.6, False)):
+        layers = [LoraLayer(*factors(3, 2, 5, seed=n, dtype=dtype), alpha) for n, dtype in enumerate((first, second))]
+        made = stacked([(Rows(0, 3), layers[0]), (Rows(3, 3), layers[1])], (6, 5))
+        wanted = first if exact and first == second else torch.float32
+        assert {made.up.dtype, made.down.dtype} == {wanted}
+        assert torch.equal(made.delta(), torch.cat([layer.delta() for layer in layers])) or not exact
+        assert relative(made.delta(), torch.cat([layer.delta() for layer in layers])) < 1e-6
 
 
 RECOGNISED = {
@@ -384,6 +454,24 @@ def test_biases_of_slices_stand_in_their_rows_of_the_fused_bias():
     wanted = torch.cat([biases["attn.to_q"], torch.zeros(H), biases["attn.to_v"], biases["proj_mlp"]])
     assert {key: diff.tolist() for key, diff in merged.diffs.items()} == {(whole, "diff_b"): wanted.tolist()}
     assert {*merged.modules} == {whole, merged.find("diffusion_model.img_in.proj")}
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float16,) * 2, (torch.bfloat16,) * 2, (torch.float16, torch.float32)])
+@pytest.mark.parametrize("part", ["diff", "diff_b"])
+def test_differences_of_slices_stand_in_their_rows_in_the_dtype_that_all_have(part, dtypes):
+    name, g = "transformer.single_transformer_blocks.39.attn.to_{}".format, torch.Generator().manual_seed(0)
+    state = kohya("transformer.x_embedder.proj", *factors(H, 2, 4))
+    wanted = torch.zeros(7 * H, H) if part == "diff" else torch.zeros(7 * H)
+    for x, start, dtype in zip("qv", (0, 2 * H), dtypes, strict=True):
+        own = torch.randn(wanted[:H].shape, generator=g).to(dtype)
+        state[f"{name(x)}.{part}"] = own
+        wanted[start : start + H] = own
+        if part == "diff_b":
+            state |= kohya(name(x), *factors(H, 2, H, seed=start))
+    (named,) = in_own_naming([Lora.from_state_dict(state)])
+    found = named.diffs["lora_unet_single_blocks_39_linear1", part]
+    assert found.dtype == (dtypes[0] if len({*dtypes}) == 1 else torch.float32)
+    assert torch.equal(found.float(), wanted)
 
 
 # ---- the way back

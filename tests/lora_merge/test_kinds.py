@@ -20,6 +20,7 @@ from lcm_kit.lora_merge import (
     resize_with_account,
     save,
 )
+from lcm_kit.lora_merge.updates.build import build
 from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import factors, generator, kohya, relative
 
@@ -109,9 +110,51 @@ def test_lokr_by_hand():
     assert low.delta().tolist() == [[0, 7.5, 0, 15], [0, 22.5, 0, 30]]  # 3 / 2 of it
 
 
+LORA = {".lora_up.weight": "up", ".lora_down.weight": "down", ".lora_mid.weight": "mid"}
+
+
+def misshapen(part, more):
+    """The part one longer and empty along each dimension; with a dimension more and one less."""
+    for axis in range(part.ndim):
+        yield torch.cat([part, part.narrow(axis, 0, 1)], axis)
+        yield part.narrow(axis, 0, 0)
+    if more:
+        yield part[..., None]
+        yield part[0]
+
+
+@pytest.mark.parametrize(("kind", "kernel"), CASES)
+def test_parts_that_do_not_fit_together_are_refused_by_name_and_what_fits_is_the_formula(kind, kernel):
+    tensors = kinds.parts(kind, kernel=kernel)
+    for end, part in tensors.items():
+        for other in misshapen(part, more=end not in LORA):
+            state = tensors | {end: other}
+            name = LORA.get(end, end[1:])
+            try:
+                made = build({LORA.get(key, key[1:]): tensor for key, tensor in state.items()}, None)
+            except ValueError as error:
+                # Of what is no pair by itself the products differ.
+                assert name in str(error) or "the two products are" in str(error)  # noqa: PT017, either is right
+            else:
+                assert other.numel()
+                assert relative(made.delta().flatten(1), kinds.dense(state)) < 1e-6
+
+
+@pytest.mark.parametrize("alpha", [None, 0.5])
+@pytest.mark.parametrize(("kind", "kernel"), [pair for pair in CASES if pair[0].startswith("LoKr")])
+def test_a_lokr_without_its_core_is_the_same_update_and_without_one_it_is_itself(kind, kernel, alpha):
+    (one,) = lora(kind, kernel, alpha=alpha).modules.values()
+    made = one.without_core()
+    assert made.t2 is None
+    assert (made is one) == (one.t2 is None)
+    assert made.shape == one.shape
+    assert relative(made.delta(), one.delta()) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({".hada_w2_b": torch.ones(3, 12)}, r"hada_w2_a is \(8, 2\), hada_w2_b \(3, 12\); their ranks differ"),
         ({".hada_w1_b": torch.ones(3, 12)}, r"hada_w1_a is \(8, 2\), hada_w1_b \(3, 12\); their ranks differ"),
         ({".hada_w2_b": torch.ones(2, 11)}, r"the two products are \(8, 12\) and \(8, 11\)"),
         ({".hada_w1_a": torch.ones(8, 2, 1)}, "hada_w1_a is .* needs 2 dimensions"),

@@ -81,6 +81,7 @@ def test_a_layer_cannot_be_changed():
         ((8, 4), (8, 4), (8, 4)),
         ((8, 4), (8, 4, 1, 1), (8, 4, 1, 1)),
         ((8, 36, 1, 1), (8, 4, 3, 3), (8, 4, 3, 3)),
+        ((8, 12, 1, 1), (8, 4, 3), (8, 4, 3)),
         ((8, 4), (8, 5), None),
         ((8, 4), (4, 8), None),
         ((8, 4), (8, 4, 3, 3), None),
@@ -187,6 +188,7 @@ def test_a_matrix_is_itself_times_one_on_its_shorter_side(shape, dtype):
     assert up.dtype == down.dtype == dtype
     assert (up.shape, down.shape) == ((shape[0], min(shape)), (min(shape), shape[1]))
     assert torch.equal(up.double() @ down.double(), matrix.double())
+    assert {factor.device.type for factor in whole_factors(matrix.to("meta"))} == {"meta"}
 
 
 @pytest.mark.parametrize(
@@ -209,6 +211,8 @@ def test_what_float32_cannot_hold_is_refused_and_what_it_just_holds_is_not():
 
     assert float(layer(2.0**57).delta()) == 2.0**127
     assert float(layer(2.0**-149).delta()) == 2.0**-79
+    largest = torch.finfo(torch.float32).max
+    assert float(LoraLayer(torch.full((1, 1), largest), torch.ones(1, 1)).delta()) == largest
     with pytest.raises(ValueError, match=r"the update reaches 3\.4e\+38, and float32 ends at"):
         layer(2.0**58).delta()
 

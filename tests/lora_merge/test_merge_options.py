@@ -1,5 +1,6 @@
 """Cuts of a whole LoRA, protection, strengths by block, workers and dtypes in `merge`, and `resize`."""
 
+import inspect
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from lcm_kit.lora_merge import (
     save,
 )
 from lcm_kit.lora_merge.merging.budget import numbers_within
+from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.metadata.fields import PRESET_KEY
 from lcm_kit.lora_merge.one_module.protect import which_protected
 from lcm_kit.lora_merge.settings.options import MergeOptions, options_from_dict
@@ -271,7 +273,7 @@ def test_a_method_that_scales_the_protected_one_down_warns():
     assert account.sources[1].effect < 0.99
     assert "Warning: method ties scales down what it merges" in describe_merge(account, merged)
     for method in ("linear", "slerp"):
-        assert not merge_with_account(INPUTS, method=method, protect=1)[1].warnings
+        assert not warnings_of(merge_with_account(INPUTS, method=method, protect=1)[1])
 
 
 def test_protection_reaches_whole_weight_differences():
@@ -379,6 +381,42 @@ def test_the_file_says_all_that_was_asked_for():
     assert "Cut so that each input keeps 90 % of its energy" in text
 
 
+GIVEN = [
+    {"method": "ties"},
+    {"rank": 4},
+    {"keep": 0.9},
+    {"retain": 0.9},
+    {"max_mb": 0.05},
+    {"rank": 4, "balanced": True},
+    {"method": "ties", "density": 0.3},
+    {"method": "della", "spread": 0.05},
+    {"method": "breadcrumbs", "outliers": 0.05},
+    {"method": "della", "parameters": {"spread": 0.05}},
+    {"seed": 5},
+    {"method": "ties", "dense": True},
+    {"protect": 1},
+    {"protect": 1, "mu": 0.5},
+    {"leave_out": True},
+    {"out_dtype": torch.bfloat16},
+]
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=lambda given: " ".join(map(str, given)))
+def test_every_option_is_passed_on_as_it_was_given(given):
+    wanted = MergeOptions(**given)
+    assert wanted != MergeOptions(**dict([*given.items()][:-1]))
+    assert merge_with_account(INPUTS, **given)[1].options == wanted
+    notes = json.loads(merge(INPUTS, **given).metadata["lcm_kit.merge"])
+    assert notes["options"] == wanted.to_dict()
+
+
+def test_there_is_an_example_of_every_option():
+    parameters = inspect.signature(MergeOptions).parameters
+    assert {name for given in GIVEN for name in given} == parameters.keys()
+    for function in (merge, merge_with_account):
+        assert parameters.keys() <= inspect.signature(function).parameters.keys()
+
+
 # ---- what is refused
 
 
@@ -418,9 +456,9 @@ def test_options_out_of_range_and_contradictions_are_refused(choices, message):
 def test_slerp_takes_two_loras_and_no_negative_strength():
     with pytest.raises(ValueError, match="method slerp takes 2 LoRAs, but there are 3"):
         merge([*INPUTS, (LCM, 1.0)], method="slerp")
-    with pytest.raises(ValueError, match=r"strength is -0\.5, but method slerp"):
+    with pytest.raises(ValueError, match=r"strength is -0\.5 at .*, but method slerp"):
         merge([(STYLE, -0.5), (LCM, 1.0)], method="slerp")
-    with pytest.raises(ValueError, match=rf"{TEXT}: strength is -0\.8"):
+    with pytest.raises(ValueError, match=rf"strength is -0\.8 at {TEXT}"):
         merge(INPUTS, method="slerp", block_strengths=["te=-1", None])
 
 
@@ -486,5 +524,7 @@ def test_the_relative_error_of_a_cut_is_that_at_any_strength(strength):
 
 def test_a_bias_that_the_dtype_rounds_away_is_named_by_its_module():
     one = Lora.from_state_dict({f"{MIDDLE}.diff_b": torch.full((12,), 1e-9)} | kohya(UP, *factors(20, 2, 30)))
-    (said,) = (line for line in merge_with_account([(one, 1.0)], out_dtype=torch.float16)[1].warnings if MIDDLE in line)
+    (said,) = (
+        line for line in warnings_of(merge_with_account([(one, 1.0)], out_dtype=torch.float16)[1]) if MIDDLE in line
+    )
     assert "diff_b" not in said

@@ -1,14 +1,18 @@
 """The report of a merge, line by line, from numbers written by hand."""
 
+import itertools
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from lcm_kit.lora_merge import Lora, LoraLayer, MergeOptions, describe, describe_merge, merge
+from lcm_kit.lora_merge import LohaLayer, Lora, LoraLayer, MergeOptions, describe, describe_merge, merge
+from lcm_kit.lora_merge.files.twice import Named
 from lcm_kit.lora_merge.merging.account import Account, Source
-from lcm_kit.lora_merge.merging.report import describe_provenance
+from lcm_kit.lora_merge.merging.report import _scaled_protection, describe_provenance, warnings_of
+from lcm_kit.lora_merge.metadata.adapter_config import OfPeft
+from lcm_kit.lora_merge.metadata.inherit import Cut, TooLong
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
 
@@ -56,6 +60,7 @@ def test_an_exact_merge_in_full():
     ("facts", "said"),
     [
         ({"ranks": None, "alphas": None}, "5 modules, 3 shared, 2 only here"),
+        ({"alphas": None}, "5 modules, 3 shared, 2 only here"),
         ({"ranks": (4, 4), "alphas": (1.0, 1.0)}, "5 modules, 3 shared, 2 only here, rank 4, alpha 1"),
         ({"diffs": 3, "ranks": None}, "5 modules, 3 shared, 2 only here, 3 weight or bias differences"),
         ({"merged": 3, "refused": 2, "ranks": None}, "2 only here, 3 merged, 2 refused and left out"),
@@ -141,14 +146,95 @@ def test_the_median_rank_is_told_where_ranks_were_shared_out():
         assert "median" not in describe_merge(account(**other), MERGED)
 
 
-def test_warnings_end_with_one_full_stop_and_rebalanced_modules_are_counted():
-    said = lines(account(warnings=("it is so", "It is. And so."), rebalanced=3))
-    assert said[-3:] == [
-        "Factors of 3 modules balanced to fit float16; their updates are the same.",
-        "Warning: it is so.",
-        "Warning: It is. And so.",
-    ]
+PART = (
+    Named(owner=0, canonical="qkv", spelling="qkv", is_bias=False, shape=(6, 2)),
+    Named(owner=1, canonical="q", spelling="q", is_bias=False, shape=(2, 2)),
+)
+
+
+@pytest.mark.parametrize(
+    ("facts", "warning"),
+    [
+        ({"notes": (Cut(tags=9, kept=4),)}, "of 9 tags in ss_tag_frequency the 4 most frequent are kept, since"),
+        ({"notes": (TooLong("a", "description", 7),)}, "a: its metadata description is left out, because it has 7"),
+        ({"unread": ("stray",)}, "a holds what has no effect in ComfyUI and is left out: unknown (1 keys: stray)"),
+        ({"peft": OfPeft(config="used")}, "a: its scale is that of adapter_config.json beside it"),
+        ({"peft": OfPeft(changed_base="olora")}, "a: it was trained with init_lora_weights 'olora', which changes"),
+        ({"fused": (PART,)}, "a weight as a whole and a slice of it do not meet here, each goes its own way: qkv (a) and q (b)"),
+        ({"protects_nobody": True}, "no input is recognised as an acceleration LoRA, so no LoRA is protected and mu"),
+        ({"too_small": {"x": 0.25}, "out": torch.float16}, "float16 has no numbers small enough for 1 modules: their"),
+        ({"effect": 0.25, "options": {"method": "ties"}}, "method ties leaves about 25 % of a. Choose a higher density"),
+        ({"retention": 0.25, "options": {"rank": 1}}, "the cut leaves 25 % of the energy of a. Choose a higher rank"),
+        ({"options": {"method": "dare", "density": 1.0}}, "density is 1, at which method dare prunes nothing: this is"),
+    ],
+)  # fmt: skip
+def test_each_fact_that_the_user_should_know_is_a_warning_with_one_full_stop(facts, warning):
+    """And nothing else of the account is, which says the rest in lines of its own."""
+    facts = dict(facts)
+    options = facts.pop("options", {}) | ({"out_dtype": facts.pop("out")} if "out" in facts else {})
+    own = {name: facts.pop(name) for name in [*facts] if name in {one.name for one in fields(Source)}}
+    found = account(source(**own), source("b"), options=options, **facts)
+    (said,) = [line for line in lines(found) if line.startswith("Warning: ")]
+    assert said.startswith(f"Warning: {warning}")
+    assert said.endswith(".")
+    assert not said.endswith("..")
+    assert not warnings_of(account(options={"method": options.get("method", "linear")}))
+
+
+def test_rebalanced_modules_are_counted():
+    assert lines(account(rebalanced=3))[-1] == (
+        "Factors of 3 modules balanced to fit float16; their updates are the same."
+    )
     assert not any("balanced" in line for line in lines(account()))
+
+
+def hollow(out, inputs, kernel=()):
+    """A LoHa without numbers, of rank 8 twice: as LoRA it needs 64."""
+    columns = inputs * torch.Size(kernel).numel()
+    a, b = torch.empty(out, 8, device="meta"), torch.empty(8, columns, device="meta")
+    return LohaLayer(a, b, a, b, unfold=kernel)
+
+
+def test_what_stays_another_kind_is_told_with_both_sizes():
+    merged = Lora({"m": hollow(4000, 3000), "n": hollow(1000, 500, (3, 3)), "o": MERGED.modules["m"]})
+    # 2 * 8 * (4000 + 3000) + 2 * 8 * (1000 + 4500) numbers, and 64 * 7000 + 64 * 5500.
+    assert "2 modules that no other input changes stay LoHa: 0.4 MB in float16, as LoRA 1.6 MB." in lines(
+        account(), merged
+    )
+    assert not any("stay" in line for line in lines(account()))
+
+
+def test_a_mean_is_told_with_what_its_weights_add_up_to():
+    said = lines(account(source(strength=0.5), source("b", strength=1.25), options={"method": "average"}))
+    assert "The mean of the LoRAs: each strength is a weight, divided by their sum, 1.75." in said
+
+
+@pytest.mark.parametrize(
+    ("effect", "percent"), [(None, "0"), (0.0, "0"), (0.5, "50"), (0.989, "99"), (0.99, None), (1.0, None)]
+)
+def test_a_protected_one_that_is_scaled_down_is_told_below_ninety_nine_hundredths(effect, percent):
+    for protected, method in itertools.product((True, False), ("ties", "linear")):
+        found = _scaled_protection([source(effect=effect, protected=protected)], MergeOptions(method))
+        if protected and method == "ties" and percent:
+            assert f"about {percent} % is left of a, which is protected." in found[0]
+        else:
+            assert found == []
+
+
+def test_every_module_belongs_to_a_part_of_the_model():
+    names = [
+        "lora_unet_a",
+        "lora_transformer_a",
+        "lora_te1_a",
+        "lora_te2_a",
+        "lora_te_a",
+        "lora_prior_te_a",
+        "a_other1_b",
+    ]
+    one = Lora({name: MERGED.modules["m"] for name in names}, source="x")
+    assert describe(one).split("\n")[1] == (
+        "  modules: 7 (diffusion model 2, other 3, text encoder 1 1, text encoder 2 1)"
+    )
 
 
 def test_a_lora_in_a_few_lines():
@@ -175,3 +261,12 @@ def test_of_many_inputs_the_first_fifty_are_named_and_the_others_counted(count, 
     assert told[0] == "  made from: the exact sum"
     assert told[1 : 1 + min(count, 50)] == [f"    a * {number}, sha256 unknown" for number in range(min(count, 50))]
     assert told[1 + min(count, 50) :] == more
+
+
+def test_the_block_strengths_and_the_hash_of_an_input_are_told():
+    one = Lora.from_state_dict(kohya("lora_unet_middle_block_1_proj_in", *factors(4, 1, 4)), source="a")
+    merged = merge([(one, 0.5)], block_strengths="mid=0.5", sha256=["ab" * 32])
+    assert describe_provenance(merged) == [
+        "  made from: the exact sum",
+        f"    a * 0.5, times mid=0.5, sha256 {'ab' * 32}",
+    ]

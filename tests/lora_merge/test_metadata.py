@@ -12,11 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from lcm_kit.lora_merge import Lora, MergeOptions, load, merge, merge_with_account, resize, save
 from lcm_kit.lora_merge.__main__ import main
-from lcm_kit.lora_merge.files.new_metadata import for_file
+from lcm_kit.lora_merge.files.new_metadata import _set_implementation, for_file
 from lcm_kit.lora_merge.merging.budget import numbers_within
+from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.metadata import tags
 from lcm_kit.lora_merge.metadata.about import trigger_words
-from lcm_kit.lora_merge.metadata.report import describe_metadata
+from lcm_kit.lora_merge.metadata.fields import ADAPTER_KEY, is_name
+from lcm_kit.lora_merge.metadata.inherit import size_of
+from lcm_kit.lora_merge.metadata.report import describe_metadata, shown
 from lcm_kit.lora_merge.recognise.identity import identify
 from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import factors, kohya, metadata
@@ -152,6 +155,97 @@ def test_words_of_all_inputs_are_kept_once(key):
     assert json.loads(merge(lists).metadata[key]) == ["one, two", "three"]
 
 
+def test_a_text_may_be_as_long_as_is_said_and_is_left_out_with_its_length_beyond():
+    for length in (100_000, 100_001):
+        merged, account = merge_with_account(pair({"description": "x" * length}, {"trigger_words": "y" * length}))
+        kept = length == 100_000
+        assert ("description" in merged.metadata, "trigger_words" in merged.metadata) == (kept, kept)
+        told = [one for one in warnings_of(account) if f"because it has {length} characters" in one]
+        assert len(told) == (0 if kept else 2)
+        assert trigger_words({"trigger_words": "y" * length}) == (["y" * length] if kept else [])
+
+
+@pytest.mark.parametrize(
+    ("number", "sane"),
+    [(1e15, False), (-1e15, False), (1e15 - 1, True), (0.5, True), (True, False), ("3", False), (None, False)],
+)
+def test_a_tag_has_a_number_that_can_be_added_up(number, sane):
+    text = {tags.KEY: json.dumps({"x": {"cat": number}})}
+    if sane:
+        assert tags.read(text) == {"x": {"cat": number}}
+    else:
+        with pytest.raises(ValueError, match="'cat' has no sane number"):
+            tags.read(text)
+
+
+def test_tags_that_just_fit_are_all_kept_and_of_more_the_most_frequent_half(monkeypatch):
+    """A header writes the JSON as a text, with its quotes escaped, and every letter as it is."""
+    found = {"a": {f"é{n}": n for n in range(7)}, "b": {f"{n}": 10 + n for n in range(3)}}
+    text = json.dumps(found, ensure_ascii=False)
+    length = len(text.encode()) + text.count('"') + 2
+    monkeypatch.setattr(tags, "MAX_BYTES", length)
+    assert tags.to_text(found) == (text, 10)
+    monkeypatch.setattr(tags, "MAX_BYTES", length - 1)
+    kept = {"a": {"é5": 5, "é6": 6}, "b": {"0": 10, "1": 11, "2": 12}}
+    assert tags.to_text(found) == (json.dumps(kept, ensure_ascii=False), 5)
+    for limit, told in ((length, []), (length - 1, ["of 10 tags in ss_tag_frequency the 5 most frequent are kept"])):
+        monkeypatch.setattr(tags, "MAX_BYTES", limit)
+        _, account = merge_with_account(
+            pair({tags.KEY: json.dumps({"a": found["a"]})}, {tags.KEY: json.dumps({"b": found["b"]})})
+        )
+        assert [one.split(",")[0] for one in warnings_of(account)] == told
+
+
+def test_the_size_of_metadata_is_what_it_takes_in_a_header():
+    notes = {"é": 'x"y', "a": "line\n", "b\\": "日本"}
+    assert size_of(notes) == len(json.dumps(notes, ensure_ascii=False, separators=(",", ":")).encode()) - 1
+    assert size_of({}) == 0
+
+
+def test_words_in_lists_are_written_letter_by_letter():
+    assert (
+        merge(pair({"trained_words": '["é"]'}, {"trained_words": '["日"]'})).metadata["trained_words"] == '["é", "日"]'
+    )
+    mixed = merge(pair({"trained_words": '["é"]'}, {"trained_words": "b"})).metadata["trained_words"]
+    assert mixed == "é, b"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x" * 200, "x" * 200),
+        ("x" * 201, "x" * 197 + "..."),
+        (" a\n b\tc ", "a b c"),
+        ("a\x1bb", "a?b"),
+        (" " * 1999 + "x", "x"),
+        (" " * 2000 + "x", ""),
+    ],
+)
+def test_anybodys_text_is_shown_in_one_short_line(text, told):
+    assert shown(text) == told
+
+
+@pytest.mark.parametrize(
+    ("key", "good"),
+    [("a", True), ("a" * 200, True), ("a" * 201, False), ("", False), (" a", False), ("a ", False), ("a\n", False)],
+)
+def test_a_name_of_metadata_is_short_and_printable(key, good):
+    assert is_name(key) is good
+
+
+def test_the_configuration_in_a_file_is_in_the_order_of_its_names():
+    notes = for_file(Lora.from_state_dict(kinds.state_dict("LoRA", MODULE)), "x", "diffusers")[ADAPTER_KEY]
+    assert notes == json.dumps(json.loads(notes), sort_keys=True)
+
+
+def test_the_modelspec_is_claimed_of_those_two_fields_alone():
+    one = Lora({}, metadata={"modelspec.architecture": "x", "modelspec.implementation": "y"})
+    assert for_file(one, "x", "kohya")["modelspec.sai_model_spec"] == "1.0.0"
+    bare = {"modelspec.architecture": "x", "modelspec.implementation": "y"}
+    _set_implementation(bare, "kohya")
+    assert bare["modelspec.sai_model_spec"] == "1.0.0"
+
+
 def test_authors_licences_and_hints_name_everybody():
     merged, account = merge_with_account(
         pair(
@@ -163,7 +257,7 @@ def test_authors_licences_and_hints_name_everybody():
     assert merged.metadata["modelspec.license"] == "MIT (a.safetensors); CC-BY-NC-4.0 (b.safetensors)"
     assert merged.metadata["modelspec.usage_hint"] == "a.safetensors: 0.8 is enough\nb.safetensors: 4 steps"
     assert any(
-        "different licences, MIT (a.safetensors); CC-BY-NC-4.0 (b.safetensors)" in one for one in account.warnings
+        "different licences, MIT (a.safetensors); CC-BY-NC-4.0 (b.safetensors)" in one for one in warnings_of(account)
     )
     same = merge(pair({"modelspec__author": "Ann", "license": "MIT"}, {"modelspec__author": "Ann", "license": "MIT"}))
     assert (same.metadata["modelspec.author"], same.metadata["license"]) == ("Ann", "MIT")
@@ -256,7 +350,7 @@ def test_tags_beyond_what_a_header_holds_are_cut_to_the_most_frequent(tmp_path, 
     assert len(merged.metadata["ss_tag_frequency"]) < 10_000
     assert len(kept) == 250
     assert sorted(kept.values()) == sorted([*range(375, 500)] * 2)
-    assert any("of 1000 tags in ss_tag_frequency the 250 most frequent are kept" in one for one in account.warnings)
+    assert any("of 1000 tags in ss_tag_frequency the 250 most frequent are kept" in one for one in warnings_of(account))
 
 
 def test_large_metadata_of_both_inputs_goes_into_one_file_that_is_read(tmp_path):
@@ -313,7 +407,7 @@ def test_metadata_of_no_use_costs_a_sentence_and_nothing_else(tmp_path, key, tex
     sentences = [line for line in describe_metadata(lora.metadata) if f"Its metadata {key} is left aside" in line]
     assert len(sentences) == 1
     _, account = merge_with_account([(lora, 1.0), (small(), 1.0)], protect="auto", mu=1.0)
-    assert sum(f"x.safetensors: its metadata {key} is left aside" in one for one in account.warnings) == 1
+    assert sum(f"x.safetensors: its metadata {key} is left aside" in one for one in warnings_of(account)) == 1
     save(merge([(lora, 1.0), (small(), 1.0)]), tmp_path / "merged.safetensors")
     load(tmp_path / "merged.safetensors")
     assert main(["info", str(tmp_path / "x.safetensors")]) == 0

@@ -10,6 +10,7 @@ from lcm_kit.lora_merge import METHODS, Lora, MergeOptions, describe_merge, load
 from lcm_kit.lora_merge.__main__ import main
 from lcm_kit.lora_merge.merging.account import Source
 from lcm_kit.lora_merge.merging.report import _lost as lost
+from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.merging.reproduce import reproduce
 from lcm_kit.lora_merge.methods import table
 from lcm_kit.lora_merge.methods.table import Method, Parameter, all_parameters
@@ -169,7 +170,25 @@ def test_notes_with_unknown_options_are_refused(name):
 )
 def test_a_hint_says_which_way_to_go(density, hint):
     _, account = merge_with_account(INPUTS, method="magnitude", density=density)
-    assert any(one.endswith(hint) for one in account.warnings)
+    assert any(one.endswith(hint) for one in warnings_of(account))
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.49, True), (0.5, False), (0.51, False), (None, False)])
+def test_less_than_half_is_lost_and_half_is_not(share, warned):
+    """Of what the method made, and of what the cut left; where there is no cut nothing is lost in one."""
+
+    def words(**facts):
+        options = MergeOptions("ties", rank=facts.pop("rank", 0))
+        faint = Source(**{"name": "faint", "strength": 1.0, "modules": 1, "only_here": 1, "diffs": 0, "ranks": (2, 2),
+                          "alphas": (2.0, 2.0), "retention": None} | facts)  # fmt: skip
+        return lost([faint], options)
+
+    assert [text.startswith("method ties leaves about 49 % of faint") for text in words(effect=share)] == [
+        True
+    ] * warned
+    cut = words(retention=share, rank=4)
+    assert [text.startswith("the cut leaves 49 % of the energy of faint") for text in cut] == [True] * warned
+    assert words(retention=share) == []
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -191,6 +210,6 @@ def test_no_hint_names_a_parameter_that_the_method_has_not(method):
 
 def test_what_keeps_a_protected_lora_is_what_the_table_says():
     _, account = merge_with_account(INPUTS, method="ties", protect=0, density=0.02)
-    (text,) = [one for one in account.warnings if "which is protected" in one]
+    (text,) = [one for one in warnings_of(account) if "which is protected" in one]
     keeping = text.split("protected. ")[1].removesuffix(" keep it.").replace(" and ", ", ").split(", ")
     assert keeping == [name for name, method in METHODS.items() if not method.scales_down]

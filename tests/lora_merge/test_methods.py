@@ -10,6 +10,7 @@ from peft.utils import merge_utils
 
 from lcm_kit.lora_merge import METHODS, Lora, merge, merge_with_account
 from lcm_kit.lora_merge.algebra.core_space import core_space
+from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.methods.table import Situation
 from lcm_kit.tests.lora_merge.make import dense, factors, generator, kohya, relative
 
@@ -359,7 +360,7 @@ def test_tsv_keeps_orthogonal_updates_and_their_singular_values():
 
 
 def warnings(**options):
-    return merge_with_account([(steep(1), 0.8), (steep(2), 1.0)], protect=None, **options)[1].warnings
+    return warnings_of(merge_with_account([(steep(1), 0.8), (steep(2), 1.0)], protect=None, **options)[1])
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -383,10 +384,10 @@ def test_a_method_that_prunes_nothing_says_so():
 
 def test_a_cut_that_loses_half_of_a_lora_says_so():
     weak, strong = steep(1), steep(2)
-    notes = merge_with_account([(weak, 0.1), (strong, 1.0)], rank=4, protect=None)[1].warnings
+    notes = warnings_of(merge_with_account([(weak, 0.1), (strong, 1.0)], rank=4, protect=None)[1])
     assert len(notes) == 1
     assert re.match(r"the cut leaves [0-4]?\d % of the energy of ", notes[0])
-    assert merge_with_account([(weak, 0.1), (strong, 1.0)], retain=0.9, protect=None)[1].warnings == ()
+    assert warnings_of(merge_with_account([(weak, 0.1), (strong, 1.0)], retain=0.9, protect=None)[1]) == ()
 
 
 def test_the_effect_is_the_fitted_coefficient():

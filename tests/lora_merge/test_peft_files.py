@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from lcm_kit.lora_merge import Lora, describe, load, merge_with_account, save
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
+from lcm_kit.lora_merge.merging.report import warnings_of
+from lcm_kit.lora_merge.metadata.adapter_config import noted
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
 NAME = "mid_block.attentions.0.proj_in"
@@ -26,7 +28,7 @@ def adapter(folder, *, name="adapter_model", rank=4, **config):
 
 def said(lora):
     """In every report that a LoRA gets into."""
-    merged = merge_with_account([(lora, 1.0), (lora, 0.5)])[1].warnings
+    merged = warnings_of(merge_with_account([(lora, 1.0), (lora, 0.5)])[1])
     text = as_text(compare([(lora, 1.0)]))
     notes = [line.removeprefix("  note: ") for line in describe(lora).splitlines() if line.startswith("  note: ")]
     for note in notes:
@@ -111,7 +113,7 @@ def test_dora_of_pefts_is_said_to_be_applied_in_another_way():
     dora = Lora.from_state_dict(state | {f"{name}.lora_magnitude_vector": torch.ones(8)}, source="x")
     note = "its DoRA was trained by PEFT, which divides by the norm of the tuned weight"
     assert note in describe(dora)
-    assert any(note in line for line in merge_with_account([(dora, 1.0)])[1].warnings)
+    assert any(note in line for line in warnings_of(merge_with_account([(dora, 1.0)])[1]))
     # From the graph's LORA_MODEL, whose keys are LyCORIS's.
     assert note in describe(Lora.from_state_dict(dora.to_state_dict(), metadata=dora.metadata))
     lycoris = {
@@ -142,3 +144,27 @@ def test_what_peft_saves_beside_factors_is_listed():
         "unknown (1 keys",
     ):
         assert words in text
+
+
+def test_what_a_packed_configuration_says_of_its_making_is_noted_field_by_field():
+    """diffusers writes it under the part of the model; what the file says by itself goes first, and ranks are read elsewhere."""
+    packed = {
+        "unet.init_lora_weights": "pissa",
+        "unet.use_dora": True,
+        "unet.r": 4,
+        "unet.lora_alpha": "8",
+        "use_dora.x": True,
+    }
+    key = "lora_adapter_metadata"
+    assert noted({key: json.dumps(packed)}, ()) == {
+        key: json.dumps(packed),
+        "init_lora_weights": "pissa",
+        "use_dora": "True",
+    }
+    assert noted({key: json.dumps(packed), "init_lora_weights": "olora"}, ())["init_lora_weights"] == "olora"
+    for other in (4, None, ["pissa"]):
+        text = {key: json.dumps({"unet.init_lora_weights": other})}
+        assert noted(text, ()) == text
+    assert noted({key: "["}, ()) == {key: "["}
+    assert noted({}, ["a.lora_A.weight"]) == {}
+    assert noted({}, ["a.lora_A.weight", "a.lora_magnitude_vector.weight"]) == {"use_dora": "True"}

@@ -143,6 +143,45 @@ def test_whole_differences_too(power):
             assert error <= 1e-5 * 2.0**power * float(plain[key].norm()) + floor, (method, key)
 
 
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("cut", [{"rank": 2}, {"keep": 0.9}])
+@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].exact_inputs])
+def test_what_a_merge_says_of_itself_is_the_same_at_any_size(method, cut, dense):
+    """Two modules of which one is beyond the middle of the range and the other is not: energies of both are added up."""
+    if dense and (not METHODS[method].entrywise or "keep" in cut):
+        return
+    accounts = []
+    for power in (0, 38, 60):
+        loras = [
+            Lora(
+                lora(seed, up=power + 4, modules=(LINEAR,)).modules
+                | lora(seed, up=power, modules=(CONVOLUTION,)).modules,
+                source=f"{seed}",
+            )
+            for seed in (1, 2)
+        ]
+        call = {"method": method, "protect": 1, "mu": 1.0, "dense": dense} | cut
+        accounts.append(merge_with_account([(loras[0], 0.75), (loras[1], 1.5)], **call)[1])
+    first, *others = accounts
+    for other in others:
+        assert other.ranks == first.ranks
+        assert other.relative_error == pytest.approx(first.relative_error, rel=1e-3, abs=1e-6)
+        for one, same in zip(first.sources, other.sources, strict=True):
+            for name in ("retention", "effect", "stepped_aside"):
+                assert getattr(same, name) == pytest.approx(getattr(one, name), rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("power", [-40, -2, 0, 2, 40])
+def test_small_entries_of_whole_updates_of_ordinary_size_are_kept(power):
+    """float32's smallest numbers beside ordinary ones are lost where an update is divided by anything."""
+    diff = torch.tensor([[2.0**power, 2.0**-149], [-(2.0**-140), 0.0]])
+    one = Lora.from_state_dict({f"{ALONE}.diff": diff})
+    for method in ("ties", "magnitude", "breadcrumbs"):
+        options = {"outliers": 0.0} if method == "breadcrumbs" else {}
+        merged = merge([(one, 1.0)], method=method, density=1.0, **options)
+        assert torch.equal(merged.diffs[ALONE, "diff"], diff), method
+
+
 @pytest.mark.parametrize("part", ["diff", "diff_b"])
 @pytest.mark.parametrize("method", ["linear", "magnitude"])
 def test_a_difference_beyond_float32_is_refused_by_name(part, method):

@@ -46,6 +46,39 @@ def test_at_the_size_of_a_common_rank_the_error_is_not_larger(rank):
     assert energy_kept(allocate(PROSPECTS, parameters=size(uniform))) >= energy_kept(uniform) * (1 - 1e-9)
 
 
+def test_a_size_is_used_to_its_last_number():
+    """112 numbers are one rank in each module; then the next rank in order, for what it costs."""
+    ones = dict.fromkeys(PROSPECTS, 1)
+    assert allocate(PROSPECTS, parameters=112) == ones
+    (first,) = [
+        name
+        for name, rank in allocate(PROSPECTS, keep=1e-9 + energy_kept(ones) / energy_kept(FULL)).items()
+        if rank > 1
+    ]
+    assert allocate(PROSPECTS, parameters=112 + PROSPECTS[first].cost) == ones | {first: 2}
+    assert allocate(PROSPECTS, parameters=112 + PROSPECTS[first].cost - 1)[first] == 1
+    assert allocate(PROSPECTS, parameters=size(FULL)) == FULL
+    assert allocate(PROSPECTS, parameters=size(FULL) - 1) != FULL
+
+
+@pytest.mark.parametrize("keep", [*(n / 40 for n in range(1, 40)), 0.9999, 1.0])
+def test_the_ranks_for_an_aim_are_the_first_in_their_order_that_reach_it(keep):
+    """Handed out one after the other, as sizes would have it: one fewer does not reach it. A module of rank 1 has no part."""
+    prospects = {f"{rank}": found(rank, 9, 7 + rank, (rank,), (1.0,)).prospect() for rank in (1, 4, 6)}
+    whole = sum(float(one.kept[0, -1]) for one in prospects.values())
+
+    def kept(ranks):
+        return sum(float(prospects[name].kept[0, rank]) for name, rank in ranks.items())
+
+    sizes = sorted({sum(p.cost for p in prospects.values()) + extra for extra in range(0, 120)})
+    chain = [ranks for room in sizes for ranks in [allocate(prospects, parameters=room)]]
+    found_ranks = allocate(prospects, keep=keep)
+    assert kept(found_ranks) >= keep * whole * (1 - 1e-8)
+    assert found_ranks["1"] == 1
+    fewer = [ranks for ranks in chain if sum(ranks.values()) < sum(found_ranks.values())]
+    assert all(kept(ranks) < keep * whole for ranks in fewer)
+
+
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9, 0.99])
 def test_the_energy_aim_is_reached_and_one_rank_less_misses_it(keep):
     ranks = allocate(PROSPECTS, keep=keep)
@@ -70,7 +103,7 @@ def test_everything_is_kept_at_one(aim):
 
 
 def test_no_modules_need_no_ranks():
-    assert allocate({}, keep=0.5) == {}
+    assert allocate({}, keep=0.5) == alike({}) == {}
 
 
 @pytest.mark.parametrize(

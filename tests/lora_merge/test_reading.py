@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from lcm_kit.lora_merge import Lora, describe, describe_merge, load, merge, merge_with_account, save
 from lcm_kit.lora_merge.comparing.compare import compare
+from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.recognise.identity import identify
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
@@ -43,7 +44,7 @@ def test_what_has_no_effect_in_comfyui_is_listed_and_all_else_is_read(key, name)
     merged, account = merge_with_account([(lora, 0.5)])
     assert set(merged.to_state_dict()) == set(plain())
     warning = f"style.safetensors holds what has no effect in ComfyUI and is left out: {name} (1 keys: {key})"
-    assert account.warnings == (warning,)
+    assert warnings_of(account) == (warning,)
     assert warning in describe_merge(account, merged)
     # Another reader may know it, so that a file that is only saved again keeps it; a scale of nothing nobody can use.
     assert (key in lora.to_state_dict(torch.float16)) is (name != "scale of nothing")

@@ -181,10 +181,12 @@ def test_an_expression_in_a_recipe_is_not_run(files, capsys):
     assert "is a regular expression, and these are not read" in capsys.readouterr().err
 
 
-def test_a_merge_without_files_is_made_again_by_name(files):
-    """In a graph nobody knows the files' hashes."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("choices", [{"keep": 0.9}, {"max_mb": 0.006}, {"rank": 3}, {}])
+def test_a_merge_without_files_is_made_again_by_name(files, choices, dtype):
+    """In a graph nobody knows the files' hashes, and a merge that was told no dtype counts 2 bytes a number in any file."""
     inputs = [(load(files / "inputs" / f"{name}.safetensors"), 1.0) for name in ("style", "lcm")]
-    save(merge(inputs, keep=0.9), files / "graph.safetensors", dtype=torch.float16)
+    save(merge(inputs, **choices), files / "graph.safetensors", dtype=dtype)
     assert reproduce(files / "graph.safetensors").identical
 
 

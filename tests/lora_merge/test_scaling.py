@@ -137,11 +137,14 @@ def test_raising_a_layer_is_multiplying_by_the_power(power):
         assert torch.equal(update(found, 1.0), wanted)
 
 
-def test_raising_ends_where_float32_does():
-    one = LoraLayer(torch.full((1, 1), 0.75), torch.ones(1, 1))
-    assert raised(one, 128).scale * float(raised(one, 128).up * raised(one, 128).down) == 0.75 * 2.0**128
-    for power in (130, 300):
-        size = round((power - 0.4) * math.log10(2))
+@pytest.mark.parametrize("scale", [-6, 0, 10])
+def test_raising_ends_where_float32_does(scale):
+    """The scale counts as the factors do."""
+    one = LoraLayer(torch.full((1, 1), 0.75), torch.ones(1, 1), 2.0**scale)
+    found = raised(one, 128 - scale)
+    assert found.scale * float(found.up.double() * found.down.double()) == 0.75 * 2.0**128
+    for power in (130 - scale, 300 - scale):
+        size = round((power + scale - 0.4) * math.log10(2))
         with pytest.raises(ValueError, match=rf"reaches about 1e\+({size}|{size + 1}), and float32 ends"):
             raised(one, power)
 

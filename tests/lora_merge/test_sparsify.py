@@ -31,6 +31,14 @@ def test_density_one_keeps_all_and_density_zero_none(prune):
     assert prune(DELTA, 1.0).data_ptr() != DELTA.data_ptr()
 
 
+@pytest.mark.parametrize("prune", PRUNINGS.values(), ids=PRUNINGS)
+def test_what_a_process_takes_for_its_default_device_draws_nothing(prune):
+    """Another pack may have set one: meta stands for a device without numbers."""
+    wanted = prune(DELTA, 0.5)
+    with torch.device("meta"):
+        assert torch.equal(prune(DELTA, 0.5), wanted)
+
+
 def test_the_largest_entries_stay_as_they_are():
     expected = torch.tensor([[4.0, 0.0, 0.0], [-3.0, 0.0, -5.0]])
     assert torch.equal(by_magnitude(DELTA, 0.5), expected)

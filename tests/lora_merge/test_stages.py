@@ -59,7 +59,7 @@ def test_a_plan_settles_whom_auto_protects():
     ("inputs", "options", "message"),
     [
         ([], {}, "there is nothing to merge"),
-        (INPUTS, {"method": "slerp"}, "lora_unet_a: strength is -0.5, but method slerp"),
+        (INPUTS, {"method": "slerp"}, "second: strength is -0.5 at lora_unet_a, but method slerp"),
         ([(FIRST, 0.5), (SECOND, 1.0)], {}, "first has DoRA"),
         ([(FIRST, float("nan"))], {}, "first: strength is nan"),
     ],

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from lcm_kit.lora_merge import LoraLayer
 from lcm_kit.lora_merge.algebra.precision import cast
 from lcm_kit.lora_merge.algebra.sums import dense_sum_in, is_safe_whole, stacked, weighted_sum
+from lcm_kit.lora_merge.updates.side_by_side import Sum
 from lcm_kit.tests.lora_merge.make import dense, factors, layer, relative
 
 
@@ -156,6 +157,33 @@ def test_a_whole_difference_is_safe_by_the_size_of_its_product_with_the_strength
     assert not is_safe_whole(large, 2.0**100)
     assert is_safe_whole(torch.zeros(2, 2), 2.0**-100)
     assert is_safe_whole(small, 0.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(ranks, alphas, st.sampled_from([0.0, 1.0, -0.75, 2.5])), min_size=1, max_size=4),
+    st.sampled_from([(), (3, 3)]),
+)
+def test_each_term_of_a_stack_is_its_strength_times_its_update(terms, kernel):
+    """Those of strength 0 or alpha 0 too, alone, first or last: a rank of zeros at most."""
+    layers = [layer(6, rank, 5, kernel, alpha=alpha, seed=seed) for seed, (rank, alpha, _) in enumerate(terms)]
+    made = stacked([(one, strength) for one, (_, _, strength) in zip(layers, terms, strict=True)])
+    assert made.up.shape == (6, sum(made.ranks))
+    assert made.down.shape == (sum(made.ranks), 5 * (9 if kernel else 1))
+    assert made.shape == (6, 5, *kernel)
+    alive = [rank if alpha != 0 and strength else 0 for rank, alpha, strength in terms]
+    assert sum(made.ranks) == max(1, sum(alive))
+    for one, (_, _, strength), (up, down) in zip(layers, terms, made.parts, strict=True):
+        wanted = strength * dense(one.up, one.down, one.scale).flatten(1)
+        torch.testing.assert_close(up.double() @ down.double(), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_a_sum_of_plain_loras_is_made_when_it_is_asked_for_whatever_their_strengths():
+    first, second = layer(6, 4, 5), layer(6, 2, 5, seed=1)
+    for strengths in ((1.0, 0.5), (0.0, 0.5), (1.0, 0.0)):
+        total = weighted_sum([*zip((first, second), strengths, strict=True)])
+        assert isinstance(total, Sum)
+        assert total.rank == sum(one.rank for one, strength in zip((first, second), strengths, strict=True) if strength)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

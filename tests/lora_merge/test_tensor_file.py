@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lcm_kit.lora_merge.disk import header as limits
 from lcm_kit.lora_merge.disk import tensor_file as module
 from lcm_kit.lora_merge.disk.header import MAX_DIMENSIONS, MAX_NAME, MAX_TENSORS
 from lcm_kit.lora_merge.disk.json_text import MAX_CONTAINERS
@@ -31,6 +32,29 @@ def written(path, tensors=TENSORS, metadata=NOTES):
     with open(path, "wb") as file:
         write(file, tensors, metadata)
     return path
+
+
+def headed(path, header, data=b""):
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def test_a_header_has_at_most_so_many_tensors_and_objects(tmp_path, monkeypatch):
+    """An object for each tensor, one for the metadata, and the header itself."""
+    monkeypatch.setattr(limits, "MAX_TENSORS", 3)
+    entries = {
+        name: {"dtype": "F32", "shape": [1], "data_offsets": [4 * n, 4 * n + 4]} for n, name in enumerate("abcd")
+    }
+    few = {name: entries[name] for name in "abc"} | {"__metadata__": {"a": "b"}}
+    assert [*read(headed(tmp_path / "x", few, bytes(12)))[0]] == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="has 4 tensors or more, and no LoRA has more than 3"):
+        read(headed(tmp_path / "x", entries, bytes(16)))
+    # Without offsets nothing tells until they are read.
+    with pytest.raises(ValueError, match="has no dtype, shape and data_offsets in the header"):
+        read(headed(tmp_path / "x", {key: {} for key in "abcd"}))
+    with pytest.raises(ValueError, match="has 6 tensors or more, and no LoRA has more than 3"):
+        read(headed(tmp_path / "x", {key: {} for key in "abcde"}))
 
 
 def same(found, expected):
@@ -118,9 +142,6 @@ def test_a_large_file_is_mapped_unless_that_is_forbidden(tmp_path, monkeypatch, 
     assert maps == []
     same(read(path)[0], TENSORS)
     assert len(maps) == (0 if above else 1)
-    monkeypatch.setattr(module, "MAPPED_ABOVE", 1 << 40)
-    same(read(path, mapped_above=above)[0], TENSORS)
-    assert len(maps) == (0 if above else 2)
 
 
 def test_tensors_are_read_one_at_a_time(tmp_path):

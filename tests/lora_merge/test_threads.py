@@ -45,6 +45,21 @@ def test_workers_compute_on_one_core_and_nobody_else_does(workers):
     assert (torch.get_num_threads(), number_in_a_new_thread()) == (3, 3)
 
 
+@pytest.mark.parametrize(("workers", "at_once"), [(0, 1), (1, 1), (2, 2), (5, 5), (None, 3)])
+def test_as_many_work_at_a_time_as_were_asked_for(workers, at_once):
+    """None is torch's number, three here. Each waits for all the others: fewer would wait for ever, and more are seen."""
+    barrier, running, most = threading.Barrier(at_once), set(), []
+
+    def work(item):
+        running.add(item)
+        most.append(len(running))
+        barrier.wait(timeout=30)
+        running.discard(item)
+
+    list(in_order(work, range(4 * at_once), workers))
+    assert max(most) <= at_once
+
+
 def test_threads_that_start_while_others_merge_begin_as_ever(tmp_path):
     """Merges that begin and end at different times, as two prompts would."""
     a, b, seen, trouble = lora(1), lora(2), [], []

@@ -6,6 +6,7 @@ import torch
 from lcm_kit.lora_merge import Lora, merge, merge_with_account
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
+from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.naming import aliases
 from lcm_kit.tests.lora_merge.make import factors, kohya, relative
 
@@ -155,6 +156,21 @@ def test_names_of_two_weights_are_merged(pair):
     assert len(Lora.from_state_dict(merged.to_state_dict()).modules) == 2
 
 
+@pytest.mark.parametrize(
+    ("values", "meet"), [((6,), True), ((30,), True), ((7,), False), ((5,), False), ((6, 5), True), ((5, 6), False)]
+)
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_vector_may_be_of_a_matrix_by_its_rows_or_by_all_its_values(values, meet, swap):
+    """Names of two kinds of which nothing is known: whether they can be one weight is told by the shapes alone."""
+    odd = one("diffusion_model.stages.0.mixer.win", 6, 5)
+    vector = Lora.from_state_dict({"transformer.decoder_stack.0.gate.w.diff": torch.ones(values)}, source="other")
+    pair = (vector, odd) if swap else (odd, vector)
+    if meet:
+        assert "nothing here tells whether they are of one weight" in refused(*pair)
+    else:
+        assert len(merge([(lora, 1.0) for lora in pair]).spellings) == 2
+
+
 def test_names_of_one_weight_whose_shapes_differ_are_of_two_models():
     pair = one("lora_unet_double_blocks_7_img_attn_proj"), one("transformer.transformer_blocks.7.attn.to_out.0", out=8)
     assert len(merge([(lora, 1.0) for lora in pair]).modules) == 2
@@ -204,7 +220,7 @@ def test_a_fused_weight_and_its_slices_are_added_up_exactly_and_named_where_they
     fused = one("lora_unet_double_blocks_0_img_attn_qkv", out=18, source="kohya")
     part = one("transformer.transformer_blocks.0.attn.to_q", seed=1, source="diffusers")
     merged, account = merge_with_account([(fused, 0.8), (part, 1.0)])
-    assert account.warnings == ()
+    assert warnings_of(account) == ()
     assert (
         relative(merged.delta("lora_unet_double_blocks_0_img_attn_qkv"), 0.8 * fused.delta(next(iter(fused.modules))))
         < 1e-6
@@ -212,7 +228,7 @@ def test_a_fused_weight_and_its_slices_are_added_up_exactly_and_named_where_they
     pair = "lora_unet_double_blocks_0_img_attn_qkv (kohya) and transformer.transformer_blocks.0.attn.to_q (diffusers)"
     note = f"a weight as a whole and a slice of it do not meet here, each goes its own way: {pair}"
     for more in ({"method": "ties"}, {"mu": 1.0, "protect": 0}):
-        assert note in merge_with_account([(fused, 0.8), (part, 1.0)], **more)[1].warnings
+        assert note in warnings_of(merge_with_account([(fused, 0.8), (part, 1.0)], **more)[1])
     text = as_text(compare([(fused, 1.0), (part, 1.0)]))
     assert f"Note: {note}." in text
     assert "Nothing to fight" not in text

@@ -234,16 +234,6 @@ def test_of_very_many_files_only_some_are_held_open(tmp_path, large, monkeypatch
 
 
 @ONLY_POSIX
-def test_who_wants_all_in_memory_has_it(tmp_path, large):
-    path = put(tmp_path / "x.safetensors", state(3, HALF, 1))
-    lora = load(path, in_memory=True)
-    wanted = lora.to_state_dict()
-    path.write_bytes(b"")
-    assert unmade(lora) == []
-    assert all(torch.equal(tensor, wanted[key]) for key, tensor in lora.to_state_dict().items())
-
-
-@ONLY_POSIX
 def test_several_threads_read_what_one_reads(tmp_path, large):
     lora = load(put(tmp_path / "x.safetensors", state(3, HALF, 1)))
     pieces = [piece for layer in lora.modules.values() for piece in layer.pieces().values()]
@@ -339,6 +329,15 @@ def test_what_is_told_of_an_unmade_tensor_is_told_of_the_tensor(dtype, column, b
     layer = stored(*there, 3.0)
     assert torch.equal(layer.up, up)
     assert layer.alpha == LoraLayer(up, down, 3.0).alpha
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_an_unmade_tensor_is_made_in_its_dtype_where_it_belongs(dtype):
+    """meta stands for a device without numbers."""
+    made = Unmade(dtype, torch.Size((2, 3)), lambda place: None, torch.device("meta")).made()
+    assert (made.dtype, made.shape, made.device.type) == (dtype, (2, 3), "meta")
+    with borrowed_bytes(7, torch.device("meta")) as memory:
+        assert (memory.dtype, memory.shape, memory.device.type) == (torch.uint8, (7,), "meta")
 
 
 def test_memory_that_is_lent_is_nobody_elses_meanwhile():

@@ -16,8 +16,13 @@ from lcm_kit.lora_merge.comparing.comparison import (
 )
 from lcm_kit.lora_merge.comparing.report import _cuts
 from lcm_kit.lora_merge.comparing.verdict import Relation, answer, dependent_blocks, headline, relation
+from lcm_kit.lora_merge.files.twice import Named
 
 NOTHING = Measure(0.0, 0.0, 0.0, 1.0)
+SLICE = (
+    Named(owner=0, canonical="qkv", spelling="qkv", is_bias=False, shape=(6, 2)),
+    Named(owner=1, canonical="q", spelling="q", is_bias=False, shape=(2, 2)),
+)
 
 
 def pair(cosine=0.0, *, which=(0, 1), deviation=0.001, first=NOTHING, second=NOTHING, norms=2.0):
@@ -42,7 +47,7 @@ def group(*pairs, name="all", energies=(1.0, 1.0), energy=2.0):
     return Group(name=name, modules=1, energies=tuple(energies), energy=energy, pairs=tuple(pairs))
 
 
-def comparison(*pairs, blocks=(), strengths=(1.0, 1.0), energies=None, sources=None, fused=0, **options):
+def comparison(*pairs, blocks=(), strengths=(1.0, 1.0), energies=None, sources=None, fused=(), **options):
     inputs = tuple(
         Input(
             source=(sources or [f"{'abcdefghi'[number]}.safetensors" for number in range(len(strengths))])[number],
@@ -200,7 +205,7 @@ def local(*pairs):
     ("one", "begins"),
     [
         (comparison(strengths=(1.0,)), "One LoRA alone"),
-        (comparison(fused=1), "Not known"),
+        (comparison(fused=(SLICE,)), "Not known"),
         (comparison(), "Nothing to fight"),
         (comparison(pair(-0.5), strengths=(1.0, 0.0)), "Nothing to fight"),
         (comparison(pair(-0.5), blocks=local(pair(0.5))), "They fight: "),
@@ -227,6 +232,25 @@ def test_there_is_a_sentence_for_every_two_those_that_matter_first():
     assert "independent, cosine +0.000" in lines[2]
 
 
+@pytest.mark.parametrize(
+    ("dependent", "calm", "said"),
+    [
+        (5, 1, ["Where: block 0", "block 4 (cosine -0.50)."]),
+        (6, 1, ["Where: nearly everywhere, most in block 0"]),
+        (8, 2, ["Where: block 0", "block 4 (cosine -0.50), and 3 more blocks."]),
+        (9, 2, ["Where: nearly everywhere, most in block 0"]),
+    ],
+)
+def test_nearly_everywhere_is_more_than_four_of_five_blocks_and_more_than_are_named(dependent, calm, said):
+    """Of the blocks that both change, whoever else changes them, and not of those that the others change alone."""
+    blocks = local(*[pair(-0.9 + 0.1 * min(number, 7)) for number in range(dependent)], *[pair()] * calm)
+    blocks = [group(*one.pairs, pair(which=(0, 2)), name=one.name, energies=(1.0, 1.0, 1.0)) for one in blocks]
+    blocks += [group(pair(which=(0, 2)), name=f"other {number}", energies=(1.0, 1.0, 1.0)) for number in range(9)]
+    lines = answer(comparison(pair(), blocks=blocks, strengths=(1.0,) * 3, energies=(1.0,) * 3))
+    (line,) = [line for line in lines if line.startswith("a and b")]
+    assert all(part in line for part in said)
+
+
 @pytest.mark.parametrize(("inputs", "named"), [(3, 3), (4, 0)])
 def test_many_pairs_that_are_independent_are_counted(inputs, named):
     which = [(i, j) for i in range(inputs) for j in range(i + 1, inputs)]
@@ -238,12 +262,19 @@ def test_many_pairs_that_are_independent_are_counted(inputs, named):
 @pytest.mark.parametrize(
     ("one", "said"),
     [
-        (comparison(pair(0.5), strengths=(0.0, 1.0)), "a and b: a adds nothing"),
-        (comparison(pair(0.5), energies=(0.0, 0.0)), "a and b: a and b adds nothing"),
+        (comparison(pair(0.5), strengths=(0.0, 1.0)), "a and b: a adds nothing, its strength is 0."),
+        (
+            comparison(pair(0.5), energies=(0.0, 0.0)),
+            "a adds nothing, its updates are zeros, and b adds nothing, its updates are zeros.",
+        ),
         (comparison(), "a and b: they change different modules"),
         (comparison(pair(0.5)), "alike, cosine +0.500 (by chance up to 0.01)"),
         (comparison(pair(0.05)), "nearly independent, cosine +0.050"),
         (comparison(pair(0.005)), "independent, cosine +0.005"),
+        (
+            comparison(pair(10 / 1024, deviation=1 / 1024)),
+            "a and b: independent, cosine +0.010 (by chance up to 0.0098)",
+        ),
         (comparison(pair(first=crowd(0.5))), "50 % of a lies where b is strongest (10 % by chance). Protecting"),
         (comparison(pair(second=crowd(0.5))), "50 % of b lies where a is strongest (10 % by chance). Protecting"),
         (comparison(pair(-0.5), blocks=local(pair(-0.5))), "Where: block 0 (cosine -0.50)."),

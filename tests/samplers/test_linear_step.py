@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcm_kit.samplers.consistency import boundary_scalings
-from lcm_kit.samplers.linear_step import StepWeights, step_weights
+from lcm_kit.samplers.linear_step import StepWeights, plan_run, step_weights
 from lcm_kit.samplers.renoise import noise_kept, variance_exploding
 from lcm_kit.samplers.schedule import lcm_timesteps, sigmas_at
 from lcm_kit.tests.samplers.toy import rectified_flow, sigma_table
@@ -63,6 +63,18 @@ def test_c_skip_multiplies_the_variance_preserving_latent():
 
 def test_without_scalings_lcm_is_x0_plus_sigma_times_noise():
     assert step_weights(SIGMAS) == [StepWeights(0.0, 1.0, float(level)) for level in SIGMAS[1:]]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_without_a_step_there_are_no_weights(count):
+    assert step_weights(SIGMAS[:count]) == step_weights(SIGMAS[:count], timesteps=[]) == []
+
+
+@pytest.mark.parametrize("levels", [[0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0]])
+def test_only_the_last_level_may_be_zero(levels):
+    with pytest.raises(ValueError, match="all must be finite and above 0, the last may be 0"):
+        plan_run(torch.tensor(levels))
+    assert plan_run(torch.tensor([1.0, 0.0])).weights == (StepWeights(0.0, 1.0, 0.0),)
 
 
 def test_eulers_method_is_a_mix_of_the_latent_and_x0():

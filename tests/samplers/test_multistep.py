@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lcm_kit.samplers.linear_step import Plan, StepWeights
+from lcm_kit.samplers.linear_step import Plan, StepWeights, plan_run
 from lcm_kit.samplers.multistep import sample_lcm
 from lcm_kit.samplers.noise import StepNoise, level_numbers
 from lcm_kit.samplers.schedule import lcm_timesteps, sigmas_at
@@ -41,6 +41,19 @@ def test_a_perfect_denoiser_of_one_image_returns_it(gamma):
     x = image + SIGMAS[0] * normal(1, 4, 8, 8)
     result = sample_lcm(lambda x, sigma: image, x, SIGMAS, noise=StepNoise(0), gamma=gamma, table=TABLE)
     assert torch.equal(result, image)
+
+
+def test_a_run_takes_place_where_the_latent_is():
+    """Levels come to its device: meta stands for one without numbers."""
+    told = []
+
+    def model(x, sigma):
+        told.append((x.device.type, sigma.device.type, sigma.dtype))
+        return 0.5 * x
+
+    x, plan = torch.zeros(2, 4, 8, 8, device="meta"), plan_run(SIGMAS, table=TABLE)
+    assert sample_lcm(model, x, SIGMAS.double(), noise=StepNoise(0), plan=plan).device.type == "meta"
+    assert told == [("meta", "meta", torch.float32)] * 4
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.7, 1.0])

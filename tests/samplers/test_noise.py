@@ -74,6 +74,21 @@ def test_noise_has_the_latents_dtype_and_is_the_float32_noise_rounded(dtype):
     assert torch.equal(noise, StepNoise(3)(1, like(2)).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_noise_is_where_the_latent_is_and_the_same_whatever_a_process_takes_for_its_default(dtype):
+    """Another pack may have set another default dtype or device: meta stands for a device without numbers."""
+    away = StepNoise(3)(1, torch.zeros(2, 4, 8, 8, dtype=dtype, device="meta"))
+    assert (away.device.type, away.dtype, away.shape) == ("meta", dtype, (2, 4, 8, 8))
+    here, wanted = like(2, dtype), StepNoise(3)(1, like(2, dtype))
+    with torch.device("meta"):
+        assert torch.equal(StepNoise(3)(1, here), wanted)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(StepNoise(3)(1, here), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("shape", [(2, 16), (2, 1, 37), (2, 4, 3, 8, 8), (2,), (0, 4, 8, 8)])
 def test_any_number_of_dimensions(shape):
     assert StepNoise(0)(0, torch.zeros(shape)).shape == shape
@@ -105,6 +120,15 @@ def test_different_seed_image_or_level_means_another_stream(keys):
 
 
 # ---- the number of a level
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_levels_and_tables_of_any_dtype_have_the_same_numbers(dtype):
+    """A host may keep its table in float64: its levels are float32's, as those of the model are."""
+    table = sigma_table()
+    sigmas = sigmas_at(range(999, 0, -37), table)
+    wanted = level_numbers(sigmas, table)
+    assert level_numbers(sigmas.to(dtype), table) == level_numbers(sigmas, table.to(dtype)) == wanted
 
 
 @pytest.mark.parametrize("length", [50, 1000, 10_000])

@@ -215,3 +215,21 @@ def test_a_lora_for_one_number_of_steps_takes_trailing_timesteps_at_strength_one
     assert plain == {"AnimateLCM", "DMD2", "DMD2 1 step", "Hyper-SD 1 step UNet", "TDD", "Turbo"}
     others = {name: p.strength for name, p in PRESETS.items() if p.strength not in (None, 1.0)}
     assert others == {"CausVid LoRA": 0.3, "Hyper-FLUX 8 steps": 0.125, "LTX-2.3 second stage": 0.5}
+
+
+def test_of_a_training_grid_at_least_the_lowest_point_is_left():
+    one = Preset("x", steps=4, cfg=1.0, gamma=1.0)
+    assert [one.schedule(strength=strength) for strength in (0.01, 0.02, 0.03, 0.04)] == [[19], [19], [19], [39, 19]]
+    assert replace(one, original_steps=1, steps=1).schedule(strength=0.5) == [999]
+    assert [replace(one, steps=steps).calls(0.5) for steps in (24, 25, 26, 50, 51)] == [24, 25, 25, 25, 51]
+
+
+def test_listed_timesteps_that_are_not_even_are_run_as_they_are():
+    uneven = Preset("x", steps=3, cfg=1.0, gamma=0.0, timesteps=(999, 600, 100))
+    assert uneven.schedule() == [999, 600, 100]
+    assert uneven.noise_timestep is None
+    assert replace(uneven, timesteps=(998, 600, 100)).noise_timestep == 998
+    free = replace(uneven, steps=2)
+    assert [free.with_steps(steps).steps for steps in (0, 1, 2, 3)] == [2, 1, 2, 3]
+    with pytest.raises(ValueError, match="steps is 4, but x was made for 1 to 3"):
+        free.with_steps(4)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lcm_kit.samplers.multistep import sample_lcm
@@ -147,6 +147,8 @@ def test_an_image_of_any_shape_has_the_same_noise_alone_and_in_a_batch(shape, dt
 
 
 @given(name=st.sampled_from(sorted(PRESETS)), steps=st.integers(-1, 60), strength=strengths)
+@example(name="PCM normal cfg 16 steps", steps=0, strength=5e-324)
+@example(name="PCM normal cfg 16 steps", steps=0, strength=6e-6)
 def test_a_preset_gives_a_schedule_or_says_why_not(name, steps, strength):
     try:
         timesteps = PRESETS[name].with_steps(steps).schedule(strength=strength)

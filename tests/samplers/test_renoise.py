@@ -7,7 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcm_kit.samplers.renoise import gamma_per_step, gammas_of_part, noise_kept, parse_gammas, variance_exploding
+from lcm_kit.samplers.renoise import (
+    gamma_per_step,
+    gammas_of_part,
+    noise_kept,
+    parse_gammas,
+    places_in,
+    variance_exploding,
+)
 from lcm_kit.samplers.schedule import MOST_STEPS, sigmas_at
 from lcm_kit.tests.samplers.toy import rectified_flow, sigma_table
 
@@ -145,6 +152,38 @@ def test_without_the_schedule_a_part_is_the_beginning():
     assert gammas_of_part(0.3, SIGMAS[2:]) == 0.3
     # Nothing follows a run that ends at 0: too many entries are a mistake, which gamma_per_step names.
     assert gammas_of_part([0, 0, 1], SIGMAS[-3:]) == [0, 0, 1]
+
+
+def test_a_part_has_as_many_gammas_as_steps_and_one_at_least():
+    gammas = [0, 0.5, 1, 1, 1]
+    assert [gammas_of_part(gammas, SIGMAS[:count]) for count in range(1, 5)] == [
+        gammas[:1],
+        gammas[:1],
+        gammas[:2],
+        gammas[:3],
+    ]
+    assert gammas_of_part(gammas, SIGMAS[:0]) is gammas
+
+
+def test_levels_are_known_as_far_as_float32_has_them():
+    """In another dtype, or after a multiplication and a division, a level is the same to some millionths."""
+    assert places_in(SIGMAS[1:] * (1 + 5e-6), SIGMAS) == places_in(SIGMAS[1:] * (1 - 5e-6), SIGMAS) == [1, 2, 3]
+    assert places_in(SIGMAS, SIGMAS) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="no step of it starts from"):
+        places_in(SIGMAS[1:] * (1 + 5e-5), SIGMAS)
+
+
+def test_where_there_is_no_signal_or_no_noise_all_of_the_noise_is_old():
+    """Pure noise of a flow model at both levels, and a process from picture to picture."""
+    table = torch.linspace(0.001, 1.0, 1000)
+    assert noise_kept(torch.tensor([1.0, 1.0]), 1e-12, table=table, noise_scaling=rectified_flow) == [1.0]
+    assert noise_kept(table[[900, 500]], 0.5, table=table, noise_scaling=lambda sigma, noise, latent: latent) == [1.0]
+
+
+def test_a_run_has_as_many_gammas_as_steps_at_most():
+    assert len(parse_gammas("1," * MOST_STEPS)) == MOST_STEPS
+    with pytest.raises(ValueError, match=f"gammas has {MOST_STEPS + 1:,} entries"):
+        parse_gammas("1," * (MOST_STEPS + 1))
 
 
 def test_a_level_that_the_schedule_lacks_is_refused():

@@ -1,5 +1,7 @@
 """Timesteps and sigmas: known answers, equality with diffusers, and messages for what cannot be."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -291,3 +293,32 @@ def test_a_text_may_have_as_many_timesteps_as_a_run_has_steps_and_no_more():
     assert len(parse_timesteps(text)) == MOST_STEPS
     with pytest.raises(ValueError, match="has 1,001 entries"):
         parse_timesteps(f"1000, {text}")
+
+
+@pytest.mark.parametrize("total", [100, 500, 2000])
+@pytest.mark.parametrize("points", [20, 25, 50])
+def test_a_model_of_other_training_timesteps_has_the_same_shares_of_them(total, points):
+    k = total // points
+    assert training_grid(points, train_timesteps=total) == [k * n - 1 for n in range(1, points + 1)]
+    for steps in (1, 4, 7):
+        wanted = [k * (points - math.floor(i * points / steps)) - 1 for i in range(steps)]
+        assert lcm_timesteps(steps, original_steps=points, train_timesteps=total) == wanted
+
+
+def test_the_nearest_points_are_those_of_the_models_own_grid():
+    assert off_grid([499, 498, 100], train_timesteps=500) == {498: 499, 100: 99}
+    assert off_grid([499, 498, 105], original_steps=100, train_timesteps=500) == {498: 499, 105: 104}
+    assert off_grid([999, 39, 40, 30]) == {40: 39, 30: 39}
+
+
+def test_a_table_may_be_longer_than_a_thousand_begin_with_its_first_entry_and_stand_still():
+    table = torch.linspace(0.01, 2.0, 2000)
+    assert torch.equal(sigmas_at([1999, 1000, 0], table), torch.cat([table[[1999, 1000, 0]], torch.zeros(1)]))
+    assert table_entries([999, 0], 1000) == [999, 0]
+    with pytest.raises(ValueError, match="too close together, or too near 0"):
+        table_entries([999, 0], 400)
+    flat = torch.tensor([0.5, 1.0, 1.0, 2.0])
+    assert sigmas_at([3, 1], flat).tolist() == [2.0, 1.0, 0.0]
+    for wrong in (torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.5]), torch.tensor([]), torch.ones(2, 2)):
+        with pytest.raises(ValueError, match="the sigma table"):
+            sigmas_at([1], wrong)

@@ -1,7 +1,6 @@
 """`auto` in the LCM-LoRA Loader, on the official LCM-LoRAs at full size in ComfyUI's own model classes."""
 
 import os
-import time
 
 import folder_paths
 import pytest
@@ -140,15 +139,12 @@ def test_too_many_new_files_are_left_for_the_next_run(loras, monkeypatch):
 
 
 @pytest.mark.parametrize("base", NAMES)
-def test_an_outline_says_what_the_whole_file_is_in_a_part_of_its_time(official, base):
+def test_an_outline_says_what_the_whole_file_is_without_its_values(official, base):
     path = official / f"{NAMES.index(base)}.safetensors"
-    start = time.perf_counter()
     hollow = outline(path)
-    seconds = time.perf_counter() - start
     whole = files.read_file(str(path))
     assert identify(hollow, path) == whole.identity
     assert {t.is_meta for key, t in hollow.to_state_dict(copy=False).items() if not key.endswith("alpha")} == {True}
-    assert seconds < 5  # 0.1 s where nothing else runs
     with pytest.raises((NotImplementedError, RuntimeError)):
         torch.stack([layer.up.sum() for layer in list(hollow.modules.values())[:2]]).item()
 

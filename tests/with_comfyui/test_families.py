@@ -215,6 +215,22 @@ def test_every_module_that_is_reported_as_applied_has_changed_the_model(name):
     assert all(torch.equal(again[key], value) for key, value in before.items())
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_core_saves_the_model_with_its_lora(name, tmp_path):
+    """As its node Save Checkpoint does: pad tokens and modulations too, which are no patches of core's kind."""
+    model = FAMILIES[name].model()
+    keys = weight_keys(model, "diffusion_model.")
+    applied = patches.apply(model, None, LoraWeights(differences(model, keys), name="all"), 1.0, 1.0).model
+    comfy.sd.save_checkpoint(tmp_path / "baked.safetensors", applied)
+    written = comfy.utils.load_torch_file(str(tmp_path / "baked.safetensors"))
+    saved = {
+        re.sub(r"^model\.(diffusion_)?model\.", "diffusion_model.", name): value for name, value in written.items()
+    }
+    after = patched_state(applied)
+    for key in keys:
+        torch.testing.assert_close(saved[key], after[key], msg=lambda text, key=key: f"{key}: {text}")
+
+
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
