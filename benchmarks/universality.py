@@ -55,6 +55,7 @@ USUAL = [
     ("dpmpp_2m", "kl_optimal"),
 ]
 LOWER = (1.5, 2.0, 2.5)  # guidance that few steps may like better
+BESIDE_STYLES = (0.7, 0.8, 0.85)  # strengths of the LCM-LoRA; the first of them everywhere
 PHASES = 4
 OPTIONAL = ("phased", "ink_fast")  # LoRAs whose rows are left out where they are not made
 REFERENCE_SEEDS, SEEDS = 0, 1000  # the first of each
@@ -104,7 +105,8 @@ def ways(model: Model) -> list[tuple[Way, int]]:
     if style:  # the paper's strengths of a style and the LCM-LoRA
         weaker = {kind: 0.8 * strength for kind, strength in style.items()}
         rows.append((Way(f"{FAST}, style 0.8", ours(), {**weaker, "lcm": 1.0}), 4))
-    rows.append((Way(f"{FAST}, LCM-LoRA 0.7", ours(), {**style, "lcm": 0.7}), 4))
+    for strength in BESIDE_STYLES if style else BESIDE_STYLES[:1]:
+        rows.append((Way(f"{FAST}, LCM-LoRA {strength:g}", ours(), {**style, "lcm": strength}), 4))
     in_phases = Way(f"LCM-LoRA in {PHASES} phases, {PHASES} steps", phased(PHASES), {**style, "phased": 1.0})
     rows.append((in_phases, PHASES))
     if model.checkpoint == CHECKPOINT and "ink" in style:
