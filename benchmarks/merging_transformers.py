@@ -3,9 +3,12 @@
     .venv/bin/python benchmarks/merging_transformers.py [--pairs "Wan 14B, 64 + 32" ...] [--jobs exact ...]
         [--folder PATH] [--workers N]
 
+With COMFYUI_PATH=.comfyui in front also the rows of the graph: the nodes Load LoRA, Load LoRA, Merge LoRAs and then Save LoRA, or
+Apply LoRA on ComfyUI's own class of the model, which has no memory for its weights. All outputs stay, as ComfyUI keeps them.
+
 LoRAs with the names, spellings and shapes of published ones: lightx2v's for Wan 14B (400 modules, diffusion_model., no alpha)
 and Qwen-Image-Lightning (720 modules, bare names, with alpha), in bfloat16 or float16, with falling spectra, are made in a
-temporary folder; the largest pair takes 4 GB of disk. Every job runs in a fresh process.
+temporary folder; the largest pair takes 6 GB of disk. Every job runs in a fresh process.
 Memory is the most that belongs to the process alone (RssAnon of Linux, every 10 ms), less what it had before the work began:
 mapped pages of files, which the system can take back at any time, are not in it, so that a file that is read and not
 mapped is. Ratios are to the larger input's file. The floor reads both inputs and writes a file as large as the exact merge.
@@ -19,10 +22,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from setting import fresh, load_lcm_kit, markdown
+from setting import fresh, load_comfyui, load_lcm_kit, markdown
 
 WAN, QWEN = "Wan 2.1/2.2 14B", "Qwen-Image"
 # Pair -> base, (rank, dtype) of each input; the style changes what trainers change by default, which is the same modules.
@@ -32,7 +36,16 @@ PAIRS: Mapping[str, tuple[str, tuple[int, str], tuple[int, str]]] = {
     "Qwen-Image, 64 + 32": (QWEN, (64, "bf16"), (32, "bf16")),
     "Qwen-Image, 64 fp32 + 128": (QWEN, (64, "fp32"), (128, "fp16")),
 }
-JOBS = ("floor", "exact", "rank 64", "retain 90 %", "compact to half the rank")
+JOBS = ("floor", "exact", "rank 64", "retain 90 %", "compact to half the rank", "graph, save", "graph, apply")
+GRAPH = "graph, "
+# What ComfyUI finds such a model by, in its checkpoint.
+CONFIGS: Mapping[str, dict[str, Any]] = {
+    WAN: {"image_model": "wan2.1", "model_type": "t2v", "dim": 5120, "ffn_dim": 13824, "num_layers": 40, "num_heads": 40,
+          "in_dim": 16, "out_dim": 16, "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1), "qk_norm": True,
+          "cross_attn_norm": True, "eps": 1e-6},
+    QWEN: {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60},
+}  # fmt: skip
+CLASSES = {WAN: "WAN21_T2V", QWEN: "QwenImage"}
 # What the modules' names have dots for, and underscores.
 _WAN_NAMES = {name: name.replace("_attn_", "_attn.").replace("ffn_", "ffn.") for name in (
     *(f"{kind}_attn_{one}" for kind in ("self", "cross") for one in "qkvo"), "ffn_0", "ffn_2")}  # fmt: skip
@@ -107,6 +120,42 @@ def ours(folder: Path, out: Path, name: str, workers: int) -> None:
     save(merge(inputs, workers=workers, out_dtype=torch.bfloat16, **options), out, dtype=torch.bfloat16)
 
 
+def model_of(base: str):
+    """ComfyUI's MODEL, on the device "meta"."""
+    import comfy.model_patcher
+    import comfy.supported_models
+    import torch
+
+    config = getattr(comfy.supported_models, CLASSES[base])(dict(CONFIGS[base]))
+    config.set_inference_dtype(torch.bfloat16, None)
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(config.get_model({}, "", device=torch.device("meta")), cpu, cpu)
+
+
+def in_graph(then: str, base: str) -> Callable[[], None]:
+    """The nodes one after another; their outputs stay until the process ends."""
+    import torch
+
+    from lcm_kit.nodes.loading import ApplyLoRA, LoadLoRA
+    from lcm_kit.nodes.merging import MergeLoRA, SaveLoRA
+
+    model = model_of(base) if then == "apply" else None
+    outputs = []
+
+    @torch.inference_mode()
+    def run() -> None:
+        outputs.extend(LoadLoRA.execute(f"{name}.safetensors").result for name in ("one", "two"))
+        slots = {"lora_1": outputs[0][0], "strength_1": 1.0, "lora_2": outputs[1][0], "strength_2": 0.8}
+        outputs.append(MergeLoRA.execute(method={"method": "linear"}, size={"size": "exact"}, **slots).result)
+        if then == "save":
+            outputs.append(SaveLoRA.execute(outputs[-1][0], "out", "bf16", "auto", "exact name").result)
+        else:
+            outputs.append(ApplyLoRA.execute(model, outputs[-1][0], 1.0, 1.0).result)
+            assert len(outputs[-1][0].patches) == len(names(base))
+
+    return run
+
+
 def own_memory() -> float:
     """Bytes that belong to this process alone and to no file."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -132,9 +181,12 @@ def watched(work: Callable[[], None]) -> dict[str, float]:
     return found | {"memory": most - before}
 
 
-def job(name: str, folder: Path, workers: int) -> None:
+def job(name: str, base: str, folder: Path, workers: int) -> None:
     """Runs in the fresh process."""
-    load_lcm_kit()
+    if name.startswith(GRAPH):
+        load_comfyui(home=str(folder.parents[1]), cpu=True)
+    else:
+        load_lcm_kit()
     import safetensors.torch  # noqa: F401
     import torch
 
@@ -143,8 +195,14 @@ def job(name: str, folder: Path, workers: int) -> None:
     torch.set_num_threads(workers)
     out = folder / "out.safetensors"
     out.unlink(missing_ok=True)
-    result = watched((lambda: floor(folder, out)) if name == "floor" else lambda: ours(folder, out, name, workers))
-    print(json.dumps(result | {"bytes": out.stat().st_size}))
+    if name.startswith(GRAPH):
+        work = in_graph(name.removeprefix(GRAPH), base)
+    elif name == "floor":
+        work = partial(floor, folder, out)
+    else:
+        work = partial(ours, folder, out, name, workers)
+    result = watched(work)
+    print(json.dumps(result | {"bytes": out.stat().st_size if out.exists() else 0}))
 
 
 # ---- the table
@@ -153,16 +211,20 @@ def job(name: str, folder: Path, workers: int) -> None:
 def rows(name: str, arguments: argparse.Namespace) -> list[list[str]]:
     base, first, second = PAIRS[name]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
-        folder = Path(scratch)
+        folder = Path(scratch) / "models" / "loras"  # as in a ComfyUI
+        folder.mkdir(parents=True)
         sizes = [write(folder / f"{file}.safetensors", base, *one, seed) for seed, (file, one) in
                  enumerate((("one", first), ("two", second)))]  # fmt: skip
         larger, found = max(sizes), []
         for words in dict.fromkeys(("floor", *arguments.jobs)):
-            told = fresh(__file__, "--job", words, "--folder", scratch, "--workers", str(arguments.workers))
+            told = fresh(
+                __file__, "--job", words, "--pairs", name, "--folder", str(folder), "--workers", str(arguments.workers)
+            )
             floored = told if words == "floor" else floored  # noqa: F821, the first one is
             found.append([
                 name, f"{sizes[0] / 1e6:.0f} + {sizes[1] / 1e6:.0f}", words, f"{told['memory'] / larger:.2f}",
-                f"{told['bytes'] / 1e6:.0f}", f"{told['wall']:.1f}", f"{told['wall'] / floored['wall']:.1f}",
+                f"{told['bytes'] / 1e6:.0f}", f"{told['wall']:.1f}", f"{told['cpu']:.1f}",
+                f"{told['cpu'] / floored['cpu']:.1f}",
             ])  # fmt: skip
         return found
 
@@ -170,16 +232,21 @@ def rows(name: str, arguments: argparse.Namespace) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument(
+        "--jobs",
+        nargs="+",
+        choices=JOBS,
+        default=[name for name in JOBS if os.environ.get("COMFYUI_PATH") or not name.startswith(GRAPH)],
+    )
     parser.add_argument("--folder", help="where the files are made; the system's folder for temporary ones by default")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
-        job(arguments.job, Path(arguments.folder), arguments.workers)
+        job(arguments.job, PAIRS[arguments.pairs[0]][0], Path(arguments.folder), arguments.workers)
         return
     load_lcm_kit()
-    columns = ["pair", "inputs, MB", "job", "memory / larger input", "result, MB", "seconds", "times the floor"]
+    columns = ["pair", "inputs, MB", "job", "memory / larger input", "result, MB", "seconds", "CPU, s", "CPU / floor's"]
     print(markdown(columns, [row for name in arguments.pairs for row in rows(name, arguments)]))
 
 

@@ -16,7 +16,7 @@ from ..distillation.kept import Kept
 from ..distillation.settings import Settings, Setup
 from .data import Picture, captions_of, find_pictures, read_captions
 from .latents import broken_pictures, keys_of, latents_of
-from .report import broken_words, data_words
+from .report import Looked, broken_words
 from .texts import entries_of, zeros
 from .views import View, size_of, views_of
 
@@ -41,7 +41,7 @@ class Texts:
 @dataclasses.dataclass(frozen=True)
 class Data:
     """What Work takes.   shown: entries to make samples of.   names: captions of these, or of the pictures if there are none.
-    remarks: sentences on the pictures, for the report."""
+    looked: what became of the pictures that were given, None where the model makes its own."""
 
     latents: list[Tensor]
     conds: list[Any]
@@ -49,7 +49,7 @@ class Data:
     prompts: list[tuple[int, int]]
     shown: list[Any]
     names: list[str]
-    remarks: list[str]
+    looked: Looked | None
 
 
 def texts_asked(options: argparse.Namespace) -> Texts:
@@ -102,26 +102,26 @@ def gathered(
         if vae is None:
             raise ValueError(f"{options.checkpoint} has no VAE to encode pictures with; give one by --vae.")
         sizes = {picture: size_of(picture) for picture in texts.pictures}
-        views, keys, texts, remarks = _readable(options, setup, settings, texts, sizes, identity_of(vae.patcher), kept)
+        views, keys, texts, looked = _readable(options, setup, settings, texts, sizes, identity_of(vae.patcher), kept)
         conds = entries(texts.captions)
         latents = _of_pictures(model, latents_of(views, keys, vae.encode, kept))
         which = [place for place in texts.which for _ in range(setup.repeats)]
         labels = [view.label(sizes[view.picture] or (0, 0)) for view in views] if _is_labelled(model, setup) else []
         conds, unconds, prompts = _labelled(conds, uncond(conds), which, labels)
     else:
-        conds, which, remarks = entries(texts.captions), texts.which, []
+        conds, which, looked = entries(texts.captions), texts.which, None
         conds, unconds, prompts = _labelled(conds, uncond(conds), which, [])
         latents = _of_the_model(setup, settings, model, [(conds[place], unconds[0]) for place in which], kept)
     return Data(
         latents=latents, conds=conds, unconds=unconds, prompts=prompts, shown=entries(texts.shown),
-        names=texts.shown or [texts.captions[place] for place in which], remarks=remarks,
+        names=texts.shown or [texts.captions[place] for place in which], looked=looked,
     )  # fmt: skip
 
 
 def _readable(
     options: argparse.Namespace, setup: Setup, settings: Settings, texts: Texts, sizes: Sizes, vae: str, kept: Kept
-) -> tuple[list[View], list[str], Texts, list[str]]:
-    """(views, their keys, texts, remarks) of the pictures that can be read.
+) -> tuple[list[View], list[str], Texts, Looked]:
+    """(views, their keys, texts, what became of all) of the pictures that can be read.
 
     Raises ValueError that names the others, if they are not to be left out.
     """
@@ -140,7 +140,8 @@ def _readable(
         rest = [place for place, view in enumerate(views) if view.picture not in broken]
         views, keys = [views[place] for place in rest], [keys[place] for place in rest]
     enlarged = {view.picture for view in views if _is_small(view, sizes)}
-    return views, keys, texts, data_words(broken, count, enlarged, len(texts.pictures))
+    looked = Looked(given=count, broken=broken, enlarged=enlarged, left=len(texts.pictures))
+    return views, keys, texts, looked
 
 
 def _is_small(view: View, sizes: Sizes) -> bool:

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from .data import Picture, listed, plain
 
 NAMED = 5  # of broken pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looked:
+    """What became of the pictures that were `given`.
+
+    broken: left out, with why each cannot be read, in the words of who read it.   left: number of the others.
+    enlarged: those of them that were scaled up.
+    """
+
+    given: int
+    broken: Mapping[Picture, str]
+    enlarged: Collection[Picture]
+    left: int
 
 
 def broken_words(broken: Mapping[Picture, str], count: int) -> str:
@@ -17,13 +32,15 @@ def broken_words(broken: Mapping[Picture, str], count: int) -> str:
     return f"{len(broken)} of {count} pictures cannot be read: {named}{more}."
 
 
-def data_words(broken: Mapping[Picture, str], given: int, enlarged: Collection[Picture], left: int) -> list[str]:
-    """What was left out of the `given` pictures, and what was scaled up of those that are left."""
-    found = [f"{broken_words(broken, given)} They were left out."] if broken else []
-    if enlarged:
+def data_words(looked: Looked | None) -> list[str]:
+    """What was left out of the pictures, and what was scaled up of those that are left."""
+    if looked is None:
+        return []
+    found = [f"{broken_words(looked.broken, looked.given)} They were left out."] if looked.broken else []
+    if looked.enlarged:
         found.append(
-            f"{len(enlarged)} of {left} pictures are smaller than what is learnt of them "
-            f"({listed(sorted(picture.name for picture in enlarged))}) and were scaled up: the LoRA learns their softness."
+            f"{len(looked.enlarged)} of {looked.left} pictures are smaller than what is learnt of them "
+            f"({listed(sorted(picture.name for picture in looked.enlarged))}) and were scaled up: the LoRA learns their softness."
         )
     return found
 

@@ -30,7 +30,7 @@ from . import comfyui as launch_comfyui
 from .gathering import Texts, gathered, texts_asked
 from .loggers import check_writers, writers
 from .processes import check_same, first_of_a_machine, has_accelerator, processes
-from .report import end_words
+from .report import Looked, data_words, end_words
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +96,8 @@ def _folder(options: argparse.Namespace) -> Path:
 
 def _prepared(
     options: argparse.Namespace, setup: Setup, settings: Settings, texts: Texts, folder: Path, engine: Engine
-) -> tuple[Any, Any, Any, list[str]]:
-    """(Work, VAE, rough previewer, sentences on the data) of a run; the VAE only if it is needed still."""
+) -> tuple[Any, Any, Any, Looked | None]:
+    """(Work, VAE, rough previewer, what became of the pictures) of a run; the VAE only if it is needed still."""
     # ComfyUI is there only now.
     from ..host.training.loan import compute_type
     from ..host.training.run import Work, check_lora, sigma_table
@@ -120,7 +120,7 @@ def _prepared(
         shown=data.shown, names=data.names, start=start, own=not texts.pictures, tf32=setup.tf32,
         compile=setup.compile,
     )  # fmt: skip
-    return work, vae if options.picture else None, rough, data.remarks
+    return work, vae if options.picture else None, rough, data.looked
 
 
 def _distil(
@@ -129,7 +129,7 @@ def _distil(
     from ..host.training.run import training
 
     started, kept = time.monotonic(), folder / "run.safetensors"
-    work, vae, rough, remarks = _prepared(options, setup, settings, texts, folder, engine)
+    work, vae, rough, looked = _prepared(options, setup, settings, texts, folder, engine)
     settings = work.settings
     together = {"images per step": settings.batch * settings.accumulate * engine.num_processes}
 
@@ -151,7 +151,7 @@ def _distil(
     recipe = recipe_words(options.recipe, set_otherwise(options.recipe, vars(options)))
     lines = run.report(tensors, time.monotonic() - started, course.validation)
     end = end_words(engine.num_processes, together["images per step"], options.output, folder)
-    return "\n".join([*filter(None, [recipe]), *lines, *remarks, *end])
+    return "\n".join([*filter(None, [recipe]), *lines, *data_words(looked), *end])
 
 
 def _train(options: argparse.Namespace, run: Any, strip: Any, folder: Path, kept: Path) -> Any:

@@ -24,7 +24,10 @@ OF_OTHERS = {
 # What begins as a name of ours does and is another: the pack itself, and nodes of ComfyUI's own.
 OTHER_NAMES = {"LCM Kit", "Load Checkpoint", "Load Diffusion Model", "Load Image", "Save Image", "Apply ControlNet"}
 
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+# What was, may be called by the name that it had.
+OF_TODAY = [page for page in PAGES if page.name != "CHANGELOG.md"]
+
+every_page = pytest.mark.parametrize("page", OF_TODAY, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
 def _text(page: Path) -> str:
@@ -53,7 +56,7 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
 
 
-@every_page
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_to_headings_lead_to_one(page):
     targets = re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", _prose(page))
     assert [f"{file}#{at}" for file, at in targets if at not in _anchors(page.parent / file if file else page)] == []

@@ -90,6 +90,7 @@ LONG_FUNCTIONS = {
         ),
         _OPTIONS,
     ),
+    "lora_merge/naming/transformer.py transformer": _OPTIONS,
     "nodes/sampling.py execute": _OPTIONS,
     "host/sampling/sampling.py sample": _OPTIONS,
     "lora_merge/comparing/report.py as_json": "one literal, which shows the file as it is",

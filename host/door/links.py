@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...lora_merge.updates.unmade import Unmade
 from ...samplers.preset import Preset
 
 
@@ -66,7 +67,9 @@ def _is_batch(samples: Any) -> bool:
 def _is_lora(value: Any) -> bool:
     if not isinstance(value, Mapping) or not value or "samples" in value:  # a LATENT is a dict of tensors too
         return False
-    return all(isinstance(key, str) and _is_tensor(tensor) for key, tensor in value.items())
+    # What lies in a file stays there.
+    pieces = getattr(value, "pieces", value)
+    return all(isinstance(key, str) and isinstance(piece, torch.Tensor | Unmade) for key, piece in pieces.items())
 
 
 def _is_table(value: Any) -> bool:

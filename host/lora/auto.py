@@ -11,7 +11,7 @@ from ...lora_merge import Lora
 from ...lora_merge.files.load_save import outline
 from ...lora_merge.metadata.about import merged_inputs
 from ...lora_merge.recognise.catalogue import PUBLISHED, Published, instead
-from ...lora_merge.recognise.identity import SURE, Identity, identify
+from ...lora_merge.recognise.identity import WAYS, Identity, identify
 from ...lora_merge.recognise.wrong_base import is_other_base
 from . import files
 from .identity import KnownWeights
@@ -52,7 +52,7 @@ class Candidate:
     @property
     def order(self) -> tuple:
         """The surest first, LCM before other presets, then by name, so that one folder gives one answer."""
-        return list(SURE).index(self.identity.how), self.identity.preset != _PREFERRED, self.name
+        return WAYS.index(self.identity.how), self.identity.preset != _PREFERRED, self.name
 
 
 def known(lora_name: object) -> bool | str:
@@ -134,7 +134,7 @@ def _candidate(name: str, path: str) -> Candidate | None:
 
 def _fits(candidate: Candidate, model) -> bool:
     weights = from_lora(candidate.lora)
-    known = KnownWeights(dict(weights), name=candidate.name, metadata=weights.metadata, identity=candidate.identity)
+    known = KnownWeights(weights.pieces, name=candidate.name, metadata=weights.metadata, identity=candidate.identity)
     return not case_of(known, candidate.identity, model, None).wrong(demand_all=True)
 
 

@@ -27,7 +27,7 @@ def by_step(model, weights, strengths: Sequence[float], conditionings: Sequence)
     if case.wrong(False):
         raise ValueError(refusal(case))
     frames = _frames(strengths)
-    hooks = _hooks(case.found.patches, frames)
+    hooks = _hooks(case.found.patches(), frames)
     hooked = [None if one is None else comfy.hooks.set_hooks_for_conditioning(one, hooks) for one in conditionings]
     return hooked, hooks, "\n".join(by_step_lines(case, frames))
 

@@ -11,11 +11,11 @@ from pathlib import Path, PurePath
 
 import comfy.utils
 import folder_paths
+import torch
 
 from ...lora_merge import load, save
 from ...lora_merge.disk.digests import keep_in, sha256_of
 from ...lora_merge.disk.file_names import path_trouble
-from ...lora_merge.disk.tensor_file import SERVER_MAPPED_ABOVE
 from ...lora_merge.files.dtypes import DTYPES
 from ...lora_merge.files.formats import SAVE_FORMATS as FORMATS
 from ...lora_merge.recognise.identity import identify, worth_hashing
@@ -39,8 +39,10 @@ SUFFIXES = (".safetensors", ".sft")
 
 _warned: set[str] = set()
 
-# A changed strength runs a loader again, but need not read its file again. fingerprint -> weights, oldest first.
+# A changed strength runs a loader again, but need not look at its file again. fingerprint -> weights, oldest first; bytes in
+# memory, and files, which are open as long as they are here.
 CACHE_BYTES = 1 << 30
+CACHE_FILES = 16
 _cache: OrderedDict[tuple, KnownWeights] = OrderedDict()
 
 
@@ -103,7 +105,7 @@ def read_file(path: str) -> KnownWeights:
             del _cache[old]
         _cache[key] = _read(path, key[2])
     _cache.move_to_end(key)
-    while len(_cache) > 1 and sum(map(_bytes, _cache.values())) > CACHE_BYTES:
+    while len(_cache) > CACHE_FILES or (len(_cache) > 1 and sum(map(_bytes, _cache.values())) > CACHE_BYTES):
         _cache.popitem(last=False)
     # A copy of the dict: a node further on may change what it is given.
     return _cache[key].again()
@@ -117,11 +119,10 @@ def _read(path: str, size: int) -> KnownWeights:
         if worth_hashing(size):
             pool.submit(sha256_of, path)
         # As core's own loader, which looks at this while it runs.
-        mapped_above = None if comfy.utils.DISABLE_MMAP else SERVER_MAPPED_ABOVE
-        lora = load(path, in_memory=True, mapped_above=mapped_above)
+        lora = load(path, mapping=not comfy.utils.DISABLE_MMAP)
         weights = from_lora(lora)
     identity = identify(lora, path)
-    return KnownWeights(dict(weights), name=weights.name, metadata=weights.metadata, identity=identity)
+    return KnownWeights(weights.pieces, name=weights.name, metadata=weights.metadata, identity=identity)
 
 
 def save_lora(weights, prefix: str, *, dtype: str, format: str, name_mode: str, about: Mapping[str, str]) -> str:
@@ -185,4 +186,4 @@ def _place(prefix: str, ending: str) -> tuple[str, str, int]:
 
 
 def _bytes(weights: LoraWeights) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    return sum(piece.nbytes for piece in weights.pieces.values() if isinstance(piece, torch.Tensor))

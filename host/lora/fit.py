@@ -1,7 +1,7 @@
 """Where the modules of a LoRA belong in a MODEL and a CLIP, and which belong nowhere."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import comfy.lora
@@ -9,31 +9,56 @@ import comfy.lora_convert
 import torch
 
 from ...lora_merge.files.keys import BIAS_PARTS, DIFF_PARTS, parse
+from ...lora_merge.files.lora import Pieces, in_memory
 from ...lora_merge.files.reading import unread_keys
 from ...lora_merge.updates.build import build
+from ...lora_merge.updates.unmade import Unmade
 from .lokr_workaround import without_cores
+from .weights import named
 
 TEXT_PREFIXES = ("lora_te", "lora_prior_te", "text_encoder", "text_model.", "te1_", "te2_")
 
 
 @dataclass(frozen=True)
+class Clash:
+    """update: the shape that the module's update has, or what is wrong with it in the words of who builds it.
+    weight: shape of the weight, None where nothing is known."""
+
+    module: str
+    update: tuple[int, ...] | str
+    weight: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
 class Fit:
-    """patches: target weight -> ComfyUI's patch, for the placed modules only.
+    """targets: weights, or parts of weights, that the placed modules change -> shape, None where it is not known.
     placed: modules with a place and the right shape.
     homeless: modules that ComfyUI's key maps do not know in this model.
-    clashing: modules with a place but another shape, as "module: (out, in) on a weight of (out, in)".
-    twice: pairs of modules of the file that are one weight, as "module and module"; only one of the two has an effect.
+    clashing: modules with a place but another shape.
+    twice: pairs of modules of the file that are one weight; only the first of the two has an effect.
     waiting: text-encoder modules while no CLIP is connected.
     unread: keys that ComfyUI's loader has no use for, whatever the model.
+    pieces: of the LoRA, as ComfyUI's loader reads it.   homes: module -> its place.
     """
 
-    patches: dict
+    targets: Mapping
     placed: tuple[str, ...]
     homeless: tuple[str, ...]
-    clashing: tuple[str, ...]
-    twice: tuple[str, ...]
+    clashing: tuple["Clash", ...]
+    twice: tuple[tuple[str, str], ...]
     waiting: tuple[str, ...]
     unread: tuple[str, ...] = ()
+    pieces: Mapping[str, torch.Tensor | Unmade] = field(default_factory=dict)
+    homes: Mapping = field(default_factory=dict)
+
+    def patches(self) -> dict:
+        """Target -> ComfyUI's patch, for the placed modules only. What lies in a file is read for it."""
+        patches = comfy.lora.load_lora(in_memory(self.pieces, Unmade.shared), self.homes, log_missing=False)
+        return {
+            target: _in_shape(patch, self.targets[target])
+            for target, patch in patches.items()
+            if target in self.targets
+        }
 
     @property
     def asked(self) -> int:
@@ -46,43 +71,54 @@ class Fit:
 
 
 def fit(weights: Mapping[str, torch.Tensor], model, clip=None) -> Fit:
-    """Looks up every module of a LORA_MODEL; changes nothing."""
+    """Looks up every module of a LORA_MODEL; changes nothing, and reads nothing that lies in a file."""
     shapes, homes = dict(model.model.state_dict()), comfy.lora.model_lora_keys_unet(model.model, {})
     if clip is not None:
         shapes |= clip.cond_stage_model.state_dict()
         homes = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, homes)
-    lora = _modulations(comfy.lora_convert.convert_lora(dict(weights)), homes)
+    lora = _modulations(comfy.lora_convert.convert_lora(named(weights).pieces), homes)
     lora = without_cores(lora, modules(lora))
     unread = unread_keys(lora)
     # A LoRA of rank 0 beside an alpha would stop load_lora.
     lora = {key: tensor for key, tensor in lora.items() if key not in unread}
-    named = modules(lora)
+    parts_of = modules(lora)
     # The key maps also name weights that this very model lacks; add_patches drops patches for them in silence. And
     # load_lora tries a dozen spellings of each name it is given, so it is given those of this file only.
-    homes = {module: homes[module] for module in named if module in homes and weight_of(homes[module]) in shapes}
-    patches = comfy.lora.load_lora(lora, homes, log_missing=False)
+    homes = {module: homes[module] for module in parts_of if module in homes and weight_of(homes[module]) in shapes}
+    hollow = {key: _hollow(piece) for key, piece in lora.items()}
+    patches = comfy.lora.load_lora(hollow, homes, log_missing=False)
 
-    fates: dict[str, list[str]] = {fate: [] for fate in ("placed", "homeless", "clashing", "twice", "waiting")}
+    fates: dict[str, list] = {fate: [] for fate in ("placed", "homeless", "clashing", "twice", "waiting")}
     taken: dict = {}
-    for module, parts in sorted(named.items()):
+    for module, parts in sorted(parts_of.items()):
         targets = _targets(homes.get(module), set(parts))
         if not targets or any(target not in patches or weight_of(target) not in shapes for target in targets):
             waits = clip is None and module.startswith(TEXT_PREFIXES)
             fates["waiting" if waits else "homeless"].append(module)
         elif other := next((taken[target] for target in targets if target in taken), None):
-            fates["twice"].append(f"{other} and {module}")
-        elif clash := _clash(targets, {part: lora[key] for part, key in parts.items()}, shapes):
+            fates["twice"].append((other, module))
+        elif clash := _clash(module, targets, {part: hollow[key] for part, key in parts.items()}, shapes):
             # ComfyUI would log an error for every picture and keep the weight as it is.
-            fates["clashing"].append(f"{module}: {clash}")
+            fates["clashing"].append(clash)
         else:
             fates["placed"].append(module)
             taken |= dict.fromkeys(targets, module)
-    patches = {target: _in_shape(patch, target, shapes) for target, patch in patches.items() if target in taken}
     sorted_out = {fate: tuple(modules) for fate, modules in fates.items()}
-    return Fit(patches=patches, unread=tuple(sorted(unread)), **sorted_out)
+    return Fit(
+        targets={target: _shape_of(target, shapes) for target in taken},
+        unread=tuple(sorted(unread)),
+        pieces={key: lora[key] for module in homes for key in parts_of[module].values()},
+        homes=homes,
+        **sorted_out,
+    )
 
 
-def _modulations(lora: dict[str, torch.Tensor], homes: Mapping) -> dict[str, torch.Tensor]:
+def _hollow(piece: torch.Tensor | Unmade) -> torch.Tensor:
+    """A tensor of that shape, without values where it has none yet."""
+    return torch.empty(piece.shape, dtype=piece.dtype, device="meta") if isinstance(piece, Unmade) else piece
+
+
+def _modulations(lora: Pieces, homes: Mapping) -> Pieces:
     """A LORA_MODEL with `x.diff_m` as `x.modulation.diff`, where the model has such a parameter: a difference of
     a Wan block's modulation, for which those who extract LoRAs have a name of their own and ComfyUI has none.
     """
@@ -94,7 +130,7 @@ def _modulations(lora: dict[str, torch.Tensor], homes: Mapping) -> dict[str, tor
     return renamed
 
 
-def modules(lora: Mapping[str, torch.Tensor]) -> dict[str, dict[str, str]]:
+def modules(lora: Mapping[str, object]) -> dict[str, dict[str, str]]:
     """Module, as the file spells it -> part of it -> key; without keys of no known form."""
     found: dict[str, dict[str, str]] = {}
     for key in lora:
@@ -116,7 +152,7 @@ def _targets(home, parts: set[str]) -> list:
     return weight + ([f"{home.removesuffix('.weight')}.bias"] if parts & {*BIAS_PARTS} else [])
 
 
-def _clash(targets: list, parts: dict[str, torch.Tensor], shapes) -> str | None:
+def _clash(module: str, targets: list, parts: dict[str, torch.Tensor], shapes) -> Clash | None:
     """What is wrong with the shape of a module's updates, None if nothing is or if nothing is known about it."""
     for target in targets:
         shape = _shape_of(target, shapes)
@@ -124,9 +160,9 @@ def _clash(targets: list, parts: dict[str, torch.Tensor], shapes) -> str | None:
         try:
             delta = _delta_shape({part: tensor for part, tensor in parts.items() if (part in BIAS_PARTS) == is_bias})
         except ValueError as error:
-            return f"{error} on a weight of {shape}"
+            return Clash(module, str(error), shape)
         if shape is not None and delta is not None and not _suits(delta, shape, parts):
-            return f"{delta} on a weight of {shape}"
+            return Clash(module, delta, shape)
     return None
 
 
@@ -160,9 +196,8 @@ def _delta_shape(parts: dict[str, torch.Tensor]) -> tuple[int, ...] | None:
     return None if update is None else update.shape
 
 
-def _in_shape(patch, target, shapes):
+def _in_shape(patch, shape: tuple[int, ...] | None):
     """ComfyUI adds a difference only if it has the very shape of the weight: (out, in, 1, 1) is not (out, in)."""
-    shape = _shape_of(target, shapes)
     if isinstance(patch, tuple) and patch[0] == "diff" and shape is not None:
         return ("diff", (patch[1][0].reshape(shape), *patch[1][1:]))
     return patch

@@ -6,19 +6,22 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ...lora_merge.recognise.identity import Identity, identify
+from ...lora_merge.updates.unmade import Unmade
 from ...samplers.preset import Preset
 from ...samplers.presets import preset_called
 from .weights import LoraWeights, to_lora
 
 
 class KnownWeights(LoraWeights):
-    """LoraWeights as they came from a file, with what was found out about them.
+    """LoraWeights as they came from a file, with what was found out about them. Copies by other means are LoraWeights.
 
-    identity: what they are.   original: the file's tensors, shared by all copies.
+    identity: what they are.   original: the file's pieces, shared by all copies.
     cases: what other modules remember about the original, shared by all copies.
     """
 
-    def __init__(self, original: Mapping[str, torch.Tensor], *, name: str, metadata, identity: Identity, cases=None):
+    def __init__(
+        self, original: Mapping[str, torch.Tensor | Unmade], *, name: str, metadata, identity: Identity, cases=None
+    ):
         super().__init__(original, name=name, metadata=metadata)
         self.original = original
         self.identity = identity
@@ -33,7 +36,11 @@ class KnownWeights(LoraWeights):
     @property
     def untouched(self) -> bool:
         """False once somebody put something else into this dict; then nothing that is remembered holds for it."""
-        return len(self) == len(self.original) and all(self.get(key) is value for key, value in self.original.items())
+        pieces = self.pieces
+        return len(pieces) == len(self.original) and all(
+            (mine := pieces.get(key)) is piece or (isinstance(piece, Unmade) and piece.gave(mine))
+            for key, piece in self.original.items()
+        )
 
 
 def identity_of(weights: LoraWeights) -> Identity | None:

@@ -101,7 +101,7 @@ def uncovered(found: Fit, model_base: ModelBase, kinds: frozenset[str]) -> tuple
     This is the only trace of a LoRA for a smaller sister of the model: everything in it fits.
     """
     covered = {
-        weight_of(target).removeprefix(PREFIX).removesuffix(SUFFIX).replace(".", "_") for target in found.patches
+        weight_of(target).removeprefix(PREFIX).removesuffix(SUFFIX).replace(".", "_") for target in found.targets
     }
     wanted = [module for module in model_base.modules if base_models.kind_of(module) in kinds]
     return sorted(module for module in wanted if module not in covered), len(wanted)

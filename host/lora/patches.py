@@ -11,7 +11,7 @@ from .case import Case
 from .fit import fit, weight_of
 from .identity import KnownWeights, identity_of, preset_of
 from .model_base import base_of, uncovered
-from .reports import applied_lines, metadata_lines, refusal
+from .reports import applied_lines, metadata_lines, not_applied, refusal
 from .stored import change_objects, never_patched
 from .weights import LoraWeights, named
 
@@ -59,7 +59,7 @@ def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=Fal
         return Applied(
             model=model,
             clip=clip,
-            report=f"{weights.name}: not applied, its strength is 0.",
+            report=not_applied(weights.name),
             preset=preset,
             name=weights.name,
         )
@@ -72,8 +72,9 @@ def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=Fal
     # Text-encoder modules wait by choice, everything else that is left out is news.
     complete = len(found.placed) == case.counts.asked > 0
     (logger.info if complete and not wrong else logger.warning)("%s", " ".join(lines))
-    for_model = {target: patch for target, patch in found.patches.items() if weight_of(target) in case.model.weights}
-    for_clip = {target: patch for target, patch in found.patches.items() if target not in for_model}
+    patches = found.patches()
+    for_model = {target: patch for target, patch in patches.items() if weight_of(target) in case.model.weights}
+    for_clip = {target: patch for target, patch in patches.items() if target not in for_model}
     return Applied(
         model=_patched(model, for_model, strength_model),
         clip=_patched(clip, for_clip, strength_clip),

@@ -10,15 +10,24 @@ from ...lora_merge.files.keys import unread_text
 from ...lora_merge.metadata.adapter_config import of_peft
 from ...lora_merge.metadata.report import describe_metadata, peft_remarks, remarks
 from ...lora_merge.recognise import catalogue
-from ...lora_merge.recognise.identity import Identity
+from ...lora_merge.recognise.identity import How, Identity
 from ...samplers.preset_words import settings_in_words
 from .case import Case
+from .fit import Clash
 from .identity import identity_of, preset_of
 from .weights import named, to_lora
 
 SHOWN = 5
 # A module with the number of its block.
 _NUMBERED = re.compile(r"(.+?[._])(\d+)([._].+)")
+_SURE: dict[How, str] = {
+    "sha256": "certainly: by sha256, it is the published file byte for byte",
+    "structure": "very likely: by structure, its modules, rank, alpha and size; LoRAs of the same training script look alike",
+    "metadata": "likely: by metadata, the file says so",
+    "unknown": "not known by sha256, structure or metadata",
+}
+# Where it stands which half of a model a LoRA is for; elsewhere it is a field of the metadata.
+_WHERE = {"sha256": "its sha256", "file name": "its file name"}
 _END = "Setting wrong_base to warn applies what fits all the same."
 
 
@@ -62,8 +71,8 @@ def applied_lines(
         )
     for what, modules in (
         ("have no place in this model", case.homeless),
-        ("have another shape than this model's weights", found.clashing),
-        ("pairs name one weight twice, and one of the two is left out", found.twice),
+        ("have another shape than this model's weights", list(map(clash_words, found.clashing))),
+        ("pairs name one weight twice, and one of the two is left out", list(map(" and ".join, found.twice))),
     ):
         if modules:
             names = counted(modules)
@@ -72,6 +81,10 @@ def applied_lines(
     if found.unread:
         lines.append(f"Without effect in ComfyUI: {unread_text(found.unread)}.")
     return lines
+
+
+def not_applied(name: str) -> str:
+    return f"{name}: not applied, its strength is 0."
 
 
 def metadata_lines(metadata: Mapping[str, str]) -> list[str]:
@@ -117,7 +130,7 @@ def refusal(case: Case) -> str:
             f"{name} changes nothing but the {' and the '.join(case.absent)}, which this model is made without. {_END}"
         )
     if found.twice and not case.counts.foreign and not case.other_base:
-        return _names_twice(name, found.twice)
+        return _names_twice(name, list(map(" and ".join, found.twice)))
     identity = case.identity
     counts = ", ".join(filter(None, [f"of its {case.counts.asked} modules {len(found.placed)} fit", _why(case)]))
     if identity is None or not identity.bases:
@@ -153,7 +166,7 @@ def _halves(case: Case) -> list[str]:
     half = case.identity.expert if case.identity else None
     if half is None or case.model.make is None or "Wan" not in case.model.make.name:
         return []
-    said = f"It is for the {half.expert}-noise half of Wan 2.2, by {half.source}"
+    said = f"It is for the {half.expert}-noise half of Wan 2.2, by {_WHERE.get(half.source, f'its metadata {half.source}')}"
     if case.model.expert is None:
         return [
             f"{said}. Nothing says which half this model is{_in_file(case)}: see that it is the {half.expert}-noise one."
@@ -172,7 +185,7 @@ def _in_file(case: Case) -> str:
 
 def chosen_lines(name: str, identity: Identity, count: int, others: Mapping[str, Identity]) -> list[str]:
     """Which of `count` files `auto` has taken, and the others that fit."""
-    lines = [f"auto: {name} is the one for this model among {count} files, {identity.sure}."]
+    lines = [f"auto: {name} is the one for this model among {count} files, {_SURE[identity.how]}."]
     if others:
         more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
         shown = ", ".join(f"{other} ({one.kind})" for other, one in [*others.items()][:SHOWN])
@@ -235,8 +248,8 @@ def _why(case: Case) -> str:
     reasons = []
     for modules, words in (
         (case.homeless, "have no place in it"),
-        (found.clashing, "have another shape"),
-        (found.twice, "pairs of them name a weight twice"),
+        (list(map(clash_words, found.clashing)), "have another shape"),
+        (list(map(" and ".join, found.twice)), "pairs of them name a weight twice"),
     ):
         if modules:
             reasons.append(f"{len(modules)} {words}" + ("" if known else f" (the first: {modules[0]})"))
@@ -249,7 +262,7 @@ def _why(case: Case) -> str:
 
 
 def _what(identity: Identity, model: str | None = None, for_sampling: bool = False) -> list[str]:
-    lines = [f"It is: {identity.kind}, {identity.sure}."]
+    lines = [f"It is: {identity.kind}, {_SURE[identity.how]}."]
     if identity.bases or model:
         beside = f", this model: {model}" if model else ""
         branches = identity.structure.recognised.branches
@@ -277,6 +290,10 @@ def _no_settings(identity: Identity | None) -> str:
     if identity.looks_like:
         return f"Its name says {identity.looks_like}, but it is none of the files known here: {end}"
     return f"No acceleration LoRA recognised: {end}"
+
+
+def clash_words(clash: Clash) -> str:
+    return f"{clash.module}: {clash.update} on a weight of {clash.weight}"
 
 
 def counted(modules: Sequence[str]) -> list[str]:

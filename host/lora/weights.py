@@ -1,10 +1,14 @@
-"""LORA_MODEL: ComfyUI's dict of tensors, here with the file's metadata and a name riding along."""
+"""LORA_MODEL: ComfyUI's dict of tensors, here with the file's metadata and a name riding along, and large tensors left where
+they lie until somebody asks for them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
 from ...lora_merge import Lora
+from ...lora_merge.files.lora import Pieces, in_memory
+from ...lora_merge.updates.unmade import Unmade
 from ..door.rules import shown
 from ..page import plain
 
@@ -13,9 +17,14 @@ class LoraWeights(dict):
     """key -> tensor, as in a LoRA file. Any node that takes a LORA_MODEL reads it as the plain dict it is.
 
     name: what to call it in messages.   metadata: the file's, text to text.
+    What came unmade (factors in a file, exact sums of such) is made when somebody asks for it, and in the dict from then on,
+    as in any dict: people write into tensors, and safetensors compares their addresses. What asks for none reads `pieces`.
+    Asking raises ValueError where the file is not what it was.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], *, name: str, metadata: Mapping[str, str] | None = None):
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor | Unmade], *, name: str, metadata: Mapping[str, str] | None = None
+    ):
         super().__init__(tensors)
         self.name = name
         self.metadata = dict(metadata or {})
@@ -23,6 +32,67 @@ class LoraWeights(dict):
     def __repr__(self) -> str:
         # Of a node that failed ComfyUI keeps and sends each input as text: that of a dict has every tensor in it.
         return plain(f"LORA_MODEL {shown(self.name)} of {len(self)} tensors")
+
+    @property
+    def pieces(self) -> Pieces:
+        """A plain dict of what there is: tensors, and what was not asked for unmade."""
+        return dict(super().items())
+
+    def _ask_for_all(self) -> None:
+        if any(isinstance(piece, Unmade) for piece in super().values()):
+            super().update(in_memory(self.pieces, Unmade.shared))
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        piece = super().__getitem__(key)
+        if isinstance(piece, Unmade):
+            piece = piece.shared()
+            super().__setitem__(key, piece)
+        return piece
+
+    def __iter__(self) -> Iterator[str]:
+        """Python copies what is in the table of a dict, asking nobody, unless it has a way of its own to be gone through."""
+        return super().__iter__()
+
+    def get(self, key: str, default: Any = None, /) -> Any:
+        return self[key] if key in self else default
+
+    def setdefault(self, key: str, default: Any = None, /) -> Any:
+        return self[key] if key in self else super().setdefault(key, default)
+
+    def pop(self, key: str, /, *default: Any) -> Any:
+        self.get(key)
+        return super().pop(key, *default)
+
+    def popitem(self) -> tuple[str, torch.Tensor]:
+        self.get(next(reversed(self), None))
+        return super().popitem()
+
+    def items(self):
+        self._ask_for_all()
+        return super().items()
+
+    def values(self):
+        self._ask_for_all()
+        return super().values()
+
+    def copy(self) -> dict[str, torch.Tensor]:
+        return dict(self.items())
+
+    def __eq__(self, other: object) -> bool:
+        return self.copy() == (other.copy() if isinstance(other, LoraWeights) else other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None
+
+    def __reduce__(self):
+        """A copy, also one in another process, has all tensors."""
+        return _again, (self.copy(), self.name, self.metadata)
+
+
+def _again(tensors: Mapping[str, torch.Tensor], name: str, metadata: Mapping[str, str]) -> LoraWeights:
+    return LoraWeights(tensors, name=name, metadata=metadata)
 
 
 def named(weights: Mapping[str, torch.Tensor], fallback: str = "The LoRA") -> LoraWeights:
@@ -32,12 +102,15 @@ def named(weights: Mapping[str, torch.Tensor], fallback: str = "The LoRA") -> Lo
 
 def from_lora(lora: Lora) -> LoraWeights:
     """As ComfyUI reads it: the keys of kohya and LyCORIS, every kind in its own parts, LoRA with its alpha, also where
-    the file had it in metadata only. Tensors are shared with the Lora, as ComfyUI shares those of a file.
+    the file had it in metadata only. Tensors are shared with the Lora, as ComfyUI shares those of a file; what needs more than
+    files is made now, for others may write into tensors.
     """
-    return LoraWeights(lora.to_state_dict(copy=False), name=lora.source, metadata=lora.metadata)
+    pieces = lora.pieces(copy=False)
+    now = {key: piece for key, piece in pieces.items() if not (isinstance(piece, Unmade) and piece.of_file)}
+    return LoraWeights(pieces | in_memory(now), name=lora.source, metadata=lora.metadata)
 
 
 def to_lora(weights: Mapping[str, torch.Tensor], fallback: str = "The LoRA") -> Lora:
     """Raises ValueError, naming the keys, for what is no LoRA, or an incomplete one."""
     weights = named(weights, fallback)
-    return Lora.from_state_dict(weights, metadata=weights.metadata, source=weights.name)
+    return Lora.from_state_dict(weights.pieces, metadata=weights.metadata, source=weights.name)

@@ -6,6 +6,7 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 
 from ..lora.fit import fit, weight_of
+from ..lora.reports import clash_words
 from .report import Lost
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -20,11 +21,11 @@ def factors_of(weights: Mapping[str, torch.Tensor], model, layers: Sequence[str]
     """
     found = fit(weights, model)
     if found.clashing:
-        raise ValueError(f"start_from is {name}, which is for another model: {found.clashing[0]}.")
+        raise ValueError(f"start_from is {name}, which is for another model: {clash_words(found.clashing[0])}.")
     known = {f"diffusion_model.{layer}.weight": layer for layer in layers}
     pieces: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    elsewhere = [*found.homeless, *found.twice]
-    for target, patch in found.patches.items():
+    elsewhere = [*found.homeless, *(second for _, second in found.twice)]
+    for target, patch in found.patches().items():
         layer = known.get(weight_of(target))
         if layer is None:
             elsewhere.append(weight_of(target))

@@ -8,36 +8,11 @@ from ...distillation.recipes import RECIPES
 from ...distillation.settings import Settings
 from ...samplers.preset_words import settings_in_words
 from ...samplers.presets import phased
+from .advice import GUIDANCE, Advice, FewPictures, ForeignGuidance
 
 RISEN = 1.3  # times the lowest validation loss
-# Beginnings of ComfyUI's names for models -> guidance in ComfyUI's own workflow templates.
-GUIDANCE = {"WAN": "3.5 to 6", "Qwen": "2.5 to 4"}
-# Of the model's own pictures, each learnt so often or more: then more of them would have cost little.
-FEW, OFTEN = 256, 10
 Validation = Sequence[tuple[int, float]]
 """(step, validation loss), ascending."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Account:
-    """A training in numbers.
-
-    done: steps.   losses: of each.   pictures: learnt from; own: whether the model made them.   dtype: of the network.
-    modules, parameters: of the LoRA.   still: those of its modules that are nothing yet.   remarks: sentences that were said before it began.
-    """
-
-    settings: Settings
-    done: int
-    losses: Sequence[float]
-    validation: Validation
-    pictures: int
-    own: bool
-    dtype: str
-    modules: int
-    parameters: int
-    still: Sequence[str]
-    seconds: float
-    remarks: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +28,31 @@ class Lost:
     waiting: int
     anew: int
     layers: int
+
+
+Remark = Advice | Lost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """A training in numbers.
+
+    done: steps.   losses: of each.   pictures: learnt from; own: whether the model made them.   dtype: of the network.
+    modules, parameters: of the LoRA.   still: those of its modules that are nothing yet.   remarks: what was said before it began.
+    """
+
+    settings: Settings
+    done: int
+    losses: Sequence[float]
+    validation: Validation
+    pictures: int
+    own: bool
+    dtype: str
+    modules: int
+    parameters: int
+    still: Sequence[str]
+    seconds: float
+    remarks: Sequence[Remark]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,8 @@ def describe(account: Account) -> list[str]:
         *([phased_words(settings.phases)] if settings.phases > 1 else []),
     ]
     still = still_words(account.still, account.modules)
-    return [*lines, *validation_words(account.validation), *still, *account.remarks, *rate_words(settings)]
+    remarks = [words for remark in account.remarks for words in remark_words(remark)]
+    return [*lines, *validation_words(account.validation), *still, *remarks, *rate_words(settings)]
 
 
 def phased_words(phases: int) -> str:
@@ -147,25 +148,23 @@ def rate_words(settings: Settings) -> list[str]:
     ]
 
 
-def advice(settings: Settings, pictures: int, own: bool, flow: str | None) -> list[str]:
-    """What is allowed and hardly meant. pictures: how many there are.   own: whether the model made them.
-    flow: ComfyUI's name of a flow model, None for any other."""
-    found = []
-    draws = settings.steps * settings.batch * settings.accumulate
-    if own and pictures < FEW and draws >= OFTEN * pictures:
-        found.append(
-            f"Few pictures: the model made {pictures}, and each is learnt about {draws // pictures} times. Some hundreds, of "
-            "varied prompts, make a LoRA that works for more; raise samples."
-        )
-    if flow is not None and Settings.guidance_min in settings.cfg:
-        usual = next(
-            (f"; templates have {cfg} for {kind}" for kind, cfg in GUIDANCE.items() if flow.startswith(kind)), ""
-        )
-        found.append(
-            f"Guidance {Settings.guidance_min:g} is Stable Diffusion 1.5's, and this model is another ({flow}){usual}. Set "
-            "guidance_min and guidance_max to the cfg at which it makes its best pictures."
-        )
-    return found
+def remark_words(remark: Remark) -> list[str]:
+    """Sentences on what is to be known before a training begins."""
+    match remark:
+        case FewPictures():
+            return [
+                f"Few pictures: the model made {remark.made}, and each is learnt about {remark.times} times. Some hundreds, of "
+                "varied prompts, make a LoRA that works for more; raise samples."
+            ]
+        case ForeignGuidance():
+            kind = remark.usual
+            usual = f"; templates have {GUIDANCE[kind]} for {kind}" if kind else ""
+            return [
+                f"Guidance {Settings.guidance_min:g} is Stable Diffusion 1.5's, and this model is another ({remark.model}){usual}. "
+                "Set guidance_min and guidance_max to the cfg at which it makes its best pictures."
+            ]
+        case Lost():
+            return lost_words(remark)
 
 
 def lost_words(lost: Lost) -> list[str]:

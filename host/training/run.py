@@ -26,11 +26,12 @@ from ...samplers.presets import phased
 from ..lora.model_base import base_of
 from ..lora.weights import named
 from ..sampling.tables import is_distilled, trained_sigma_table
+from .advice import Advice, advice
 from .beginning import factors_of
 from .data import Batches, Item, encoded, fingerprint, whole
 from .identity import some
 from .loan import Denoiser, casting_again, lent
-from .report import Account, advice, describe, lost_words
+from .report import Account, Lost, Remark, describe, remark_words
 from .strip import PICTURES, Strip
 from .teacher_pictures import is_flow
 
@@ -71,10 +72,10 @@ class Work:
 
 
 class Training:
-    """`trainer` is ready to run, on the lent MODEL.   remarks: sentences for the report."""
+    """`trainer` is ready to run, on the lent MODEL.   remarks: for the report."""
 
     def __init__(
-        self, work: Work, patcher, batches: Batches, trainer: Trainer, denoise: Denoiser, remarks: Sequence[str] = ()
+        self, work: Work, patcher, batches: Batches, trainer: Trainer, denoise: Denoiser, remarks: Sequence[Remark] = ()
     ) -> None:
         self.work, self.patcher, self.batches, self.trainer, self.denoise = work, patcher, batches, trainer, denoise
         self.remarks = remarks
@@ -139,8 +140,8 @@ def unchanged(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     return [key.removesuffix(end) for key, up in tensors.items() if key.endswith(end) and not up.count_nonzero()]
 
 
-def advice_for(model, settings: Settings, pictures: int, own: bool) -> list[str]:
-    """See report.advice."""
+def advice_for(model, settings: Settings, pictures: int, own: bool) -> list[Advice]:
+    """See advice.advice."""
     return advice(settings, pictures, own, type(model.model.model_config).__name__ if is_flow(model) else None)
 
 
@@ -173,12 +174,13 @@ def training(
                 "rank": work.rank,
                 "alpha": work.alpha or work.rank,
             } | dict(facts or {})  # fmt: skip
-            remarks = advice_for(work.model, settings, len(items), work.own)
+            remarks: list[Remark] = [*advice_for(work.model, settings, len(items), work.own)]
             if work.start is not None:
                 identity["start"], lost = _begin(work.start, patcher, adapters)
-                remarks += lost
-            for remark in remarks if engine.process_index == 0 else ():
-                logger.warning("%s", remark)
+                remarks.append(lost)
+            said = [words for remark in remarks for words in remark_words(remark)]
+            for words in said if engine.process_index == 0 else ():
+                logger.warning("%s", words)
             check(identity)
             trainer = Trainer(
                 (denoise := Denoiser(patcher)), adapters, batches, work.table.to(device), settings,
@@ -201,12 +203,12 @@ def check_lora(model, rank: int, start: Mapping[str, torch.Tensor] | None) -> No
         check_factors(factors, {name: flat_shape(layer) for name, layer in layers.items()}, rank, lora.name)
 
 
-def _begin(start: Mapping[str, torch.Tensor], patcher, adapters: LoraAdapters) -> tuple[str, list[str]]:
-    """Begins with a LORA_MODEL; returns (what tells it from another, sentences on what of it is lost)."""
+def _begin(start: Mapping[str, torch.Tensor], patcher, adapters: LoraAdapters) -> tuple[str, Lost]:
+    """Begins with a LORA_MODEL; returns (what tells it from another, what of it is lost)."""
     lora = named(start)
     factors, lost = factors_of(lora, patcher, adapters.names, lora.name)
     adapters.start_from(factors, lora.name)
-    return fingerprint(factors), lost_words(lost)
+    return fingerprint(factors), lost
 
 
 def sigma_table(model) -> torch.Tensor:

@@ -9,6 +9,14 @@ from .comparison import Comparison, Group, Measure, Pair
 
 Kind = Literal["oppose", "alike", "crowd", "independent"]
 
+# Its strength is 0; all that can be compared is zeros; nothing of it can be.
+Silence = Literal["off", "zeros", "unknown"]
+_SILENT: dict[Silence, str] = {
+    "off": "{} adds nothing, its strength is 0",
+    "zeros": "{} adds nothing, its updates are zeros",
+    "unknown": "nothing of {} can be compared",
+}
+
 # What matters: a cosine of 0.1 changes the norm of the sum of two equal LoRAs by 5 %, of unequal ones by less; and a tenth
 # of a LoRA's energy in another's leading directions is the least that protection could visibly take from it.
 MATTERS = 0.1
@@ -58,6 +66,14 @@ def dependent_blocks(comparison: Comparison, which: tuple[int, int]) -> list[tup
     return sorted(found, key=lambda entry: (order.index(entry[1].kind), -abs(entry[1].degree)))
 
 
+def silence(comparison: Comparison, index: int) -> Silence | None:
+    """Why an input has no norm; None for one that has."""
+    one = comparison.inputs[index]
+    if comparison.norm(index):
+        return None
+    return "off" if not one.strength else "zeros" if one.compared else "unknown"
+
+
 def headline(comparison: Comparison) -> str:
     """One line: will they fight?"""
     pairs = _acting(comparison)
@@ -65,6 +81,11 @@ def headline(comparison: Comparison) -> str:
         return "One LoRA alone has nobody to fight with."
     if not pairs and comparison.fused:
         return "Not known: they change the same weights under two names, as a whole and in slices."
+    silent = [silence(comparison, index) for index in range(len(comparison.inputs))]
+    if not pairs and "unknown" in silent:
+        return "Not known: nothing of one of these LoRAs can be compared."
+    if not pairs and all(silent):
+        return "Nothing to fight: none of these LoRAs adds anything."
     if not pairs:
         return "Nothing to fight: no two of these LoRAs change the same modules."
     kinds = {relation(pair).kind for pair in pairs}
@@ -106,9 +127,9 @@ def _acting(comparison: Comparison) -> list[Pair]:
 def _sentence(comparison: Comparison, which: tuple[int, int], pair: Pair | None) -> str:
     one, two = (comparison.labels[i] for i in which)
     both = f"{one} and {two}"
-    silent = [comparison.labels[i] for i in which if comparison.norm(i) == 0]
+    silent = {comparison.labels[i]: why for i in which if (why := silence(comparison, i))}
     if silent:
-        return f"{both}: {' and '.join(silent)} adds nothing (strength 0, or an update of zeros)."
+        return f"{both}: {', and '.join(_SILENT[why].format(label) for label, why in silent.items())}."
     if pair is None:
         return f"{both}: they change different modules, so neither touches what the other does there."
     what, where = relation(pair), dependent_blocks(comparison, which)

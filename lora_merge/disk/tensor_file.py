@@ -6,8 +6,7 @@ their values can be checked together, and a new file keeps the ordinary permissi
 TensorFile stays open and reads single tensors into memory that the caller has: memory that is used again costs neither page
 faults nor room. A file that is cut off or written to meanwhile (a trainer that saves to that name, rsync --inplace) is an
 error in words. One that is mapped into memory would end the process with a SIGBUS that nothing can catch; `read` maps only
-what is larger than its caller wants to have in memory, MAPPED_ABOVE or SERVER_MAPPED_ABOVE. Of a file in memory it does not
-matter what happens to it later, which is what a server wants, that keeps its files for long.
+what is larger than MAPPED_ABOVE.
 """
 
 from __future__ import annotations
@@ -29,9 +28,8 @@ from torch import Tensor
 from .hashes import BLANK, Hashes, training
 from .header import DTYPES, Header, check_written, opened
 
-SERVER_MAPPED_ABOVE = 1 << 30
 # Windows replaces no file that is mapped, and a result may take its input's place.
-MAPPED_ABOVE = 1 << 28 if os.name == "posix" else SERVER_MAPPED_ABOVE
+MAPPED_ABOVE = 1 << (28 if os.name == "posix" else 30)
 # Whether a file can be read anywhere without a place of its own, which threads and forked processes would share.
 IN_PLACE = hasattr(os, "preadv")
 _one_at_a_time = threading.Lock()
@@ -45,16 +43,14 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ORDER = "U64 I64 F64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
 
 
-def read(
-    path: Path, *, mapping: bool = True, mapped_above: int | None = None
-) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def read(path: Path, *, mapping: bool = True) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """(tensors in the order of the file, metadata). Writing into a tensor changes this copy only, never the file.
 
-    mapping: whether a file of more than `mapped_above` bytes, MAPPED_ABOVE if None, may be mapped instead.
+    mapping: whether a file of more than MAPPED_ABOVE bytes may be mapped instead.
     Raises ValueError for a file that check_header refuses, that cannot be read, or that changes meanwhile.
     """
     with opened(path) as (file, header):
-        if mapping and header.size > (MAPPED_ABOVE if mapped_above is None else mapped_above):
+        if mapping and header.size > MAPPED_ABOVE:
             whole = torch.frombuffer(mmap.mmap(file.fileno(), header.size, access=mmap.ACCESS_COPY), dtype=torch.uint8)
             memory = whole[header.begin :]
         else:

@@ -21,7 +21,7 @@ from ..disk.tensor_file import IN_PLACE, TensorFile, count_open, read, tensor_fi
 from ..disk.whole import check_place, write_whole
 from ..keywords import named
 from ..metadata import fields
-from ..metadata.adapter_config import CONFIG_KEY, misfit, of_config
+from ..metadata.adapter_config import CONFIG_KEY, Misfit, misfit, of_config, unused
 from ..updates.unmade import CPU, Unmade
 from .dtypes import DTYPES
 from .formats import SAVE_FORMATS, SaveFormat, named_for
@@ -38,18 +38,19 @@ _FEW = 8
 # Bytes from which on a file is not kept in memory, and files that are held open for it: systems allow 256 and more.
 _STREAMED = 1 << 21
 _OPEN = 128
+# Elsewhere whoever cuts a mapped file off ends this process.
+_MAPS = os.name != "posix"
 
 
 @named
 @uncollected()
-def load(path: str | os.PathLike[str], *, in_memory: bool = False, mapped_above: int | None = None) -> Lora:
+def load(path: str | os.PathLike[str], *, mapping: bool = True) -> Lora:
     """The LoRA in a safetensors file, in any spelling that naming/names.py and keys.py know.
 
     All values are looked at. Those of a large file's LoRA factors are read once more whenever they are needed, into memory
     that is used again: the file stays open as long as the LoRA is known, may be replaced and deleted, and is refused from
     then on if it was written to. Windows replaces no open file, so that there all is in memory.
-    in_memory: for who needs all values there; whatever becomes of the file then.
-    mapped_above: bytes from which on such a file is mapped instead; whoever cuts it off ends this process.
+    mapping: whether a very large one may be mapped there.
     For a PEFT folder's `adapter_model.safetensors` the scale is taken from `adapter_config.json` beside it, also for a
     renamed one if ranks and modules are the same.
     Raises FileNotFoundError if there is no such file, ValueError if it is no whole safetensors file of a LoRA, with at
@@ -60,16 +61,14 @@ def load(path: str | os.PathLike[str], *, in_memory: bool = False, mapped_above:
         raise FileNotFoundError(f"{path}: there is no such file; check the name and the folder.")
     if path.is_dir():
         raise ValueError(f"{path}: this is a folder; give the .safetensors file in it.")
-    tensors, notes = _contents(path, in_memory, mapped_above)
+    tensors, notes = _contents(path, mapping)
     return Lora.from_state_dict(tensors, metadata=_notes(path, tensors, notes), source=path.name)
 
 
-def _contents(
-    path: Path, in_memory: bool, mapped_above: int | None
-) -> tuple[Mapping[str, Tensor | Unmade], Mapping[str, str]]:
-    """tensor_file.read, but for large files that nobody wants in memory."""
-    if in_memory or not IN_PLACE or path.stat().st_size < _STREAMED or count_open() >= _OPEN:
-        return read(path, mapping=mapped_above is not None or os.name != "posix", mapped_above=mapped_above)
+def _contents(path: Path, mapping: bool) -> tuple[Mapping[str, Tensor | Unmade], Mapping[str, str]]:
+    """tensor_file.read, but for large files."""
+    if not IN_PLACE or path.stat().st_size < _STREAMED or count_open() >= _OPEN:
+        return read(path, mapping=mapping and _MAPS)
     file = TensorFile(path)
     return _streamed(file), file.header.metadata
 
@@ -90,7 +89,8 @@ def _is_factor(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
 
 def _unmade(file: TensorFile, name: str) -> Unmade:
     dtype, shape, *_ = file.header.entries[name]
-    return Unmade(dtype, torch.Size(shape), partial(file.fill, name), CPU)
+    fill = partial(file.fill, name)
+    return Unmade(dtype=dtype, shape=torch.Size(shape), fill=fill, device=CPU, of_file=True)
 
 
 def outline(path: str | os.PathLike[str]) -> Lora:
@@ -196,8 +196,8 @@ def _peft_config(path: Path, tensors: Mapping[str, Tensor | Unmade]) -> dict[str
     except ValueError as error:
         if own_name:
             raise ValueError(f"{beside}: not JSON ({error}), so the scale of {path.name} is unknown.") from None
-        return {CONFIG_KEY: "it is not JSON"}
+        return unused(Misfit())
     if own_name:
         return of_config(config)
     reason = misfit(config, ranks)
-    return {CONFIG_KEY: reason} if reason else {**of_config(config), CONFIG_KEY: "used"}
+    return unused(reason) if reason else {**of_config(config), CONFIG_KEY: "used"}

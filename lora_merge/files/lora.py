@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -177,11 +177,7 @@ class Lora:
         too small for it all the same.
         Raises ValueError for what the format cannot name or hold, and for values the dtype cannot hold.
         """
-        pieces = self.pieces(dtype, format=format, copy=copy)
-        unmade = {key: piece for key, piece in pieces.items() if isinstance(piece, Unmade)}
-        with closing(in_order(Unmade.made, unmade.values())) as results:
-            made = dict(zip(unmade, results, strict=True))
-        return {key: piece if isinstance(piece, Tensor) else made[key] for key, piece in pieces.items()}
+        return in_memory(self.pieces(dtype, format=format, copy=copy))
 
     def pieces(self, dtype: torch.dtype | None = None, *, format: Format = "kohya", copy: bool = True) -> Pieces:
         """`to_state_dict`, where the factors of a sum (updates/side_by_side.py) are unmade: they are finite, and whoever
@@ -265,6 +261,16 @@ class Lora:
                 f"{self.source}: {len(unnamed)} modules have no known diffusers name ({', '.join(unnamed[:3])}); use kohya"
             )
         return {module: name for module, name in spelled.items() if name is not None}
+
+
+def in_memory(
+    pieces: Mapping[str, Tensor | Unmade], make: Callable[[Unmade], Tensor] = Unmade.made
+) -> dict[str, Tensor]:
+    """Pieces with all that is unmade made, in several threads."""
+    unmade = {key: piece for key, piece in pieces.items() if isinstance(piece, Unmade)}
+    with closing(in_order(make, unmade.values())) as results:
+        made = dict(zip(unmade, results, strict=True))
+    return {key: piece if isinstance(piece, Tensor) else made[key] for key, piece in pieces.items()}
 
 
 def too_small(errors: Mapping[str, float], dtype: torch.dtype | None) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..files.lora import Lora
-from ..files.one_naming import Renaming, are_read, in_own_naming, renamed
+from ..files.one_naming import Renaming, are_read, family_of_loras, in_own_naming, renamed
 from ..files.twice import Named, Pair, pairs_text, slices, twice, undecided
 from ..naming import encoders, names, unet
+from ..naming.aliases import behind_one_prefix, text_encoder
 from ..naming.unet import Layout
 from ..updates.layer import shape_of_both
 
@@ -97,6 +98,19 @@ def fused_with_slices(loras: Sequence[Lora]) -> list[Pair]:
     """Modules of two LoRAs of which one is a slice of the other's weight (q beside qkv): ComfyUI adds up both, exactly,
     but they never meet here."""
     return slices(_updates(loras))
+
+
+def names_for_draws(loras: Sequence[Lora]) -> dict[str, str]:
+    """Module of the model -> the name that its weight has in every spelling of the LoRAs, as far as their family is known: a
+    canonical name tells the weights of one merge apart and may be another in the next, of files of other names."""
+    family = family_of_loras(loras)
+    found = {}
+    for one in _updates(loras):
+        if text_encoder(one.spelling) is None and not one.is_bias:
+            turned = family.turn(one.canonical, one.shape) if family and one.shape else None
+            own = turned or (family and family.own(one.canonical)) or one.canonical
+            found[one.canonical] = behind_one_prefix(own)
+    return found
 
 
 def _rename(lora: Lora, layout: Layout) -> Lora:

@@ -38,7 +38,7 @@ class Computed:
 def compute(plan: Plan, *, threads: int | None, device: torch.device, progress: Progress | None = None) -> Computed:
     """What the plan makes of every module, on the CPU, the same for any number of threads (algebra/threads.py)."""
     steps = _Steps(progress, len(plan.modules))
-    merger = ModuleMerger(plan.loras, plan.strengths, plan.options, plan.whole, device)
+    merger = ModuleMerger(plan.loras, plan.strengths, plan.options, plan.whole, device, plan.drawn_by)
     tally = Tally(len(plan.loras))
     biases = _biases(plan, tally)
     ranks = _allocated(plan, merger, biases, threads, steps)

@@ -14,7 +14,7 @@ from ..one_module.differences import dense_modules
 from ..one_module.protect import protected_input
 from ..settings.options import MergeOptions
 from ..settings.strengths import Blocks, Strengths, strengths_of
-from .align import fused_with_slices, unify
+from .align import fused_with_slices, names_for_draws, unify
 from .by_target import ModelNames, by_target
 from .passthrough import Passthrough, passthrough_of, refusal
 
@@ -30,6 +30,7 @@ class Plan:
     modules: to be computed, in order.   whole: those of them, and of what passes through, that an input changes by a
         whole-weight difference.   passthrough: what goes through as it is, and what is left out.
     spellings: canonical name -> the name that the result gives a module.
+    drawn_by: canonical name -> the name that a method's draws for a module are of, where that is another one.
     sharing: inputs of which anything is in the sum.
     metadata: that the result starts with.   names_architecture: whether the result says what it is for by itself.
     notes: what of the inputs' metadata is not kept as it was.
@@ -45,6 +46,7 @@ class Plan:
     whole: Mapping[str, None]
     passthrough: Passthrough
     spellings: Mapping[str, str]
+    drawn_by: Mapping[str, str]
     sharing: Sequence[Lora]
     metadata: Mapping[str, str]
     names_architecture: bool
@@ -86,6 +88,7 @@ def plan(
         whole=whole,
         passthrough=passthrough,
         spellings=_spellings(loras),
+        drawn_by=names_for_draws(loras) if options.the_method.draws else {},
         sharing=sharing,
         metadata=kept,
         names_architecture=ARCHITECTURE not in kept and ARCHITECTURE not in wanted,

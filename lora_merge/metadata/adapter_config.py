@@ -5,27 +5,36 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..disk import json_text
 from .adapter_scales import METADATA_KEY
 
-# In the metadata of a Lora: "used", or why it was not.
+# In the metadata of a Lora: "used", or as JSON the Misfit for which it was not.
 CONFIG_KEY = "lcm_kit.adapter_config"
 _FIELDS = ("init_lora_weights", "use_dora")
 # Ways of PEFT to begin a training that take something out of the base model first.
 _CHANGES_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga|milora", re.I)
 
 
+class Misfit(NamedTuple):
+    """Why an adapter_config.json is not of the file beside it: no JSON; or it does not name the module; or says another rank
+    than the module has, as it is written there."""
+
+    module: str = ""
+    rank: int | None = None
+    said: str = ""
+
+
 class OfPeft(NamedTuple):
     """What is known of how PEFT made a LoRA.
 
-    config: what became of the adapter_config.json beside its file: "" where there is none, "used" for its scale, or why not.
+    config: what became of the adapter_config.json beside its file: None where there is none, "used" for its scale, or why not.
     changed_base: how its training took something out of the base model first, "" for any other.
     dora: whether it has DoRA that PEFT trained.
     """
 
-    config: str = ""
+    config: Misfit | Literal["used"] | None = None
     changed_base: str = ""
     dora: bool = False
 
@@ -59,23 +68,39 @@ def of_peft(metadata: Mapping[str, str]) -> OfPeft:
     """What the metadata of a LoRA says of its making by PEFT."""
     begun = metadata.get("init_lora_weights", "")
     return OfPeft(
-        config=metadata.get(CONFIG_KEY, ""),
+        config=_config(metadata.get(CONFIG_KEY)),
         changed_base=begun if _CHANGES_BASE.fullmatch(begun) else "",
         dora=metadata.get("use_dora", "").lower() == "true",
     )
 
 
-def misfit(config: Mapping[str, Any], ranks: Mapping[str, int]) -> str | None:
+def _config(text: str | None) -> Misfit | Literal["used"] | None:
+    if text is None or text == "used":
+        return text  # type: ignore[return-value]
+    try:
+        found = json_text.parse_object(text)
+        rank = found["rank"]
+        return Misfit(str(found["module"]), None if rank is None else int(rank), str(found["said"]))
+    except (ValueError, KeyError, TypeError):
+        return None  # somebody else's
+
+
+def unused(why: Misfit) -> dict[str, str]:
+    """What the metadata keeps of a configuration that is of another file."""
+    return {CONFIG_KEY: json.dumps(why._asdict())}
+
+
+def misfit(config: Mapping[str, Any], ranks: Mapping[str, int]) -> Misfit | None:
     """Why an adapter_config.json is of another file than one with these modules and ranks; None if it may be its own."""
     pattern = config.get("rank_pattern")
     known = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
     other = next((module for module, rank in ranks.items() if rank not in known), None)
     if other is not None:
-        return f"it says rank {str(config.get('r'))[:40]}, but {other} has {ranks[other]}"
+        return Misfit(other, ranks[other], str(config.get("r"))[:40])
     targets = config.get("target_modules")
     if isinstance(targets, list):
         ends = tuple(map(str, targets))
         for module in ranks:
             if not any(module == end or module.endswith(f".{end}") for end in ends):
-                return f"it does not name {module}"
+                return Misfit(module)
     return None

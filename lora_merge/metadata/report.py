@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .about import most_frequent_tags, trigger_words, unreadable
-from .adapter_config import OfPeft
+from .adapter_config import Misfit, OfPeft
 from .inherit import Cut, Licences, Note, TooLong, Unreadable
 from .tags import KEY as TAGS_KEY
 
@@ -66,9 +66,9 @@ def peft_remarks(known: OfPeft) -> list[str]:
     found = []
     if known.config == "used":
         found.append(f"its scale is that of {_CONFIG} beside it")
-    elif known.config:
+    elif known.config is not None:
         found.append(
-            f"{_CONFIG} beside it was not used: {known.config}. If it is its own, name the file adapter_model.safetensors"
+            f"{_CONFIG} beside it was not used: {_misfit(known.config)}. If it is its own, name the file adapter_model.safetensors"
         )
     if known.changed_base:
         found.append(
@@ -81,6 +81,14 @@ def peft_remarks(known: OfPeft) -> list[str]:
             "base weight, so its effect is not quite the trained one"
         )
     return found
+
+
+def _misfit(why: Misfit) -> str:
+    if not why.module:
+        return "it is not JSON"
+    if why.rank is None:
+        return f"it does not name {why.module}"
+    return f"it says rank {why.said}, but {why.module} has {why.rank}"
 
 
 def shown(text: str, most: int = _SHOWN) -> str:

@@ -36,7 +36,8 @@ class Situation:
     """All that a method may know besides the updates.
 
     strengths, inputs: of each update, its strength and the number of the input it comes from.
-    values: parameter -> value, for all parameters of the method.   module: canonical name.   seed: of the whole merge.
+    values: parameter -> value, for all parameters of the method.   module: a name of the weight, whatever the files call it.
+    seed: of the whole merge.
     """
 
     strengths: tuple[float, ...]

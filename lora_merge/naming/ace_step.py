@@ -30,6 +30,7 @@ _OUTSIDE = (
 )
 ACE_STEP = transformer(
     "ACE-Step",
+    widths=(2560,),
     stacks=(_BLOCKS, _ENCODER, Stack(own="projectors", same="0 2 4")),
     outside={name: name for name in _OUTSIDE.split()},
     parameters=("final_layer.scale_shift_table",),

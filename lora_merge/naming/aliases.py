@@ -95,6 +95,11 @@ def is_known(canonical: str) -> bool:
     return unet.is_ldm(name) or unet.is_diffusers(name)
 
 
+def behind_one_prefix(canonical: str) -> str:
+    """A model's module behind kohya's prefix, whichever of the prefixes that are written before all names it had."""
+    return f"lora_unet_{re.sub('^(?:lora_unet_|lora_transformer_)', '', canonical)}"
+
+
 def prefix_class(canonical: str) -> str:
     """What the module's prefix was, as far as canonical names tell: names of one class are compared letter by letter."""
     return next((p for p in ("lora_unet_", "lora_transformer_") if canonical.startswith(p)), "")

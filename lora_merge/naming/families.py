@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 
 from . import (
@@ -84,22 +85,39 @@ def _agree(one: Family, other: Family, names: Iterable[str]) -> bool:
     return all(one.own(name) == other.own(name) and one.fused(name) == other.fused(name) for name in names)
 
 
-def one_for_all(names: Collection[str], spellings: Mapping[str, Collection[str]]) -> dict[str, str] | None:
-    """A spelling for each weight of LoRAs whose family is not told; what has one alone keeps it.
+# A query, which reads the stream of the model, as wide as that is, in names of diffusers' and in others like them.
+_QUERY = re.compile(r".*_att(?:n|ention)_to_q")
 
-    names: all canonical ones of the LoRAs.   spellings: canonical name -> how the LoRAs spell it.
+
+def one_for_all(
+    shapes: Mapping[str, tuple[int, ...]], spellings: Mapping[str, Collection[str]]
+) -> dict[str, str] | None:
+    """A spelling for each weight of LoRAs whose family is not told.
+
+    shapes: of all weights of the LoRAs by their canonical names, () where nothing is known.
+    spellings: canonical name -> how the LoRAs spell it.
     The spelling is one of the given ones that ComfyUI reads in every family that has all the names, as far as it reads any
-    of them there. None where there is no such spelling, or no such family.
+    of them there, and that may be as wide. None where there is no such spelling, or no such family.
     """
-    known = [family for family in TRANSFORMERS if family.recognises(names)]
+    known = _as_wide([family for family in TRANSFORMERS if family.recognises(shapes)], shapes)
+    if not known:
+        return None
     found = {}
     for name, given in spellings.items():
         read = [{s for s in given if family.reads(s) or family.reads_lately(s)} for family in known]
         every = set(given).intersection(*filter(None, read))
-        if not known or not every:
+        if not every:
             return None
         found[name] = min(every, key=[*given].index)
     return found
+
+
+def _as_wide(families: list[Family], shapes: Mapping[str, tuple[int, ...]]) -> list[Family]:
+    """Those that may have such queries: without the families of other widths, if there is one of this very width."""
+    found = {shape[1] for name, shape in shapes.items() if len(shape) == 2 and _QUERY.fullmatch(name)}
+    if len(found) != 1 or not any(found <= {*family.widths} for family in families):
+        return families
+    return [family for family in families if not family.widths or found <= {*family.widths}]
 
 
 def family_by_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:

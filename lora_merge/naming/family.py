@@ -81,6 +81,7 @@ class Family:
     recognises: (canonical names of a whole LoRA) -> whether it may be for such a model, as far as names can tell; other
         families may know the same names (families.family_of).
     width: columns of the weights that its blocks' attention reads with; of a family whose names another one has, too.
+    widths: columns of its blocks' queries in all models that there are; () where that is not known here.
     sure: every LoRA has to tell that it is of this family, since another one has names and sizes like it.
     kohya_name: (a file's module, wrappers taken off) -> its spelling.
     canonical: (spelling, layout) -> canonical name.
@@ -137,6 +138,7 @@ class Family:
     common: Callable[[str], str | None] = _none
     tells_diffusers: Callable[[str], bool] = lambda name: False
     width: int = 0
+    widths: tuple[int, ...] = ()
     sure: bool = False
 
     @property

@@ -93,6 +93,7 @@ RATIOS = {
 
 FAMILY = transformer(
     "Flux",
+    widths=(3072,),
     saved="diffusers",
     saved_fused="kohya",
     stacks=(DOUBLE, SINGLE),
@@ -104,6 +105,7 @@ FAMILY = transformer(
 )
 FLUX_2 = transformer(
     "Flux 2",
+    widths=(3072, 4096, 6144),
     stacks=(_DOUBLE_2, _SINGLE_2),
     outside={
         **_OUTSIDE,
@@ -125,6 +127,7 @@ FLUX_2 = transformer(
 # Chroma has a network of its own instead of modulation.
 CHROMA = transformer(
     "Chroma",
+    widths=(3072,),
     saved="diffusers",
     saved_fused="kohya",
     stacks=(

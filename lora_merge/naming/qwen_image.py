@@ -20,6 +20,7 @@ _OUTSIDE = (
 
 FAMILY = transformer(
     "Qwen-Image",
+    widths=(3072,),
     stacks=(_BLOCKS,),
     outside={name: name for name in _OUTSIDE.split()},
     own_read_as=("", "transformer.", "lycoris_"),

@@ -36,6 +36,7 @@ _BLOCKS = Stack(
 
 FAMILY = transformer(
     "Stable Diffusion 3",
+    widths=(1536, 2432),
     saved="diffusers",
     stacks=(_BLOCKS,),
     outside={

@@ -113,6 +113,11 @@ class Stack:
     def _theirs(self, name: str) -> str:
         return _in_block(self.theirs or self.own, name)
 
+    def dotted_only(self) -> Iterator[str]:
+        """Own templates that ComfyUI knows by their dots alone: bare parameters, and pieces of fused weights."""
+        pieces = (piece for fused in self.fused.values() for piece in fused.pieces)
+        yield from (f"{self.own}.{{}}.{name}" for name in (*self.parameters, *pieces))
+
     def slices(self) -> Iterator[tuple[str, list[str], Fused]]:
         """(own template, templates of the slices, Fused) of every fused module, one for each naming of the slices."""
         for own, fused in self.fused.items():

@@ -68,7 +68,7 @@ class Tables:
         self.turned = {own: theirs.removeprefix("~") for own, theirs in turned.items()}
         self._turned_back = {_key(theirs): own for own, theirs in self.turned.items()}
         self._turned_last = {f"{stack.own}.{{}}.{name}" for stack in stacks for name in stack.turned_last.split()}
-        self._parameters = {*parameters, *(f"{stack.own}.{{}}.{name}" for stack in stacks for name in stack.parameters)}
+        self._dotted_only = {*parameters, *(name for stack in stacks for name in stack.dotted_only())}
         # Prefix -> own names and diffusers' that ComfyUI reads behind it.
         self._read: dict[str, tuple[set[str], set[str]]] = {
             prefix: (set(), set()) for prefix in ("", *own_read_as, *theirs_read_as, _DOTTED, _KOHYA)
@@ -91,7 +91,7 @@ class Tables:
         self._add(_Entry(own, own=own, depth=depth, is_own=True))
         self._theirs_of[own] = [name.removeprefix("~") for name in theirs]
         for prefix in self._own_read_as:
-            if own not in self._parameters or prefix == _DOTTED:
+            if own not in self._dotted_only or prefix == _DOTTED:
                 self._read[prefix][0].add(underscored(own) if prefix.endswith("_") else own)
         for name in theirs:
             self._add(_Entry(name.removeprefix("~"), own=own, depth=depth))
@@ -282,6 +282,7 @@ def transformer(
     ratios: Mapping[str, float] | None = None,
     sure: bool = False,
     width: int = 0,
+    widths: tuple[int, ...] = (),
     saved: Literal["comfy", "diffusers"] = "comfy",
     saved_fused: Literal["comfy", "kohya"] = "comfy",
 ) -> Family:
@@ -295,7 +296,7 @@ def transformer(
     own_read_lately: what newer versions alone read before an own name with dots.
     theirs_behind_kohya: whether trainers write diffusers' names behind `lora_unet_` or `diffusion_model.`.
     ratios: template of an own name -> rows for each column, where that tells the family from one with like names.
-    sure, width, saved, saved_fused: see Family.
+    sure, width, widths, saved, saved_fused: see Family.
     """
     turned = turned or {}
     outside = {**dict.fromkeys(turned, ""), **outside}
@@ -317,6 +318,7 @@ def transformer(
         suits=lambda own, shape: tables.suits(own, shape, ratios or {}),
         sure=sure,
         width=width,
+        widths=widths,
         saved=saved,
         saved_fused=saved_fused,
     )

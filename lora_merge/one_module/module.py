@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class ModuleMerger:
 
     loras: with canonical names that agree.   options: checked, `protect` a number or None.
     dense_modules: those that an input changes by a whole-weight difference.   device: where to compute.
+    drawn_by: module -> the name that draws for it are of; its own where there is none.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class ModuleMerger:
         options: MergeOptions,
         dense_modules: Mapping[str, None],
         device: torch.device,
+        drawn_by: Mapping[str, str] = MappingProxyType({}),
     ):
         self.loras = loras
         self.strengths = strengths
@@ -63,6 +66,7 @@ class ModuleMerger:
         self.values = options.values
         self.dense_modules = dense_modules
         self.device = device
+        self.drawn_by = drawn_by
         self.known: dict[str, Known] = {}
 
     def prospect(self, module: str) -> Prospect:
@@ -146,7 +150,7 @@ class ModuleMerger:
             strengths=tuple(at[index] for index in owners),
             inputs=owners,
             values=self.values,
-            module=module,
+            module=self.drawn_by.get(module, module),
             seed=self.options.seed,
         )
 

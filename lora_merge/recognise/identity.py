@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from ..disk.digests import sha256_of
 from ..files.lora import Lora
@@ -23,12 +23,8 @@ from .catalogue import PUBLISHED, Expert, Published
 
 Number = TypeVar("Number", int, float)
 How = Literal["sha256", "structure", "metadata", "unknown"]
-SURE = {
-    "sha256": "certainly: by sha256, it is the published file byte for byte",
-    "structure": "very likely: by structure, its modules, rank, alpha and size; LoRAs of the same training script look alike",
-    "metadata": "likely: by metadata, the file says so",
-    "unknown": "not known by sha256, structure or metadata",
-}
+# The surest first.
+WAYS: tuple[How, ...] = get_args(How)
 
 # Not inside a longer word.
 _WORDS = tuple(
@@ -89,7 +85,7 @@ class Structure:
 
 @dataclass(frozen=True)
 class Half:
-    """expert: which half of a model in two.   source: where that stands, for people."""
+    """expert: which half of a model in two.   source: where that stands: "sha256", "file name", or a field of the metadata."""
 
     expert: Expert
     source: str
@@ -112,11 +108,6 @@ class Identity:
     structure: Structure
     expert: Half | None = None
     looks_like: str | None = None
-
-    @property
-    def sure(self) -> str:
-        """How surely the kind is known and from what, in words."""
-        return SURE[self.how]
 
 
 def structure_of(lora: Lora) -> Structure:
@@ -165,7 +156,7 @@ def identify(
             preset=entry.preset,
             published=entry,
             structure=structure,
-            expert=Half(entry.expert, "its sha256") if entry.expert and how == "sha256" else None,
+            expert=Half(entry.expert, "sha256") if entry.expert and how == "sha256" else None,
         )
     named = _preset_by_metadata(lora.metadata)
     bases = _bases_by_metadata(structure.recognised.bases, lora.metadata)
@@ -286,8 +277,8 @@ def _preset_by_metadata(metadata: Mapping[str, str]) -> str | None:
 
 def _names(lora: Lora) -> list[tuple[str, str]]:
     """(what a LoRA is called, where that stands)."""
-    found = [(lora.metadata.get(key, ""), f"its metadata {key}") for key in ("modelspec.title", "ss_output_name")]
-    return [(name[:_LONGEST_NAME], where) for name, where in [(lora.source, "its file name"), *found]]
+    found = [(lora.metadata.get(key, ""), key) for key in ("modelspec.title", "ss_output_name")]
+    return [(name[:_LONGEST_NAME], where) for name, where in [(lora.source, "file name"), *found]]
 
 
 def _expert(lora: Lora) -> Half | None:

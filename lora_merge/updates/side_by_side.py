@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -108,14 +108,19 @@ class Sum(LoraLayer):
         only = self._shares[0].up
         if isinstance(only, Unmade) and len(self._shares) == 1 and self._is_whole:
             return only
-        return Unmade(self.dtype, self._up_shape, self._fill_up, self.device)
+        return self._unmade(self._up_shape, self._fill_up)
 
     @property
     def _down(self) -> Unmade:
         only = self._shares[0].down
         if isinstance(only, Unmade) and len(self._shares) == 1 and self._is_whole:
             return only
-        return Unmade(self.dtype, self._down_shape, self._fill_down, self.device)
+        return self._unmade(self._down_shape, self._fill_down)
+
+    def _unmade(self, shape: torch.Size, fill: Callable[[Tensor], None]) -> Unmade:
+        factors = [factor for share in self.shares for factor in (share.up, share.down)]
+        of_file = all(isinstance(factor, Unmade) and factor.of_file for factor in factors)
+        return Unmade(dtype=self.dtype, shape=shape, fill=fill, device=self.device, of_file=of_file)
 
     def _piece(self, name: str, unmade: Unmade) -> Tensor | Unmade:
         kept = vars(self).get(name)

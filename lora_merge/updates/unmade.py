@@ -15,6 +15,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 # Rows or columns of a component that are looked at first.
 _FEW = 64
@@ -46,12 +47,16 @@ class Extremes:
 
 @dataclass(frozen=True, eq=False)
 class Unmade:
-    """A tensor that is not there yet. fill: writes it into contiguous memory of that dtype and as many values."""
+    """A tensor that is not there yet. fill: writes it into contiguous memory of that dtype and as many values.
+
+    of_file: whether all that it is made of lies in files, so that it is the same whenever it is made, or refused.
+    """
 
     dtype: torch.dtype
     shape: torch.Size
     fill: Callable[[Tensor], None]
     device: torch.device
+    of_file: bool = False
     is_meta = False
 
     @property
@@ -72,6 +77,23 @@ class Unmade:
         memory = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         self.fill(memory)
         return memory
+
+    def shared(self) -> Tensor:
+        """`made`, and the same tensor for all who ask while somebody has it."""
+        there = self._given
+        if there is None:
+            there = self.made()
+            vars(self)["_ref"] = TensorWeakRef(there)
+        return there
+
+    def gave(self, tensor: object) -> bool:
+        """Whether this is the tensor that `shared` gives."""
+        return tensor is not None and tensor is self._given
+
+    @property
+    def _given(self) -> Tensor | None:
+        ref = vars(self).get("_ref")
+        return None if ref is None else ref()
 
     @contextmanager
     def borrowed(self) -> Iterator[Tensor]:

@@ -372,3 +372,34 @@ def test_what_is_inside_is_a_share_of_all_of_a_lora_whichever_comes_first():
         pair = the_pair(compare([(one, 1.0) for one in inputs]))
         for measure, one in zip((pair.first_inside, pair.second_inside), inputs, strict=True):
             assert measure.whole == pytest.approx(sum(float(d.square().sum()) for d in deltas(one).values()), rel=1e-5)
+
+
+# Kind of input -> (its state dict, its strength, what is to be said of it). All are of the same module.
+SILENT = {
+    "off": (kohya(ATTENTION, *factors(8, 2, 6)), 0.0, "{} adds nothing, its strength is 0"),
+    "zeros": (kohya(ATTENTION, torch.zeros(8, 2), torch.ones(2, 6)), 1.0, "{} adds nothing, its updates are zeros"),
+    "scaled away": (kohya(ATTENTION, *factors(8, 2, 6), alpha=0), 1.0, "{} adds nothing, its updates are zeros"),
+    "biases": ({f"{ATTENTION}.diff_b": torch.ones(8)}, 1.0, "nothing of {} can be compared"),
+    "DoRA": (
+        kohya(ATTENTION, *factors(8, 2, 6)) | {f"{ATTENTION}.dora_scale": torch.ones(8, 1)},
+        1.0,
+        "nothing of {} can be compared",
+    ),
+}
+LOUD = (kohya(ATTENTION, *factors(8, 2, 6, seed=1)), 1.0, "")
+
+
+@pytest.mark.parametrize("second", [*SILENT, "loud"])
+@pytest.mark.parametrize("first", SILENT)
+def test_of_each_silent_lora_it_is_said_why_it_is(first, second):
+    two = {"a": SILENT[first], "b": SILENT.get(second, LOUD)}
+    found = compare([(Lora.from_state_dict(state, source=name), s) for name, (state, s, _) in two.items()])
+    head, sentence = answer(found)
+    said = ", and ".join(words.format(name) for name, (*_, words) in two.items() if words)
+    assert sentence == f"a and b: {said}."
+    if "can be compared" in said:
+        assert head == "Not known: nothing of one of these LoRAs can be compared."
+    elif second == "loud":
+        assert head == "Nothing to fight: no two of these LoRAs change the same modules."
+    else:
+        assert head == "Nothing to fight: none of these LoRAs adds anything."

@@ -329,8 +329,8 @@ def test_the_first_line_is_the_worst_that_is_there(facts, begins):
         ({"whole": group(pairs=(pair(first=0.52, second=0.3),))}, "a and b: no cancelling, cosine +0.000 (by chance up to 0.01), but 52 % of "
          "a lies where b is strongest (2 % by chance) and 30 % of b lies where a is strongest (2 % by chance). Protecting the one "
          "(mu) makes room."),
-        ({"inputs": (INPUTS[0], replace(INPUTS[1], strength=0.0))}, "a and b: b adds nothing (strength 0, or an update of zeros)."),
-        ({"whole": group(energies=(0.0, 0.0))}, "a and b: a and b adds nothing (strength 0, or an update of zeros)."),
+        ({"inputs": (INPUTS[0], replace(INPUTS[1], strength=0.0))}, "a and b: b adds nothing, its strength is 0."),
+        ({"whole": group(energies=(0.0, 0.0))}, "a and b: a adds nothing, its updates are zeros, and b adds nothing, its updates are zeros."),
     ],
 )  # fmt: skip
 def test_every_two_have_their_sentence(facts, line):

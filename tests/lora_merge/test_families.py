@@ -13,7 +13,14 @@ from lcm_kit.lora_merge.comparing.report import as_text
 from lcm_kit.lora_merge.files.one_naming import can_turn, in_own_naming, split, stacked, turned
 from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.naming import flux, hunyuan_video, names, z_image
-from lcm_kit.lora_merge.naming.families import FAMILIES, family_by_shapes, family_by_width, family_of, readable
+from lcm_kit.lora_merge.naming.families import (
+    FAMILIES,
+    TRANSFORMERS,
+    family_by_shapes,
+    family_by_width,
+    family_of,
+    readable,
+)
 from lcm_kit.lora_merge.naming.family import Rows
 from lcm_kit.lora_merge.naming.unet import Layout
 from lcm_kit.lora_merge.updates.layer import LoraLayer
@@ -158,6 +165,49 @@ def test_blocks_that_many_models_have_are_not_taken_for_flux():
     """Qwen-Image's attention has these names and, in the real models, the same shapes."""
     attention = {name: shape for name, shape in DIFFUSERS.items() if name.startswith("transformer_blocks.3.attn")}
     refused(lora(OWN, "diffusion_model.", 1), lora(attention, "transformer.", 2))
+
+
+# Prefixes that tools write before diffusers' names; kohya's is one of the model's own names' alone in all of these.
+BEFORE_DIFFUSERS = ["", "transformer.", "base_model.model.", "lycoris_", "lora_transformer_"]
+WIDE = [(family.name, width) for family in TRANSFORMERS for width in family.widths]
+
+
+def queries(prefix, width, source="LoRA"):
+    """Attention of the picture alone, which a dozen models have by these names."""
+    names = {f"transformer_blocks.3.attn.{x}": (width, width) for x in ("to_q", "to_k", "to_v", "to_out.0")}
+    put = {name.replace(".", "_") if prefix.endswith("_") else name: shape for name, shape in names.items()}
+    return lora(put, prefix, source=source)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(BEFORE_DIFFUSERS, 2)))
+def test_two_prefixes_of_a_name_of_many_models_meet_where_its_width_tells_which_these_may_be(first, second):
+    """A spelling that each family of this width reads, as far as it reads any of the two; another is refused."""
+    for name, width in WIDE:
+        one, two = queries(first, width, "a"), queries(second, width, "b")
+        asked = [family for family in TRANSFORMERS if family.recognises([*one.spellings, *two.spellings])]
+        asked = [family for family in asked if width in family.widths or not family.widths]
+        if not any(family.name == name for family in asked) or one.spellings.keys() == two.spellings.keys():
+            continue  # of another family, or one name for both prefixes
+        both = [(s, t) for s, t in zip(one.spellings.values(), two.spellings.values(), strict=True)]
+        may = [
+            {s for s in pair if all(family.reads(s) or not any(map(family.reads, pair)) for family in asked)}
+            for pair in both
+        ]
+        if not all(may):
+            refused(one, two)
+            continue
+        merged = merge([(one, 1.0), (two, 0.8)])
+        assert len(merged.modules) == len(both)
+        for written, allowed in zip(merged.spellings.values(), may, strict=True):
+            assert written in allowed, (name, width)
+
+
+def test_flux_attention_meets_behind_any_two_prefixes():
+    """SD3 reads no bare name and ACE-Step no other, and none of their models is as wide."""
+    for first, second in itertools.permutations(BEFORE_DIFFUSERS, 2):
+        assert len(merge([(queries(first, 3072), 1.0), (queries(second, 3072), 1.0)]).modules) == 4
+    # A width that no family is known to have tells nothing.
+    refused(queries("", 24, "a"), queries("transformer.", 24, "b"))
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", "", "base_model.model.", "lycoris_"])

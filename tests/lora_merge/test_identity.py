@@ -49,7 +49,6 @@ def test_the_official_loras_are_known_by_structure(base):
     assert found.structure.ranks == (64, 64)
     assert found.structure.alphas == (8.0, 8.0)
     assert found.structure.scales == (0.125, 0.125)
-    assert found.sure.startswith("very likely: by structure")
 
 
 @pytest.mark.parametrize("changed", [{"rank": 32}, {"alpha": 64.0}, {"only": lambda name: "mid_block" not in name}])
@@ -90,7 +89,7 @@ def test_a_published_file_is_known_by_its_hash_whatever_it_is_called(file):
     found = identify(load(file), file, catalogue=[row(file)])
     assert (found.kind, found.bases, found.how, found.preset) == ("Test 3 steps", ("SD1.5",), "sha256", "three")
     assert found.published.link == "https://huggingface.co/somebody/test"
-    assert found.sure.startswith("certainly: by sha256")
+    assert found.how == "sha256"
 
 
 def test_a_file_of_no_published_size_is_not_hashed(file):
@@ -136,7 +135,7 @@ def test_hash_beats_structure(tmp_path):
 def test_a_lora_that_states_its_preset_is_believed_last():
     found = identify(Lora.from_state_dict(small(), metadata={identity.PRESET_KEY: "LCM"}, source="mine"))
     assert (found.how, found.preset, found.kind) == ("metadata", "LCM", "LCM LoRA")
-    assert found.sure.startswith("likely: by metadata")
+    assert found.how == "metadata"
     official = identify(lora("SD1.5", metadata={identity.PRESET_KEY: "LCM"}))
     assert official.how == "structure"
 
@@ -289,12 +288,12 @@ def test_a_published_half_is_known_by_its_hash_and_a_style_by_what_it_is_called(
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     entry = row(path, base=WAN, expert="high", preset="Wan 2.2 lightx2v", bytes=None, about=path.stat().st_size + 100)
     found = identify(load(path), path, catalogue=[entry])
-    assert (found.how, found.expert.expert, found.expert.source) == ("sha256", "high", "its sha256")
+    assert (found.how, found.expert.expert, found.expert.source) == ("sha256", "high", "sha256")
     assert (found.bases, found.preset) == ((WAN,), "Wan 2.2 lightx2v")
     styled = identify(load(path), path, catalogue=[])
-    assert (styled.expert.expert, styled.expert.source, styled.bases) == ("low", "its file name", (WAN,))
+    assert (styled.expert.expert, styled.expert.source, styled.bases) == ("low", "file name", (WAN,))
     titled = Lora.from_state_dict(tensors, source="a.safetensors", metadata={"ss_output_name": "dance_high"})
-    assert (identify(titled).expert.expert, identify(titled).expert.source) == ("high", "its metadata ss_output_name")
+    assert (identify(titled).expert.expert, identify(titled).expert.source) == ("high", "ss_output_name")
     assert identify(Lora.from_state_dict(small(), source="style_low.safetensors")).expert is None
 
 

@@ -234,16 +234,6 @@ def test_of_very_many_files_only_some_are_held_open(tmp_path, large, monkeypatch
 
 
 @ONLY_POSIX
-def test_who_wants_all_in_memory_has_it(tmp_path, large):
-    path = put(tmp_path / "x.safetensors", state(3, HALF, 1))
-    lora = load(path, in_memory=True)
-    wanted = lora.to_state_dict()
-    path.write_bytes(b"")
-    assert unmade(lora) == []
-    assert all(torch.equal(tensor, wanted[key]) for key, tensor in lora.to_state_dict().items())
-
-
-@ONLY_POSIX
 def test_several_threads_read_what_one_reads(tmp_path, large):
     lora = load(put(tmp_path / "x.safetensors", state(3, HALF, 1)))
     pieces = [piece for layer in lora.modules.values() for piece in layer.pieces().values()]

@@ -262,8 +262,11 @@ def test_many_pairs_that_are_independent_are_counted(inputs, named):
 @pytest.mark.parametrize(
     ("one", "said"),
     [
-        (comparison(pair(0.5), strengths=(0.0, 1.0)), "a and b: a adds nothing"),
-        (comparison(pair(0.5), energies=(0.0, 0.0)), "a and b: a and b adds nothing"),
+        (comparison(pair(0.5), strengths=(0.0, 1.0)), "a and b: a adds nothing, its strength is 0."),
+        (
+            comparison(pair(0.5), energies=(0.0, 0.0)),
+            "a adds nothing, its updates are zeros, and b adds nothing, its updates are zeros.",
+        ),
         (comparison(), "a and b: they change different modules"),
         (comparison(pair(0.5)), "alike, cosine +0.500 (by chance up to 0.01)"),
         (comparison(pair(0.05)), "nearly independent, cosine +0.050"),

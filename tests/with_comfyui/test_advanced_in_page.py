@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lcm_kit.tests.with_comfyui.comfy_server import newest_page, pack_server
-from lcm_kit.tests.with_comfyui.web_page import open_graph, opened_page
+from lcm_kit.tests.with_comfyui.web_page import becomes, next_turn, open_graph, opened_page
 
 KSAMPLER = "LCMKitKSampler"
 # Newer pages hide the field of a linked input themselves, and keep its row with the socket.
@@ -44,7 +44,7 @@ def fresh(page, types):
             const node = LiteGraph.createNode(type); node.pos = [i * 500, 0]; app.graph.add(node); }); }""",
         types,
     )
-    page.wait_for_timeout(300)
+    next_turn(page)
 
 
 def sent(page):
@@ -72,8 +72,9 @@ def check_a_page(page, advanced):
         assert opened[type]["height"] > folded[type]["height"] or not names
     workflow = page.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
     page.evaluate("graph => app.loadGraphData(graph)", workflow)
-    page.wait_for_timeout(500)
-    assert {*page.evaluate(OURS)[KSAMPLER]["shown"]} == {*opened[KSAMPLER]["all"]}
+    whole = {*opened[KSAMPLER]["all"]}
+    assert becomes(page, whole, lambda: {*page.evaluate(OURS).get(KSAMPLER, {"shown": ()})["shown"]}) == whole
+    next_turn(page)
     for type in (type for type in types if advanced[type]):
         page.evaluate(PRESS, type)
     again = page.evaluate(OURS)
@@ -110,17 +111,21 @@ def test_a_field_that_is_linked_or_differs_stays_in_sight(page, advanced):
         "3": {"class_type": "PrimitiveInt", "inputs": {"value": 100}},
     }
     open_graph(page, graph, "kept")
-    page.wait_for_timeout(300)
+    next_turn(page)
     page.keyboard.press("Shift")  # whatever is linked by hand ends with a click or a key
-    page.wait_for_timeout(300)
-    shown = page.evaluate(OURS)
-    assert advanced[KSAMPLER] & {*shown[KSAMPLER]["shown"]} == {"gamma", "original_steps"}
-    assert advanced["LCMKitNegativePrompt"] & {*shown["LCMKitNegativePrompt"]["shown"]} == {"tau"}
+
+    def in_sight():
+        shown = page.evaluate(OURS)
+        return [sorted(advanced[type] & {*shown[type]["shown"]}) for type in (KSAMPLER, "LCMKitNegativePrompt")]
+
+    expected = [["gamma", "original_steps"], ["tau"]]
+    assert becomes(page, expected, in_sight) == expected
     page.evaluate(
         f"() => {{ const n = app.graph.nodes.find(n => n.type === '{KSAMPLER}'); n.disconnectInput(n.findInputSlot('original_steps')); }}"
     )
-    page.wait_for_timeout(300)
-    assert {*page.evaluate(OURS)[KSAMPLER]["shown"]} >= {"gamma", MORE}
+    expected = [["gamma"], ["tau"]]
+    assert becomes(page, expected, in_sight) == expected
+    assert MORE in page.evaluate(OURS)[KSAMPLER]["shown"]
 
 
 def test_nodes_2_folds_them_itself(browser, server, advanced):

@@ -6,6 +6,7 @@ import re
 import warnings
 from functools import cache
 from inspect import signature
+from itertools import combinations
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lcm_kit.lora_merge.files.formats import named_for
 from lcm_kit.tests.helpers import relative
 from lcm_kit.tests.with_comfyui import dits
 from lcm_kit.tests.with_comfyui.test_one_weight_twice import by_core
-from lcm_kit.tests.with_comfyui.test_own_naming import MODEL, family, is_tried
+from lcm_kit.tests.with_comfyui.test_own_naming import MODEL, family, is_cut, is_tried
 
 # Model -> diffusers' mixin that reads LoRAs for it, and its class of that model.
 DIFFUSERS = {
@@ -131,6 +132,31 @@ def of_diffusers(name, state, tmp_path, of):
 def test_comfyui_reads_all_of_it(name, format):
     state = of_model(name)
     alike(core(name, written(state, format)), core(name, state), 1e-6)
+
+
+def slices(name):
+    """(weight, prefix) -> {first row: ComfyUI's name of that slice}, of all fused weights that it has names of slices for."""
+    found = {}
+    for spelled, home in dits.homes(name).items():
+        (weight, part), shape = dits.target_of(home), dits.shape_at(name, spelled)
+        if part is not None and shape and is_tried(weight, dits.shapes(name)[weight]) and is_cut(name, weight):
+            prefix = re.match(r"transformer\.|lycoris_|lora_transformer_|diffusion_model\.|", spelled)[0]
+            found.setdefault((weight, prefix), {}).setdefault(part[1], spelled)
+    return found
+
+
+@pytest.mark.parametrize("format", ["auto", "kohya", "comfy"])
+@pytest.mark.parametrize("name", [name for name in dits.KNOWN if slices(name)])
+def test_comfyui_reads_all_of_a_lora_of_some_slices(name, format):
+    """Each choice of the slices of one weight: what is left of it has names of its own in some models, or none."""
+    for spelled in slices(name).values():
+        for chosen in (some for count in range(1, len(spelled) + 1) for some in combinations(spelled.values(), count)):
+            state = {}
+            for number, module in enumerate(chosen):
+                up, down = (torch.randn(size, generator=torch.Generator().manual_seed(number)) for size in
+                            ((dits.shape_at(name, module)[0], 2), (2, *dits.shape_at(name, module)[1:])))  # fmt: skip
+                state |= {f"{module}.lora_up.weight": up, f"{module}.lora_down.weight": down}
+            alike(core(name, written(state, format)), core(name, state), 1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in dits.KNOWN if name not in NOT_IN_COMFYUI | REFUSED])

@@ -92,6 +92,11 @@ def becomes(page, expected, ask, seconds=ENOUGH):
     return found
 
 
+def next_turn(page):
+    """Waits until the page has done what it put off till its next turn, and what that put off."""
+    page.evaluate("() => new Promise(done => setTimeout(() => setTimeout(done, 0), 0))")
+
+
 def open_graph(page, graph, name="graph"):
     """A graph in API format, in a tab of its own."""
     types = [node["class_type"] for node in graph.values()]
@@ -118,7 +123,7 @@ def open_graph_in(page, graph, titles, tries=5):
             page.wait_for_function(
                 "titles => titles.every((title, n) => app.graph.nodes[n]?.title === title)", arg=titles, timeout=20_000
             )
-            page.wait_for_timeout(500)  # our page script has seen the nodes
+            next_turn(page)  # our page script has seen the nodes
             return
         except TimeoutError:
             page.evaluate("() => app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")
