@@ -76,13 +76,12 @@ def _behind_one_prefix(loras: Sequence[Lora]) -> list[Lora] | None:
         for module, name in new.items():
             spellings.setdefault(name, []).append(lora.spellings[module])
         news.append(new)
-    # What one spelling alone names stays as it came.
     every = {module: shape for lora in loras for module, shape in model_shapes(lora).items()}
-    shared = one_for_all(every, {name: given for name, given in spellings.items() if len(set(given)) > 1})
-    if shared is None:
+    chosen = one_for_all(every, spellings)
+    if chosen is None:
         return None
     made = [renamed(lora, Renaming(new, frozenset())) for lora, new in zip(loras, news, strict=True)]
-    return [replace(one, spellings={m: shared.get(m, s) for m, s in one.spellings.items()}) for one in made]
+    return [replace(one, spellings={m: chosen.get(m, s) for m, s in one.spellings.items()}) for one in made]
 
 
 def of_model(lora: Lora) -> list[str]:

@@ -92,7 +92,7 @@ _QUERY = re.compile(r".*_att(?:n|ention)_to_q")
 def one_for_all(
     shapes: Mapping[str, tuple[int, ...]], spellings: Mapping[str, Collection[str]]
 ) -> dict[str, str] | None:
-    """A spelling for each weight of LoRAs whose family is not told.
+    """A spelling for each weight of LoRAs whose family is not told; what has one alone keeps it.
 
     shapes: of all weights of the LoRAs by their canonical names, () where nothing is known.
     spellings: canonical name -> how the LoRAs spell it.

@@ -73,7 +73,8 @@ def base_of(modules: Mapping[str, Shape | None]) -> Transformer | None:
 
     modules: name in ComfyUI's naming, underscored -> shape of the weight, None where it is stored packed.
     """
-    best, most = None, (0.0, 0)
+    best: Transformer | None = None
+    most: tuple[float, ...] = ()
     for base in TRANSFORMERS:
         theirs = _in_stacks(base, modules)
         same = sum(
@@ -97,7 +98,8 @@ def make_of(modules: Iterable[str]) -> Transformer | None:
         stack, number = numbered(name)
         if stack:
             mine.setdefault(stack, set()).add(name[len(f"{stack}_{number}_") :])
-    best, most = None, (0.0, 0)
+    best: Transformer | None = None
+    most: tuple[float, ...] = ()
     for base in TRANSFORMERS:
         theirs = _names(base)
         found = {
@@ -165,7 +167,7 @@ def _to_the_end(base: Transformer, found: Sequence[str]) -> bool:
     last: dict[str, int] = {}
     for name in found:
         stack, number = numbered(name)
-        last[stack] = max(last.get(stack, 0), int(number))
+        last[stack] = max(last.get(stack, int(number)), int(number))
     return all(number == len(base.stacks[stack]) - 1 for stack, number in last.items())
 
 

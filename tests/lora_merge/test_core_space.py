@@ -178,3 +178,15 @@ def test_energy_chooses_as_few_directions_as_hold_it():
 def test_protection_out_of_range_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         stepping_aside(TERMS, 0, *arguments)
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_the_axes_of_all_directions_are_the_same_for_everybody_and_for_ever(size):
+    """Where the spans are the whole space, the axes are the polar factors of torch's first normal numbers from seed 0."""
+    g = torch.Generator().manual_seed(7)
+    up, down = torch.randn(size, size, generator=g), torch.randn(size, size, generator=g)
+    space = core_space([(LoraLayer(up, down), 1.0)])
+    draws = torch.Generator().manual_seed(0)
+    for axes in (space.left, space.right.T):
+        u, _, vh = torch.linalg.svd(torch.randn(size, size, generator=draws))
+        torch.testing.assert_close(axes, u @ vh, rtol=0, atol=1e-4)

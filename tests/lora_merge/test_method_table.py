@@ -213,3 +213,63 @@ def test_what_keeps_a_protected_lora_is_what_the_table_says():
     (text,) = [one for one in warnings_of(account) if "which is protected" in one]
     keeping = text.split("protected. ")[1].removesuffix(" keep it.").replace(" and ", ", ").split(", ")
     assert keeping == [name for name, method in METHODS.items() if not method.scales_down]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_both_ends_of_a_parameters_range_are_in_it_and_what_lies_beyond_is_not(method):
+    for name, parameter in METHODS[method].parameters.items():
+        for end, way in ((parameter.low, -1), (parameter.high, 1)):
+            for value, within in ((end, True), (end + way * 1e-6, False)):
+                options, said = MergeOptions(method, parameters={name: value}), ""
+                try:
+                    options.check(METHODS[method].exact_inputs or 2)
+                except ValueError as error:
+                    said = str(error)
+                assert ("has to be within" in said) != within, (name, value, said)
+
+
+@pytest.mark.parametrize(
+    ("options", "inputs", "fine"),
+    [
+        ({"keep": 1.0}, 1, True), ({"keep": 1.0 + 1e-9}, 1, False), ({"retain": 1e-9}, 1, True), ({"retain": 0.0}, 1, False),
+        ({"rank": 1}, 1, True), ({"rank": -1}, 1, False), ({"seed": 0}, 1, True), ({"max_mb": 1e-9}, 1, True),
+        ({"max_mb": float("nan")}, 1, False), ({"protect": 1, "mu": 1e-9}, 2, True), ({"protect": 2}, 2, False),
+        ({"protect": -1}, 2, False), ({"protect": True}, 2, True), ({"protect": "auto", "mu": 2.0}, 1, True),
+        ({"mu": -1e-9, "protect": 0}, 1, False), ({"method": "slerp"}, 2, True), ({"method": "slerp"}, 1, False),
+        ({"method": "linear", "density": 1.0}, 2, True), ({"method": "linear", "density": 0.999}, 2, False), ({}, 0, False),
+        ({"method": "ties", "dense": True, "rank": 4}, 2, True), ({"method": "tsv", "dense": True, "keep": 0.5}, 2, True),
+        ({"method": "tsv", "dense": True, "rank": 4, "balanced": True}, 2, True), ({"rank": 4, "balanced": True}, 1, True),
+        ({"out_dtype": torch.bfloat16}, 1, True), ({"out_dtype": torch.float64}, 1, False),
+    ],
+)  # fmt: skip
+def test_what_is_at_the_ends_of_the_other_options_is_taken_and_beyond_refused(options, inputs, fine):
+    given = MergeOptions(**options)
+    if fine:
+        given.check(inputs)
+    else:
+        with pytest.raises(
+            ValueError, match=r"has to be|must be|share of the energy|nothing to merge|numbered|takes|keeps every"
+        ):
+            given.check(inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("method", [5, None, True]),
+        ("rank", ["4", True, 4.0, None]),
+        ("seed", ["4", False, 4.5]),
+        ("balanced", [1, "True", None]),
+        ("dense", [0, "no"]),
+        ("leave_out", [1, []]),
+        *((name, ["0.5", [0.5], {}, True]) for name in ("keep", "retain", "max_mb", "mu", "density", "spread")),
+        ("out_dtype", ["float64", 16, True]),
+    ],
+)
+def test_notes_whose_values_are_of_another_kind_are_refused(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"{name} is .*, (which is no|but it has to be one of)"):
+            options_from_dict({"method": "linear", name: value})
+    fine = {"method": "ties", "rank": 4, "seed": 2, "balanced": True, "dense": False, "leave_out": True, "keep": None, "density": 0.5,
+            "mu": 0, "out_dtype": "bfloat16"}  # fmt: skip
+    assert options_from_dict(fine).to_dict().items() >= fine.items()
