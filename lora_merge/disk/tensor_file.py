@@ -235,10 +235,8 @@ def _entries(names: Sequence[str], tensors: Mapping[str, Content]) -> dict[str, 
 
 def _head(entries: str, metadata: Mapping[str, str]) -> bytes:
     """The header with its length before it. entries: of the tensors, as JSON."""
-    notes = (
-        json.dumps({"__metadata__": dict(metadata)}, separators=(",", ":"), ensure_ascii=False) if metadata else "{}"
-    )
-    header = (notes[:-1] + "," * (len(notes) > 2 and len(entries) > 2) + entries[1:]).encode()
+    notes = json.dumps({"__metadata__": dict(metadata)} if metadata else {}, separators=(",", ":"), ensure_ascii=False)
+    header = f"{{{','.join(filter(None, (notes[1:-1], entries[1:-1])))}}}".encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
 

@@ -120,7 +120,7 @@ class Lora:
         for (module, part), diff in self.diffs.items():
             yield module, part in BIAS_PARTS, tuple(diff.shape)
 
-    def named(self, owner: int = 0) -> list[Named]:
+    def named(self, owner: int) -> list[Named]:
         """Every update of a weight or bias under its names. owner: number of this LoRA among others."""
         return named(self.modules, self.diffs, self.carried, self.spellings, owner)
 

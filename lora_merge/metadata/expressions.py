@@ -10,10 +10,13 @@ look ahead is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MAX_LENGTH, MAX_STATES, MAX_REPEATS = 200, 2_000, 100
+# Within braces. Python takes anything else there for letters.
+_NUMBERS = re.compile(r"\d+|\d*,\d*", re.ASCII)
 
 Test = Callable[[str], bool]
 
@@ -132,7 +135,7 @@ class _Parser:
             raise ValueError("repeats a repeat")
         first = last = self._state()
         # Copies: a state knows no number of times.
-        for number in range(max(low, high or 0, 1)):
+        for number in range(max(low, 1) if high is None else high):
             begin, end = self._again(start, stop)
             skip = self._state()
             last.after.append(begin)
@@ -157,13 +160,13 @@ class _Parser:
                 return times
         if not self._take("{"):
             return 1, 1
-        low, comma, high = self._until("}").partition(",")
-        try:
-            least = int(low or 0)
-            most = (int(high) if high else None) if comma else least
-        except ValueError:
-            raise ValueError("has braces that hold no numbers") from None
-        if not 0 <= least <= MAX_REPEATS or (most is not None and not least <= most <= MAX_REPEATS):
+        within = self._until("}")
+        if not _NUMBERS.fullmatch(within):
+            raise ValueError("has braces that hold no numbers")
+        low, comma, high = within.partition(",")
+        least = int(low or 0)
+        most = (int(high) if high else None) if comma else least
+        if least > MAX_REPEATS or (most is not None and not least <= most <= MAX_REPEATS):
             raise ValueError(f"repeats by {low}{comma}{high}, but numbers have to rise and be at most {MAX_REPEATS}")
         return least, most
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lcm_kit.lora_merge.recognise.base_models import BASES, BY_NAME, base_of, kind_of, recognise
+from lcm_kit.lora_merge.recognise.base_models import BASES, BY_NAME, Base, Recognised, base_of, kind_of, recognise
 from lcm_kit.tests.lora_merge import full_size
 from lcm_kit.tests.lora_merge.full_size import ATTENTION, TARGETS
 
@@ -21,6 +21,15 @@ def test_names_and_shapes_are_those_of_the_unet(base):
 def test_both_namings_name_the_same_modules(base):
     assert sorted(base.modules.values()) == sorted(base.ldm_modules.values())
     assert {kind_of(name) for name in base.modules} == {kind_of(name) for name in base.ldm_modules}
+
+
+@pytest.mark.parametrize("deepest", [(1, 1, 1), (0, 0, 0), (1, 1, 0), (0, 0, 1), (0, 1, 0), (1, 0, 1)])
+def test_an_upsampler_follows_what_its_last_block_has(deepest):
+    """Of output block 2: 0 is the residual block, 1 the attention if there is one, and the upsampler is the next."""
+    base = Base("x", 8, True, (4, 8), down=((0, 0), (1, 1)), up=(deepest, (0, 0, 0)), middle=0)
+    assert [name for name in base.ldm_modules if kind_of(name) == "upsamplers_0_conv"] == [
+        f"output_blocks_2_{1 + deepest[-1]}_conv"
+    ]
 
 
 @pytest.mark.parametrize("base", full_size.CONFIGS)
@@ -77,7 +86,7 @@ def test_a_convolution_written_as_a_matrix_is_still_one_and_a_matrix_is_no_convo
 
 
 def test_modules_of_no_known_base():
-    assert recognise({}).bases == ()
+    assert recognise({}) == Recognised((), False, frozenset())
     assert recognise({"double_blocks_0_img_attn_qkv": (9216, 3072)}).bases == ()
     assert recognise({"down_blocks_0_attentions_0_proj_in": (7, 7)}).bases == ()
 

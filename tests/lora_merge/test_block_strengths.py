@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcm_kit.lora_merge import Lora, merge, merge_with_account, parse_block_strengths
-from lcm_kit.lora_merge.naming import globs
+from lcm_kit.lora_merge.naming import block_lists, globs
 from lcm_kit.lora_merge.naming.blocks import Place, place
 from lcm_kit.lora_merge.recognise.transformers import TRANSFORMERS
 from lcm_kit.lora_merge.settings import block_strengths, strengths
@@ -386,3 +386,22 @@ def test_of_many_near_names_five_are_told():
     near = str(error.value).split("Near: ")[1].split(". There are")[0].split(", ")
     assert len(near) == 5
     assert set(near) <= {"double_blocks", *(f"double_blocks.{number}" for number in range(12))}
+
+
+def test_a_list_is_complete_for_the_blocks_that_it_names_and_for_no_others():
+    every = range(block_lists.MIN_VALUES, block_lists.MAX_VALUES + 1)
+    kinds = {kind for two in block_lists._TWO_KINDS.values() for kind, _ in two} | {*block_lists._ONE_KIND}
+    for values in every:
+        if values in block_lists._LISTS:
+            assert block_lists.is_complete(values, {"blocks.999"})
+            continue
+        named = {name for names in block_lists.names_of_list(values) for name in names}
+        for kind in kinds:
+            held = {number for number in range(values + 2) if f"{kind}_{number}" in named}
+            assert held == set(range(len(held)))
+            for number in (0, len(held) - 1, len(held), values + 1):
+                if number >= 0:
+                    assert block_lists.is_complete(values, {f"{kind}.{number}"}) == (number in held), (values, kind)
+        assert not block_lists.is_complete(values, {"blocks.0", f"blocks.{values}"})
+        # What has no number, or is no block, needs none.
+        assert block_lists.is_complete(values, {"in", "final.999", "blocks.0"})

@@ -5,7 +5,7 @@ import torch
 
 from lcm_kit.lora_merge import Lora, LoraLayer, merge
 from lcm_kit.lora_merge.algebra.lowrank import truncated_sum
-from lcm_kit.lora_merge.comparing.compare import _in_order, compare
+from lcm_kit.lora_merge.comparing.compare import _in_order, _own, compare
 from lcm_kit.lora_merge.comparing.verdict import answer, headline, relation
 from lcm_kit.lora_merge.one_module.protect import stepping_aside
 from lcm_kit.tests.lora_merge.kinds import ADDITIVE, CARRIED, parts
@@ -403,3 +403,16 @@ def test_of_each_silent_lora_it_is_said_why_it_is(first, second):
         assert head == "Nothing to fight: no two of these LoRAs change the same modules."
     else:
         assert head == "Nothing to fight: none of these LoRAs adds anything."
+
+
+@pytest.mark.parametrize("size", [1.0, 2.0**-30, 2.0**30])
+def test_what_counts_as_a_direction_does_not_depend_on_the_size_of_the_update(size):
+    """Singular values from 1 to 1e-5 count, one of 1e-7 beside 1 is rounding."""
+    values = torch.tensor([1.0, 0.3, 1e-3, 1e-5, 1e-7], dtype=torch.float64)
+    up, _ = torch.linalg.qr(torch.randn(9, 5, generator=generator(1), dtype=torch.float64))
+    down, _ = torch.linalg.qr(torch.randn(7, 5, generator=generator(2), dtype=torch.float64))
+    one = _own(up * values * size, down, 0.95)
+    assert one.effective == 4
+    assert one.leading == 2  # 1 / 1.09 is less than 0.95 of the energy
+    assert one.energy == pytest.approx(size**2 * float(values.square().sum()))
+    assert _own(up * values * size, down, 1.0).leading == 3

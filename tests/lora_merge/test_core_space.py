@@ -141,6 +141,7 @@ def test_the_others_lose_half_along_the_protected_directions_at_mu_one(kernel):
     torch.testing.assert_close(after @ rest, before @ rest, rtol=0, atol=1e-4)
     assert aside[0][1] == 0.8
     assert aside[0][0].rank == terms[0][0].rank
+    assert (aside[0][0].up.shape, aside[0][0].down.shape) == (terms[0][0].up.shape, terms[0][0].down.shape)
 
 
 def test_a_large_mu_clears_the_protected_directions():

@@ -18,7 +18,9 @@ ATOMS = st.sampled_from(["a", "b", "1", ".", r"\.", r"\d", r"\w", "[ab]", "[^a]"
 
 
 def parts(inner):
-    repeated = st.builds("{}{}".format, inner, st.sampled_from(["*", "+", "?", "{2}", "{1,2}", "{,2}", "{2,}", "*?"]))
+    repeated = st.builds(
+        "{}{}".format, inner, st.sampled_from(["*", "+", "?", "{0}", "{2}", "{1,2}", "{,2}", "{2,}", "*?"])
+    )
     groups = st.builds("({})".format, inner) | st.builds("(?:{}|{})".format, inner, inner)
     return (
         st.builds("".join, st.lists(inner, max_size=3))
@@ -37,6 +39,24 @@ def test_an_expression_fits_what_python_lets_peft_fit(pattern, name):
     if re.search(r"[*+?}][*+?{]", pattern.replace("*?", "*")):
         return  # a repeat of a repeat, which is refused
     assert Expression(pattern).ends(name, Budget(10**6)) == wanted
+
+
+@pytest.mark.parametrize(
+    "times",
+    ["{0}", "{0,0}", "{,0}", "{2}", "{2,}", "{0,}", "{,}", "{,2}", "{0,1}", "{1,3}", "{2,2}", "*", "+", "?", ""],
+)
+def test_a_repeat_fits_as_often_as_pythons(times):
+    expression = Expression(f"a{times}b")
+    for count in range(7):
+        name = "." + "a" * count + "b"
+        assert expression.ends(name, Budget(10**6)) == (re.match(rf"(.*\.)?(a{times}b)$", name) is not None), name
+
+
+@pytest.mark.parametrize("times", ["{100}", "{100,}", "{99,100}", "{,100}"])
+def test_what_is_repeated_most_often(times):
+    expression = Expression(f"a{times}")
+    for count in (0, 98, 99, 100, 101):
+        assert expression.ends("a" * count, Budget(10**6)) == (re.fullmatch(f"a{times}", "a" * count) is not None)
 
 
 NAMES = [
@@ -84,7 +104,15 @@ def test_the_alpha_is_that_of_the_pattern_that_peft_chooses(name, order):
         ("[a", "ends too early"),
         ("a{2", "has no '}'"),
         ("a{x}", "no numbers"),
-        ("a{1000}", "at most 100"),
+        ("a{}", "no numbers"),
+        ("a{ 2}", "no numbers"),
+        ("a{1_0}", "no numbers"),
+        ("a{+2,}", "no numbers"),
+        ("a{1,2,3}", "no numbers"),
+        ("a{2,1}", "numbers have to rise"),
+        ("a{101}", "at most 100"),
+        ("a{101,}", "at most 100"),
+        ("a{2,101}", "at most 100"),
         ("[b-a]", "wrong way round"),
         ("((((a{99}){99}){99}){99})", "too involved"),
         ("(" * 30 + "a" + ")" * 30, "nests more than 20"),

@@ -9,6 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lcm_kit.lora_merge import Lora, load, merge, save
+from lcm_kit.lora_merge.files.lora import _own
+from lcm_kit.lora_merge.updates.unmade import Unmade
 from lcm_kit.tests.lora_merge.make import factors, kohya, metadata, relative
 
 SHAPES = {
@@ -297,3 +299,15 @@ def test_peft_folders_keep_their_scale_beside_the_weights(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"adapter_config\.json: not JSON"):
         load(tmp_path / "adapter_model.safetensors")
+
+
+def test_a_state_dicts_tensor_is_copied_where_it_is_the_loras_own_and_nowhere_else():
+    mine, new = torch.ones(4, 3), torch.ones(4, 3)
+    copied = _own(mine, mine)
+    assert copied.data_ptr() != mine.data_ptr()
+    assert torch.equal(copied, mine)
+    assert _own(mine.T, mine).is_contiguous()
+    unmade = Unmade(dtype=mine.dtype, shape=mine.shape, fill=lambda place: place.copy_(mine), device=mine.device)
+    for original in (mine, unmade, None):
+        assert _own(new, original) is new
+        assert _own(unmade, original) is unmade

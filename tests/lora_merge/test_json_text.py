@@ -44,13 +44,14 @@ def test_any_text_is_a_value_or_a_value_error(text):
         ("1e999", "1e999 is too large a number"),
         ("9" * 100_000, "a number of 100000 digits"),
         ('{"a": {"b": 1, "b": 2}}', "'b' stands twice in one object"),
+        ('{"a": 1, "c": 1, "b": 2, "d": 1, "b": 2}', "'b' stands twice in one object"),
         (r'"\ud800"', "half of a surrogate pair"),
         (r'{"\udfff": 1}', "half of a surrogate pair"),
         ('["\ud800"]', "half of a surrogate pair"),
         (" " * (MAX_CHARACTERS + 1), "16000001 characters, more than 16000000"),
         ("[],".join([""] * 2_000_002), "more than 2000000 lists and objects"),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_what_is_not_read(text, words):
     with pytest.raises(ValueError, match=words):

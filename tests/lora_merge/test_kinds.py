@@ -284,6 +284,7 @@ def test_a_lone_b_norm_is_a_bias_difference():
 def test_an_alpha_beside_a_whole_difference_changes_nothing():
     one = Lora.from_state_dict({f"{CONV}.diff": torch.ones(8, 12, 3, 3), f"{CONV}.alpha": torch.tensor(4.0)})
     assert set(one.to_state_dict()) == {f"{CONV}.diff"}
+    assert one.parameters == 8 * 12 * 3 * 3
     assert one.keys.unread == (f"{CONV}.alpha",)
     assert torch.equal(one.delta(CONV), torch.ones(8, 12, 3, 3))
 

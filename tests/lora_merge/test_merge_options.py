@@ -311,6 +311,19 @@ def test_a_block_strength_decides_whether_a_dora_passes_through():
         merge([(one, 1.0), (other, 1.0)], block_strengths=["mid=2", None])
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 7])
+def test_of_many_that_do_not_add_up_the_first_three_are_named_and_the_others_counted(count):
+    named = [f"lora_unet_input_blocks_4_1_transformer_blocks_{number}_attn1_to_q" for number in range(count)]
+    state = {}
+    for name in named:
+        state |= kohya(name, *factors(12, 2, 16)) | {f"{name}.dora_scale": torch.ones(12, 1)}
+    with pytest.raises(ValueError, match=rf"dora has DoRA \({count} modules: ") as error:
+        merge([(Lora.from_state_dict(state, source="dora"), 0.5), (lora(2, 4, modules=[DOWN]), 1.0)])
+    assert [name in str(error.value) for name in named] == [number < 3 for number in range(count)]
+    assert (f", and {count - 3} more)" in str(error.value)) == (count > 3)
+    assert (" more)" in str(error.value)) == (count > 3)
+
+
 # ---- workers, dtypes, provenance
 
 

@@ -188,6 +188,19 @@ def test_a_file_without_lora_says_so(state):
         Lora.from_state_dict(state)
 
 
+@pytest.mark.parametrize("known", ["lora_unet_x.on_input", "lora_unet_x.alpha"])
+def test_where_one_key_is_of_a_known_format_the_file_is_no_checkpoint(known):
+    """Whichever comes first; a stray key beside it is counted."""
+    stray = {"model.conv_in.weight": torch.ones(2, 2)}
+    with pytest.raises(ValueError, match="it may be a checkpoint or an empty file"):
+        Lora.from_state_dict(stray)
+    for state in (stray | {known: torch.ones(1)}, {known: torch.ones(1)} | stray):
+        with pytest.raises(
+            ValueError, match=r"no LoRA in it that ComfyUI's loader would apply, only .*unknown \(1 keys"
+        ):
+            Lora.from_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

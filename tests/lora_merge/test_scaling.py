@@ -122,7 +122,7 @@ def test_a_strength_that_is_no_number_is_refused(function, strength):
         function([(layer(0, 0, 0), 1.0), (layer(100, 100, 0), strength)])
 
 
-@pytest.mark.parametrize("power", [-800, -300, -200, -120, -2, 0, 2, 60, 100, 120])
+@pytest.mark.parametrize("power", [-800, -420, -340, -300, -200, -120, -2, 0, 2, 60, 100, 120])
 def test_raising_a_layer_is_multiplying_by_the_power(power):
     one = layer(0, 0, 0)
     found = raised(one, power)

@@ -15,7 +15,8 @@ from lcm_kit.lora_merge.algebra.precision import holds
 from lcm_kit.lora_merge.algebra.sums import weighted_sum
 from lcm_kit.lora_merge.disk.garbage import uncollected
 from lcm_kit.lora_merge.updates.layer import Share, shaped
-from lcm_kit.lora_merge.updates.side_by_side import Sum, side_by_side
+from lcm_kit.lora_merge.updates.side_by_side import Sum, put, side_by_side
+from lcm_kit.lora_merge.updates.unmade import Unmade
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 MODULES = ["lora_unet_down_blocks_0_attentions_0_proj_in", "lora_unet_mid_block_resnets_0_conv1"]
@@ -178,3 +179,16 @@ def test_who_leaves_looks_at_what_is_new_and_not_at_everything():
         gc.callbacks.remove(note)
         gc.set_threshold(*before)
     assert found == 0, (len(due), len(kept))
+
+
+@pytest.mark.parametrize("number", [1, 2, -1, 0.3])
+@pytest.mark.parametrize("given", [HALF, BRAIN, FULL])
+@pytest.mark.parametrize("wanted", [HALF, BRAIN, FULL])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_factor_is_put_as_its_product_in_float32_whether_it_is_there_or_in_a_file(number, given, wanted, turned):
+    factor = layer(4, None, given, 3).up
+    unmade = Unmade(dtype=given, shape=factor.shape, fill=lambda place: place.copy_(factor), device=factor.device)
+    for one in (factor, unmade):
+        place = torch.zeros(factor.shape[::-1], dtype=wanted).T if turned else torch.zeros(factor.shape, dtype=wanted)
+        put(one, number, place)
+        assert torch.equal(place, (factor.float() * number).to(wanted))

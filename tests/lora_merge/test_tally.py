@@ -51,6 +51,7 @@ def test_only_what_rounding_changes_visibly_is_named_with_its_largest_error():
     assert sums.too_small == {"b": 0.3}
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-5, 1e5])
 @pytest.mark.parametrize(
     ("updates", "made", "effects"),
     [
@@ -66,7 +67,9 @@ def test_only_what_rounding_changes_visibly_is_named_with_its_largest_error():
         (([1, 0, 0], [0, 1, 0], [1, 1, 0]), [1, 1, 0], [1 / 3, 1 / 3, 2 / 3]),
     ],
 )
-def test_effects_are_the_coefficients_that_fit_best(updates, made, effects):
+def test_effects_are_the_coefficients_that_fit_best(updates, made, effects, size):
+    """Whatever the size of all together."""
+    updates, made = [[size * value for value in update] for update in updates], [size * value for value in made]
     found = tally(*updates, made=made).effects()
     assert [value is None for value in found] == [value is None for value in effects]
     assert [value or 0.0 for value in found] == pytest.approx([value or 0.0 for value in effects], abs=1e-9)

@@ -69,6 +69,14 @@ def test_safetensors_reads_what_is_written(tmp_path):
     same(load_file(written(tmp_path / "x.safetensors")), TENSORS)
 
 
+@pytest.mark.parametrize("tensors", [{}, {"a": torch.ones(2)}, {"é": torch.ones(2), "b": torch.ones(1)}])
+@pytest.mark.parametrize("metadata", [{}, {"a": ""}, {"é": "日本語 \U0001f600"}])
+def test_a_header_is_that_of_safetensors_to_the_byte(tmp_path, tensors, metadata):
+    """With and without tensors and metadata; in UTF-8, in which other letters are not escaped."""
+    save_file(tensors, tmp_path / "theirs", metadata or None)
+    assert written(tmp_path / "ours", tensors, metadata).read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
 def test_what_safetensors_writes_is_read(tmp_path):
     save_file(TENSORS, tmp_path / "x.safetensors", NOTES)
     tensors, metadata = read(tmp_path / "x.safetensors")

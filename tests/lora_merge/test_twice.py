@@ -8,6 +8,7 @@ from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
 from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.naming import aliases
+from lcm_kit.lora_merge.naming.encoders import aligned
 from lcm_kit.tests.lora_merge.make import factors, kohya, relative
 
 
@@ -111,6 +112,19 @@ def test_a_word_beside_two_numbers_tells_nothing():
     )
     assert "two spellings of one weight" in refused(*(one(name) for name in names))
     assert "two spellings of one weight" in refused(*(one(name) for name in names[:2]))
+    assert not aligned(names)
+    assert not aligned(names[:2])
+
+
+@pytest.mark.parametrize("number", ["lora_te2_", "lora_te_"])
+def test_two_words_are_two_encoders_and_a_number_beside_them_is_of_neither(number):
+    body = "encoder.block.0.layer.0.SelfAttention.q"
+    words = [f"text_encoders.{word}.transformer.{body}" for word in ("t5xxl", "umt5xxl")]
+    other = number + body.replace(".", "_")
+    assert not aligned(words)
+    assert not aligned([*words, other])
+    for word in words:
+        assert aligned([other, word]) == {other: word, word: word}
 
 
 # Of modules that several families call so, and how many of the two spellings ComfyUI reads in each of them.

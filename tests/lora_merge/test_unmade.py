@@ -348,3 +348,13 @@ def test_memory_that_is_lent_is_nobody_elses_meanwhile():
     where = one.data_ptr(), other.data_ptr()
     with borrowed_bytes(4) as again:
         assert again.data_ptr() in where
+
+
+@ONLY_POSIX
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_8_bit_floats_are_read_at_once_for_nothing_can_be_computed_with_them(tmp_path, monkeypatch, dtype):
+    path = put(tmp_path / "x.safetensors", {key: one.to(dtype) for key, one in state(3, HALF, 1).items()})
+    kept, there = both(monkeypatch, path)
+    assert unmade(there) == []
+    for module in kept.modules:
+        assert torch.equal(there.delta(module), kept.delta(module))

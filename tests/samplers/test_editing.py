@@ -306,3 +306,26 @@ def test_no_step_is_no_edit():
 def test_refuses_a_schedule_that_is_none(sigmas, message):
     with pytest.raises(ValueError, match=message):
         edit_ddcm(None, None, picture(), torch.tensor(sigmas), noise=StepNoise(0), disable=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_levels_are_float32_whatever_they_are_handed_in_as(dtype):
+    sigmas, seen = schedule().to(dtype), set()
+
+    def model(prompt):
+        def inner(x, sigma):
+            seen.add(sigma.dtype)
+            return denoiser("v_prediction", prompt)(x, sigma)
+
+        return inner
+
+    def edited(levels):
+        def callback(info):
+            seen.update((info["sigma"].dtype, info["sigma_hat"].dtype))
+
+        return edit_ddcm(
+            model(CAT), model(DOG), picture(), levels, noise=StepNoise(0), callback=callback, disable=True
+        )  # fmt: skip
+
+    assert torch.equal(edited(sigmas), edited(sigmas.float()))
+    assert seen == {torch.float32}
