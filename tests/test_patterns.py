@@ -72,7 +72,7 @@ class Texts:
 
     def __init__(self, pattern: re.Pattern, liked: str) -> None:
         self.random, self.liked, self.groups = random.Random(liked), liked, {}
-        self.tree = _parser.parse(pattern.pattern, pattern.flags & ~re.UNICODE | re.UNICODE)
+        self.tree = _parser.parse(pattern.pattern, pattern.flags)
 
     def repeats(self, tree=None, before=""):
         """(what stands before, what is repeated) of every repeat without an end."""
