@@ -60,7 +60,8 @@ def reproduce(
     given = load(path)
     recipe = recipe_of(given.metadata, path.name)
     found = _find(recipe.inputs, [Path(folder) for folder in folders] or [path.parent], path)
-    tensors, _ = read(path)
+    # Not mapped: a file that is cut off meanwhile is an error in words and ends nothing.
+    tensors, _ = read(path, mapping=False)
     dtype = _dtype(tensors)
     inputs = [(load(file), entry.strength) for file, entry in zip(found, recipe.inputs, strict=True)]
     made, _ = merge_with_account(
