@@ -25,6 +25,11 @@ def test_the_limit_is_in_standard_deviations_of_the_images_own_noise():
         assert (of_image.abs() == bound).any()
 
 
+def test_noise_of_one_value_has_no_deviation_to_be_limited_by():
+    one = torch.zeros(3, 1)
+    assert torch.equal(ShapedNoise(StepNoise(3), clip_std=0.5)(LEVEL, one), StepNoise(3)(LEVEL, one))
+
+
 def test_an_image_is_limited_alike_alone_and_in_a_batch():
     together = ShapedNoise(StepNoise(3), clip_std=1.0)(LEVEL, like(3))
     alone = ShapedNoise(StepNoise(3, [2]), clip_std=1.0)(LEVEL, like(1))
