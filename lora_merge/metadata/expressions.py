@@ -127,9 +127,10 @@ class _Parser:
         start = self.at
         part = self._atom()
         stop = self.at
-        low, high = self._times()
-        if (low, high) == (1, 1):
+        times = self._times()
+        if times is None:
             return part
+        low, high = times
         self._take("?")  # which match is found first makes no difference here
         if self.at < len(self.text) and self.text[self.at] in "*+?{":
             raise ValueError("repeats a repeat")
@@ -154,12 +155,13 @@ class _Parser:
         self.at = place
         return part
 
-    def _times(self) -> tuple[int, int | None]:
+    def _times(self) -> tuple[int, int | None] | None:
+        """The least and the most, None where there is no end; None where nothing is repeated."""
         for sign, times in (("*", (0, None)), ("+", (1, None)), ("?", (0, 1))):
             if self._take(sign):
                 return times
         if not self._take("{"):
-            return 1, 1
+            return None
         within = self._until("}")
         if not _NUMBERS.fullmatch(within):
             raise ValueError("has braces that hold no numbers")
