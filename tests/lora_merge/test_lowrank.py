@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcm_kit.lora_merge import LoraLayer
-from lcm_kit.lora_merge.algebra.lowrank import _singular, directions, energy_of, truncated_sum
+from lcm_kit.lora_merge.algebra.core_space import core_space
+from lcm_kit.lora_merge.algebra.lowrank import _singular, directions, directions_in, energy_of, truncated_sum
 from lcm_kit.tests.lora_merge.make import dense, factors, layer, relative
 
 
@@ -34,6 +35,32 @@ def test_a_sum_that_fits_stays_exact():
     assert result.lost_energy == 0
     assert result.kept_energy == result.source_energy
     assert relative(result.layer.delta(), exact(terms)) < 1e-6
+    energies = [float(exact(some).square().sum()) for some in (terms, terms[:1], terms[1:])]
+    assert [result.energy, *result.source_energy] == pytest.approx(energies, rel=1e-5)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_a_method_made_of_the_updates_is_cut_and_measured_as_it_is(count, balanced):
+    """The result is another update than its terms are, also where there is one alone."""
+    terms = [(layer(14, 6, 11, alpha=2.0, seed=n), 0.7 + n) for n in range(count)]
+    space = core_space(terms)
+    mask = torch.rand(space.cores[0].shape, generator=torch.Generator().manual_seed(9)) < 0.5
+    made = sum(space.cores) * mask
+    whole = (space.left @ made @ space.right).double()
+    found = directions_in(space, made, balanced=balanced)
+    prospect = found.prospect()
+    for rank in (1, 2, 4):
+        result = found.cut(rank)
+        got = result.layer.delta().double()
+        assert result.energy == pytest.approx(float(whole.square().sum()), rel=1e-5)
+        assert result.lost_energy == pytest.approx(float((got - whole).square().sum()), rel=1e-3, abs=1e-6)
+        u, _, vh = torch.linalg.svd(got, full_matrices=False)
+        for row, term in enumerate(terms):
+            inside = u[:, :rank].T @ exact([term]) @ vh[:rank].T
+            assert result.source_energy[row] == pytest.approx(float(exact([term]).square().sum()), rel=1e-5)
+            assert result.kept_energy[row] == pytest.approx(float(inside.square().sum()), rel=1e-3)
+            assert float(prospect.kept[1 + row, rank]) == pytest.approx(result.kept_energy[row], rel=1e-4)
 
 
 def test_a_low_rank_sum_is_found_whatever_its_factors():
@@ -181,6 +208,19 @@ def test_singular_vectors_are_orthonormal_however_far_the_singular_values_are_ap
     for vectors in (u.T @ u, vh @ vh.T):
         torch.testing.assert_close(vectors, torch.eye(3).double(), rtol=0, atol=1e-6)  # float32 needs no more
     torch.testing.assert_close(s, torch.tensor(singular).double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("power", [-30, 0, 30])
+def test_singular_values_are_as_exact_whatever_the_size_of_the_update_and_in_float32(power):
+    """From squares float32 would lose all below 3e-4 of the largest one, and float64 below 1e-8."""
+    for dtype, least, tolerance in ((torch.float64, 1e-6, 1e-9), (torch.float32, 1e-4, 1e-2)):
+        generator = torch.Generator().manual_seed(0)
+        u, v = (torch.linalg.qr(torch.randn(n, 3, generator=generator).double())[0] for n in (5, 3))
+        singular = torch.tensor([1.0, 0.5, least]).double() * 2.0**power
+        u, s, vh = _singular((u * singular @ v.T).to(dtype))
+        torch.testing.assert_close(s.double(), singular, rtol=tolerance, atol=0)
+        for vectors in (u.T @ u, vh @ vh.T):
+            torch.testing.assert_close(vectors.double(), torch.eye(3).double(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("strengths", [(1.0,), (-0.7,), (0.0, 1.3), (0.9, -0.4)])

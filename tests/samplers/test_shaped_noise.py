@@ -64,6 +64,13 @@ def test_lcms_own_steps_under_a_feathered_mask_have_the_factor_worked_out_by_han
     assert factor[0] == factor[-1] == 1.0
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.7, 1.0])
+def test_where_all_may_change_or_nothing_noise_is_added_as_it_is(kept):
+    mask = torch.tensor([0.0, 1.0])
+    for factor in feathered_factors(mask, [0.9, 0.1, 0.7, 0.33], kept):
+        assert factor.tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("shares", [[0.0] * 4, [0.9, 0.5, 0.1], [1.0, 0.0, 0.3], [0.3] * 6, [1.0, 1.0]])
 @pytest.mark.parametrize("value", [0.02, 0.25, 0.5, 0.9, 1.0])
 def test_what_the_model_sees_has_unit_variance_after_every_step(shares, value):

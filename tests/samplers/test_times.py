@@ -81,6 +81,7 @@ def test_the_spacings():
     assert SPACINGS["even"](4, 0.001) == [1.0, 0.75, 0.5, 0.25]
     assert SPACINGS["normal"](3, 0.5) == [1.0, 0.75, 0.5]
     assert SPACINGS["sgm_uniform"](2, 0.5) == [1.0, 0.75]
+    assert SPACINGS["normal"](2, 0.5) == [1.0, 0.5]
     assert SPACINGS["normal"](1, 0.5) == [1.0]
 
 
