@@ -105,7 +105,10 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
         yield node.operand
     elif isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
-        yield ast.Constant(not node.value if isinstance(node.value, bool) else node.value + 1)
+        # One more than a large float would be a change of rounding only.
+        large = isinstance(node.value, float) and abs(node.value) >= 1 / ROUNDING
+        more = node.value * 2 if large else node.value + 1
+        yield ast.Constant(not node.value if isinstance(node.value, bool) else more)
     elif isinstance(node, ast.IfExp):
         yield node.orelse
     elif isinstance(node, ast.Call):
