@@ -6,9 +6,10 @@ from safetensors.torch import load_file, save_file
 
 from lcm_kit.lora_merge import Lora, load
 from lcm_kit.lora_merge.__main__ import main
-from lcm_kit.lora_merge.files.formats import named_for
+from lcm_kit.lora_merge.files.formats import exact_in_peft, named_for
 from lcm_kit.lora_merge.files.shared import only
 from lcm_kit.lora_merge.merging.merge import merge
+from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
 WIDTH = 6
@@ -76,6 +77,23 @@ def test_a_scale_that_is_a_power_of_two_is_exact_whatever_its_sign(alpha):
     for module in KOHYA:
         assert torch.equal(written[f"{module}.lora_B.weight"], state[f"{module}.lora_up.weight"] * (alpha / 2))
         assert torch.equal(written[f"{module}.lora_A.weight"], state[f"{module}.lora_down.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_a_factor_would_round_with_its_scale_is_made_float32_whole(dtype):
+    """Of rank 2: alpha 1, 2, -4 and 0 are powers of two as scales, or nothing; 3 and -0.7 are none."""
+    alphas = {"one": 1.0, "two": 2.0, "none": None, "negative": -4.0, "nothing": 0.0, "odd": 3.0, "less": -0.7}
+    state = kinds.state_dict("LoHa", "lora_unet_loha", alpha=3.0, dtype=dtype)
+    for name, alpha in alphas.items():
+        state |= kohya(f"lora_unet_{name}", *factors(6, 2, 5, dtype=dtype), alpha)
+    one = Lora.from_state_dict(state)
+    wide, count = exact_in_peft(one)
+    assert count == (0 if dtype == torch.float32 else 2)
+    assert [*wide.modules] == [*one.modules]
+    for module, layer in wide.modules.items():
+        wider = module in ("lora_unet_odd", "lora_unet_less")
+        assert {part.dtype for part in layer.parts().values()} == {torch.float32 if wider else dtype}, module
+        assert torch.equal(wide.delta(module), one.delta(module))
 
 
 def test_kohyas_format_keeps_every_number(file):
