@@ -196,6 +196,13 @@ def test_tags_that_just_fit_are_all_kept_and_of_more_the_most_frequent_half(monk
         assert [one.split(",")[0] for one in warnings_of(account)] == told
 
 
+def test_of_tags_that_are_as_frequent_the_first_are_kept(monkeypatch):
+    found = {"b": {f"t{n}": 5 for n in (3, 1, 2)}, "a": {"z": 5, "y": 9, "x": 1}}
+    monkeypatch.setattr(tags, "MAX_BYTES", 60)
+    assert tags.to_text(found) == ('{"b": {"t3": 5, "t1": 5}, "a": {"y": 9}}', 3)
+    assert tags.top({"b": {"t3": 5, "t1": 5}, "a": {"t0": 5, "y": 9}}, 3) == ["y", "t3", "t1"]
+
+
 def test_the_size_of_metadata_is_what_it_takes_in_a_header():
     notes = {"é": 'x"y', "a": "line\n", "b\\": "日本"}
     assert size_of(notes) == len(json.dumps(notes, ensure_ascii=False, separators=(",", ":")).encode()) - 1

@@ -152,6 +152,39 @@ def test_a_large_file_is_mapped_unless_that_is_forbidden(tmp_path, monkeypatch, 
     assert len(maps) == (0 if above else 1)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("spaces", range(8))
+def test_numbers_may_begin_at_any_byte(tmp_path, monkeypatch, spaces, mapped):
+    """Of a file that is mapped, too, where memory begins with the header."""
+    monkeypatch.setattr(module, "MAPPED_ABOVE", 0 if mapped else 1 << 30)
+    tensors = {"a": torch.tensor([7], dtype=torch.uint8), "b": torch.tensor([1.5, -2.0]), "c": torch.arange(3.0).half()}
+    entries = {
+        "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]},
+        "c": {"dtype": "F16", "shape": [3], "data_offsets": [9, 15]},
+    }
+    header = json.dumps(entries).encode() + b" " * spaces
+    data = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    same(read(tmp_path / "x.safetensors")[0], tensors)
+    with tensor_file(tmp_path / "x.safetensors") as file:
+        same({name: file.tensor(name) for name in file.header.entries}, tensors)
+        same(file.tensors(lambda name: name != "b"), {name: tensors[name] for name in "ac"})
+        same(file.tensors(lambda name: name != "a"), {name: tensors[name] for name in "bc"})
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_disk_that_hands_over_a_few_bytes_at_a_time_is_read_to_the_end(tmp_path, monkeypatch, in_place):
+    """As network drives do."""
+    monkeypatch.setattr(module, "IN_PLACE", in_place and module.IN_PLACE)
+    real = module._read_at
+    monkeypatch.setattr(module, "_read_at", lambda file, place, begin: real(file, place[:5], begin))
+    path = written(tmp_path / "x.safetensors")
+    same(read(path)[0], TENSORS)
+    with tensor_file(path) as file:
+        same({name: file.tensor(name) for name in reversed(file.header.entries)}, TENSORS)
+
+
 def test_tensors_are_read_one_at_a_time(tmp_path):
     with tensor_file(written(tmp_path / "x.safetensors")) as file:
         same({name: file.tensor(name) for name in reversed(file.header.entries)}, TENSORS)

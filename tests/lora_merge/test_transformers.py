@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 
+from lcm_kit.lora_merge.naming.family import numbered
 from lcm_kit.lora_merge.recognise.by_blocks import base_of, make_of, recognise
 from lcm_kit.lora_merge.recognise.transformers import BY_NAME, TRANSFORMERS, _table
 from lcm_kit.lora_merge.recognise.wrong_base import Counts, are_kin, is_other_base, is_wrong_base
@@ -84,6 +85,31 @@ def test_hunyuan_video_and_flux_have_blocks_of_one_shape_and_are_told_by_their_n
     few = modules_of("Flux.1", lambda name: name.split("_")[2] in ("7", "12"))
     assert set(recognise(few).bases) >= {"Flux.1", "HunyuanVideo"}
     assert not is_other_base(recognise(few).bases, "HunyuanVideo")
+
+
+def ends_of(modules):
+    """Stack -> number of the last block."""
+    found = {}
+    for name in modules:
+        stack, number = numbered(name.removeprefix("lora_unet_"))
+        found[stack] = max(found.get(stack, 0), int(number))
+    return found
+
+
+def fit(base, module):
+    return base.modules.get(module.removeprefix("lora_unet_"))
+
+
+@pytest.mark.parametrize("name", [base.name for base in TRANSFORMERS if len(base.stacks) > 1])
+def test_those_bases_go_first_of_which_it_changes_the_last_block_of_each_stack_that_it_changes(name):
+    """Of one stack all but the last block, of the others all; against a count by hand over all bases."""
+    for stack, blocks in BY_NAME[name].stacks.items():
+        last = f"{stack}_{len(blocks) - 1}_"
+        modules = modules_of(name, lambda one, last=last: not one.startswith(last))
+        fits = {base: [one for one, shape in modules.items() if fit(base, one) == shape] for base in TRANSFORMERS}
+        possible = [base for base, ones in fits.items() if len(ones) >= 0.95 * len(modules)]
+        whole = [b for b in possible if all(n == len(b.stacks[s]) - 1 for s, n in ends_of(fits[b]).items())]
+        assert recognise(modules).bases == tuple(base.name for base in whole or possible), stack
 
 
 def test_what_says_nothing_of_a_transformer():

@@ -13,7 +13,7 @@ import pytest
 
 from lcm_kit.lora_merge import Lora, save
 from lcm_kit.lora_merge.disk import whole
-from lcm_kit.lora_merge.disk.whole import check_place, held, write_whole
+from lcm_kit.lora_merge.disk.whole import check_place, held, is_plain_file, write_whole
 from lcm_kit.tests.helpers import ROOT
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
@@ -371,3 +371,13 @@ def test_a_disk_that_takes_no_more_is_told_with_the_file_s_name_and_interrupts_s
     if isinstance(raised.value, OSError):
         assert f"{path}: could not be written" in str(raised.value)
     assert names(tmp_path) == []
+
+
+@POSIX
+def test_a_plain_file_is_one_that_can_be_read_without_waiting(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "nowhere").symlink_to("none")
+    os.mkfifo(tmp_path / "pipe")
+    found = {name: is_plain_file(tmp_path / name) for name in ("file", "link", "nowhere", "pipe", "none", ".", "a\0b")}
+    assert found == {"file": True, "link": True} | dict.fromkeys(("nowhere", "pipe", "none", ".", "a\0b"), False)
