@@ -151,6 +151,15 @@ def test_what_changes_an_update_alone_and_what_makes_the_plain_sum_are_what_the_
     assert method.is_sum(values) == is_as(made(*deltas), deltas[0] + deltas[1])
 
 
+@pytest.mark.parametrize("strengths", [(2.0**130, 1.0), (1.0, 2.0**130), (2.0**-130, 1.0), (1.0, 2.0**-130)])
+def test_slerp_of_strengths_that_are_far_apart_is_the_stronger_update(strengths):
+    """Beyond float32's own range between them: of the other one not a digit is left."""
+    updates = [torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)).double() for seed in (1, 2)]
+    deltas = [(update * strength / max(strengths)).float() for update, strength in zip(updates, strengths, strict=True)]
+    situation = Situation(strengths=strengths, inputs=(0, 1), values={}, module="x", seed=0)
+    torch.testing.assert_close(METHODS["slerp"].combine(deltas, situation), deltas[strengths.index(max(strengths))])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_report_names_the_seed_of_methods_that_draw(method):
     merged, account = merge_with_account(INPUTS, method=method, seed=9)

@@ -65,6 +65,19 @@ def test_tucker_layers_are_balanced_as_a_whole():
     assert relative(result.layer.delta(), layer.delta()) < 1e-3
 
 
+@pytest.mark.parametrize("kind", [kind for kind in kinds.ADDITIVE if kind.startswith("Lo") and kind != "LoRA"])
+def test_parts_of_any_kind_are_balanced_and_that_is_told_though_some_stay_as_they_are(kind):
+    kernel = (3, 3) if kinds.ADDITIVE[kind][1] else ()
+    (layer,) = Lora.from_state_dict(kinds.state_dict(kind, MODULE, kernel=kernel)).modules.values()
+    assert not cast(layer, torch.float16).balanced
+    (first, large), *_, (last, small) = layer.parts().items()
+    moved = layer.with_parts({first: large * 2.0**20, last: small * 2.0**-20})
+    result = cast(moved, torch.float16)
+    assert result.balanced
+    assert result.error == 0.0
+    assert relative(result.layer.delta(), layer.delta()) < 2e-3
+
+
 def test_a_component_that_is_zero_stays_zero():
     up, down = factors(6, 2, 5)
     up[:, 0], down[0] = 0.0, 1e9
@@ -194,6 +207,9 @@ def test_a_part_has_memory_of_its_own_unless_told():
     for dtype in (None, torch.float32):
         assert cast_part(part, dtype).data_ptr() != part.data_ptr()
         assert cast_part(part, dtype, copy=False).data_ptr() == part.data_ptr()
+    turned = torch.ones(3, 2).T
+    for dtype in (None, torch.float32, torch.float16):
+        assert all(cast_part(turned, dtype, copy=copy).is_contiguous() for copy in (True, False))
 
 
 def test_neighbours_of_another_dtype_are_looked_at_in_their_own():

@@ -197,6 +197,8 @@ def test_a_sum_is_rounded_once_to_the_dtype_that_was_asked_for_whatever_it_is_ma
     assert total.dtypes == {dtype}
     assert torch.equal(total.up, exact.up.to(dtype))
     assert torch.equal(total.down, exact.down.to(dtype))
+    if dtype == torch.float16:  # what it would lose stays in float32, to be balanced
+        assert weighted_sum([(one, 1e-9)], dtype).dtypes == {torch.float32}
 
 
 def test_ordinary_sums_are_made_in_float32_and_only_those_that_leave_it_in_float64():
@@ -204,6 +206,8 @@ def test_ordinary_sums_are_made_in_float32_and_only_those_that_leave_it_in_float
     assert dense_dtype([(one, 1.0)], [(diff, -2.0)]) == torch.float32
     assert dense_dtype([(one, 1.0)], [(diff, 2.0**120)]) == torch.float64
     assert dense_dtype([(one, 2.0**120)], [(diff, 1.0)]) == torch.float64
+    assert dense_dtype([(one, 1.0), (one, 2.0**120)], []) == torch.float64
+    assert dense_dtype([], [(diff, 1.0), (diff, 2.0**120)]) == torch.float64
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
