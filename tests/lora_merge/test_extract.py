@@ -140,15 +140,44 @@ def test_an_outlier_is_not_clamped():
     assert account.error < 1e-6
 
 
-def test_keep_stops_at_the_smallest_rank_that_holds_the_share():
+@pytest.mark.parametrize("shape", [(20, 30), (4, 30), (30, 4), (4, 4)])
+@pytest.mark.parametrize("rank", [3, 64])
+def test_keep_stops_at_the_smallest_rank_that_holds_the_share(shape, rank):
+    """Where the update has other ranks than four as where it has none."""
     s = torch.tensor([4.0, 2.0, 1.0, 0.5])
-    q = torch.linalg.qr(weight(20, 4, seed=3))[0]
-    delta = (q * s) @ torch.linalg.qr(weight(30, 4, seed=4))[0].T
-    base = torch.zeros(20, 30)
-    for keep in (0.5, 0.94, 0.95, 0.99, 1.0):
-        lora, _ = extract([(f"{LINEAR}.weight", delta, base)], rank=3, keep=keep)
+    q = torch.linalg.qr(weight(shape[0], 4, seed=3))[0]
+    delta = (q * s) @ torch.linalg.qr(weight(shape[1], 4, seed=4))[0].T
+    base = torch.zeros(shape)
+    for keep in (0.5, 0.94, 0.95, 0.98, 0.99, 1.0):
+        lora, _ = extract([(f"{LINEAR}.weight", delta, base)], rank=rank, keep=keep)
         needed = int((s.square().cumsum(0) / s.square().sum() < keep - 1e-6).sum()) + 1
-        assert lora.modules[LINEAR].rank == min(3, needed)
+        assert lora.modules[LINEAR].rank == min(rank, needed)
+
+
+def test_the_account_has_the_smallest_and_the_largest_rank_and_no_error_of_nothing():
+    base = torch.zeros(8, 6)
+    ones = [
+        (f"{name}.weight", dense(*factors(8, rank, 6)).float(), base) for name, rank in (("a", 3), ("b", 1), ("c", 2))
+    ]
+    lora, account = extract(ones)
+    assert (account.modules, account.ranks, [layer.alpha for layer in lora.modules.values()]) == (3, (1, 3), [3, 1, 2])
+    _, none = extract([("a.weight", base, base.clone())])
+    assert (none.modules, none.ranks, none.error, none.energy, none.equal) == (0, None, 0.0, 0.0, 1)
+
+
+def test_a_device_may_be_told_for_each_weight():
+    tuned, base = weight(8, 6), torch.zeros(8, 6)
+    asked = []
+    lora, _ = extract([(f"{LINEAR}.weight", tuned, base)], device=lambda one: asked.append(one) or "cpu")
+    assert [one is tuned for one in asked] == [True]
+    assert torch.equal(lora.delta(LINEAR), extract([(f"{LINEAR}.weight", tuned, base)])[0].delta(LINEAR))
+
+
+def test_modules_keep_the_spelling_that_they_came_with():
+    names = ["lora_unet_down_blocks_0_attentions_0_proj_in", "lora_te_text_model_encoder_layers_0_mlp_fc1"]
+    lora, _ = extract([(f"{name}.weight", weight(8, 6), torch.zeros(8, 6)) for name in names])
+    assert [*lora.spellings.values()] == names
+    assert {key.partition(".")[0] for key in lora.to_state_dict()} == {*names}
 
 
 def test_equal_weights_are_left_out_and_others_are_accounted_for():
@@ -418,6 +447,31 @@ def test_nine_keys_of_ten_are_one_family_and_fewer_are_not(tmp_path):
     assert found.only_one == [f"{UNET}middle_block.9.proj_in.weight", f"{UNET}time_embed.cond_proj.weight", encoder]
     with pytest.raises(ValueError, match=r"only 8 of 9 weights have the same name \(first other: \S+middle_block\.8\."):
         pairs(*files(tmp_path, tuned=numbered(9), base=numbered(8)))
+
+
+def encoder(count, first=0):
+    prefix = "cond_stage_model.transformer.text_model.encoder.layers."
+    return {f"{prefix}{first + n}.mlp.fc1.weight": weight(3, 2, seed=n) for n in range(count)}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_text_encoders_count_where_both_files_have_them(order, tmp_path):
+    words = files(tmp_path, one=numbered(9) | encoder(5), other=numbered(9) | encoder(5, first=5), bare=numbered(9))
+    with pytest.raises(ValueError, match="only 9 of 19 weights have the same name"):
+        pairs(*words[:2][::order])
+    assert len(pairs(*words[1:][::order])) == 9
+    alone = files(tmp_path, one=encoder(3), other=encoder(3, first=1))[::order]
+    with pytest.raises(ValueError, match="only 2 of 4 weights have the same name"):
+        pairs(*alone)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_one_file_lacks_is_named_as_a_whole_checkpoint_names_it(order, tmp_path):
+    whole = {f"{UNET}double_blocks.{n}.img_attn.proj.weight": weight(3, 2, seed=n) for n in range(30)}
+    bare = {key.removeprefix(UNET): tensor for key, tensor in whole.items()}
+    bare["double_blocks.30.img_attn.proj.weight"] = torch.ones(3, 2)
+    found = pairs(*files(tmp_path, whole=whole, bare=bare)[::order])
+    assert (len(found), found.only_one) == (30, [f"{UNET}double_blocks.30.img_attn.proj.weight"])
 
 
 def test_weights_that_differ_are_named_with_the_first_of_them(tmp_path):
