@@ -80,7 +80,7 @@ def reproduce(
         )
     if all(torch.equal(state[key], tensor) for key, tensor in tensors.items()):
         return Reproduction(True, 0.0, True, tuple(found))
-    difference = _difference(given, Lora.from_state_dict(state, metadata=given.metadata, source="made again"))
+    difference = _difference(given, Lora.from_state_dict(state, metadata=given.metadata))
     return Reproduction(False, difference, difference <= _SAME[dtype], tuple(found))
 
 

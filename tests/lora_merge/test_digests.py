@@ -53,7 +53,7 @@ def test_a_file_larger_than_a_block_is_hashed_whole(tmp_path):
 
 
 def test_what_was_computed_once_is_known_to_the_next_run(tmp_path, computed, monkeypatch):
-    kept, files = tmp_path / "new folder" / "sha256.json", [put(tmp_path / n, n.encode()) for n in ("a", "ä")]
+    kept, files = tmp_path / "new folder" / "in it" / "sha256.json", [put(tmp_path / n, n.encode()) for n in ("a", "ä")]
     keep_in(kept)
     wanted = [sha256_of(file) for file in files]
     again(monkeypatch, kept)

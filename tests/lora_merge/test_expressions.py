@@ -165,6 +165,36 @@ def test_an_expression_may_have_as_many_states_as_there_may_be_and_no_more(patte
         Expression(pattern)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "states"),
+    [
+        ("", 3),
+        ("a", 5),
+        ("ab", 7),
+        ("a|b", 8),
+        ("a*", 9),
+        ("a+", 9),
+        ("a{1,}", 9),
+        ("a{3,}", 15),
+        ("a{,3}", 15),
+        ("a?", 9),
+    ],
+)
+def test_an_expression_has_no_more_states_than_it_needs(pattern, states):
+    """By hand: two for all alternatives and one for each, two for a letter; for a repeat one, its atom, which is read once more
+    for each of its copies, and one behind each copy. Without an end there are as many copies as there have to be, at least one."""
+    assert Expression(pattern).states == states
+
+
+def test_groups_and_texts_may_be_as_deep_and_as_long_as_is_said():
+    assert Expression("(" * 20 + "a" + ")" * 20 + "(b)" * 3).ends("abbb", Budget(10**6))
+    with pytest.raises(ValueError, match="nests more than 20 groups"):
+        Expression("(" * 21 + "a" + ")" * 21)
+    assert Expression("a" * expressions.MAX_LENGTH).ends("a" * expressions.MAX_LENGTH, Budget(10**6))
+    with pytest.raises(ValueError, match="longer than 200"):
+        Expression("a" * (expressions.MAX_LENGTH + 1))
+
+
 def test_all_matches_of_a_file_are_bounded_together():
     """A small file with many long names and patterns that fit none of them."""
     state = {}

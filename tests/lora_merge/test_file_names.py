@@ -65,6 +65,15 @@ def test_any_text_is_a_name_that_can_be_written_and_read_back_or_a_sentence(name
     assert len(shown(name)) < 700
 
 
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("a.", "ends with a dot"), ("a ", "ends with a space"), (" a", "begins with a space"), (" a.", "ends with a dot"),
+     (". ", "ends with a space"), (" .a", "begins with a space")],
+)  # fmt: skip
+def test_what_windows_drops_is_told_with_its_place(name, where):
+    assert name_trouble(name) == f"{where}, which Windows drops; write it without"
+
+
 def test_folders_are_names_too():
     assert path_trouble("a/b/c") is None
     assert path_trouble("/".join("a" * 33)) is None

@@ -91,6 +91,7 @@ def test_there_may_be_as_many_letters_as_the_caller_says():
 
 
 def test_minus_zero_is_a_float_as_safetensors_reads_it():
+    assert parse("-0") == 0
     assert math.copysign(1, parse("-0")) == -1
     assert isinstance(parse("-0"), float)
 

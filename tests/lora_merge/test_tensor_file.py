@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -15,6 +16,8 @@ from lcm_kit.lora_merge.disk import tensor_file as module
 from lcm_kit.lora_merge.disk.header import MAX_DIMENSIONS, MAX_NAME, MAX_TENSORS
 from lcm_kit.lora_merge.disk.json_text import MAX_CONTAINERS
 from lcm_kit.lora_merge.disk.tensor_file import read, tensor_file, write
+from lcm_kit.lora_merge.files import load_save
+from lcm_kit.lora_merge.updates.unmade import Unmade
 from lcm_kit.tests.helpers import ROOT
 
 TENSORS = {
@@ -245,6 +248,54 @@ def test_a_file_that_is_cut_off_after_it_was_loaded_ends_no_process(tmp_path):
     command = [sys.executable, "-c", TRUNCATED, tmp_path / "x.safetensors", tmp_path / "out.safetensors"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "right\n" * 3), done.stderr
+
+
+@pytest.mark.parametrize("metadata", [{}, {"é": "x"}])
+def test_a_header_may_be_as_long_as_is_said_where_it_is_read_and_where_it_is_written(tmp_path, monkeypatch, metadata):
+    path = tmp_path / "x.safetensors"
+    with open(path, "wb") as file:
+        write(file, TENSORS, metadata, hashed=True)
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    monkeypatch.setattr(limits, "MAX_HEADER", length)
+    same(read(path)[0], TENSORS)
+    with open(tmp_path / "y.safetensors", "wb") as file:
+        write(file, TENSORS, metadata, hashed=True)
+    assert (tmp_path / "y.safetensors").read_bytes() == path.read_bytes()
+    monkeypatch.setattr(limits, "MAX_HEADER", length - 1)
+    with pytest.raises(ValueError, match=f"claims a header of {length} bytes"):
+        read(path)
+    with (
+        open(tmp_path / "z.safetensors", "wb") as file,
+        pytest.raises(ValueError, match=r"bytes of header, and the most are"),
+    ):
+        write(file, TENSORS, metadata, hashed=True)
+
+
+class Slow:
+    """A file on a disk that takes its time."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, data):
+        time.sleep(0.003)
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_what_is_made_ahead_of_a_slow_disk_stands_in_the_file_as_it_was_made(tmp_path, monkeypatch):
+    """In memory that is used again: not before it is written."""
+    monkeypatch.setattr(module, "_BATCH", 1)
+    tensors = {f"{n:02}": torch.full((3,), float(n)) for n in range(24)}
+    later = {
+        name: Unmade(dtype=one.dtype, shape=one.shape, fill=lambda place, one=one: place.copy_(one), device=one.device)
+        for name, one in tensors.items()
+    }
+    with open(tmp_path / "x.safetensors", "wb") as file:
+        write(Slow(file), later, {}, hashed=True, ahead=load_save._ahead)
+    same(read(tmp_path / "x.safetensors")[0], tensors)
 
 
 UNREADABLE = {

@@ -31,7 +31,11 @@ def inside(one, other):
 def test_a_base_is_itself_and_no_other(name):
     base = BY_NAME[name]
     assert base_of(base.modules).name == name
-    assert base_of(dict.fromkeys(base.modules)) is not None
+    # Packed, where a shape is one of bytes: nothing but the names tells.
+    alike = [other.name for other in TRANSFORMERS if other.modules.keys() == base.modules.keys()]
+    packed = base_of(dict.fromkeys(base.modules))
+    assert (packed.name if packed else None) == (name if alike == [name] else None)
+    assert not is_other_base(recognise(modules_of(name)).bases, packed.name if packed else None)
     assert make_of(base.modules).branches == base.branches
     found = recognise(modules_of(name)).bases
     assert name in found
@@ -48,6 +52,18 @@ def test_a_pruned_model_is_its_base_until_a_tenth_is_missing(name):
     for one in names[: len(names) // 5]:
         modules.pop(one, None)
     assert base_of(modules) is None or base_of(modules).name != name
+
+
+def test_a_model_that_has_just_nine_tenths_of_a_base_is_that_base_or_its_make():
+    for base in TRANSFORMERS:
+        left = sorted(base.modules)[len(base.modules) // 10 :]
+        if len(base.modules) % 10 == 0:
+            assert base_of({name: base.modules[name] for name in left}) is base
+            assert base_of({name: base.modules[name] for name in left[1:]}) is not base
+    wan = BY_NAME["Wan 2.1/2.2 14B"]  # ten modules a block
+    without = [name for name in wan.modules if not name.endswith("_ffn_0")]
+    assert make_of(without).kin.startswith("Wan")
+    assert make_of([name for name in without if not name.endswith("_ffn_2")]) is None
 
 
 @cache

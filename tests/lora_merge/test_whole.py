@@ -73,6 +73,23 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
     assert names(tmp_path) == ["x"]
 
 
+def test_a_temporary_file_that_somebody_tidied_away_before_it_was_locked_is_made_anew(tmp_path, monkeypatch):
+    """By the next run of that name, which takes it for a leftover."""
+    real, tried = whole._locked, []
+
+    def locked(file):
+        tried.append(file.name)
+        if len(tried) < 3:
+            os.unlink(file.name)
+        return real(file)
+
+    monkeypatch.setattr(whole, "_locked", locked)
+    write_whole(tmp_path / "x", content(b"new"))
+    assert len(set(tried)) == 3
+    assert names(tmp_path) == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"new"
+
+
 def test_a_name_that_is_taken_meanwhile_is_not_lost(tmp_path):
     path = tmp_path / "x"
 
