@@ -109,7 +109,7 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
         large = isinstance(node.value, float) and abs(node.value) >= 1 / ROUNDING
         more = node.value * 2 if large else node.value + 1
         yield ast.Constant(not node.value if isinstance(node.value, bool) else more)
-    elif isinstance(node, ast.IfExp):
+    elif isinstance(node, ast.IfExp) and not _is_converted(node.orelse, node.body):
         yield node.orelse
     elif isinstance(node, ast.Call):
         if isinstance(node.func, ast.Name) and node.func.id in NAMES:
@@ -129,6 +129,17 @@ def _is_torchs(function: ast.expr, keyword: ast.keyword) -> bool:
     name = function.attr if isinstance(function, ast.Attribute) else ""
     default = TORCHS.get((name, keyword.arg or ""))
     return default is not None and ast.unparse(keyword.value) == str(default)
+
+
+def _is_converted(node: ast.expr, tensor: ast.expr) -> bool:
+    """Whether it is tensor.to(...), which is the tensor itself where there is nothing to do: "x if alike else x.to(like)" asks
+    only because that takes time."""
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "to"
+        and ast.dump(node.func.value) == ast.dump(tensor)
+    )
 
 
 def _is_text(node: ast.AST) -> bool:

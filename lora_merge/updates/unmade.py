@@ -50,6 +50,8 @@ class Unmade:
     """A tensor that is not there yet. fill: writes it into contiguous memory of that dtype and as many values.
 
     of_file: whether all that it is made of lies in files, so that it is the same whenever it is made, or refused.
+    shares: factors, each times its number, that it is side by side of along the rank; () where it is nothing of the kind, or
+        rounded.
     """
 
     dtype: torch.dtype
@@ -57,6 +59,7 @@ class Unmade:
     fill: Callable[[Tensor], None]
     device: torch.device
     of_file: bool = False
+    shares: tuple[tuple[Tensor | Unmade, float], ...] = ()
     is_meta = False
 
     @property

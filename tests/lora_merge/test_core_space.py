@@ -75,6 +75,30 @@ def test_updates_in_the_same_directions_share_their_axes():
     torch.testing.assert_close(space.cores[1], -0.5 * space.cores[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("power", [-30, -10, 10, 30])
+def test_the_size_of_the_updates_changes_no_axis_and_no_rank(power):
+    """With directions that no update has among the factors', which are left over from rounding."""
+    update = steep(rank=4)
+    doubled = LoraLayer(torch.cat([update.up, update.up], 1), torch.cat([update.down, update.down]))
+    space, other = (core_space([(doubled, 2.0**by), (steep(rank=3, seed=1), 2.0**by)]) for by in (0, power))
+    assert other.left.shape == space.left.shape == (96, 7)
+    assert space.layer(space.cores[0]).rank == other.layer(other.cores[0]).rank == 4
+    torch.testing.assert_close(other.left, space.left, rtol=0, atol=1e-5)
+    torch.testing.assert_close(other.right, space.right, rtol=0, atol=1e-5)
+    torch.testing.assert_close(other.cores[0] / 2.0**power, space.cores[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("second", [0.0, 1e-3])
+def test_a_weak_direction_has_its_axis_and_what_rounding_has_left_none(second):
+    strong, weak = layer(rank=1, seed=1), layer(rank=1, seed=2)
+    factors = (torch.cat([strong.up, second * weak.up], 1), torch.cat([strong.down, weak.down]))
+    doubled = LoraLayer(*(torch.cat([one, one], dim) for one, dim in zip(factors, (1, 0), strict=True)))
+    for terms in ([(doubled, 1.0)], [(strong, 1.0), (doubled, 0.5)]):
+        space = core_space(terms)
+        assert space.left.shape[1] == space.right.shape[0] == (2 if second else 1)
+    assert core_space([(strong, 1.0)]).cores[0].shape == (1, 1)
+
+
 def test_updates_that_are_zero_have_a_space_too():
     nothing = LoraLayer(torch.zeros(6, 2), torch.ones(2, 5))
     space = core_space([(nothing, 1.0), (steep(6, 5, 2), 0.0)])
