@@ -58,13 +58,15 @@ def test_the_error_is_relative_whatever_the_size_of_the_difference(size):
     assert relative(one.delta(LINEAR), size * other.delta(LINEAR)) < 1e-5
 
 
-def test_without_a_share_to_keep_the_smallest_component_stays_that_is_no_rounding():
-    """3e-7 of the largest has 1e-13 of the energy, and rounding of float32 would be 3e-8."""
+@pytest.mark.parametrize(("small", "rank"), [(3e-7, 2), (5e-8, 1)])
+def test_without_a_share_to_keep_the_smallest_component_stays_that_is_no_rounding(small, rank):
+    """3e-7 of the largest has 1e-13 of the energy, and rounding of float32 would be 3e-8. Below 1e-7 of the largest nothing is
+    sure: the energies are eigenvalues in float64."""
     base = torch.zeros(64, 64, dtype=torch.float64)
-    tuned = torch.diag(torch.tensor([1.0, 3e-7, *[0.0] * 62], dtype=torch.float64))
+    tuned = torch.diag(torch.tensor([1.0, small, *[0.0] * 62], dtype=torch.float64))
     lora, _ = extract([(f"{LINEAR}.weight", tuned, base)], rank=8)
-    assert lora.modules[LINEAR].rank == 2
-    assert float(lora.delta(LINEAR)[1, 1]) == pytest.approx(3e-7, rel=1e-5)
+    assert lora.modules[LINEAR].rank == rank
+    assert float(lora.delta(LINEAR)[1, 1]) == pytest.approx(small if rank == 2 else 0.0, rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(64, 4), (4, 64), (9, 9), (4, 4, 4, 4)])
@@ -466,12 +468,37 @@ def test_text_encoders_count_where_both_files_have_them(order, tmp_path):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_what_one_file_lacks_is_named_as_a_whole_checkpoint_names_it(order, tmp_path):
-    whole = {f"{UNET}double_blocks.{n}.img_attn.proj.weight": weight(3, 2, seed=n) for n in range(30)}
-    bare = {key.removeprefix(UNET): tensor for key, tensor in whole.items()}
-    bare["double_blocks.30.img_attn.proj.weight"] = torch.ones(3, 2)
+@pytest.mark.parametrize("encoders", [0, 3])
+def test_a_unet_in_diffusers_names_meets_one_in_ldms(order, encoders, tmp_path):
+    theirs = {"input_blocks.1.0.in_layers.2": "down_blocks.0.resnets.0.conv1", "middle_block.1.proj_in": "mid_block.attentions.0.proj_in",
+              "input_blocks.0.0": "conv_in"}  # fmt: skip
+    beside = encoder(encoders)
+    ldm = {f"{UNET}{own}.weight": weight(6, 4, seed=n) for n, own in enumerate(theirs)} | beside
+    diffusers = {f"{other}.weight": weight(6, 4, seed=9 + n) for n, other in enumerate(theirs.values())} | beside
+    found = pairs(*files(tmp_path, ldm=ldm, diffusers=diffusers)[::order])
+    assert (len(found), found.only_one) == (3 + encoders, [])
+    lora, account = extract(found, rank=4)
+    assert account.equal == encoders
+    for n, own in enumerate(theirs):
+        wanted = order * (weight(6, 4, seed=n).double() - weight(6, 4, seed=9 + n).double())
+        assert relative(lora.delta(f"lora_unet_{own.replace('.', '_')}"), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("layout", ["SD", "Flux"])
+def test_what_one_file_lacks_is_named_as_a_whole_checkpoint_names_it(order, layout, tmp_path):
+    """In its own words, also where those have others for it."""
+    of_unet = [f"input_blocks.{n}.0.in_layers.2" for n in (1, 2, 4, 5, 7, 8)] + [
+        f"output_blocks.{n}.0.in_layers.2" for n in range(9)
+    ]
+    *names, lacking = {
+        "SD": [*of_unet, "middle_block.0.in_layers.2"],
+        "Flux": [f"double_blocks.{n}.img_attn.proj" for n in range(16)],
+    }[layout]
+    whole = {f"{UNET}{name}.weight": torch.ones(3, 2) for name in names}
+    bare = {f"{name}.weight": torch.ones(3, 2) for name in (*names, lacking)}
     found = pairs(*files(tmp_path, whole=whole, bare=bare)[::order])
-    assert (len(found), found.only_one) == (30, [f"{UNET}double_blocks.30.img_attn.proj.weight"])
+    assert (len(found), found.only_one) == (15, [f"{UNET}{lacking}.weight"])
 
 
 def test_weights_that_differ_are_named_with_the_first_of_them(tmp_path):
