@@ -22,7 +22,7 @@ HOME = None
 # Pages share a browser's process and a server, and are not drawn two at a time.
 PAGES, SERVER = "pages", "server"
 FILES = {  # group -> the files whose tests may ask for its fixture
-    PAGES: re.compile(r"test_(\w+_in_page|browser|frozen|locales)\.py"),
+    PAGES: re.compile(r"test_(\w+_in_page|browser|frozen)\.py"),
     SERVER: re.compile(r"test_(\w+_in_server|comparing|demo|hostile_texts|random_graphs|startup|workflows)\.py"),
 }
 RUNNING = pytest.StashKey()  # the browser
@@ -206,6 +206,22 @@ def vae():
     import comfy.utils
 
     return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(DEMO_MODELS / "vae" / "tiny_emoji_vae.safetensors")))
+
+
+@pytest.fixture(scope="module")
+def distill_here():
+    """The distillation's command in this process, where ComfyUI is loaded already: arguments -> exit status. What it adds to
+    ComfyUI is taken away again."""
+    import comfy.supported_models
+    import torch
+
+    from lcm_kit.distillation.__main__ import main
+
+    models, path, threads = [*comfy.supported_models.models], [*sys.path], torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes that tests start: sums in the same order
+    yield main
+    torch.set_num_threads(threads)
+    comfy.supported_models.models[:], sys.path[:] = models, path
 
 
 @pytest.fixture
