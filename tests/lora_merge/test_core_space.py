@@ -197,8 +197,33 @@ def test_energy_chooses_as_few_directions_as_hold_it():
     torch.testing.assert_close(leading_inputs(factors, 0.5).abs(), torch.tensor([[1.0, 0.0, 0.0]]))
 
 
+NOTHING = {
+    "strength": (TERMS[1][0], 0.0),
+    "alpha": (layer(rank=6, seed=2, alpha=0.0), 1.0),
+    "up": (LoraLayer(torch.zeros(24, 6), TERMS[1][0].down), 1.0),
+    "down": (LoraLayer(TERMS[1][0].up, torch.zeros(6, 20)), 1.0),
+}
+
+
+@pytest.mark.parametrize("zero", NOTHING)
+def test_a_protected_update_of_zeros_asks_for_no_room(zero):
+    """As modules that were never trained are: their ups are zeros, and their downs would still point somewhere."""
+    terms = [TERMS[0], NOTHING[zero], TERMS[2]]
+    whole = [strength * update.delta() for update, strength in terms]
+    for (update, strength), moved in zip(stepping_aside(terms, 1, 1.0), whole, strict=True):
+        assert torch.equal(strength * update.delta(), moved)
+    assert all(map(torch.equal, dense_stepping_aside(whole, 1, 1.0), whole))
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"), [((-1.0,), "mu is -1"), ((float("nan"),), "mu is nan"), ((1.0, 0.0), "energy is 0")]
+    ("arguments", "message"),
+    [
+        ((-1.0,), "mu is -1"),
+        ((float("nan"),), "mu is nan"),
+        ((1.0, 0.0), "energy is 0"),
+        ((1.0, 1.5), "energy is 1.5"),
+        ((1.0, float("nan")), "energy is nan"),
+    ],
 )
 def test_protection_out_of_range_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -196,6 +196,13 @@ def test_tags_that_just_fit_are_all_kept_and_of_more_the_most_frequent_half(monk
         assert [one.split(",")[0] for one in warnings_of(account)] == told
 
 
+def test_of_tags_that_are_as_frequent_the_first_are_kept(monkeypatch):
+    found = {"b": {f"t{n}": 5 for n in (3, 1, 2)}, "a": {"z": 5, "y": 9, "x": 1}}
+    monkeypatch.setattr(tags, "MAX_BYTES", 60)
+    assert tags.to_text(found) == ('{"b": {"t3": 5, "t1": 5}, "a": {"y": 9}}', 3)
+    assert tags.top({"b": {"t3": 5, "t1": 5}, "a": {"t0": 5, "y": 9}}, 3) == ["y", "t3", "t1"]
+
+
 def test_the_size_of_metadata_is_what_it_takes_in_a_header():
     notes = {"é": 'x"y', "a": "line\n", "b\\": "日本"}
     assert size_of(notes) == len(json.dumps(notes, ensure_ascii=False, separators=(",", ":")).encode()) - 1
@@ -272,6 +279,16 @@ def test_what_the_inputs_say_of_the_base_is_kept_where_they_agree():
     assert not {"modelspec.resolution", "ss_epoch"} & merged.metadata.keys()
 
 
+def test_an_input_of_which_any_module_is_in_the_sum_has_a_part():
+    one = small(1, "a.safetensors", modelspec__author="Ann")
+    text = kohya("lora_te_text_model_encoder_layers_0_mlp_fc1", *factors(8, 2, 6), 1.0)
+    state = {key: tensor for lora in (small(2),) for key, tensor in lora.to_state_dict().items()} | text
+    other = Lora.from_state_dict(state, metadata={"modelspec.author": "Bob"}, source="b.safetensors")
+    for blocks, author in (("te=0", "Ann, Bob"), ("unet=0", "Ann, Bob"), ("te=0, unet=0", "Ann")):
+        merged = merge([(one, 1.0), (other, 1.0)], block_strengths=["", blocks])
+        assert merged.metadata["modelspec.author"] == author
+
+
 def test_an_input_without_a_part_in_the_sum_is_not_named():
     words = {"modelspec__author": "Bob", "modelspec__trigger_phrase": "fast", "ss_tag_frequency": '{"x":{"y":1}}'}
     (a, _), (b, _) = pair({"modelspec__author": "Ann", "ss_epoch": "3"}, words)
@@ -331,6 +348,13 @@ def test_modules_tell_the_architecture_where_no_input_does():
         blocks |= kohya(name, *factors(width, 2, 768))
     lora = Lora.from_state_dict(blocks)
     assert merge([(lora, 1.0)]).metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    # What an input says, or somebody who wants another one or none, holds.
+    said = Lora.from_state_dict(blocks, metadata={"modelspec.architecture": "mine"})
+    assert merge([(said, 1.0)]).metadata["modelspec.architecture"] == "mine"
+    for one in (lora, said):
+        given = merge([(one, 1.0)], metadata={"modelspec.architecture": "other"})
+        assert given.metadata["modelspec.architecture"] == "other"
+        assert "modelspec.architecture" not in merge([(one, 1.0)], metadata={"modelspec.architecture": ""}).metadata
     noted = pair({"ss_base_model_version": "sdxl_base_v1-0"}, {})
     assert merge(noted).metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert (
