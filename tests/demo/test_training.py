@@ -98,16 +98,17 @@ def test_a_batch_shows_each_concept_in_the_style_it_says(script):
     assert set(style.tolist()) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize(("kind", "phases", "steps", "style"), [("phased", 4, 600, False), ("ink_fast", 4, 600, True)])
+@pytest.mark.parametrize(("kind", "guidance", "style"), [("phased", 3, False), ("ink_fast", 4, True)])
 def test_the_refined_loras_are_asked_of_the_command_in_words_it_knows(
-    script, monkeypatch, tmp_path, kind, phases, steps, style
+    script, monkeypatch, tmp_path, kind, guidance, style
 ):
     lcm = script("lcm")
     monkeypatch.setattr(lcm, "WORK", tmp_path)
     words = [*map(str, lcm.data(kind))]
     options = parsed(["--checkpoint", "model.safetensors", "-o", "lora.safetensors", *words])
     settings = _settings(options)
-    assert (settings.phases, settings.steps, settings.batch * settings.accumulate) == (phases, steps, 24)
+    assert (settings.phases, settings.steps, settings.batch * settings.accumulate) == (4, 600, 24)
+    assert settings.cfg == (guidance, guidance)
     assert settings.grid(1000) == [124, 249, 374, 499, 624, 749, 874, 999]
     assert bool(options.lora) == style
     assert options.start_from == str(lcm.LORAS["lcm"])

@@ -13,7 +13,7 @@ from lcm_kit.lora_merge.merging.report import _lost as lost
 from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.merging.reproduce import reproduce
 from lcm_kit.lora_merge.methods import table
-from lcm_kit.lora_merge.methods.table import Method, Parameter, Situation, all_parameters
+from lcm_kit.lora_merge.methods.table import Method, Parameter, Situation, all_parameters, methods_with
 from lcm_kit.lora_merge.settings.options import options_from_dict
 
 GENERATOR = torch.Generator().manual_seed(11)
@@ -149,6 +149,33 @@ def test_what_changes_an_update_alone_and_what_makes_the_plain_sum_are_what_the_
 
     assert method.changes_one(values) != is_as(made(deltas[0]), deltas[0])
     assert method.is_sum(values) == is_as(made(*deltas), deltas[0] + deltas[1])
+
+
+@pytest.mark.parametrize(
+    ("density", "outliers", "fine"),
+    [
+        (0.9, 0.1, True),
+        (0.7, 0.3 + 1e-12, True),
+        (0.7, 0.31, False),
+        (0.9, 0.9, False),
+        (0.1, 0.9, True),
+        (1.0, 0.5, True),
+    ],
+)
+def test_shares_of_the_same_entries_add_up_to_the_whole_at_most(density, outliers, fine):
+    """But for density 1, which keeps all."""
+    said = METHODS["breadcrumbs"].refuses({"density": density, "outliers": outliers})
+    assert (said is None) == fine
+    assert fine or said.startswith(f"density {density:g} and outliers {outliers:g} add up to more than 1: ")
+
+
+def test_the_methods_that_have_a_parameter_are_named_where_they_are_few(monkeypatch):
+    assert methods_with("outliers") == "breadcrumbs"
+    assert methods_with("spread") == "della and della_ties"
+    assert methods_with("density") == "methods that have it"
+    monkeypatch.setattr(table, "_NAMED", 1)
+    assert methods_with("outliers") == "breadcrumbs"
+    assert methods_with("spread") == "methods that have it"
 
 
 @pytest.mark.parametrize("strengths", [(2.0**130, 1.0), (1.0, 2.0**130), (2.0**-130, 1.0), (1.0, 2.0**-130)])
