@@ -67,15 +67,15 @@ class ModuleMerger:
         self.dense_modules = dense_modules
         self.device = device
         self.drawn_by = drawn_by
-        self.known: dict[str, Known] = {}
+        self.known: dict[str, Known | None] = {}
 
     def prospect(self, module: str) -> Prospect:
         """What each rank of the module would keep, of all inputs: 0 of those that do not have the module."""
         with self._in_words(module):
             owners, terms, _, power = self._terms(module)
             all_found = self._directions(module, owners, terms)[0]
-            if self.method.combine is None and (known := all_found.known()) is not None:
-                self.known[module] = known
+            if self.method.combine is None:
+                self.known[module] = all_found.known()
             found = all_found.prospect()
             kept = found.kept.new_zeros(1 + len(self.loras), found.kept.shape[1])
             kept[[0, *(1 + index for index in owners)]] = found.kept

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from lcm_kit.lora_merge import METHODS, Lora, merge, merge_with_account, resize_with_account
+from lcm_kit.lora_merge import METHODS, Lora, MergeOptions, merge, merge_with_account, resize_with_account
 from lcm_kit.lora_merge.algebra.precision import COARSE
+from lcm_kit.lora_merge.merging.plan import plan
+from lcm_kit.lora_merge.one_module.module import ModuleMerger
 from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import factors, generator, kohya, relative
 
@@ -60,6 +62,29 @@ def test_a_method_that_takes_nothing_away_is_the_sum_in_all_that_it_says(cut, ro
         assert not cut or one.retention == pytest.approx(other.retention, rel=1e-4)
         # Of what made room less arrives; the account is of what was merged.
         assert one.effect == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_a_module_that_was_looked_at_before_is_finished_to_the_same_bits(method, balanced):
+    """And what it would keep is told of the sum and of every input, in energies: nothing of one that does not have it."""
+    made = plan(INPUTS, MergeOptions(method=method, keep=0.9, balanced=balanced))
+
+    def merger():
+        return ModuleMerger(made.loras, made.strengths, made.options, made.whole, torch.device("cpu"))
+
+    for module in (SHARED, ALONE, CONV):
+        looked = merger()
+        prospect = looked.prospect(module)
+        owners = [index for index, one in enumerate(made.loras) if module in one.modules]
+        assert prospect.kept.shape[0] == 3
+        assert [bool(row.any()) for row in prospect.kept[1:]] == [index in owners for index in range(2)]
+        assert torch.all(prospect.kept.diff(dim=1) >= -1e-6 * prospect.kept.max())
+        for rank in (1, 3, 5):
+            one, other = looked.finish(module, rank), merger().finish(module, rank)
+            assert all(map(torch.equal, one.layer.parts().values(), other.layer.parts().values()))
+            kept = [one.cut.energy - one.cut.lost_energy, *one.cut.kept_energy]
+            assert prospect.kept[[0, *(1 + index for index in owners)], rank].tolist() == pytest.approx(kept, rel=1e-4)
 
 
 @pytest.mark.parametrize("power", [-60, 0, 60])
