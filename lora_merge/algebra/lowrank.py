@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -124,6 +124,8 @@ class Directions:
         if self.singular:
             corners = [self.worth.cumsum(0)] * (2 if self.alone else 1) + corners
         kept = torch.nn.functional.pad(torch.stack(corners), (1, 0))
+        if self._lacks_some:
+            kept[:, -1] = self._holding_all().prospect().kept[:, -1]
         cost = self.up.vectors.shape[0] + self.down.vectors.shape[0]
         return Prospect(kept, self.worth, cost)
 
@@ -132,7 +134,20 @@ class Directions:
         blocks = (self.u.T @ core @ self.vh.T).double().square()
         return blocks.cumsum(0).cumsum(1).diagonal()
 
+    @property
+    def _lacks_some(self) -> bool:
+        """Whether all of these directions together may lack some of the sum: where the weight is smaller than the ranks of the
+        terms together, they are all that there are on its shorter side, and not on the longer one."""
+        return not self.singular and self.total.shape[0] != self.total.shape[1]
+
+    def _holding_all(self) -> Directions:
+        """As many directions that hold the whole sum: its own."""
+        u, s, vh = _singular(self.total)
+        return replace(self, u=u, vh=vh, worth=s.double().square(), singular=True)
+
     def cut(self, rank: int) -> Truncated:
+        if self._lacks_some and rank >= len(self.worth):
+            return self._holding_all().cut(rank)
         u, vh = self.u[:, :rank], self.vh[:rank]
         left, s, right = u, self.worth[:rank].to(u.dtype).sqrt(), vh
         lost = float(self.worth[rank:].sum())

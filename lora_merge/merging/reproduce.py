@@ -60,7 +60,8 @@ def reproduce(
     given = load(path)
     recipe = recipe_of(given.metadata, path.name)
     found = _find(recipe.inputs, [Path(folder) for folder in folders] or [path.parent], path)
-    tensors, _ = read(path)
+    # Not mapped: a file that is cut off meanwhile is an error in words and ends nothing.
+    tensors, _ = read(path, mapping=False)
     dtype = _dtype(tensors)
     inputs = [(load(file), entry.strength) for file, entry in zip(found, recipe.inputs, strict=True)]
     made, _ = merge_with_account(
@@ -133,9 +134,9 @@ def _as_written(made: Lora, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -
             pieces = lora.pieces(dtype, format=written_in, copy=False)
         except ValueError:  # what the format cannot hold
             continue
+        if pieces.keys() == tensors.keys():
+            return lora.to_state_dict(dtype, format=written_in, copy=False)
         found[len(pieces.keys() ^ tensors.keys())] = lora, written_in
-        if 0 in found:
-            break
     lora, written_in = found[min(found)] if found else named_for(made, "auto")
     return lora.to_state_dict(dtype, format=written_in, copy=False)
 

@@ -1,5 +1,7 @@
 """LoHa, LoKr, DoRA, OFT and all the others beside plain LoRA: read without loss, added exactly, or passed through."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,6 +69,22 @@ def test_the_factors_are_exact_and_of_the_promised_rank(kind, kernel):
     assert down.shape == (layer.rank, wanted.shape[1])
     assert relative(layer.scale * up @ down, wanted) < 1e-6
     assert layer.rank <= min(wanted.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize(("kind", "kernel"), CASES)
+def test_stored_factors_are_the_factors_and_as_they_came_where_that_takes_no_arithmetic(kind, kernel, dtype):
+    (layer,) = lora(kind, kernel, alpha=3.0, dtype=dtype).modules.values()
+    found, wanted = layer.stored_factors(), layer.factors()
+    assert {factor.dtype for factor in found} == {dtype if kind == "LoRA" else torch.float32}
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "kernel"), CASES)
+def test_the_alpha_that_is_written_for_none_is_one_that_means_the_same(kind, kernel):
+    (layer,) = lora(kind, kernel).modules.values()
+    assert relative(replace(layer, alpha=layer.written_alpha).delta(), layer.delta()) < 1e-7
 
 
 def test_loha_has_the_product_of_its_ranks():
@@ -152,6 +170,21 @@ def test_a_lokr_without_its_core_is_the_same_update_and_without_one_it_is_itself
     assert (made is one) == (one.t2 is None)
     assert made.shape == one.shape
     assert relative(made.delta(), one.delta()) < 1e-6
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+def test_a_lokr_with_a_core_beside_a_low_rank_matrix_is_the_formula_too(alpha):
+    core = kinds.parts("LoKr with a core", kernel=(3, 3))
+    core.pop(".lokr_w1")
+    both = core | {end: part for end, part in kinds.parts("LoKr, first low-rank").items() if "w1" in end}
+    layer = build({end[1:]: part for end, part in both.items()}, alpha)
+    wanted = kinds.dense(both, alpha)
+    up, down = layer.factors()
+    assert layer.shape == (8, 12, 3, 3)
+    assert relative(layer.delta().flatten(1), wanted) < 1e-6
+    assert relative(layer.scale * up @ down, wanted) < 1e-6
+    assert up.shape[1] == layer.rank == 2  # 1 of the first, 2 of the core
+    assert relative(layer.without_core().delta().flatten(1), wanted) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lcm_kit.lora_merge import Lora, MergeOptions, load, merge, save
 from lcm_kit.lora_merge.__main__ import main
+from lcm_kit.lora_merge.disk import tensor_file
 from lcm_kit.lora_merge.merging import reproduce as reproducing
 from lcm_kit.lora_merge.merging.reproduce import _difference, reproduce
 from lcm_kit.tests.lora_merge.make import factors, kohya
@@ -38,6 +39,15 @@ def made(files, *more, command="merge", name="out"):
     out = files / f"{name}.safetensors"
     assert main([command, *inputs, "-o", str(out), *more]) == 0
     return out
+
+
+def test_no_file_is_mapped(files, monkeypatch, capsys):
+    """One that is cut off meanwhile would end the process."""
+    out, maps = made(files), []
+    monkeypatch.setattr(tensor_file, "MAPPED_ABOVE", 0)
+    monkeypatch.setattr(tensor_file.mmap, "mmap", lambda *_, **__: maps.append(1))
+    assert main(["reproduce", str(out), "--inputs", str(files / "inputs")]) == 0
+    assert not maps
 
 
 CHOICES = [

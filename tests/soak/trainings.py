@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,11 +63,11 @@ def command(kind: str, data: Path, output: Path) -> list[str]:
     ])]  # fmt: skip
 
 
-def make_data(folder: Path) -> None:
+def make_data(folder: Path, count: int) -> None:
     (folder / "pictures").mkdir()
-    for number in range(PICTURES):
+    for number in range(count):
         Image.linear_gradient("L").rotate(18 * number).resize((64, 64)).save(folder / "pictures" / f"{number:02}.png")
-    captions = [f"{WORDS[number % len(WORDS)]} {number}" for number in range(PICTURES)]
+    captions = [f"{WORDS[number % len(WORDS)]} {number}" for number in range(count)]
     (folder / "captions.txt").write_text("\n".join(captions))
 
 
@@ -103,16 +104,24 @@ def waited(process: subprocess.Popen, run: Path, draw: random.Random, seconds: f
     time.sleep(draw.uniform(0, 0.1))
 
 
-def soak(folder: Path, count: int, seed: int = 1) -> Figures:
+def soak(
+    folder: Path,
+    count: int,
+    seed: int = 1,
+    pictures: int = PICTURES,
+    finish: Callable[[list[str]], bool] | None = None,
+) -> Figures:
+    """finish: runs a command that nobody stops and says whether it ended well; a process of its own if not given."""
+    finish = finish or _finish
     figures, draw = Figures(), random.Random(seed)
-    make_data(folder)
+    make_data(folder, pictures)
     expected, seconds, number = {}, {}, 0
     kinds = ["captions", "pictures"]
     while figures.kills < count:
         kind = kinds[number % 2]
         if kind not in expected:
             started = time.monotonic()
-            _finish(command(kind, folder, folder / f"{kind}.safetensors"))
+            finish(command(kind, folder, folder / f"{kind}.safetensors"))
             seconds[kind] = time.monotonic() - started
             expected[kind] = load_file(folder / f"{kind}.safetensors")
         output = folder / f"{number}.safetensors"
@@ -133,7 +142,7 @@ def soak(folder: Path, count: int, seed: int = 1) -> Figures:
             figures.stages[stage(run)] = figures.stages.get(stage(run), 0) + 1
             figures.twice += sum(shards(run).get(name) != place for name, place in known.items())
         known = shards(run)
-        figures.failed += not _finish(command(kind, folder, output))
+        figures.failed += not finish(command(kind, folder, output))
         figures.twice += sum(shards(run).get(name) != place for name, place in known.items()) + doubled(run)
         if output.exists():
             actual = load_file(output)
