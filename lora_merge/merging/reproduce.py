@@ -126,7 +126,8 @@ def _dtype(tensors: dict[str, Tensor]) -> torch.dtype:
 
 
 def _as_written(made: Lora, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The LoRA as a state dict in the format whose keys are those of the file; where none is, as it is saved without a wish."""
+    """The LoRA as a state dict in the format whose keys are those of the file, or the fewest others."""
+    found = {}
     for format in SAVE_FORMATS:
         try:
             lora, written_in = named_for(made, format)
@@ -135,7 +136,8 @@ def _as_written(made: Lora, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -
             continue
         if pieces.keys() == tensors.keys():
             return lora.to_state_dict(dtype, format=written_in, copy=False)
-    lora, written_in = named_for(made, "auto")
+        found[len(pieces.keys() ^ tensors.keys())] = lora, written_in
+    lora, written_in = found[min(found)] if found else named_for(made, "auto")
     return lora.to_state_dict(dtype, format=written_in, copy=False)
 
 

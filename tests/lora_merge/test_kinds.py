@@ -22,6 +22,9 @@ from lcm_kit.lora_merge import (
     resize_with_account,
     save,
 )
+from lcm_kit.lora_merge.merging.passthrough import passthrough_of
+from lcm_kit.lora_merge.naming.unet import Layout
+from lcm_kit.lora_merge.settings.strengths import Strengths
 from lcm_kit.lora_merge.updates.build import build
 from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import factors, generator, kohya, relative
@@ -370,6 +373,44 @@ def test_refused_modules_can_be_left_out_and_are_counted():
     assert relative(merged.delta(LINEAR), lcm.delta(LINEAR)) < 1e-6
     assert not merged.carried
     assert "1 merged, 1 refused and left out" in describe_merge(account, merged)
+
+
+@pytest.mark.parametrize("beside", [None, "LoRA", "diff", "diff_b", "DoRA, rows"])
+@pytest.mark.parametrize("other", [0.0, 1.0, -0.5])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_one_passes_through_at_strength_one_where_nobody_else_changes_that_weight(strength, other, beside):
+    """By the rule: at 1 alone it passes, at 0 it falls away, else it is refused. A bias is another thing than a weight."""
+    state = {} if beside is None else {f"{LINEAR}.{beside}": torch.ones(8, 12) if beside == "diff" else torch.ones(8)}
+    if beside in ("LoRA", "DoRA, rows"):
+        state = kinds.state_dict(beside, LINEAR)
+    state |= kinds.state_dict("OFT", CONV, kernel=(3, 3))
+    first = Lora.from_state_dict(kinds.state_dict("OFT", LINEAR) | kinds.state_dict("LoRA", "lora_unet_conv_out"))
+    second = Lora.from_state_dict(state)
+    found = passthrough_of([first, second], Strengths([strength, other], [None, None], Layout()))
+    linear, conv = first.find(LINEAR), second.find(CONV)
+    met = beside not in (None, "diff_b")
+    passed, refused = {}, {0: [], 1: []}
+    if strength == 1 and not (met and other):
+        passed[linear] = 0
+    elif strength:
+        refused[0].append(linear)
+    if beside == "DoRA, rows" and other == 1 and not strength:
+        passed[linear] = 1
+    elif beside == "DoRA, rows" and other:
+        refused[1].append(linear)
+    if other == 1:
+        passed[conv] = 1
+    elif other:
+        refused[1].append(conv)
+    assert found.sources == passed
+    assert {index: sorted(those) for index, those in found.refused.items()} == {
+        index: sorted(those) for index, those in refused.items() if those
+    }
+    for index, one in enumerate((first, second)):
+        mine = [module for module, source in passed.items() if source == index]
+        assert (found.passed_from(index), found.refused_from(index)) == (len(mine), len(refused[index]))
+        assert all(found.updates[module] is one.carried[module] for module in mine)
+    assert found.updates.keys() == passed.keys()
 
 
 def test_nothing_is_left_out_unless_that_is_asked_for():

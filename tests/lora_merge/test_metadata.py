@@ -587,6 +587,47 @@ def test_a_trainers_word_for_its_network_stays_where_it_is_true(kind, before, af
     assert for_file(one, "x", "kohya")["ss_network_module"] == after
 
 
+def test_different_ranks_are_called_dynamic(tmp_path):
+    lora = Lora.from_state_dict(kohya(MODULE, *factors(8, 4, 6)) | kohya("lora_unet_conv_in", *factors(8, 2, 6)))
+    save(lora, tmp_path / "x.safetensors")
+    assert metadata(tmp_path / "x.safetensors")["ss_network_dim"] == "Dynamic"
+
+
+@pytest.mark.parametrize(("kernel", "reaches"), [((), False), ((1, 1), False), ((2, 2), True), ((1, 3), True)])
+def test_a_convolution_is_what_reaches_beyond_a_pixel(tmp_path, kernel, reaches):
+    """As kohya's trainer has it: conv_dim is the rank of the others, a convolution of 1 x 1 counts with the linear layers."""
+    module, other = "lora_unet_output_blocks_5_2_conv", "lora_unet_middle_block_1_proj_in"
+    alone = kohya(module, *factors(8, 4, 6, kernel), 2.0)
+    save(Lora.from_state_dict(alone), tmp_path / "alone.safetensors")
+    notes = metadata(tmp_path / "alone.safetensors")
+    assert (notes["ss_network_dim"], notes["ss_network_alpha"]) == ("4", "2")
+    save(Lora.from_state_dict(alone | kohya(other, *factors(8, 3, 6), 3.0)), tmp_path / "both.safetensors")
+    both = metadata(tmp_path / "both.safetensors")
+    assert both["ss_network_dim"] == ("3" if reaches else "Dynamic")
+    wanted = {"conv_dim": "4", "conv_alpha": "2"} if reaches else {}
+    assert [json.loads(one.get("ss_network_args", "{}")) for one in (notes, both)] == [wanted, wanted]
+
+
+def test_what_was_said_of_the_network_stays_with_it_and_goes_with_another():
+    """Dimensions and the algorithm are the file's own; the rest was an option of the trainer that made such a network."""
+    said = {"conv_dim": "9", "conv_alpha": "9", "algo": "other", "block_dims": "1,2", "dropout": 0.1}
+    kept = {"block_dims": "1,2", "dropout": 0.1}
+    for kind, own in (("LoRA", {}), ("LoHa", {"algo": "loha"}), ("LoKr, both whole", {"algo": "lokr"})):
+        for before in ("networks.lora", "networks.lora_flux", "lycoris.kohya", "other"):
+            notes = {"ss_network_module": before, "ss_network_args": json.dumps(said)}
+            found = for_file(Lora.from_state_dict(kinds.state_dict(kind, MODULE), metadata=notes), "x", "kohya")
+            same = found["ss_network_module"] == before
+            assert json.loads(found.get("ss_network_args", "{}")) == (kept if same else {}) | own
+        odd = Lora.from_state_dict(kinds.state_dict(kind, MODULE), metadata={"ss_network_args": "["})
+        assert json.loads(for_file(odd, "x", "kohya").get("ss_network_args", "{}")) == own
+    two = kinds.state_dict("LoHa", MODULE) | kinds.state_dict("LoRA", "lora_unet_conv_out")
+    found = for_file(Lora.from_state_dict(two), "x", "kohya")
+    assert (found["ss_network_module"], found["ss_network_args"]) == ("lycoris.kohya", '{"algo": "mixed"}')
+    whole = for_file(Lora.from_state_dict({f"{MODULE}.diff": torch.ones(8, 6)}), "x", "kohya")
+    assert (whole["ss_network_module"], whole["ss_network_args"]) == ("lycoris.kohya", '{"algo": "full"}')
+    assert (whole["ss_network_dim"], whole["ss_network_alpha"]) == ("Dynamic", "Dynamic")
+
+
 @pytest.mark.parametrize("letters", [1, 30, 200])
 def test_every_module_takes_as_much_off_max_mb_as_its_header_can_be_long(letters):
     """Of kohya's three tensors: the names, and shapes and offsets as long as they get."""

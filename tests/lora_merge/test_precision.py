@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lcm_kit.lora_merge import LohaLayer, Lora, LoraLayer, describe_merge, load, merge, merge_with_account, save
-from lcm_kit.lora_merge.algebra.precision import all_finite, cast, cast_part, holds, rounding
+from lcm_kit.lora_merge.algebra.precision import all_finite, cast, cast_part, component_maxima, holds, rounding
 from lcm_kit.lora_merge.updates.layer import Share
 from lcm_kit.lora_merge.updates.side_by_side import side_by_side
 from lcm_kit.lora_merge.updates.unmade import Unmade
@@ -76,6 +76,16 @@ def test_parts_of_any_kind_are_balanced_and_that_is_told_though_some_stay_as_the
     assert result.balanced
     assert result.error == 0.0
     assert relative(result.layer.delta(), layer.delta()) < 2e-3
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_the_size_of_a_component_is_its_largest_magnitude_of_either_sign(kernel):
+    up, down = factors(6, 4, 5, kernel)
+    for sign in (1, -1):
+        above, below = (sign * factor.abs() for factor in (up, down))
+        assert torch.equal(component_maxima(above, 1), up.abs().flatten(1).amax(dim=0))
+        assert torch.equal(component_maxima(below, 0), down.abs().flatten(1).amax(dim=1))
+        assert torch.equal(component_maxima(sign * down, 0), down.abs().flatten(1).amax(dim=1))
 
 
 def test_a_component_that_is_zero_stays_zero():

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from lcm_kit.lora_merge import Lora, LoraLayer, describe, describe_merge, load, merge, merge_with_account, save
 from lcm_kit.lora_merge.comparing.compare import compare
+from lcm_kit.lora_merge.files import dialects
 from lcm_kit.lora_merge.files.keys import unread_text
 from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.recognise.identity import identify
@@ -181,6 +182,52 @@ def test_a_uso_lora_is_read_as_comfyui_converts_it():
         "diffusion_model.single_blocks.37.linear1_qkv",
         "diffusion_model.single_blocks.37.linear2",
     }
+
+
+@pytest.mark.parametrize("dialect", [control, uso])
+def test_a_dialect_is_told_by_all_of_its_marks_together(dialect):
+    """A file that lacks one of them has the spelling that it seems to have."""
+    state = dialect()
+    marks = [key for key in state if all(key == value for key, value in dialects.renamed(without(state, key)).items())]
+    assert len(marks) == (3 if dialect is control else 2)
+    found = dialects.renamed(state)
+    assert found.keys() == state.keys()
+    assert all(name.startswith("diffusion_model.") for name in found.values())
+    assert len({*found.values()}) == len(state)
+    for mark in marks:
+        assert dialects.added(without(state, mark)) == {}
+    assert [*dialects.added(state)] == ([dialects.RESHAPED] if dialect is control else [])
+
+
+def without(state, key):
+    return {other: tensor for other, tensor in state.items() if other != key}
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "shape"),
+    [((2, 8), (6, 2), [6, 8]), ((2, 8, 1, 1), (6, 2, 1, 1), [6, 8]), ((2,), (6, 2), None), ((2, 8), (6,), None),
+     ((), (), None)],
+)  # fmt: skip
+def test_a_control_lora_says_how_wide_its_input_layer_is_where_its_factors_are_matrices(down, up, shape):
+    state = control() | {"img_in.lora_A.weight": torch.ones(down), "img_in.lora_B.weight": torch.ones(up)}
+    found = dialects.added(state)
+    assert {key: tensor.tolist() for key, tensor in found.items()} == ({dialects.RESHAPED: shape} if shape else {})
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("diffusion_model.blocks.3.diff_m", "diffusion_model.blocks.3.modulation.diff"),
+        ("diffusion_model.head.diff_m", "diffusion_model.head.modulation.diff"),
+        ("diffusion_model.blocks.3.norm.diff_m", "diffusion_model.blocks.3.norm.diff_m"),
+        ("diffusion_model.overhead.diff_m", "diffusion_model.overhead.diff_m"),
+        ("diffusion_model.blocks.3", "diffusion_model.blocks.3"),
+        ("diffusion_model.blocks.3.diff", "diffusion_model.blocks.3.diff"),
+        ("head", "head"),
+    ],
+)
+def test_a_modulation_is_that_of_a_block_or_of_the_head(key, name):
+    assert dialects.renamed({key: torch.ones(1)}) == {key: name}
 
 
 @pytest.mark.parametrize("state", [{}, {"model.diffusion_model.conv_in.weight": torch.ones(2, 2)}])

@@ -201,6 +201,16 @@ def test_a_sum_is_rounded_once_to_the_dtype_that_was_asked_for_whatever_it_is_ma
         assert weighted_sum([(one, 1e-9)], dtype).dtypes == {torch.float32}
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_one_term_whose_factors_leave_float32s_range_on_the_way_is_enough_to_take_care(first):
+    one = layer(6, 2, 5)
+    far = LoraLayer(one.up * 2.0**100, one.down * 2.0**-100)
+    terms = [(far, 2.0**100), (layer(6, 3, 5, seed=1), 1.0)]
+    total = weighted_sum(terms if first else terms[::-1])
+    wanted = torch.ldexp(dense(one.up, one.down), torch.tensor(100))
+    assert relative(total.delta_in(torch.float64), wanted) < 1e-6
+
+
 def test_ordinary_sums_are_made_in_float32_and_only_those_that_leave_it_in_float64():
     one, diff = layer(6, 2, 5), torch.ones(6, 5)
     assert dense_dtype([(one, 1.0)], [(diff, -2.0)]) == torch.float32

@@ -271,6 +271,17 @@ def test_a_header_may_be_as_long_as_is_said_where_it_is_read_and_where_it_is_wri
         write(file, TENSORS, metadata, hashed=True)
 
 
+def test_a_tensor_may_have_as_long_a_name_and_as_many_dimensions_as_is_said(tmp_path):
+    tensors = {"a" * MAX_NAME: torch.ones((1,) * MAX_DIMENSIONS), "b": torch.ones((1,) * (MAX_DIMENSIONS - 1))}
+    same(read(written(tmp_path / "x.safetensors", tensors))[0], tensors)
+    for wrong, said in (
+        ({"a" * (MAX_NAME + 1): torch.ones(1)}, rf"{MAX_NAME + 1} characters; names have 1 to {MAX_NAME}"),
+        ({"a": torch.ones((1,) * (MAX_DIMENSIONS + 1))}, "a has shape"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            read(written(tmp_path / "x.safetensors", wrong))
+
+
 class Slow:
     """A file on a disk that takes its time."""
 

@@ -7,9 +7,11 @@ from lcm_kit.lora_merge import Lora, merge, merge_with_account
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
 from lcm_kit.lora_merge.files.twice import Named, slices
+from lcm_kit.lora_merge.merging.align import unify
 from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.naming import aliases
 from lcm_kit.lora_merge.naming.encoders import aligned
+from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import factors, kohya, relative
 
 
@@ -229,6 +231,66 @@ def test_namings_of_which_nothing_is_known_are_refused_unless_they_are_one():
     assert len(merge([(odd, 1.0), (more, 1.0)]).modules) == 3
     # No two shapes can be of one weight.
     assert len(merge([(odd, 1.0), (one("transformer.decoder_stack.0.gate.w", out=7), 1.0)]).modules) == 2
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("pair", MEETING + ENCODERS + [names[:2] for names in IN_ALL])
+def test_unified_loras_have_one_name_for_one_weight(pair, swap):
+    """What each says of itself and its values stay."""
+    loras = [one(name, seed=seed, source=f"{seed}") for seed, name in enumerate(pair[::-1] if swap else pair)]
+    first, second = unify(loras)
+    assert first.spellings.keys() == second.spellings.keys()
+    assert len(first.spellings) == 1
+    for before, after in zip(loras, (first, second), strict=True):
+        assert (after.source, after.metadata, after.keys) == (before.source, before.metadata, before.keys)
+        (old,), (new,) = before.modules.values(), after.modules.values()
+        assert torch.equal(old.delta(), new.delta())
+
+
+@pytest.mark.parametrize("pair", OTHERS)
+def test_unified_loras_of_two_weights_have_the_names_that_they_had(pair):
+    loras = [one(name, seed=seed) for seed, name in enumerate(pair)]
+    assert [unified.spellings for unified in unify(loras)] == [lora.spellings for lora in loras]
+
+
+def test_what_is_unified_alone_is_what_it_was():
+    state = kohya("lora_unet_down_blocks_0_attentions_0_proj_in", *factors(6, 2, 5), 2.0)
+    for number, kind in enumerate((*kinds.ADDITIVE, *kinds.CARRIED)):
+        kernel = (3, 3) if kinds.ADDITIVE.get(kind, ("", False))[1] else ()
+        state |= kinds.state_dict(kind, f"lora_unet_thing_{number}", kernel=kernel, alpha=2.0)
+    state |= {"lora_unet_a.diff": torch.ones(3, 4), "lora_unet_a.diff_b": torch.ones(3), "a.stray": torch.ones(2)}
+    before = Lora.from_state_dict(state, metadata={"a": "b"}, source="all")
+    (after,) = unify([before])
+    for field in ("modules", "diffs", "carried", "spellings", "metadata", "source", "keys"):
+        mine, theirs = getattr(after, field), getattr(before, field)
+        if field in ("modules", "diffs", "carried"):
+            assert mine.keys() == theirs.keys()
+            assert all(mine[name] is theirs[name] for name in mine)
+        else:
+            assert mine == theirs
+
+
+def test_updates_of_one_weight_and_its_bias_meet_by_their_shapes_each():
+    """A bias has the rows of its weight, and is another thing."""
+    name = "lora_unet_blocks_0_attn_foo"
+    first = Lora.from_state_dict(kohya(name, *factors(6, 2, 5)) | {f"{name}.diff_b": torch.ones(6)}, source="one")
+    for change, said in (
+        ({f"{name}.diff": torch.ones(6, 5), f"{name}.diff_b": torch.ones(6)}, None),
+        (
+            {f"{name}.diff": torch.ones(6, 4), f"{name}.diff_b": torch.ones(6)},
+            rf"^{name}: one updates .* \(6, 5\), two .* \(6, 4\)",
+        ),
+        (
+            {f"{name}.diff": torch.ones(6, 5), f"{name}.diff_b": torch.ones(7)},
+            rf"^{name} \(bias\): one updates .* \(6,\), two .* \(7,\)",
+        ),
+    ):
+        second = Lora.from_state_dict(change, source="two")
+        if said is None:
+            assert [one.spellings for one in unify([first, second])] == [first.spellings, second.spellings]
+        else:
+            with pytest.raises(ValueError, match=said):
+                unify([first, second])
 
 
 KNOWN = ("lora_unet_double_blocks_7_img_attn_proj", "diffusion_model.layers.7.feed_forward.w2")
