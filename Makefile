@@ -63,7 +63,7 @@ unit: setup  ## the tests that need no ComfyUI
 	env -u COMFYUI_PATH "$(RUN)" -m pytest $(call SPREAD,loadfile) tests --ignore=tests/with_comfyui
 
 integration: setup  ## the tests that run the real ComfyUI: nodes, server, web page
-	COMFYUI_PATH="$(TREE)" "$(RUN)" -m pytest $(call SPREAD,loadgroup) $(SOME) tests/with_comfyui
+	COMFYUI_PATH="$(TREE)" "$(RUN)" -m pytest $(call SPREAD,loadfile) $(SOME) tests/with_comfyui
 
 floor:  ## integration on the oldest ComfyUI that LCM Kit supports, without the slowest tests and all combinations
 	@$(MAKE) --no-print-directory integration COMFYUI=floor

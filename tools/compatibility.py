@@ -69,7 +69,7 @@ def outcomes(report: Path) -> dict[str, Outcome]:
 
 def run_tests(tree: Path, report: Path) -> None:
     """All integration tests on `tree`, with pytest's words on the terminal."""
-    spread = ["-n", os.environ.get("WORKERS", "2"), "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
+    spread = ["-n", os.environ.get("WORKERS", "2"), "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", *spread, "tests/with_comfyui", f"--junit-xml={report}"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(tree)})
     if done.returncode not in (0, 1) or not report.is_file():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ..updates.layer import Layer, Term, shaped
 from .core_space import CoreSpace
 from .orthonormal import Basis, basis
 from .scaling import levelled
-from .sums import Stack, stacked, weighted_sum
+from .sums import side_by_side_as_they_are, weighted_sum
 
 # Least ratio of eigenvalues from which singular vectors are computed.
 _CLEAR = 1e-10
@@ -59,105 +60,147 @@ class Prospect:
         return len(self.priority)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Known:
-    """The part of Directions that has the size of the ranks: the bases' factors, as large as the updates', stand in the
-    inputs already. r_up, r_down: as `basis` gives them; the others as in Directions."""
+@dataclass(frozen=True, eq=False)
+class Product:
+    """left @ right^T in the coordinates of two bases: left (p, r), right (q, r), None for q columns of the identity."""
 
-    r_up: Tensor
-    r_down: Tensor
+    left: Tensor
+    right: Tensor | None = None
+
+    @property
+    def core(self) -> Tensor:
+        """(p, q)"""
+        return self.left if self.right is None else self.left @ self.right.T
+
+    @property
+    def energy(self) -> float:
+        return _energy(self.core)
+
+    def along(self, u: Tensor, vh: Tensor) -> Tensor:
+        """u^T core v: what it is in other directions."""
+        inner: Tensor = (u.T @ self.left) @ (vh if self.right is None else vh @ self.right).T
+        return inner
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Order:
+    """Directions in which a sum of products can be cut anywhere, most important first; all of it has the size of the ranks.
+
+    u (p, k), vh (k, q): orthonormal, in the coordinates of two bases.   worth: (k,), how important each is.
+    total: the sum; None where the directions are its singular vectors, worth its squared singular values.
+    alone: whether the sum is its one term, in its own directions: what is kept of either is what they are worth.
+    """
+
     u: Tensor
     vh: Tensor
     worth: Tensor
-    energy: float
-    source_energy: tuple[float, ...]
+    products: tuple[Product, ...]
+    total: Tensor | None = None
+    alone: bool = False
+
+    @cached_property
+    def energy(self) -> float:
+        return float(self.worth.sum()) if self.total is None else _energy(self.total)
+
+    @cached_property
+    def source_energy(self) -> tuple[float, ...]:
+        return (self.energy,) if self.alone else tuple(product.energy for product in self.products)
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """(1 + terms, k + 1), as in Prospect."""
+        of_sum = self.worth.cumsum(0) if self.total is None else _corners(self.u.T @ self.total @ self.vh.T)
+        of_terms = [of_sum] if self.alone else [_corners(one.along(self.u, self.vh)) for one in self.products]
+        kept = torch.nn.functional.pad(torch.stack([of_sum, *of_terms]), (1, 0))
+        if self._holding_all is not None:
+            kept[:, -1] = self._holding_all.kept[:, -1]
+        return kept
+
+    @cached_property
+    def _holding_all(self) -> Order | None:
+        """As many directions that hold the whole sum, its own, where all of these together may lack some of it: where the weight is
+        smaller than the ranks of the terms together, they are all that there are on its shorter side, and not on the longer one."""
+        if self.total is None or self.total.shape[0] == self.total.shape[1]:
+            return None
+        u, s, vh = _singular(self.total)
+        return replace(self, u=u, vh=vh, worth=s.double().square(), total=None)
+
+    def _at(self, rank: int) -> Order:
+        """Directions whose first ones make the best of that rank."""
+        return self._holding_all or self if rank >= len(self.worth) else self
+
+    def kept_at(self, rank: int) -> tuple[float, ...]:
+        """The energy of each term inside the first directions."""
+        if (best := self._at(rank)) is not self:
+            return best.kept_at(rank)
+        if self.alone:
+            return (float(self.worth[:rank].sum()),)
+        if "kept" in vars(self):
+            return tuple(self.kept[1:, min(rank, len(self.worth))].tolist())
+        u, vh = self.u[:, :rank], self.vh[:rank]
+        return tuple(_energy(one.along(u, vh)) for one in self.products)
+
+    def shared(self, rank: int) -> tuple[Tensor, Tensor, float]:
+        """((p, r), (r, q), energy of what is lost): the nearest to the sum inside the first directions, in even shares."""
+        if (best := self._at(rank)) is not self:
+            return best.shared(rank)
+        u, vh = self.u[:, :rank], self.vh[:rank]
+        if self.total is None:
+            root = self.worth[:rank].to(u.dtype).sqrt().sqrt()
+            return u * root, root[:, None] * vh, float(self.worth[rank:].sum())
+        # The projected sum has singular vectors of its own.
+        core = u.T @ self.total @ vh.T
+        inner, s, outer = torch.linalg.svd(core, full_matrices=False)
+        root = s.sqrt()
+        return (u @ inner) * root, root[:, None] * (outer @ vh), _energy(self.total - u @ core @ vh)
+
+
+def _corners(inner: Tensor) -> Tensor:
+    """(k,) float64, the energy of a (k, k) matrix inside its first 1, 2, ... rows and columns."""
+    return inner.double().square().cumsum(0).cumsum(1).diagonal()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Known:
+    """The part of Directions that has the size of the ranks: the bases' factors, as large as the updates', stand in the
+    inputs already. r_up, r_down: as the bases have them."""
+
+    r_up: Tensor
+    r_down: Tensor
+    order: Order
 
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """The sum's core and terms' cores in an order of directions in which they can be cut anywhere.
-
-    With q the columns of the bases, q_up @ u and vh @ q_down^T are orthonormal directions, most important first; `worth`
-    says how important. singular: they are the singular vectors of the sum, worth its squared singular values.
-    """
+    """Orthonormal directions of a sum of updates, and of its terms: with q the columns of the bases, q_up @ u and
+    vh @ q_down^T, most important first. shape: of the weight."""
 
     up: Basis
     down: Basis
-    u: Tensor
-    vh: Tensor
-    total: Tensor
-    cores: tuple[Tensor, ...]
-    worth: Tensor
-    singular: bool
+    order: Order
     shape: tuple[int, ...]
 
     def known(self) -> Known | None:
         """What need not be computed again for the same terms; None where the bases are no combinations of their factors."""
         if self.up.r is None or self.down.r is None:
             return None
-        return Known(
-            r_up=self.up.r,
-            r_down=self.down.r,
-            u=self.u,
-            vh=self.vh,
-            worth=self.worth,
-            energy=self.energy,
-            source_energy=self.source_energy,
-        )
-
-    @property
-    def alone(self) -> bool:
-        """Whether the sum is its one term, in its own directions: what is kept of either is what they are worth."""
-        return self.singular and len(self.cores) == 1 and self.cores[0] is self.total
-
-    @cached_property
-    def energy(self) -> float:
-        return float(self.worth.sum()) if self.singular else _energy(self.total)
-
-    @cached_property
-    def source_energy(self) -> tuple[float, ...]:
-        return (self.energy,) if self.alone else tuple(map(_energy, self.cores))
+        return Known(r_up=self.up.r, r_down=self.down.r, order=self.order)
 
     def prospect(self) -> Prospect:
-        cores = [] if self.alone else list(self.cores) if self.singular else [self.total, *self.cores]
-        corners = [self._corners(core) for core in cores]
-        if self.singular:
-            corners = [self.worth.cumsum(0)] * (2 if self.alone else 1) + corners
-        kept = torch.nn.functional.pad(torch.stack(corners), (1, 0))
         cost = self.up.vectors.shape[0] + self.down.vectors.shape[0]
-        return Prospect(kept, self.worth, cost)
-
-    def _corners(self, core: Tensor) -> Tensor:
-        """(ranks,) float64, the energy of a core inside the first 1, 2, ... directions."""
-        blocks = (self.u.T @ core @ self.vh.T).double().square()
-        return blocks.cumsum(0).cumsum(1).diagonal()
+        return Prospect(self.order.kept, self.order.worth, cost)
 
     def cut(self, rank: int) -> Truncated:
-        u, vh = self.u[:, :rank], self.vh[:rank]
-        left, s, right = u, self.worth[:rank].to(u.dtype).sqrt(), vh
-        lost = float(self.worth[rank:].sum())
-        if not self.singular:
-            # The projected sum has singular vectors of its own; they share its size evenly between the factors.
-            core = u.T @ self.total @ vh.T
-            lost = _energy(self.total - u @ core @ vh)
-            inner, s, outer = torch.linalg.svd(core, full_matrices=False)
-            left, right = u @ inner, outer @ vh
-        root = s.sqrt()
-        up = self.up.vectors @ self.up.coefficients(left * root)
-        down = self.down.coefficients(right.T * root).T @ self.down.vectors.T
-        layer = shaped(up, down, self.shape)
+        left, right, lost = self.order.shared(rank)
+        up = self.up.vectors @ self.up.coefficients(left)
+        down = self.down.coefficients(right.T).T @ self.down.vectors.T
         return Truncated(
-            layer,
-            energy=self.energy,
+            layer=shaped(up, down, self.shape),
+            energy=self.order.energy,
             lost_energy=lost,
-            source_energy=self.source_energy,
-            kept_energy=self._kept(u, vh, rank),
+            source_energy=self.order.source_energy,
+            kept_energy=self.order.kept_at(rank),
         )
-
-    def _kept(self, u: Tensor, vh: Tensor, rank: int) -> tuple[float, ...]:
-        if self.alone:
-            return (float(self.worth[:rank].sum()),)
-        return tuple(_energy(u.T @ core @ vh.T) for core in self.cores)
 
 
 def directions(terms: Sequence[Term], *, balanced: bool = False) -> Directions:
@@ -170,51 +213,49 @@ def directions(terms: Sequence[Term], *, balanced: bool = False) -> Directions:
     balanced True: the singular vectors of all terms side by side, each scaled to norm 1, so that a weak term has as
         much say as a strong one. The error of the sum is larger, what each term keeps is more even.
     """
-    return _directions(stacked(terms), balanced)
+    return _directions(terms, balanced)
 
 
-def _directions(whole: Stack, balanced: bool, known: Known | None = None) -> Directions:
-    up, r_up = basis(whole.up) if known is None else (Basis(whole.up, known.r_up), known.r_up)
-    down, r_down = basis(whole.down.T) if known is None else (Basis(whole.down.T, known.r_down), known.r_down)
+def _directions(terms: Sequence[Term], balanced: bool, known: Known | None = None) -> Directions:
+    whole, numbers = side_by_side_as_they_are(terms)
+    if known is not None:
+        up, down = Basis(whole.up, known.r_up), Basis(whole.down.T, known.r_down)
+        return Directions(up, down, known.order, whole.shape)
+    (up, r_up), (down, r_down) = basis(whole.up), basis(whole.down.T)
     ranks = list(whole.ranks)
-    total = r_up @ r_down.T
-    parts = zip(torch.split(r_up, ranks, 1), torch.split(r_down, ranks, 1), strict=True)
-    cores = [a @ b.T for a, b in parts] if len(ranks) > 1 else [total]
-    u, vh, worth = _by_importance(total, cores, balanced) if known is None else (known.u, known.vh, known.worth)
-    return Directions(
-        up=up,
-        down=down,
-        u=u,
-        vh=vh,
-        total=total,
-        cores=tuple(cores),
-        worth=worth,
-        singular=not balanced,
-        shape=whole.shape,
-    )
+    r_up = r_up * numbers
+    products = tuple(map(Product, torch.split(r_up, ranks, 1), torch.split(r_down, ranks, 1)))
+    found = order(r_up @ r_down.T, products, balanced=balanced, alone=len(ranks) == 1)
+    return Directions(up, down, found, whole.shape)
 
 
 def directions_in(space: CoreSpace, core: Tensor, *, balanced: bool = False) -> Directions:
     """`directions` of left @ core @ right, where core is a merge method's result in a CoreSpace."""
-    u, vh, worth = _by_importance(core, space.cores, balanced)
-    return Directions(
-        up=Basis(space.left),
-        down=Basis(space.right.T),
+    alone = len(space.cores) == 1 and space.cores[0] is core
+    found = order(core, tuple(map(Product, space.cores)), balanced=balanced, alone=alone)
+    return Directions(Basis(space.left), Basis(space.right.T), found, space.shape)
+
+
+def order(total: Tensor, products: tuple[Product, ...], *, balanced: bool = False, alone: bool = False) -> Order:
+    """`directions` in the coordinates of two bases. total: the products' sum, or what a method makes of them.   alone: whether
+    the total is the one product."""
+    u, vh, worth = _by_importance(total, products, balanced)
+    return Order(
         u=u,
         vh=vh,
-        total=core,
-        cores=space.cores,
         worth=worth,
-        singular=not balanced,
-        shape=space.shape,
+        products=products,
+        total=total if balanced else None,
+        alone=alone and not balanced,
     )
 
 
-def _by_importance(total: Tensor, cores: Sequence[Tensor], balanced: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(u, vh, worth) of `Directions`."""
+def _by_importance(total: Tensor, products: Sequence[Product], balanced: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(u, vh, worth) of `Order`."""
     if not balanced:
         u, s, vh = _singular(total)
         return u, vh, s.double().square()
+    cores = [product.core for product in products]
     side_by_side = [core / norm for core in cores if (norm := core.norm()) > 0] or [total]
     u, left, _ = torch.linalg.svd(torch.cat(side_by_side, dim=1), full_matrices=False)
     v, right, _ = torch.linalg.svd(torch.cat([core.T for core in side_by_side], dim=1), full_matrices=False)
@@ -256,17 +297,22 @@ def truncated_sum(
     if rank < 1:
         raise ValueError(f"rank is {rank}, but the smallest rank is 1")
     if sum(layer.rank for layer, strength in terms if strength * layer.scale) <= rank:
-        energy, energies = _energies(terms) if known is None else (known.energy, known.source_energy)
+        energy, energies = _energies(terms) if known is None else (known.order.energy, known.order.source_energy)
         layer = weighted_sum(terms, dtype)
         return Truncated(layer=layer, energy=energy, lost_energy=0.0, source_energy=energies, kept_energy=energies)
-    return _directions(stacked(terms), balanced, known).cut(rank)
+    return _directions(terms, balanced, known).cut(rank)
 
 
 def _energies(terms: Sequence[Term]) -> tuple[float, tuple[float, ...]]:
-    """Energy of the sum of the terms, and of each."""
-    whole = stacked(terms)
-    energies = tuple(_product_energy(up, down) for up, down in whole.parts)
-    return (energies[0] if len(energies) == 1 else _product_energy(whole.up, whole.down)), energies
+    """Energy of the sum of the terms, and of each, from the two (rank, rank) Gram matrices."""
+    whole, numbers = side_by_side_as_they_are(terms)
+    products = (whole.up.T @ whole.up).double().mul_((whole.down @ whole.down.T).double())
+    products.mul_(numbers).mul_(numbers[:, None])
+    energy = max(0.0, float(products.sum()))
+    if len(whole.ranks) == 1:
+        return energy, (energy,)
+    ends = list(accumulate(whole.ranks, initial=0))
+    return energy, tuple(max(0.0, float(products[a:b, a:b].sum())) for a, b in pairwise(ends))
 
 
 def truncated_matrix(total: Tensor, deltas: Sequence[Tensor], rank: int) -> Truncated:

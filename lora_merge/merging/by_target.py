@@ -107,7 +107,8 @@ def _needed(loras: Sequence[Lora], homes: Sequence[Mapping[str, Target]]) -> boo
     for found in homes:
         for module, target in found.items():
             called.setdefault(replace(target, turned=False), set()).add(module)
-    whole, sliced = ({t.weight for t in called if (t.rows is None) is wanted} for wanted in (True, False))
+    whole = {target.weight for target in called if target.rows is None}
+    sliced = {target.weight for target in called if target.rows is not None}
     if any(len(modules) > 1 for modules in called.values()) or whole & sliced:
         return True
     return undecided([named for index, lora in enumerate(loras) for named in lora.named(index)]) is not None
@@ -132,9 +133,6 @@ def _named(
         those = " and ".join(lora.spellings[module] for module, name in new.items() if name == twice)
         raise ValueError(f"{lora.source}: {those} are one weight of the connected model; remove one of them.")
     lora = renamed(lora, Renaming(new, frozenset(m for m in new if found[m].turned)))
-    lora = replace(
-        lora, spellings=dict(lora.spellings) | {name: spelled.get(name, s) for name, s in lora.spellings.items()}
-    )
     whole = {target.weight for those in homes for target in those.values() if target.rows is None}
     rows = {new[m]: t for m, t in found.items() if m in new and t.rows is not None and t.weight in whole}
 

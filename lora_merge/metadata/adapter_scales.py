@@ -118,7 +118,7 @@ class _Scales:
         dots = [at for at, letter in enumerate(name) if letter == "." and len(name) - at <= MAX_END]
         ends = [name, *(name[at + 1 :] for at in dots)]
         found = [self._plain[end] for end in ends if end in self._plain]
-        return min(found, key=lambda pair: pair[0], default=(math.inf, self._alpha))
+        return min(found, default=(math.inf, self._alpha))  # no two have one place
 
 
 def _expression(pattern: str) -> Expression:

@@ -30,8 +30,7 @@ class Strengths:
         self, base: Sequence[float], blocks: Sequence[BlockStrengths | None], layout: Layout, averaged: bool = False
     ):
         self.base = tuple(base)
-        total = math.fsum(base) if averaged else 1.0
-        self._shares = tuple(strength / total for strength in base) if averaged else self.base
+        self._shares = _mean(self.base) if averaged else self.base
         self.blocks = tuple(blocks)
         self.layout = layout
 
@@ -43,6 +42,11 @@ class Strengths:
             strength if blocks is None else strength * blocks.factor(module, self.layout)
             for strength, blocks in zip(self._shares, self.blocks, strict=True)
         )
+
+
+def _mean(weights: Sequence[float]) -> tuple[float, ...]:
+    total = math.fsum(weights)
+    return tuple(weight / total for weight in weights)
 
 
 def strengths_of(

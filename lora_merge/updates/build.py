@@ -116,7 +116,7 @@ def _made(kind: str, parts: Mapping[str, Tensor], alpha: float | None, kernel: t
         return Carried(kind, own, alpha, _glora_shape(own))
     if kind == REPLACED:
         return Carried(kind, own, alpha, tuple(own["set_weight"].shape))
-    if kind == BUNDLED or layer is None:
+    if layer is None:
         return Carried(BUNDLED, own, alpha)
     if "reshape_weight" in parts:
         if parts["reshape_weight"].ndim != 1:
@@ -162,7 +162,7 @@ def _oft(own: Mapping[str, Tensor], alpha: float | None) -> Carried:
         raise ValueError(
             f"oft_blocks is {shape}, but OFT needs (blocks, size, size), BOFT (factors, blocks, size, size)"
         )
-    return Carried(OFT if len(shape) == 3 else BOFT, own, alpha, (shape[-3] * shape[-2],))
+    return Carried(OFT if len(shape) == 3 else BOFT, own, alpha, (prod(shape[-3:-1]),))
 
 
 def _glora_shape(own: Mapping[str, Tensor]) -> tuple[int, ...]:

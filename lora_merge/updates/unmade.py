@@ -136,8 +136,8 @@ def borrowed_bytes(size: int, device: torch.device = CPU) -> Iterator[Tensor]:
         yield torch.empty(size, dtype=torch.uint8, device=device)
         return
     spare: list[Tensor] = vars(_of_this_thread).setdefault("spare", [])
-    memory = spare.pop() if spare else torch.empty(0, dtype=torch.uint8)
-    if memory.numel() < size:
+    memory = spare.pop() if spare else None
+    if memory is None or memory.numel() < size:
         memory = torch.empty(size, dtype=torch.uint8)
     try:
         yield memory[:size]

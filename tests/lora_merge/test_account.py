@@ -133,11 +133,12 @@ def test_a_sum_of_nothing_is_no_error_and_leaves_nothing_of_nothing(choices):
     assert account.sources[1].retention == (None if choices else 1.0)
 
 
-def test_what_stepped_aside_is_measured_against_what_it_was():
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_what_stepped_aside_is_measured_against_what_it_was(size):
     """mu / (1 + mu) is taken of the part that lies in the other's direction: of rank 1, all that it reads there."""
     g = generator(1)
     first, second = torch.randn(6, 1, generator=g), torch.randn(6, 1, generator=g)
-    reads = torch.randn(1, 5, generator=g)
+    reads = size * torch.randn(1, 5, generator=g)
     mine, theirs = (
         Lora.from_state_dict(kohya("lora_unet_x", up, reads), source=name) for up, name in ((first, "a"), (second, "b"))
     )

@@ -193,9 +193,20 @@ def test_a_balanced_cut_keeps_more_of_the_weak_input():
     )
     assert balanced.sources[0].retention > 2 * plain.sources[0].retention
     shared = [
-        merge_with_account([(faint, 1.0), (LCM, 1.0)], max_mb=0.02, balanced=choice)[1] for choice in (False, True)
+        merge_with_account([(faint, 1.0), (LCM, 1.0)], max_mb=0.01, balanced=choice)[1] for choice in (False, True)
     ]
-    assert shared[1].sources[0].retention > shared[0].sources[0].retention
+    assert shared[1].sources[0].retention > 2 * shared[0].sources[0].retention
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_size_with_room_for_all_loses_nothing(balanced):
+    """One of the modules is smaller than the ranks together."""
+    inputs = [(lora(3, 6, size=0.05), 1.0), (LCM, 1.0)]
+    whole = merge(inputs)
+    cut = merge(inputs, max_mb=0.02, balanced=balanced)
+    assert any(cut.modules[name].rank < layer.rank for name, layer in whole.modules.items())
+    for name, layer in whole.modules.items():
+        torch.testing.assert_close(cut.delta(name), layer.delta(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["ties", "slerp", "tsv", "dare"])

@@ -3,10 +3,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lcm_kit.lora_merge import LoraLayer
+from lcm_kit.lora_merge import Lora, LoraLayer
 from lcm_kit.lora_merge.algebra.precision import cast
-from lcm_kit.lora_merge.algebra.sums import dense_sum_in, is_safe_whole, stacked, weighted_sum
+from lcm_kit.lora_merge.algebra.sums import dense_dtype, dense_sum_in, is_safe_whole, stacked, weighted_sum
 from lcm_kit.lora_merge.updates.side_by_side import Sum
+from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import dense, factors, layer, relative
 
 
@@ -184,6 +185,39 @@ def test_a_sum_of_plain_loras_is_made_when_it_is_asked_for_whatever_their_streng
         total = weighted_sum([*zip((first, second), strengths, strict=True)])
         assert isinstance(total, Sum)
         assert total.rank == sum(one.rank for one, strength in zip((first, second), strengths, strict=True) if strength)
+
+
+@pytest.mark.parametrize("kind", kinds.ADDITIVE)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_sum_is_rounded_once_to_the_dtype_that_was_asked_for_whatever_it_is_made_of(kind, dtype):
+    kernel = (3, 3) if kinds.ADDITIVE[kind][1] else ()
+    state = {f"lora_unet_conv_in{end}": part for end, part in kinds.parts(kind, kernel=kernel).items()}
+    (one,) = Lora.from_state_dict(state).modules.values()
+    total, exact = weighted_sum([(one, 0.7)], dtype), weighted_sum([(one, 0.7)])
+    assert total.dtypes == {dtype}
+    assert torch.equal(total.up, exact.up.to(dtype))
+    assert torch.equal(total.down, exact.down.to(dtype))
+    if dtype == torch.float16:  # what it would lose stays in float32, to be balanced
+        assert weighted_sum([(one, 1e-9)], dtype).dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_term_whose_factors_leave_float32s_range_on_the_way_is_enough_to_take_care(first):
+    one = layer(6, 2, 5)
+    far = LoraLayer(one.up * 2.0**100, one.down * 2.0**-100)
+    terms = [(far, 2.0**100), (layer(6, 3, 5, seed=1), 1.0)]
+    total = weighted_sum(terms if first else terms[::-1])
+    wanted = torch.ldexp(dense(one.up, one.down), torch.tensor(100))
+    assert relative(total.delta_in(torch.float64), wanted) < 1e-6
+
+
+def test_ordinary_sums_are_made_in_float32_and_only_those_that_leave_it_in_float64():
+    one, diff = layer(6, 2, 5), torch.ones(6, 5)
+    assert dense_dtype([(one, 1.0)], [(diff, -2.0)]) == torch.float32
+    assert dense_dtype([(one, 1.0)], [(diff, 2.0**120)]) == torch.float64
+    assert dense_dtype([(one, 2.0**120)], [(diff, 1.0)]) == torch.float64
+    assert dense_dtype([(one, 1.0), (one, 2.0**120)], []) == torch.float64
+    assert dense_dtype([], [(diff, 1.0), (diff, 2.0**120)]) == torch.float64
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

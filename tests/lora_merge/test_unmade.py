@@ -331,6 +331,20 @@ def test_what_is_told_of_an_unmade_tensor_is_told_of_the_tensor(dtype, column, b
     assert layer.alpha == LoraLayer(up, down, 3.0).alpha
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, HALF, FULL])
+@pytest.mark.parametrize("shape", [(100, 3), (3, 100), (5, 3, 2, 2), (40, 3, 2, 2)])
+def test_extremes_are_those_of_the_values_and_of_the_components_along_the_rank(shape, dtype):
+    """The rank is the shorter side, or the one that is asked for; of long components a beginning is looked at."""
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=FULL).to(dtype)
+    matrix = tensor.float().flatten(1)
+    for component, asked in ((int(matrix.shape[0] > matrix.shape[1]), None), (0, 0), (1, 1)):
+        found = extremes(tensor, asked)
+        assert (found.low, found.high, found.largest) == (matrix.min(), matrix.max(), matrix.abs().max())
+        assert found.component == component
+        beginning = matrix.narrow(1 - component, 0, min(64, matrix.shape[1 - component]))
+        assert found.least == beginning.abs().amax(dim=1 - component).min()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_an_unmade_tensor_is_made_in_its_dtype_where_it_belongs(dtype):
     """meta stands for a device without numbers."""

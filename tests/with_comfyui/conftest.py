@@ -4,7 +4,9 @@ In process, `import comfy`, `import nodes` and `import folder_paths` are ComfyUI
 of their own: nothing is written into anybody's ComfyUI. `server` is a whole ComfyUI in a process of its own.
 """
 
+import gc
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -20,6 +22,10 @@ HOME = None
 # What goes to one process, the longest first, so that none is alone with one at the end; all else goes file by file.
 # Pages share a browser's process and a server, and are not drawn two at a time.
 PAGES, SERVER = "pages", "server"
+FILES = {  # group -> the files whose tests may ask for its fixture
+    PAGES: re.compile(r"test_(\w+_in_page|browser|frozen)\.py"),
+    SERVER: re.compile(r"test_(\w+_in_server|comparing|demo|hostile_texts|random_graphs|startup|workflows)\.py"),
+}
 RUNNING = pytest.StashKey()  # the browser
 LONG = (PAGES, SERVER, "test_distillation_command.py", "test_soak.py", "test_soak_trainings.py")
 
@@ -63,12 +69,28 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Shares groups of files. By names of files, as the process that shares knows no fixtures; pytest-xdist's own groups are
+    lost with pytest 9.2, which does not look where pytest-xdist 3.8 puts them, and no word is said."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByGroup(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return group_of(super()._split_scope(nodeid))
+
+    return ByGroup(config, log) if config.getoption("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(config, items):
     order = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: order.get(group_of(item), len(LONG)))
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    items.sort(key=lambda item: order.get(group_of(item.path), len(LONG)))
+    for item in items:
+        needed = PAGES if "browser" in item.fixturenames else SERVER if "server" in item.fixturenames else None
+        if needed and group_of(item.path) not in (PAGES, needed):
+            raise pytest.UsageError(
+                f"{item.nodeid} needs the fixture of the {needed}: name its file in FILES ({__file__})"
+            )
     if config.getoption("each_value"):
         files = defaultdict(list)
         for item in items:
@@ -79,8 +101,16 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item in kept]
 
 
-def group_of(item):
-    return PAGES if "browser" in item.fixturenames else SERVER if "server" in item.fixturenames else item.path.name
+def pytest_collection_finish():
+    """What is there before the first test stays: neither the collector nor a test that looks through all objects need see it."""
+    gc.collect()
+    gc.freeze()
+
+
+def group_of(file):
+    """Of a path: the group whose files are called so, or the file's name."""
+    name = Path(file).name
+    return next((group for group, names in FILES.items() if names.fullmatch(name)), name)
 
 
 def values_of(item):
@@ -185,6 +215,22 @@ def vae():
     return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(DEMO_MODELS / "vae" / "tiny_emoji_vae.safetensors")))
 
 
+@pytest.fixture(scope="module")
+def distill_here():
+    """The distillation's command in this process, where ComfyUI is loaded already: arguments -> exit status. What it adds to
+    ComfyUI is taken away again."""
+    import comfy.supported_models
+    import torch
+
+    from lcm_kit.distillation.__main__ import main
+
+    models, path, threads = [*comfy.supported_models.models], [*sys.path], torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes that tests start: sums in the same order
+    yield main
+    torch.set_num_threads(threads)
+    comfy.supported_models.models[:], sys.path[:] = models, path
+
+
 @pytest.fixture
 def loras_folder(comfy_home, tmp_path, monkeypatch):
     """An empty folder that ComfyUI takes for its first loras folder, and nothing in memory."""
@@ -253,7 +299,7 @@ def browser(request):
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
     running = item.config.stash.get(RUNNING, None)
-    if running is not None and (nextitem is None or group_of(nextitem) != PAGES):
+    if running is not None and (nextitem is None or group_of(nextitem.path) != PAGES):
         running.close()
 
 

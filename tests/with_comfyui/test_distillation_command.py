@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import comfy.supported_models
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +16,6 @@ from safetensors.torch import load_file
 
 from lcm_kit.demo.prompts import FIGURE
 from lcm_kit.distillation import checkpoint
-from lcm_kit.distillation.__main__ import main
 from lcm_kit.distillation.log import read_table
 from lcm_kit.lora_merge import load
 from lcm_kit.tests.helpers import ROOT
@@ -58,13 +56,8 @@ def run(*arguments, **options):
 
 
 @pytest.fixture(scope="module")
-def in_process():
-    """`main` here, where ComfyUI is loaded already; what it adds to ComfyUI is taken away again."""
-    models, path, threads = [*comfy.supported_models.models], [*sys.path], torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the other processes: sums in the same order
-    yield lambda *arguments: main([*MODEL, *SMALL, *map(str, arguments)])
-    torch.set_num_threads(threads)
-    comfy.supported_models.models[:], sys.path[:] = models, path
+def in_process(distill_here):
+    return lambda *arguments: distill_here([*MODEL, *SMALL, *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")

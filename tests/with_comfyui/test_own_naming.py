@@ -2,6 +2,7 @@
 weight, for every model that it has and every pair of spellings, those that ComfyUI reads and those that only we read."""
 
 import re
+import zlib
 from functools import cache
 from itertools import combinations
 
@@ -219,8 +220,10 @@ def module_of(key):
     return re.sub(r"\.(?:lora_(?:up|down)\.weight|alpha)$", "", key)
 
 
+# In `make test` each pair is tried on every third model, and each spelling of a model with a third of its others.
+@pytest.mark.parametrize("thirds", [1, pytest.param(3, marks=pytest.mark.rare)])
 @pytest.mark.parametrize("name", dits.KNOWN)
-def test_every_pair_of_spellings_is_merged_into_what_the_two_loras_add_one_after_the_other(name):
+def test_every_pair_of_spellings_is_merged_into_what_the_two_loras_add_one_after_the_other(name, thirds):
     """An acceleration LoRA at 1.0 and a style at 0.8, one of them at least in a spelling that ComfyUI reads, which reads
     every key of the result. Each pair in one order, so that every spelling is the first of about half of its pairs, and
     the model's own beside each other one in both.
@@ -232,7 +235,8 @@ def test_every_pair_of_spellings_is_merged_into_what_the_two_loras_add_one_after
     deltas = {key: tuple(by_hand(name, key, state) for state in pair) for key, pair in states.items()}
     loras = {key: tuple(map(Lora.from_state_dict, pair)) for key, pair in states.items()}
     for first, second in in_turns(list(states), (MODEL, True)):
-        if not {first, second} & read:
+        turn = dits.KNOWN.index(name) + zlib.crc32(repr(sorted((first, second))).encode())
+        if not {first, second} & read or (turn % 3 >= thirds and (MODEL, True) not in (first, second)):
             continue
         written = merge([(loras[first][0], 1.0), (loras[second][1], 0.8)]).to_state_dict()
         compare(name, written, deltas[first][0], deltas[second][1])
