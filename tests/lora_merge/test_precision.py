@@ -107,7 +107,7 @@ def test_balancing_is_reported(caplog):
     lora = Lora.from_state_dict(kohya(MODULE, up * 1e7, down / 1e7), source="style")
     with caplog.at_level(logging.INFO):
         state = lora.to_state_dict(torch.float16)
-    assert "style: factors of 1 modules balanced" in caplog.text
+    assert "style: factors of 1 module balanced" in caplog.text
     assert [record.levelname for record in caplog.records] == ["INFO"]  # nothing is lost
     assert relative(Lora.from_state_dict(state).delta(MODULE), lora.delta(MODULE)) < 1e-3
 
@@ -187,7 +187,7 @@ def test_differences_too_small_for_float16_are_named_with_their_error(part, capl
     error = relative(next(iter(load(tmp_path / "x.safetensors").diffs.values())), diff)
     assert error > 0.1
     assert (
-        f"float16 has no numbers small enough for 1 modules: their updates change by up to {100 * error:.3g} % ({MODULE})"
+        f"float16 has no numbers small enough for 1 module: their updates change by up to {100 * error:.3g} % ({MODULE})"
         in caplog.text
     )
     assert "Save as bfloat16 or float32" in caplog.text
@@ -207,7 +207,7 @@ def test_without_alpha_the_loss_is_told(dtype, caplog):
     found = [state[f"unet.conv_in.lora_{part}.weight"].double() for part in "BA"]
     error = relative(found[0] @ found[1], dense(up * size, down * size))
     assert (
-        f"style: {str(dtype)[6:]} has no numbers small enough for 1 modules: their updates change by up to {100 * error:.3g} %"
+        f"style: {str(dtype)[6:]} has no numbers small enough for 1 module: their updates change by up to {100 * error:.3g} %"
         in caplog.text
     )
 
