@@ -48,6 +48,8 @@ def test_every_known_change_has_a_reason_in_words():
         ("1e6", ["2000000.0"]),
         ("True", ["False"]),
         ("a if b else c", ["c"]),
+        ("a if b else a.to(c)", []),
+        ("a if b else c.to(a)", ["c.to(a)"]),
         ("max(a)", ["min(a)"]),
         ("f(a, b=c)", ["f(a)"]),
         ("zip(a, strict=d)", []),

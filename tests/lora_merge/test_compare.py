@@ -5,8 +5,9 @@ import torch
 
 from lcm_kit.lora_merge import Lora, LoraLayer, merge
 from lcm_kit.lora_merge.algebra.lowrank import truncated_sum
-from lcm_kit.lora_merge.comparing.compare import _in_order, _own, compare
+from lcm_kit.lora_merge.comparing.compare import _in_order, compare
 from lcm_kit.lora_merge.comparing.curve import curve_of
+from lcm_kit.lora_merge.comparing.own import own_of
 from lcm_kit.lora_merge.comparing.verdict import answer, headline, relation
 from lcm_kit.lora_merge.one_module.protect import stepping_aside
 from lcm_kit.tests.lora_merge.kinds import ADDITIVE, CARRIED, parts
@@ -252,7 +253,8 @@ def test_blocks_of_a_comparison_come_in_the_order_of_the_way_through_the_model()
 
 
 def test_the_numbers_of_a_whole_weight_are_counted_beyond_what_float32_counts():
-    assert curve_of({}, (1.0,), (4097, 4097), 0, True).numbers.tolist() == [4097**2]
+    one = own_of(*torch.ones(2, 1, 1, dtype=torch.float64), 0.95, is_triangle=True, alone=True)
+    assert curve_of({0: one}, (1.0,), (4097, 4097), 0, True).numbers.tolist() == [4097**2]
 
 
 @pytest.mark.parametrize("ranks", [(1, 1), (4, 2), (16, 40)])
@@ -463,14 +465,31 @@ def test_of_each_silent_lora_it_is_said_why_it_is(first, second):
         assert head == "Nothing to fight: none of these LoRAs adds anything."
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("size", [1.0, 2.0**-30, 2.0**30])
-def test_what_counts_as_a_direction_does_not_depend_on_the_size_of_the_update(size):
+def test_what_counts_as_a_direction_does_not_depend_on_the_size_of_the_update(size, alone):
     """Singular values from 1 to 1e-5 count, one of 1e-7 beside 1 is rounding."""
     values = torch.tensor([1.0, 0.3, 1e-3, 1e-5, 1e-7], dtype=torch.float64)
     up, _ = torch.linalg.qr(torch.randn(9, 5, generator=generator(1), dtype=torch.float64))
     down, _ = torch.linalg.qr(torch.randn(7, 5, generator=generator(2), dtype=torch.float64))
-    one = _own(up * values * size, down, 0.95)
+    one = own_of(up * values * size, down, 0.95, is_triangle=False, alone=alone)
     assert one.effective == 4
     assert one.leading == 2  # 1 / 1.09 is less than 0.95 of the energy
     assert one.energy == pytest.approx(size**2 * float(values.square().sum()))
-    assert _own(up * values * size, down, 1.0).leading == 3
+    assert own_of(up * values * size, down, 1.0, is_triangle=False, alone=alone).leading == 3
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 5), (4, 6)])
+def test_a_triangle_needs_no_decomposition_to_be_the_same_update(shape):
+    """The first of several updates in their common space, zeros below; also of more ranks than the space has dimensions."""
+    up = torch.randn(9, shape[1], generator=generator(1), dtype=torch.float64)
+    down = torch.randn(shape, generator=generator(2), dtype=torch.float64).triu()
+    one, other = (own_of(up, down, 0.5, is_triangle=choice, alone=False) for choice in (True, False))
+    u, s, v = (part[..., : min(shape)] for part in torch.svd(up @ down.T))
+    for own in (one, other):
+        assert (own.effective, own.leading) == (min(shape), other.leading)
+        torch.testing.assert_close(own.values, s.square(), rtol=0, atol=1e-12 * float(s[0]) ** 2)
+        for found, expected in ((own.left, u), (own.right, v)):
+            torch.testing.assert_close((found.T @ expected).abs(), torch.eye(len(s)).double(), rtol=0, atol=1e-8)
+    assert one.dot(other) == pytest.approx(one.energy)
+    assert one.inside(other) == pytest.approx(float(s[: other.leading].square().sum()))

@@ -155,7 +155,7 @@ def test_what_peft_saves_beside_factors_is_listed():
         "LoRA with a bias of its own",
         "LoRA of an embedding",
         "weights that PEFT saves whole (2 keys",
-        "unknown (1 keys",
+        "unknown (1 key",
     ):
         assert words in text
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "demo" / "models"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-PICTURES, STEPS = 20, 6
+PICTURES, SAMPLES, STEPS = 20, 8, 6
 WORDS = ["cat face", "rocket", "red apple", "tree", "sun", "dog face"]
 
 
@@ -50,24 +50,24 @@ class Figures:
         )
 
 
-def command(kind: str, data: Path, output: Path) -> list[str]:
+def command(kind: str, data: Path, output: Path, steps: int, samples: int) -> list[str]:
     learn = {
-        "captions": ["--prompts", data / "captions.txt", "--samples", "8"],
+        "captions": ["--prompts", data / "captions.txt", "--samples", samples],
         "pictures": ["--prompts", data / "captions.txt", "--pictures", data / "pictures"],
     }[kind]
     return [sys.executable, "-m", "distillation", *map(str, [
         "--checkpoint", MODELS / "checkpoints" / "tiny_emoji.safetensors", "--vae", MODELS / "vae" / "tiny_emoji_vae.safetensors",
         "--custom-nodes", ROOT / "demo" / "tiny_emoji", "--comfyui", os.environ["COMFYUI_PATH"], "--cpu", "--rank", 2, "--skip",
         200, "--guidance-min", 3, "--guidance-max", 3, "--width", 64, "--height", 64, "--save-dtype", "fp32", "--batch", 2,
-        "--steps", STEPS, "--save-every", 1, *learn, "-o", output, "--overwrite",
+        "--steps", steps, "--save-every", 1, *learn, "-o", output, "--overwrite",
     ])]  # fmt: skip
 
 
-def make_data(folder: Path, count: int) -> None:
+def make_data(folder: Path) -> None:
     (folder / "pictures").mkdir()
-    for number in range(count):
+    for number in range(PICTURES):
         Image.linear_gradient("L").rotate(18 * number).resize((64, 64)).save(folder / "pictures" / f"{number:02}.png")
-    captions = [f"{WORDS[number % len(WORDS)]} {number}" for number in range(count)]
+    captions = [f"{WORDS[number % len(WORDS)]} {number}" for number in range(PICTURES)]
     (folder / "captions.txt").write_text("\n".join(captions))
 
 
@@ -108,20 +108,21 @@ def soak(
     folder: Path,
     count: int,
     seed: int = 1,
-    pictures: int = PICTURES,
+    steps: int = STEPS,
+    samples: int = SAMPLES,
     finish: Callable[[list[str]], bool] | None = None,
 ) -> Figures:
     """finish: runs a command that nobody stops and says whether it ended well; a process of its own if not given."""
     finish = finish or _finish
     figures, draw = Figures(), random.Random(seed)
-    make_data(folder, pictures)
+    make_data(folder)
     expected, seconds, number = {}, {}, 0
     kinds = ["captions", "pictures"]
     while figures.kills < count:
         kind = kinds[number % 2]
         if kind not in expected:
             started = time.monotonic()
-            finish(command(kind, folder, folder / f"{kind}.safetensors"))
+            finish(command(kind, folder, folder / f"{kind}.safetensors", steps, samples))
             seconds[kind] = time.monotonic() - started
             expected[kind] = load_file(folder / f"{kind}.safetensors")
         output = folder / f"{number}.safetensors"
@@ -129,7 +130,7 @@ def soak(
         for _ in range(min(draw.randint(2, 6), count - figures.kills)):
             known = shards(run)
             process = subprocess.Popen(
-                command(kind, folder, output), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                command(kind, folder, output, steps, samples), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
             try:
@@ -142,7 +143,7 @@ def soak(
             figures.stages[stage(run)] = figures.stages.get(stage(run), 0) + 1
             figures.twice += sum(shards(run).get(name) != place for name, place in known.items())
         known = shards(run)
-        figures.failed += not finish(command(kind, folder, output))
+        figures.failed += not finish(command(kind, folder, output, steps, samples))
         figures.twice += sum(shards(run).get(name) != place for name, place in known.items()) + doubled(run)
         if output.exists():
             actual = load_file(output)

@@ -4,6 +4,7 @@ In process, `import comfy`, `import nodes` and `import folder_paths` are ComfyUI
 of their own: nothing is written into anybody's ComfyUI. `server` is a whole ComfyUI in a process of its own.
 """
 
+import gc
 import os
 import re
 import shutil
@@ -98,6 +99,12 @@ def pytest_collection_modifyitems(config, items):
         kept = {cases[place] for cases in files.values() for place in each_value([values_of(case) for case in cases])}
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
+
+
+def pytest_collection_finish():
+    """What is there before the first test stays: neither the collector nor a test that looks through all objects need see it."""
+    gc.collect()
+    gc.freeze()
 
 
 def group_of(file):

@@ -187,7 +187,7 @@ def most(monkeypatch):
 
     def watched(self, name, place):
         reads[0] += 1
-        if reads[0] % 29 == 0:  # to look at all objects takes long
+        if reads[0] % 7 == 0:
             seen[0] = max(seen[0], living())
         fill(self, name, place)
 

@@ -241,7 +241,8 @@ SHARES = {
 def test_loras_of_two_namings_for_different_weights_are_merged(share, name):
     """Some weights in one naming, the rest in another: nothing of it can be one weight, and all of it arrives."""
     homes, weights = dits.homes(name), dits.shapes(name)
-    for first, second in combinations(matrices(name), 2):
+    pairs, turn = list(combinations(matrices(name), 2)), dits.KNOWN.index(name)
+    for first, second in (pair for place, pair in enumerate(pairs) if (place + turn) % 2 == 0 or len(pairs) < 6):
         states = [
             {k: v for target, s in found.items() if SHARES[share][1](target[0]) is wanted
              for k, v in lora(s, dits.shape_at(name, s), int(wanted)).items()}
@@ -318,4 +319,4 @@ def test_apply_names_both_spellings_and_blames_no_other_model():
         patches.apply(model, None, both, 1.0, 1.0)
     assert "another base model" not in str(refused.value)
     report = patches.apply(model, None, both, 1.0, 1.0, allow_misfit=True).report
-    assert f"1 pairs name one weight twice, and one of the two is left out: {' and '.join(pair)}." in report
+    assert f"1 pair names one weight twice, and one of the two is left out: {' and '.join(pair)}." in report

@@ -15,6 +15,6 @@ def test_killed_trainings_end_in_the_same_lora_and_make_nothing_twice(distill_he
     def finish(command):
         return distill_here(command[command.index("distillation") + 1 :]) == 0
 
-    figures = soak(tmp_path, 3, pictures=8, finish=finish)
+    figures = soak(tmp_path, 3, steps=3, samples=4, finish=finish)
     assert figures.kills == 3
     assert figures.fine, str(figures)

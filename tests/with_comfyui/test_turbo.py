@@ -56,7 +56,7 @@ def check(made, base, turbo, tuned):
             assert error <= EXACT, (key, error)
 
 
-@pytest.fixture(params=dits.KNOWN)
+@pytest.fixture(scope="module", params=dits.KNOWN)
 def models(request):
     name = request.param
     base = weights(name, 0)
