@@ -204,7 +204,7 @@ def _alpha(tensors: Mapping[str, Tensor | Unmade], scales: AdapterScales, module
         return float(made(tensors["alpha"]).item())
     # Only PEFT and diffusers write alphas there, and only for LoRA.
     if "down" in tensors:
-        return scales.alpha(module, int(tensors["down"].shape[0]) if tensors["down"].ndim else 1)
+        return scales.alpha(module, tensors["down"].shape[:1].numel())  # what has no rows is refused later
     return None
 
 

@@ -14,7 +14,9 @@ from lcm_kit.lora_merge.metadata import adapter_scales, expressions
 from lcm_kit.lora_merge.metadata.adapter_scales import STEPS
 from lcm_kit.lora_merge.metadata.expressions import Budget, Expression
 
-ATOMS = st.sampled_from(["a", "b", "1", ".", r"\.", r"\d", r"\w", "[ab]", "[^a]", "[a-c1]", r"[\d.]", "^", "$", "_"])
+ATOMS = st.sampled_from(
+    ["a", "b", "1", ".", r"\.", r"\d", r"\w", r"\D", r"\W", r"\S", "[ab]", "[^a]", "[a-c1]", r"[\d.]", "^", "$", "_"]
+)
 
 
 def parts(inner):
@@ -50,6 +52,15 @@ def test_a_repeat_fits_as_often_as_pythons(times):
     for count in range(7):
         name = "." + "a" * count + "b"
         assert expression.ends(name, Budget(10**6)) == (re.match(rf"(.*\.)?(a{times}b)$", name) is not None), name
+
+
+@pytest.mark.parametrize(
+    "atom",
+    [r"\d", r"\D", r"\w", r"\W", r"\s", r"\S", r"[\D]", r"[^\w]", r"\.", r"\-", ".", "[]a]", "[a-]", "[^]]", "[a-c.]"],
+)
+def test_an_atom_takes_the_letters_that_pythons_takes(atom):
+    for letter in "abcd19_-. \t]^\\é٣":
+        assert Expression(atom).ends(letter, Budget(100)) == (re.fullmatch(atom, letter) is not None), letter
 
 
 @pytest.mark.parametrize("times", ["{100}", "{100,}", "{99,100}", "{,100}"])

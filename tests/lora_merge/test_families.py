@@ -296,6 +296,25 @@ def test_one_weight_has_one_name_whatever_stands_before_it(prefix):
             assert flux.FAMILY.own(wanted) == wanted
 
 
+@pytest.mark.parametrize("dotted", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("beside", [False, True])
+def test_own_names_are_written_with_dots_where_any_of_them_was(dotted, beside):
+    """In one LoRA or in two; a name of diffusers', whose dots say nothing of the model's own, leaves that open."""
+    names = ("double_blocks.3.img_attn.proj", "single_blocks.7.linear2")
+    loras = [
+        lora({name if dots else name.replace(".", "_"): OWN[name]}, "diffusion_model." if dots else "lora_unet_", seed)
+        for seed, (name, dots) in enumerate(zip(names, dotted, strict=True))
+    ]
+    if beside:
+        loras = [Lora.from_state_dict(loras[0].to_state_dict() | loras[1].to_state_dict())]
+    found = set().union(*map(known, in_own_naming([*loras, lora(DIFFUSERS, "transformer.", 3)])))
+    every = (*names, "double_blocks.3.img_mod.lin")
+    with_dots = {f"diffusion_model.{name}" for name in every}
+    without = {f"lora_unet_{name.replace('.', '_')}" for name in every}
+    assert (with_dots <= found, not found.isdisjoint(with_dots)) == (any(dotted),) * 2
+    assert (without <= found, not found.isdisjoint(without)) == (not any(dotted),) * 2
+
+
 def test_of_no_known_family_there_is_no_own_naming():
     one = Lora.from_state_dict(kohya("diffusion_model.stages.0.mixer.win", *factors(6, 2, 5)))
     for loras in ([one], [one, one]):

@@ -391,6 +391,25 @@ def test_eight_bit_floats_are_read():
     assert torch.equal(lora.delta(MODULE), up8.float() @ down8.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64, torch.float32])
+def test_a_shape_and_an_alpha_may_be_numbers_of_any_kind_and_a_shape_stays_what_it_is(dtype):
+    """Whole numbers of a byte are no floats of 8 bits, and no loader makes a weight of 6.0 rows."""
+    size = torch.tensor([6, 5], dtype=dtype)
+    state = plain() | {f"{MODULE}.reshape_weight": size, f"{MODULE}.alpha": torch.tensor(3, dtype=dtype)}
+    lora = Lora.from_state_dict(state)
+    written = lora.to_state_dict()
+    assert written[f"{MODULE}.reshape_weight"].dtype == dtype
+    assert torch.equal(written[f"{MODULE}.reshape_weight"], size)
+    assert written[f"{MODULE}.alpha"] == 3
+
+
+def test_a_factor_that_is_one_number_is_damage_also_where_its_rank_would_tell_the_scale():
+    state = plain() | {f"{MODULE}.lora_down.weight": torch.tensor(1.0)}
+    del state[f"{MODULE}.alpha"]
+    with pytest.raises(ValueError, match=rf"{MODULE}: .*The file may be damaged"):
+        Lora.from_state_dict(state, metadata={"lora_alpha": "2", "use_rslora": "True"})
+
+
 def test_delta_of_an_unknown_module_is_an_error():
     lora = Lora.from_state_dict(plain(), source="style")
     with pytest.raises(KeyError, match="style has no module 'lora_unet_conv_in'"):
