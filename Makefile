@@ -11,6 +11,8 @@
 BASE_PYTHON ?= python3
 # Waiting threads must not spin: on a laptop two ComfyUI threads would fight for the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Tests are rewritten and compiled once, not anew by each process of each run: `make clean` removes what is kept.
+unexport PYTHONDONTWRITEBYTECODE
 
 # An interpreter that cannot even read the script is named here.
 SETUP := "$(BASE_PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null || \

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..words import many
 from .lowrank import Prospect
 
 
@@ -46,7 +47,7 @@ def allocate(
         least = sum(prospect.cost for prospect in prospects.values())
         if least > parameters:
             raise ValueError(
-                f"the size allows {parameters} numbers, but one rank in each of the {len(prospects)} modules takes "
+                f"the size allows {parameters} numbers, but one rank in each of the {many(len(prospects), 'modules')} takes "
                 f"{least} ({2 * least / 1e6:.1f} MB in float16). Allow at least that."
             )
         return _within(prospects, order, parameters)

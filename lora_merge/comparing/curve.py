@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..algebra.lowrank import Product, order
+from ..algebra.order import Product, order
 from .own import Own
 
 

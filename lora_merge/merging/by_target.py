@@ -13,6 +13,7 @@ from ..naming import names
 from ..naming.family import Rows
 from ..naming.unet import Layout
 from ..updates.layer import Layer, LoraLayer, is_safe
+from ..words import many
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def by_target(loras: Sequence[Lora], targets: Mapping[str, Target], shapes: Mapp
     for lora, found in zip(loras, homes, strict=True):
         if of_model(lora) and not found:
             raise ValueError(
-                f"{lora.source}: none of its {len(of_model(lora))} modules has a place in the connected model (the first is "
+                f"{lora.source}: none of its {many(len(of_model(lora)), 'modules')} has a place in the connected model (the first is "
                 f"{lora.spellings[of_model(lora)[0]]}). Connect the model that the LoRAs are for, or none."
             )
     if not _needed(loras, homes):

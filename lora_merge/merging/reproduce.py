@@ -22,6 +22,7 @@ from ..files.lora import Lora
 from ..keywords import named
 from ..settings.options import DTYPES
 from ..updates.layer import Term
+from ..words import many
 from .merge import Progress, merge_with_account
 from .provenance import Ingredient, recipe_of
 
@@ -76,7 +77,7 @@ def reproduce(
     if state.keys() != tensors.keys():
         differing = sorted(state.keys() ^ tensors.keys())
         raise ValueError(
-            f"{path.name}: was changed since it was made: it differs in {len(differing)} keys, {differing[0]}."
+            f"{path.name}: was changed since it was made: it differs in {many(len(differing), 'keys')}, {differing[0]}."
         )
     if all(torch.equal(state[key], tensor) for key, tensor in tensors.items()):
         return Reproduction(True, 0.0, True, tuple(found))

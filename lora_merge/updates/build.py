@@ -7,6 +7,7 @@ from math import prod
 
 from torch import Tensor
 
+from ..words import many
 from .layer import Layer, LoraLayer
 from .loha import LohaLayer
 from .lokr import LokrLayer
@@ -125,7 +126,9 @@ def _made(kind: str, parts: Mapping[str, Tensor], alpha: float | None, kernel: t
         # PEFT's (out,) or (1, out, 1, 1) as the (out, 1, ...) by which ComfyUI multiplies the weight.
         rows = own.pop("magnitude")
         if rows.numel() != layer.shape[0]:
-            raise ValueError(f"lora_magnitude_vector is {tuple(rows.shape)}, but the weight has {layer.shape[0]} rows")
+            raise ValueError(
+                f"lora_magnitude_vector is {tuple(rows.shape)}, but the weight has {many(layer.shape[0], 'rows')}"
+            )
         own["dora_scale"] = rows.reshape(-1, *(1 for _ in layer.shape[1:]))
     if own["dora_scale"].ndim == 0:
         raise ValueError("dora_scale is a single number, but it has one for each row or column")

@@ -150,7 +150,7 @@ def test_the_sweep_and_the_cut_are_in_the_picture():
 def test_nothing_comparable_still_gives_a_text_and_a_picture():
     carried = Lora.from_state_dict(kohya("m", *factors(6, 2, 5)) | {"m.dora_scale": factors(6, 1, 1)[0]})
     found = compare([(carried, 1.0)])
-    assert "not compared: 1 modules of kind DoRA" in as_text(found)
+    assert "not compared: 1 module of kind DoRA" in as_text(found)
     assert draw(found).width == WIDTH
     assert json.loads(as_json(found))["modules"] == []
 

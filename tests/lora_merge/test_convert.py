@@ -266,8 +266,12 @@ def test_slices_that_a_fused_weight_leaves_as_they_are_are_not_written_for_diffu
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])
-@pytest.mark.parametrize(("kind", "why"), [("DoRA, columns", "they are DoRA."), ("OFT", "they are OFT."),
-                                           ("LoHa", None), ("diff", None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [("DoRA, columns", "they are DoRA."), ("DoRA on LoHa", "they are DoRA."), ("DoRA on LoKr", "they are DoRA."),
+     ("OFT", "they are OFT."), ("BOFT", "they are BOFT."), ("LoHa", None), ("diff", None),
+     ("diff_b", "the other slices do not tell where they lie in it.")],
+)  # fmt: skip
 def test_slices_that_no_loader_knows_and_that_cannot_be_put_together_are_refused_for_their_kind(kind, why, count):
     """Of HunyuanVideo, whose slices ComfyUI has no names for; LoHa and differences become rows of the whole weight."""
     state = kohya("transformer.x_embedder.proj", *factors(WIDTH * 2, 2, 4))
@@ -276,6 +280,8 @@ def test_slices_that_no_loader_knows_and_that_cannot_be_put_together_are_refused
     for name in names:
         if kind == "diff":
             state[f"{name}.diff"] = torch.ones(2 * WIDTH, 2 * WIDTH)
+        elif kind == "diff_b":
+            state[f"{name}.diff_b"] = torch.ones(2 * WIDTH)
         else:
             state |= kinds.state_dict(kind, name, 2 * WIDTH, 2 * WIDTH)
     one = Lora.from_state_dict(state, source="here")
@@ -290,6 +296,45 @@ def test_slices_that_no_loader_knows_and_that_cannot_be_put_together_are_refused
     assert [f"blocks.{number}.attn.to_q" in str(error.value) for number in range(count)] == [
         n < 3 for n in range(count)
     ]
+
+
+HUNYUAN = {  # own name -> Tencent's, which both read
+    "double_blocks.19.img_attn.qkv": "double_blocks.19.img_attn_qkv",
+    "double_blocks.19.img_attn.proj": "double_blocks.19.img_attn_proj",
+    "double_blocks.19.txt_mlp.0": "double_blocks.19.txt_mlp.fc1",
+    "single_blocks.39.linear2": "single_blocks.39.linear2",
+}
+
+
+@pytest.mark.parametrize(
+    ("left_out", "more", "common"),
+    [
+        (None, {}, True),
+        ("double_blocks.19.txt_mlp.0", {}, True),
+        # By qkv's name diffusers knows what the file is.
+        ("double_blocks.19.img_attn.qkv", {}, False),
+        (None, {"diffusion_model.img_in.proj": "LoRA"}, False),
+        (None, {"diffusion_model.double_blocks.18.img_attn.proj": "LoHa"}, False),
+        (None, {"diffusion_model.double_blocks.18.img_attn.proj": "OFT"}, False),
+        (None, {"lora_te1_text_model_encoder_layers_0_mlp_fc1": "LoRA"}, True),
+    ],
+)
+def test_hunyuan_video_is_written_in_names_that_both_readers_know_where_all_have_one(left_out, more, common):
+    width = 2 * WIDTH
+    shapes = {"qkv": (3 * width, width), "proj": (width, width), "0": (4 * width, width), "linear2": (width, 5 * width)}
+    state = {}
+    own = [name for name in HUNYUAN if name != left_out]
+    for seed, name in enumerate(own):
+        out, inputs = shapes[name.rpartition(".")[2]]
+        state |= kohya(f"diffusion_model.{name}", *factors(out, 2, inputs, seed=seed), 1.0)
+    for name, kind in more.items():
+        state |= kinds.state_dict(kind, name, width, width)
+    one = Lora.from_state_dict(state)
+    named, written_in = named_for(one, "auto")
+    assert written_in == "comfy"
+    wanted = {f"diffusion_model.{HUNYUAN[name] if common else name}" for name in own}
+    assert wanted <= {*named.spellings.values()}
+    assert len(named.spellings) == len(one.spellings)
 
 
 @pytest.mark.parametrize("kind", ["LoHa", "DoRA, columns", "OFT"])

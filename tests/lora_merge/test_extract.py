@@ -200,7 +200,7 @@ def test_equal_weights_are_left_out_and_others_are_accounted_for():
         ("lora_unet_middle_block_1_norm", "b_norm"): 1.0,
     }
     assert (account.modules, account.vectors, account.equal, account.other) == (1, 3, 1, ("positions",))
-    assert "1 weights do not differ" in describe(account)
+    assert "1 weight does not differ" in describe(account)
     again = Lora.from_state_dict(lora.to_state_dict())
     assert again.diffs.keys() == lora.diffs.keys()
     none, account = extract(weights, rank=2, vectors=False)

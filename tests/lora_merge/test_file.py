@@ -82,7 +82,7 @@ def test_ldm_names_are_saved_as_diffusers_names_too(tmp_path):
 
 def test_diffusers_format_refuses_what_it_cannot_name(tmp_path):
     odd = Lora.from_state_dict(kohya("lora_unet_odd_blocks_0_thing", *factors(8, 2, 6)), source="odd")
-    with pytest.raises(ValueError, match=r"odd: 1 modules have no known diffusers name.*use kohya"):
+    with pytest.raises(ValueError, match=r"odd: 1 module has no known diffusers name.*use kohya"):
         save(odd, tmp_path / "x.safetensors", format="diffusers")
     bias = Lora.from_state_dict({"lora_unet_conv_in.diff_b": torch.ones(3)})
     with pytest.raises(ValueError, match="no place for weight differences"):

@@ -253,7 +253,7 @@ def test_two_kinds_in_one_module_are_a_contradiction(more, message):
 
 
 def test_a_scale_alone_is_no_lora():
-    with pytest.raises(ValueError, match=rf"no LoRA in it .* only scale of nothing \(1 keys: {LINEAR}.dora_scale\)"):
+    with pytest.raises(ValueError, match=rf"no LoRA in it .* only scale of nothing \(1 key: {LINEAR}.dora_scale\)"):
         Lora.from_state_dict({f"{LINEAR}.dora_scale": torch.ones(8, 1)})
 
 
@@ -339,7 +339,7 @@ def test_what_depends_on_the_weight_is_kept_as_it_came(kind, kernel):
     assert one.parameters == sum(part.numel() for key, part in state.items() if not key.endswith("alpha"))
     with pytest.raises(ValueError, match=rf"style: .* is {kinds.CARRIED[kind]}, whose update depends on the weight"):
         one.delta(module_of(kernel))
-    assert "1 of them depend on the weight they change" in describe(one)
+    assert "1 of them depends on the weight it changes" in describe(one)
 
 
 @pytest.mark.parametrize("kind", kinds.CARRIED)
@@ -350,13 +350,13 @@ def test_what_depends_on_the_weight_passes_through_alone_at_strength_one(kind):
     assert all(torch.equal(state[key], came[key]) for key in came)
     assert relative(merged.delta(CONV), 0.5 * other.delta(CONV).double()) < 1e-6
     assert [(s.modules, s.merged, s.passed_through, s.refused) for s in account.sources] == [(1, 0, 1, 0), (1, 1, 0, 0)]
-    assert "1 passed through as they are" in describe_merge(account, merged)
+    assert "1 passed through as it is" in describe_merge(account, merged)
 
 
 @pytest.mark.parametrize("kind", kinds.CARRIED)
 def test_what_depends_on_the_weight_is_refused_by_name_otherwise(kind):
     one = lora(kind, source="style")
-    message = rf"style has {kinds.CARRIED[kind]} \(1 modules: {LINEAR}\).*only at strength 1"
+    message = rf"style has {kinds.CARRIED[kind]} \(1 module: {LINEAR}\).*only at strength 1"
     for inputs in ([(one, 0.8)], [(one, 1.0), (lora("LoRA"), 1.0)], [(lora("LoHa"), 1.0), (one, 1.0)]):
         with pytest.raises(ValueError, match=message):
             merge(inputs)

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from lcm_kit.lora_merge import LoraLayer
 from lcm_kit.lora_merge.algebra.core_space import core_space
 from lcm_kit.lora_merge.algebra.lowrank import (
-    _singular,
     directions,
     directions_in,
     energy_of,
     truncated_matrix,
     truncated_sum,
 )
+from lcm_kit.lora_merge.algebra.order import _singular
 from lcm_kit.tests.lora_merge.make import dense, factors, layer, relative
 
 

@@ -572,6 +572,21 @@ def test_trigger_words_are_found_wherever_programs_put_them():
 
 
 @pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('["a", " b ", ""]', ["a", "b"]),
+        ('["a", 1]', ['["a"', "1]"]),
+        ("[1]", ["[1]"]),
+        ("[]", []),
+        (" [ ", ["["]),
+        ("a,, b ,a", ["a", "b"]),
+    ],
+)
+def test_words_are_those_of_a_list_of_texts_or_stand_between_commas(text, words):
+    assert trigger_words({"trained_words": text}) == words
+
+
+@pytest.mark.parametrize(
     ("kind", "before", "after"),
     [
         ("LoRA", "networks.lora_flux", "networks.lora_flux"),

@@ -111,6 +111,18 @@ def test_of_zeros_zeros_are_made(method):
         assert not any(merged.delta(module).any() for module in (WHOLE, SHARED))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, None])
+@pytest.mark.parametrize("options", [{}, {"rank": 3}, {"method": "magnitude"}, {"method": "magnitude", "dense": True}])
+def test_all_of_a_result_is_in_the_dtype_asked_for(options, dtype):
+    merged = merge(INPUTS, out_dtype=dtype, **options)
+    assert merged.modules.keys() | {module for module, _ in merged.diffs} == merged.spellings.keys()
+    assert {dtype for layer in merged.modules.values() for dtype in layer.dtypes} <= {dtype or torch.float32}
+    assert {diff.dtype for diff in merged.diffs.values()} == {dtype or torch.float32}
+    plain = merge(INPUTS, **options)
+    for module in merged.spellings:
+        assert relative(merged.delta(module), plain.delta(module)) < 1e-2  # bfloat16 has eight bits
+
+
 def test_a_whole_difference_that_the_dtype_rounds_away_is_named_by_its_module():
     small = Lora.from_state_dict({f"{WHOLE}.diff": torch.full((12, 10), 1e-8), f"{SHARED}.diff": torch.ones(12, 10)})
     merged, account = merge_with_account([(small, 1.0)], out_dtype=torch.float16)

@@ -107,7 +107,7 @@ def test_balancing_is_reported(caplog):
     lora = Lora.from_state_dict(kohya(MODULE, up * 1e7, down / 1e7), source="style")
     with caplog.at_level(logging.INFO):
         state = lora.to_state_dict(torch.float16)
-    assert "style: factors of 1 modules balanced" in caplog.text
+    assert "style: factors of 1 module balanced" in caplog.text
     assert [record.levelname for record in caplog.records] == ["INFO"]  # nothing is lost
     assert relative(Lora.from_state_dict(state).delta(MODULE), lora.delta(MODULE)) < 1e-3
 
@@ -187,7 +187,7 @@ def test_differences_too_small_for_float16_are_named_with_their_error(part, capl
     error = relative(next(iter(load(tmp_path / "x.safetensors").diffs.values())), diff)
     assert error > 0.1
     assert (
-        f"float16 has no numbers small enough for 1 modules: their updates change by up to {100 * error:.3g} % ({MODULE})"
+        f"float16 has no numbers small enough for 1 module: their updates change by up to {100 * error:.3g} % ({MODULE})"
         in caplog.text
     )
     assert "Save as bfloat16 or float32" in caplog.text
@@ -207,7 +207,7 @@ def test_without_alpha_the_loss_is_told(dtype, caplog):
     found = [state[f"unet.conv_in.lora_{part}.weight"].double() for part in "BA"]
     error = relative(found[0] @ found[1], dense(up * size, down * size))
     assert (
-        f"style: {str(dtype)[6:]} has no numbers small enough for 1 modules: their updates change by up to {100 * error:.3g} %"
+        f"style: {str(dtype)[6:]} has no numbers small enough for 1 module: their updates change by up to {100 * error:.3g} %"
         in caplog.text
     )
 
@@ -276,6 +276,8 @@ def unmade(tensor):
 @example(exponents=[0, -17, 0, 0], rows=3, place=0, turned=False, above=1.0, others=0.0, form=torch.Tensor.clone)
 @example(exponents=[0, 0, -17, 0], rows=130, place=0, turned=True, above=-1.0, others=0.0, form=torch.Tensor.clone)
 @example(exponents=[0, -17, 0, 0], rows=1, place=0, turned=False, above=1.0, others=0.0, form=unmade)
+@example(exponents=[0, -11, 0, 0], rows=3, place=0, turned=False, above=0.25, others=0.0, form=torch.Tensor.clone)
+@example(exponents=[14, 14, 0, 0], rows=3, place=0, turned=False, above=4.0, others=0.0, form=torch.Tensor.clone)
 def test_float16_holds_a_component_if_its_largest_entry_is_in_the_middle_of_its_range(
     exponents, rows, place, turned, above, others, form
 ):
@@ -378,9 +380,12 @@ def test_alpha_takes_powers_of_two_down_to_the_smallest_that_it_may_have(power, 
     assert result.error == (0.0 if fits else 1.0)
 
 
-def test_of_an_update_that_float64_has_no_number_for_nothing_can_be_lost():
-    tiny = torch.full((3, 3), 1e-200, dtype=torch.float64)
-    assert cast(LoraLayer(tiny, tiny, 1.0), torch.float16).error == 0.0
+def test_of_an_update_that_is_zero_nothing_can_be_lost_though_no_part_of_it_is():
+    """Two matrices with one entry each, in different places, entry by entry: all four parts too small for float16."""
+    one, other = (1e-30 * torch.eye(3)[:, place : place + 1] for place in (0, 1))
+    layer = LohaLayer(w1_a=one, w1_b=one.T.clone(), w2_a=other, w2_b=other.T.clone(), alpha=1.0)
+    assert not layer.delta_in(torch.float64).any()
+    assert cast(layer, torch.float16, into_alpha=False).error == 0.0
 
 
 def test_what_rounding_has_made_of_a_tensor_is_told_where_it_cost_more_than_the_dtypes_own_bits():

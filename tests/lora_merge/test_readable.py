@@ -143,7 +143,7 @@ UP, DOWN = factors(6, 2, 5)
         ),
         (
             LoraOf({}, {("lora_unet_x", "diff"): torch.ones(0, 3)}, source="made here"),
-            "1 tensors have no values, lora_unet_x.diff",
+            "1 tensor has no values, lora_unet_x.diff",
         ),
         (LoraOf({}, {("lora_unet_x", "diff"): torch.ones((1,) * 9)}, source="made here"), "lora_unet_x.diff has shape"),
         (

@@ -42,10 +42,10 @@ def test_what_has_no_effect_in_comfyui_is_listed_and_all_else_is_read(key, name)
     lora = Lora.from_state_dict(state, source="style.safetensors")
     assert lora.keys.unread == (key,)
     assert sorted(lora.keys.understood) == sorted(plain())
-    assert f"without effect in ComfyUI: {name} (1 keys: {key})" in describe(lora)
+    assert f"without effect in ComfyUI: {name} (1 key: {key})" in describe(lora)
     merged, account = merge_with_account([(lora, 0.5)])
     assert set(merged.to_state_dict()) == set(plain())
-    warning = f"style.safetensors holds what has no effect in ComfyUI and is left out: {name} (1 keys: {key})"
+    warning = f"style.safetensors holds what has no effect in ComfyUI and is left out: {name} (1 key: {key})"
     assert warnings_of(account) == (warning,)
     assert warning in describe_merge(account, merged)
     # Another reader may know it, so that a file that is only saved again keeps it; a scale of nothing nobody can use.
@@ -69,7 +69,7 @@ def test_one_line_names_all_formats_and_counts():
     state = plain() | dict.fromkeys(keys, torch.ones(2)) | {"lora_unet_9.alpha": torch.tensor(1.0)}
     text = describe(Lora.from_state_dict(state))
     assert re.search(
-        r"IA3 \(10 keys: .* and 7 more\); LoRA with a bias of its own \(1 keys: .*\); scale of nothing", text
+        r"IA3 \(10 keys: .* and 7 more\); LoRA with a bias of its own \(1 key: .*\); scale of nothing", text
     )
 
 
@@ -244,7 +244,7 @@ def test_where_one_key_is_of_a_known_format_the_file_is_no_checkpoint(known):
         Lora.from_state_dict(stray)
     for state in (stray | {known: torch.ones(1)}, {known: torch.ones(1)} | stray):
         with pytest.raises(
-            ValueError, match=r"no LoRA in it that ComfyUI's loader would apply, only .*unknown \(1 keys"
+            ValueError, match=r"no LoRA in it that ComfyUI's loader would apply, only .*unknown \(1 key"
         ):
             Lora.from_state_dict(state)
 
@@ -269,7 +269,7 @@ def test_incomplete_or_contradictory_files_are_refused(change, message):
 
 
 def test_a_tensor_without_values_is_damage():
-    with pytest.raises(ValueError, match=rf"1 tensors have no values, {MODULE}.lora_up.weight"):
+    with pytest.raises(ValueError, match=rf"1 tensor has no values, {MODULE}.lora_up.weight"):
         Lora.from_state_dict(plain() | {f"{MODULE}.lora_up.weight": torch.ones(6, 0)})
 
 

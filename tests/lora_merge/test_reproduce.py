@@ -128,6 +128,21 @@ def test_a_file_that_was_changed_is_not_the_same(files, capsys):
     assert "was changed since it was made" in capsys.readouterr().err
 
 
+def test_a_file_of_two_dtypes_is_compared_in_that_of_most_of_its_weights(files):
+    """Alphas are float32 in any file, and count for nothing."""
+    out = made(files, "--dtype", "fp32")
+    rewritten(
+        out,
+        lambda state: {
+            key: value if key.startswith(MODULES[0]) or key.endswith(".alpha") else value.half()
+            for key, value in state.items()
+        },
+    )
+    result = reproduce(out, [files])
+    assert (result.identical, result.same) == (False, True)
+    assert 1e-4 < result.difference < 2e-3
+
+
 def test_the_difference_is_relative_to_what_the_file_holds(files):
     """Frobenius norm of what all updates differ by, of differences of whole weights too."""
     diff = f"{MODULES[1]}.diff_b"

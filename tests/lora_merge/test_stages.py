@@ -104,6 +104,18 @@ def test_the_outcome_holds_what_was_computed_and_what_passed_through_and_says_of
     assert [source.sha256 for source in account.sources] == [None, None]
 
 
+def test_a_bias_is_a_norms_where_its_weight_is_a_norms_everywhere():
+    """A column is a vector too: of a LoRA on it the whole weight is changed, and the bias beside it is no norm's."""
+    norm = Lora.from_state_dict({"lora_unet_x.w_norm": normal(8), "lora_unet_x.b_norm": normal(8)}, source="norm")
+    column = {"lora_unet_x.lora_up.weight": normal(8, 2), "lora_unet_x.lora_down.weight": normal(2, 1)}
+    other = Lora.from_state_dict(column, source="column")
+    for inputs, parts in (([norm], {"w_norm", "b_norm"}), ([norm, norm], {"w_norm", "b_norm"}),
+                          ([norm, other], {"diff", "diff_b"}), ([other, norm], {"diff", "diff_b"})):  # fmt: skip
+        planned = plan([(one, 1.0) for one in inputs], MergeOptions())
+        computed = compute(planned, threads=1, device=torch.device("cpu"))
+        assert {part for _, part in computed.diffs} == parts
+
+
 def test_of_a_sum_of_nothing_all_inputs_are_named():
     for strengths, named in (((0.0, 0.0), "first, second"), ((0.0, 2.0), "second"), ((1.0, 0.0), "first")):
         planned = plan([(FIRST, strengths[0]), (SECOND, strengths[1])], MergeOptions())

@@ -5,7 +5,14 @@ from hypothesis import strategies as st
 
 from lcm_kit.lora_merge import Lora, LoraLayer
 from lcm_kit.lora_merge.algebra.precision import cast
-from lcm_kit.lora_merge.algebra.sums import dense_dtype, dense_sum_in, is_safe_whole, stacked, weighted_sum
+from lcm_kit.lora_merge.algebra.sums import (
+    dense_dtype,
+    dense_sum_in,
+    is_safe_whole,
+    side_by_side_as_they_are,
+    stacked,
+    weighted_sum,
+)
 from lcm_kit.lora_merge.updates.side_by_side import Sum
 from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import dense, factors, layer, relative
@@ -177,6 +184,24 @@ def test_each_term_of_a_stack_is_its_strength_times_its_update(terms, kernel):
     for one, (_, _, strength), (up, down) in zip(layers, terms, made.parts, strict=True):
         wanted = strength * dense(one.up, one.down, one.scale).flatten(1)
         torch.testing.assert_close(up.double() @ down.double(), wanted, rtol=1e-5, atol=1e-7)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(ranks, alphas, st.sampled_from([0.0, 1.0, -0.75, 2.5])), min_size=1, max_size=4),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+)
+def test_side_by_side_as_they_are_factors_keep_their_numbers_and_the_sum_takes_its_own(terms, dtype):
+    made = [
+        LoraLayer(*factors(6, rank, 5, seed=seed, dtype=dtype), alpha) for seed, (rank, alpha, _) in enumerate(terms)
+    ]
+    used = [(one, strength) for one, (_, alpha, strength) in zip(made, terms, strict=True) if alpha != 0 and strength]
+    whole, numbers = side_by_side_as_they_are([(one, s) for one, (_, _, s) in zip(made, terms, strict=True)])
+    if used:
+        assert torch.equal(whole.up, torch.cat([one.up.float() for one, _ in used], dim=1))
+        assert torch.equal(whole.down, torch.cat([one.down.float() for one, _ in used]))
+    wanted = sum((strength * dense(one.up, one.down, one.scale) for one, strength in used), torch.zeros(6, 5))
+    torch.testing.assert_close((whole.up.double() * numbers) @ whole.down.double(), wanted.double())
 
 
 def test_a_sum_of_plain_loras_is_made_when_it_is_asked_for_whatever_their_strengths():

@@ -54,6 +54,14 @@ def test_a_pruned_model_is_its_base_until_a_tenth_is_missing(name):
     assert base_of(modules) is None or base_of(modules).name != name
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_stands_outside_of_a_bases_blocks_says_nothing_of_a_model(name):
+    base = BY_NAME[name]
+    outside = {f"{place}_{number}": (7, 7) for place in ("img_in", "elsewhere") for number in range(len(base.modules))}
+    assert base_of(base.modules | outside) is base
+    assert make_of([*base.modules, *outside]).branches == base.branches
+
+
 def test_a_model_that_has_just_nine_tenths_of_a_base_is_that_base_or_its_make():
     for base in TRANSFORMERS:
         left = sorted(base.modules)[len(base.modules) // 10 :]

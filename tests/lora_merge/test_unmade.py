@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from lcm_kit.lora_merge import load, merge, resize, save
 from lcm_kit.lora_merge.algebra.precision import all_finite, holds, is_finite
 from lcm_kit.lora_merge.comparing.compare import compare
+from lcm_kit.lora_merge.disk import tensor_file
 from lcm_kit.lora_merge.disk.tensor_file import count_open
 from lcm_kit.lora_merge.files import load_save
 from lcm_kit.lora_merge.updates.layer import LoraLayer, Share, largest
@@ -362,6 +363,21 @@ def test_memory_that_is_lent_is_nobody_elses_meanwhile():
     where = one.data_ptr(), other.data_ptr()
     with borrowed_bytes(4) as again:
         assert again.data_ptr() in where
+
+
+@pytest.mark.parametrize(("maps", "mapping", "mapped"), [(False, True, 0), (True, True, 1), (True, False, 0)])
+def test_a_file_is_mapped_where_the_system_holds_it_and_the_caller_lets_it(
+    tmp_path, monkeypatch, maps, mapping, mapped
+):
+    """Elsewhere whoever cuts a mapped file off ends this process; and what is held in its file is not mapped at all."""
+    path, found = put(tmp_path / "x.safetensors", state(2, torch.float32, 0)), []
+    mmap = tensor_file.mmap.mmap
+    monkeypatch.setattr(tensor_file, "MAPPED_ABOVE", 0)
+    monkeypatch.setattr(tensor_file.mmap, "mmap", lambda *a, **k: found.append(a) or mmap(*a, **k))
+    assert load_save._MAPS is (os.name != "posix")
+    monkeypatch.setattr(load_save, "_MAPS", maps)
+    load(path, in_memory=True, mapping=mapping)
+    assert len(found) == mapped
 
 
 @ONLY_POSIX

@@ -94,7 +94,7 @@ def test_levels_that_a_rule_lists():
 
 def test_settings_in_words():
     assert settings_in_words(PRESETS["DMD2"]) == "4 steps, cfg 1, gamma 1, timesteps 999, 749, 499, 249"
-    assert settings_in_words(PRESETS["Turbo"]) == "1 steps, cfg 1, gamma 1, of the timesteps 999, 749, 499, 249"
+    assert settings_in_words(PRESETS["Turbo"]) == "1 step, cfg 1, gamma 1, of the timesteps 999, 749, 499, 249"
     assert settings_in_words(Preset("own", 2, 1.5, (0.0, 1.0))) == "2 steps, cfg 1.5, gamma 0, 1, 50 original steps"
     even = "evenly spaced through the model's own shift"
     assert settings_in_words(PRESETS["Wan 2.2 lightx2v"]) == f"4 steps, cfg 1, gamma 0, {even}"

@@ -1,7 +1,11 @@
 """What the registry hands out, unpacked into a ComfyUI that has nothing else: it starts there and lacks nothing."""
 
 import json
+import os
 import shutil
+import signal
+import socket
+import time
 import urllib.parse
 import zipfile
 
@@ -48,3 +52,20 @@ def test_workflows_help_pages_and_languages_are_served(clean_server):
         assert clean_server.request(f"/extensions/{PACK}/{path}") == page.read_bytes()
     languages = {folder.name for folder in (ROOT / "locales").iterdir()}
     assert languages <= set(json.loads(clean_server.request("/i18n")))
+
+
+@pytest.mark.slow
+def test_stop_leaves_no_process_and_frees_the_port(clean_server):
+    """Even of a server that SIGTERM does not reach, here because it is suspended. The last test: nobody needs it any more."""
+    process = clean_server.process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    start = time.monotonic()
+    clean_server.stop()
+    assert time.monotonic() - start < 20
+    assert process.returncode == -signal.SIGKILL
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", clean_server.port)) != 0

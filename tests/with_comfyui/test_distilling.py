@@ -62,9 +62,7 @@ def calm_model(model_type=ModelType.EPS, **options):
 
     As loaded by a node, its weights are inference tensors.
     """
-    model = tiny.tiny_model(
-        model_type, num_res_blocks=[1, 1], transformer_depth=[0, 1], transformer_depth_output=[0, 0, 1, 1], **options
-    )
+    model = tiny.tiny_model(model_type, **tiny.WITH_MIDDLE | options)
     for name, weight in model.model.diffusion_model.named_parameters():
         if name.endswith(("out_layers.3.weight", "proj_out.weight", "attn1.to_out.0.weight", "net.2.weight")):
             weight.mul_(0.05)

@@ -35,7 +35,7 @@ def _as_the_executor_does():
 @pytest.fixture(scope="module")
 def model():
     with torch.inference_mode():
-        return calm_model()
+        return calm_model(**tiny.SMALL)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_phases_reach_the_training(model):
 @pytest.mark.parametrize("kind", [ModelType.EPS, ModelType.V_PREDICTION, ModelType.FLOW])
 def test_every_kind_of_model_is_distilled_in_phases(kind):
     """The loss stays a number, and the report says how to sample."""
-    lora, _, report = distilled(calm_model(kind), **IN_4)
+    lora, _, report = distilled(calm_model(kind, **tiny.SMALL), **IN_4)
     assert all(bool(tensor.isfinite().all()) for tensor in lora.values())
     assert "In 4 phases: for 4 steps, cfg 1, gamma 0, timesteps 999, 749, 499, 249." in report
 
@@ -98,7 +98,7 @@ def test_the_sampler_visits_the_edges(model):
 
 def test_samples_on_the_way_are_made_from_edge_to_edge_without_noise(monkeypatch):
     monkeypatch.setattr(tiny.TinyLatent, "latent_rgb_factors", [[0.1, 0.2, 0.3]] * 4, raising=False)
-    model, seen = calm_model(), []
+    model, seen = calm_model(**tiny.SMALL), []
 
     def watched(denoise, x, sigmas, **options):
         seen.append((sigmas, options["gamma"]))

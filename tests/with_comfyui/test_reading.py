@@ -120,8 +120,8 @@ def test_apply_lists_what_has_no_effect_and_refuses_nothing_for_it():
     plain_report = patches.apply(model, None, lora, 1.0, 1.0, demand_all=True).report
     report = patches.apply(model, None, dict(lora) | extra, 1.0, 1.0, demand_all=True).report
     listed = (
-        "Without effect in ComfyUI: difference that is no weight's or bias's (1 keys: diffusion_model.blocks.0.diff_m); "
-        "scale of nothing (1 keys: lora_unet_out_2.alpha)."
+        "Without effect in ComfyUI: difference that is no weight's or bias's (1 key: diffusion_model.blocks.0.diff_m); "
+        "scale of nothing (1 key: lora_unet_out_2.alpha)."
     )
     assert report.splitlines()[0] == plain_report.splitlines()[0]
     assert report.splitlines()[-1] == listed

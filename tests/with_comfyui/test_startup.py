@@ -1,11 +1,7 @@
 """The real server starts with the pack: imported at once, without a warning, with every node of the contract."""
 
 import importlib.metadata
-import os
 import re
-import signal
-import socket
-import time
 
 import pytest
 
@@ -123,22 +119,3 @@ def test_failing_node_is_named(client, tmp_path):
         client.run(workflow, timeout=60)
     assert failed.value.node == "4"
     assert client.object_info()["LoadImage"]  # the server lives on
-
-
-@pytest.mark.slow
-def test_stop_leaves_no_process_and_frees_the_port(tmp_path):
-    """Even of a server that SIGTERM does not reach, here because it is suspended."""
-    server = pack_server(tmp_path, arguments=["--disable-all-custom-nodes"])
-    server.start()
-    process = server.process
-    assert process is not None
-    process.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
-    start = time.monotonic()
-    server.stop()
-    assert time.monotonic() - start < 20
-    assert process.returncode == -signal.SIGKILL
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", server.port)) != 0
