@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.tiny_model(**tiny.WITH_MIDDLE)
+    return tiny.small_model()
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_merged_and_applied_it_is_what_core_makes_of_both_files(model, put):
 
 def test_who_applies_it_twice_has_its_tensors_once(model, pair):
     lora = exact(pair)
-    other = tiny.tiny_model(seed=7, **tiny.WITH_MIDDLE)
+    other = tiny.small_model(seed=7)
     first, second = (applied(one, lora)[0].patches for one in (model, other))
     assert first.keys() == second.keys() != set()
     for key, ((_, patch, *_),) in first.items():
