@@ -3,8 +3,10 @@
     .venv/bin/python benchmarks/merging_transformers.py [--pairs "Wan 14B, 64 + 32" ...] [--jobs exact ...]
         [--folder PATH] [--workers N]
 
-With COMFYUI_PATH=.comfyui in front also the rows of the graph: the nodes Load LoRA, Load LoRA, Merge LoRAs and then Save LoRA, or
-Apply LoRA on ComfyUI's own class of the model, which has no memory for its weights. All outputs stay, as ComfyUI keeps them.
+With COMFYUI_PATH=.comfyui in front also the rows of the graph: the nodes Load LoRA, Load LoRA, Merge LoRAs (exact or to rank 64), or
+Load LoRA and Resize LoRA to half the rank, and then Save LoRA, or Apply LoRA on ComfyUI's own class of the model, which has no
+memory for its weights; for each of these the factors are then asked for, as when the model is loaded. All outputs stay, as
+ComfyUI keeps them.
 
 LoRAs with the names, spellings and shapes of published ones: lightx2v's for Wan 14B (400 modules, diffusion_model., no alpha)
 and Qwen-Image-Lightning (720 modules, bare names, with alpha), in bfloat16 or float16, with falling spectra, are made in a
@@ -36,7 +38,8 @@ PAIRS: Mapping[str, tuple[str, tuple[int, str], tuple[int, str]]] = {
     "Qwen-Image, 64 + 32": (QWEN, (64, "bf16"), (32, "bf16")),
     "Qwen-Image, 64 fp32 + 128": (QWEN, (64, "fp32"), (128, "fp16")),
 }
-JOBS = ("floor", "exact", "rank 64", "retain 90 %", "compact to half the rank", "graph, save", "graph, apply")
+JOBS = ("floor", "exact", "rank 64", "retain 90 %", "compact to half the rank", "graph, save", "graph, apply",
+        "graph, rank 64, apply", "graph, compact, apply")  # fmt: skip
 GRAPH = "graph, "
 # What ComfyUI finds such a model by, in its checkpoint.
 CONFIGS: Mapping[str, dict[str, Any]] = {
@@ -137,21 +140,33 @@ def in_graph(then: str, base: str) -> Callable[[], None]:
     import torch
 
     from lcm_kit.nodes.loading import ApplyLoRA, LoadLoRA
-    from lcm_kit.nodes.merging import MergeLoRA, SaveLoRA
+    from lcm_kit.nodes.merging import MergeLoRA, ResizeLoRA, SaveLoRA
 
-    model = model_of(base) if then == "apply" else None
+    model = model_of(base) if then.endswith("apply") else None
     outputs = []
+
+    def made() -> tuple:
+        if then.startswith("compact"):
+            whole = LoadLoRA.execute("one.safetensors").result
+            outputs.append(whole)
+            rank = next(piece.shape[0] for key, piece in whole[0].pieces.items() if ".lora_down." in key) // 2
+            return ResizeLoRA.execute(whole[0], {"size": "rank", "rank": rank}, "bf16").result
+        outputs.extend(LoadLoRA.execute(f"{name}.safetensors").result for name in ("one", "two"))
+        slots = {"lora_1": outputs[0][0], "strength_1": 1.0, "lora_2": outputs[1][0], "strength_2": 0.8}
+        size = {"size": "rank", "rank": 64} if then.startswith("rank") else {"size": "exact"}
+        return MergeLoRA.execute(method={"method": "linear"}, size=size, **slots).result
 
     @torch.inference_mode()
     def run() -> None:
-        outputs.extend(LoadLoRA.execute(f"{name}.safetensors").result for name in ("one", "two"))
-        slots = {"lora_1": outputs[0][0], "strength_1": 1.0, "lora_2": outputs[1][0], "strength_2": 0.8}
-        outputs.append(MergeLoRA.execute(method={"method": "linear"}, size={"size": "exact"}, **slots).result)
+        outputs.append(made())
         if then == "save":
             outputs.append(SaveLoRA.execute(outputs[-1][0], "out", "bf16", "auto", "exact name").result)
         else:
             outputs.append(ApplyLoRA.execute(model, outputs[-1][0], 1.0, 1.0).result)
-            assert len(outputs[-1][0].patches) == len(names(base))
+            patches = outputs[-1][0].patches
+            assert len(patches) == len(names(base))
+            for entries in patches.values():
+                assert all(entry[1].weights[0].numel() for entry in entries)
 
     return run
 

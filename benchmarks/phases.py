@@ -8,7 +8,7 @@ skip and timesteps: 4 phases differ from LCM in all three, so each is changed al
 Rows: 1, 2, 4 and 8 model calls; at the timesteps that fit, with fresh noise between steps (gamma 1) and without (gamma 0).
 Differences are from the LoRA that all begin with, at the same calls, on the same initial noise, with standard errors over
 seeds; with --against-guided from guided DPM++ 2M of as many steps, which are twice the calls. A row has that LoRA weaker: what
-one gains by less of it needs no training. Prints Markdown.
+one gains by less of it needs no training; another the demo's file in 4 phases. Prints Markdown.
 
 Trained LoRAs and judged rows are kept in the work folder. About two and a half minutes of one CPU core for 300 steps of a
 variant, and two seconds a row and seed; needs what benchmarks/universality.py needs for its models.
@@ -32,6 +32,7 @@ from universality import BY_WORD, CFG, REFERENCE_SEEDS, SEEDS, UNIFORM, Jury, Mo
 
 CALLS = (1, 2, 4, 8)
 BEGUN = "as it began: LCM"
+EMBEDDED = "embedded, in 4 phases"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ VARIANTS = {
     "4 phases": Variant("--phases 4 --skip 125", 8),
     "2 phases": Variant("--phases 2 --skip 125", 8),
     "8 phases": Variant("--phases 8 --skip 125", 8),
+    "guidance 2": Variant("--phases 1 --skip 200 --original-steps 50 --guidance-min 2 --guidance-max 2", 50),
 }
 for first, longer in (("300 steps of LCM more", "{} steps of LCM more"), ("4 phases", "4 phases, {} steps")):
     for steps, after in ((600, first), (1000, longer.format(600))):
@@ -78,8 +80,8 @@ def make(name: str) -> None:
         shutil.copytree(file_of(after).with_suffix(".run"), folder)
     if first.exists() and not (folder / "kept").exists():
         shutil.copytree(first, folder / "kept")
-    script = [sys.executable, DEMO / "train" / "lcm.py", "--kind", "phased", *VARIANTS[name].options.split()]
-    subprocess.run([*map(str, script), "--output", str(path), "--resume", str(folder)], cwd=ROOT, check=True)
+    script = [sys.executable, DEMO / "train" / "lcm.py", "--kind", "phased", "--output", path, "--resume", folder]
+    subprocess.run([*map(str, script), "--steps", "300", *VARIANTS[name].options.split()], cwd=ROOT, check=True)
 
 
 def plan(points: int, gamma: float) -> Plan:
@@ -100,6 +102,7 @@ def compared(model: Model, calls: int, args: argparse.Namespace) -> Iterator[tup
         name = f"DPM++ 2M sgm_uniform, {calls} steps"
         yield f"none: {name}, guidance {CFG:g}, twice the calls", "", Way(name, UNIFORM, model.loras, CFG)
     loras = {BEGUN: ("lcm", 1.0, 50)} | {f"as it began, at strength {s:g}": ("lcm", s, 50) for s in args.strengths}
+    loras[EMBEDDED] = ("phased", 1.0, 8)
     loras |= {name: (name, 1.0, VARIANTS[name].points) for name in args.variants}
     for name, (kind, strength, points) in loras.items():
         for gamma in args.gammas if calls > 1 else (1.0,):

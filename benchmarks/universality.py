@@ -16,7 +16,6 @@ Files that are not in the repository are made once:
     python demo/train/lora.py twemoji --minutes 10
     python demo/train/finetune.py --minutes 10
     python demo/train/classifier.py --minutes 8 --styles noto ink twemoji fluent
-    python demo/train/lcm.py --kind phased       the LCM-LoRA in 4 phases
     python demo/train/lcm.py --kind ink_fast     the ink style's own acceleration
 
 Rows without their files are left out, and said so. Rows are kept in the work folder and measured again when a model they
@@ -57,7 +56,7 @@ USUAL = [
 LOWER = (1.5, 2.0, 2.5)  # guidance that few steps may like better
 BESIDE_STYLES = (0.7, 0.8, 0.85)  # strengths of the LCM-LoRA; the first of them everywhere
 PHASES = 4
-OPTIONAL = ("phased", "ink_fast")  # LoRAs whose rows are left out where they are not made
+OPTIONAL = ("ink_fast",)  # LoRAs whose rows are left out where they are not made
 REFERENCE_SEEDS, SEEDS = 0, 1000  # the first of each
 SHOWN = ["fox face", "owl", "strawberry", "rocket"]
 MADE_BY = {

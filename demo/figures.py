@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import prompts
 import sheet
 from album import Album, Made
-from graphs import LCM, STYLED_BASELINE, STYLED_LCM, Shot, Way
+from graphs import LCM, PHASED, STYLED_BASELINE, STYLED_LCM, Shot, Way
 from PIL import Image
 
 GRID = [[Shot(prompt, seed=1, steps=4) for prompt in line] for line in prompts.GRID]
@@ -21,21 +21,22 @@ def everything() -> list[tuple[Way, list[Shot]]]:
     """The pictures that draw_grid and draw_figure need."""
     grid = [shot for line in GRID for shot in line]
     figure = [shot for columns in FIGURE.values() for cell in columns for shot in cell]
-    return [(LCM, grid), (STYLED_LCM, [*grid, *figure]), (STYLED_BASELINE, figure)]
+    return [(LCM, grid), (STYLED_LCM, [*grid, *figure]), (STYLED_BASELINE, figure), (PHASED, GRID[0])]
 
 
 def of_prompt(prompt: str) -> list[tuple[Way, list[Shot]]]:
     """The pictures that draw_prompt needs."""
     shots = [Shot(prompt, seed, steps=4) for seed in SEEDS]
-    return [(LCM, shots), (STYLED_LCM, shots)]
+    return [(LCM, shots), (STYLED_LCM, shots), (PHASED, shots)]
 
 
 def draw_grid(album: Album) -> Image.Image:
-    """Every prompt without and with the style, one below the other."""
+    """Every prompt without and with the style, one below the other; last, the first line in 4 phases."""
     rows = []
     for line in GRID:
         rows.append(_row(album, LCM, line))
         rows.append(_row(album, STYLED_LCM, line, captions=[shot.prompt for shot in line]))
+    rows.append(_row(album, PHASED, GRID[0], captions=[shot.prompt for shot in GRID[0]]))
     return sheet.draw(rows)
 
 
@@ -51,10 +52,11 @@ def draw_figure(album: Album) -> Image.Image:
 
 
 def draw_prompt(album: Album, prompt: str) -> Image.Image:
-    """Eight pictures of the user's words, without and with the style."""
-    (plain, shots), (styled, _) = of_prompt(prompt)
-    above = [f"seed {shot.seed}" for shot in shots]
-    return sheet.draw([_row(album, plain, shots, above=above), _row(album, styled, shots)], prompt)
+    """Eight pictures of the user's words: without and with the style, and in 4 phases."""
+    ways = of_prompt(prompt)
+    above = [f"seed {shot.seed}" for shot in ways[0][1]]
+    rows = [_row(album, way, shots, above=() if number else above) for number, (way, shots) in enumerate(ways)]
+    return sheet.draw(rows, prompt)
 
 
 def draw_thumbnail(album: Album, *, styled: bool) -> Image.Image:

@@ -21,13 +21,16 @@ BASELINE_SCHEDULER = "karras"
 
 @dataclass(frozen=True)
 class Files:
-    """Names in ComfyUI's model folders. vae: None takes the checkpoint's own.   size: pixels of a side."""
+    """Names in ComfyUI's model folders. vae: None takes the checkpoint's own.   phased: the LCM-LoRA in 4 phases, where there
+    is one.   size: pixels of a side.
+    """
 
     checkpoint: str
     vae: str | None
     style: str
     lcm: str
     size: int
+    phased: str | None = None
 
 
 TINY = Files(
@@ -35,6 +38,7 @@ TINY = Files(
     vae="tiny_emoji_vae.safetensors",
     style="tiny_emoji_ink_lora.safetensors",
     lcm="tiny_emoji_lcm_lora.safetensors",
+    phased="tiny_emoji_phased_lora.safetensors",
     size=64,
 )
 SD15 = Files(
@@ -57,12 +61,15 @@ class Shot:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to make pictures. loras: style strength and LCM strength, 0 leaves the LoRA out."""
+    """A way to make pictures. style, lcm: strengths, 0 leaves the LoRA out.   phased: the LCM-LoRA is that in phases, which
+    brings its own preset.
+    """
 
     name: str
     style: float
     lcm: float
     cfg: float
+    phased: bool = False
 
     @property
     def calls_per_step(self) -> int:
@@ -71,6 +78,7 @@ class Way:
 
 
 LCM = Way(f"LCM-LoRA {LCM_STRENGTH}, LCM KSampler, cfg 1", 0, LCM_STRENGTH, 1)
+PHASED = Way("LCM-LoRA in 4 phases, LCM KSampler, preset", 0, LCM_STRENGTH, 1, phased=True)
 STYLED_LCM = Way(
     f"ink {STYLE_STRENGTH} + LCM-LoRA {LCM_STRENGTH}, LCM KSampler, cfg 1", STYLE_STRENGTH, LCM_STRENGTH, 1
 )
@@ -180,15 +188,15 @@ def pictures(files: Files, way: Way, shots: Iterable[Shot]) -> tuple[Graph, list
     """A graph that makes every shot in one way, and for each shot the ids of its sampler and its preview."""
     graph = Graph()
     loaded = load(graph, files)
-    model = loaded.model
+    model, preset = loaded.model, {}
     if way.lcm and way.style:
         lora = merge(graph, files, way.style, way.lcm)
         model = [graph.add("LCMKitApplyLoRA", model=model, lora=lora, strength_model=1.0, strength_clip=1.0), 0]
     elif way.lcm:
-        loader = graph.add(
-            "LCMKitLoader", model=model, lora_name=files.lcm, strength_model=way.lcm, wrong_base="refuse"
-        )
+        name = files.phased if way.phased else files.lcm
+        loader = graph.add("LCMKitLoader", model=model, lora_name=name, strength_model=way.lcm, wrong_base="refuse")
         model = [loader, 0]
+        preset = {"preset": [loader, 2]} if way.phased else {}
     elif way.style:
         model = [graph.add("LoraLoaderModelOnly", model=model, lora_name=files.style, strength_model=way.style), 0]
     latent = [graph.add("EmptyLatentImage", width=files.size, height=files.size, batch_size=1), 0]
@@ -200,7 +208,7 @@ def pictures(files: Files, way: Way, shots: Iterable[Shot]) -> tuple[Graph, list
                 texts[text] = [graph.add("CLIPTextEncode", text=text, clip=loaded.clip), 0]
         at = {"model": model, "positive": texts[shot.prompt], "latent_image": latent}
         if way.lcm:
-            sampled = graph.add("LCMKitKSampler", **at, **lcm_inputs(shot))
+            sampled = graph.add("LCMKitKSampler", **at, **lcm_inputs(shot), **preset)
         else:
             sampled = graph.add(
                 "KSampler",

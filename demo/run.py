@@ -61,7 +61,8 @@ def comfyui() -> Path:
 
 
 def check_models() -> None:
-    needed = [f"checkpoints/{TINY.checkpoint}", f"vae/{TINY.vae}", f"loras/{TINY.style}", f"loras/{TINY.lcm}"]
+    loras = [f"loras/{name}" for name in (TINY.style, TINY.lcm, TINY.phased)]
+    needed = [f"checkpoints/{TINY.checkpoint}", f"vae/{TINY.vae}", *loras]
     missing = [file for file in needed if not (MODELS / file).is_file()]
     if missing:
         raise DemoError(f"demo/models lacks {', '.join(missing)}: `git checkout demo/models` brings back what it held")

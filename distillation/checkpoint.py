@@ -26,7 +26,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{path.parent}: the folder cannot be made ({error.strerror}).") from error
-    notes = {FACTS: json.dumps(dict(facts), sort_keys=True)}
+    notes = {FACTS: json.dumps(dict(facts))}
     write_whole(path, lambda file: tensor_file.write(file, tensors, notes), _only_checkpoints)
 
 

@@ -27,7 +27,7 @@ class Diverged(FloatingPointError):
 class Health:
     """spread: root mean square of the latents, as the network sees them."""
 
-    def __init__(self, settings: Settings, spread: float = 1.0) -> None:
+    def __init__(self, settings: Settings, spread: float) -> None:
         self.settings, self.spread = settings, max(spread, 1e-6)
 
     def distance(self, loss: float) -> float:

@@ -67,7 +67,7 @@ def optimizer_of(factors: Iterable[nn.Parameter], settings: Settings) -> torch.o
 
 def check_optimizer(settings: Settings) -> None:
     """Raises ValueError for one that is not installed, before there is anything to change."""
-    optimizer_of([nn.Parameter(torch.zeros(1))], settings)
+    optimizer_of([nn.Parameter(torch.zeros(()))], settings)
 
 
 def state_of(

@@ -62,8 +62,7 @@ def phased_target(teacher: Tensor, own: Tensor, sigma: Tensor, sigma_next: Tenso
     descend: sigma > sigma_next >= sigma_edge >= 0.   A weighted mean of the two, for those steps are linear in x0: the
     teacher's alone where sigma_next is the edge, the student's alone where the edge is 0 and sigma_next above it.
     """
-    # What each step leaves of its x. A step of no length leaves all, also at 0.
-    first = sigma_next / sigma
-    second = torch.where(sigma_next == sigma_edge, 1.0, sigma_edge / sigma_next)
+    # What each step leaves of its x. No number at 0 / 0, where sigma_next is the edge and the mean is not used.
+    first, second = sigma_next / sigma, sigma_edge / sigma_next
     share = second * (1 - first) / (1 - first * second)
     return torch.where(sigma_next == sigma_edge, teacher, share * teacher + (1 - share) * own)

@@ -44,7 +44,7 @@ RECIPES = {
     ),
     "accelerate this style": Recipe(
         "the model with a style's LoRA on it, from an LCM-LoRA as start_from: 4 steps in that style",
-        _FAST_TO_LEARN | {"steps": 300, "batch": 4, "accumulate": 6, "learning_rate": 2e-4, "samples": 400},
+        _FAST_TO_LEARN | {"steps": 600, "batch": 4, "accumulate": 6, "learning_rate": 2e-4, "samples": 400},
     ),
 }  # fmt: skip
 """Name -> recipe."""

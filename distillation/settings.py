@@ -134,7 +134,7 @@ class Settings:
         return self.learning_rate * min(1.0, self._rising(step), self._falling(step))
 
     def _rising(self, step: int) -> float:
-        return (step + 1) / self.warmup if self.warmup else 1.0
+        return (step + 1) / self.warmup if self.warmup else math.inf
 
     def _falling(self, step: int) -> float:
         falling = min(1.0, (self.steps - step) / (self.decay * self.steps)) if self.decay else 1.0

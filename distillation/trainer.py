@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,10 @@ class Trainer:
         self.optimizer = optimizer_of(self.factors.values(), settings)
         self.scaler = GradScaler(table.device.type, enabled=settings.scale_loss)
         self.average = Average([*self.factors.values()], settings.average) if settings.average else None
-        self.done = 0
+        self.done = self._kept = 0
         self.losses: list[float] = []
         self.health = Health(settings, spread)
         self._updating = False
-        self._kept = 0
         self._resumed: Path | None = None
         self._astray = False
         self._due: Path | None = None  # where a checkpoint goes as soon as the next loss shows that the state is sound
@@ -93,15 +93,15 @@ class Trainer:
         """
         settings, engine = self.settings, self.engine
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.table.device)
+        losses = []
         for part in range(settings.accumulate):
             first = (part * engine.num_processes + engine.process_index) * settings.batch
             last = part == settings.accumulate - 1
             with nullcontext() if last else engine.no_sync(self._loss):
                 loss = self._loss(self.done, range(first, first + settings.batch)) / settings.accumulate
                 engine.backward(self.scaler.scale(loss))
-            total += loss.detach()
-        value = float(engine.reduce(total, "mean"))
+            losses.append(loss.detach())
+        value = float(engine.reduce(reduce(torch.add, losses), "mean"))
         self._astray = True
         self.health.check(self.done + 1, [*self.losses, value])
         self._astray = False

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..lora_merge.disk.file_names import shown
+from ..lora_merge.words import many
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +97,8 @@ def _tell_foreign(where: Path, names: Sequence[str]) -> None:
     left = [name for name in names if name.rpartition(".")[2].lower() in FOREIGN]
     if left:
         logger.warning(
-            "%s: %d files are not learnt, as only %s are read (%s).",
-            where, len(left), ", ".join(SUFFIXES), listed(left),
+            "%s: %s not learnt, as only %s are read (%s).",
+            where, many(len(left), "files are", "file is"), ", ".join(SUFFIXES), listed(left),
         )  # fmt: skip
 
 
@@ -157,18 +158,18 @@ def captions_of(pictures: Sequence[Picture], captions: Sequence[str] | None) -> 
         without = [picture.name for picture in pictures if picture.caption is None]
         if without:
             raise ValueError(
-                f"{len(without)} of {len(pictures)} pictures have no caption beside them ({listed(without)}). "
+                f"{len(without)} of {many(len(pictures), 'pictures')} have no caption beside them ({listed(without)}). "
                 "Add NAME.txt files, or give --prompts."
             )
         if empty := [picture.name for picture in pictures if not picture.caption]:
             logger.warning(
-                "%d of %d pictures have an empty caption (%s), and are learnt as what comes without a prompt.",
-                len(empty), len(pictures), listed(empty),
+                "%d of %s have an empty caption (%s), and are learnt as what comes without a prompt.",
+                len(empty), many(len(pictures), "pictures"), listed(empty),
             )  # fmt: skip
         return [picture.caption or "" for picture in pictures]
     if len(captions) not in (1, len(pictures)):
         raise ValueError(
-            f"--prompts has {len(captions)} captions, but there are {len(pictures)} pictures. Give one for all, or one "
+            f"--prompts has {many(len(captions), 'captions')}, but there are {many(len(pictures), 'pictures')}. Give one for all, or one "
             "for each picture in the order of their names."
         )
     return [*captions] * (len(pictures) if len(captions) == 1 else 1)

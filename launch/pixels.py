@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ..lora_merge.words import many
 from .data import Picture, plain
 
 # What PIL can say of bytes that are no picture, or not a whole one.
@@ -66,7 +67,7 @@ def check(picture: Picture) -> str | None:
             return "it is empty"
         with Image.open(io.BytesIO(content)) as opened:
             if opened.format in MOVING and (frames := getattr(opened, "n_frames", 1)) > 1:
-                return f"it moves, with {frames} frames, and only still pictures are learnt"
+                return f"it moves, with {many(frames, 'frames')}, and only still pictures are learnt"
             opened.draft(None, (max(1, opened.width // 8), max(1, opened.height // 8)))
             opened.load()
             # Whether there is a way from its mode shows in one pixel, unless the values count.

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..lora_merge.words import many
 from .data import Picture, listed, plain
 
 NAMED = 5  # of broken pictures
@@ -29,7 +30,7 @@ def broken_words(broken: Mapping[Picture, str], count: int) -> str:
     """All of them in one sentence; the first few by name. broken: with why each cannot be read.   count: of all."""
     named = "; ".join(f"{plain(picture.name)} ({reason})" for picture, reason in [*broken.items()][:NAMED])
     more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
-    return f"{len(broken)} of {count} pictures cannot be read: {named}{more}."
+    return f"{len(broken)} of {many(count, 'pictures')} cannot be read: {named}{more}."
 
 
 def data_words(looked: Looked | None) -> list[str]:
@@ -39,7 +40,7 @@ def data_words(looked: Looked | None) -> list[str]:
     found = [f"{broken_words(looked.broken, looked.given)} They were left out."] if looked.broken else []
     if looked.enlarged:
         found.append(
-            f"{len(looked.enlarged)} of {looked.left} pictures are smaller than what is learnt of them "
+            f"{len(looked.enlarged)} of {many(looked.left, 'pictures')} are smaller than what is learnt of them "
             f"({listed(sorted(picture.name for picture in looked.enlarged))}) and were scaled up: the LoRA learns their softness."
         )
     return found
@@ -47,5 +48,5 @@ def data_words(looked: Looked | None) -> list[str]:
 
 def end_words(processes: int, images_per_step: int, output: Path, folder: Path) -> list[str]:
     """The last lines. folder: of what the run has kept."""
-    together = f"On {processes} processes, {images_per_step} images to a step together."
+    together = f"On {many(processes, 'processes', 'process')}, {many(images_per_step, 'images')} to a step together."
     return [*([together] if processes > 1 else []), f"Written: {output}. {folder} can be removed.", ""]

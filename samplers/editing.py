@@ -65,12 +65,13 @@ def edit_ddcm(
     Works in float32 or the wider dtype of the latent; the models and the callback get tensors in its dtype, but sigma
     in float32. Raises ValueError before the first model call if an argument breaks these rules.
     """
-    sigmas = sigmas.to(device=latent.device, dtype=torch.float32)
+    sigmas = sigmas.to(torch.float32)
     _check_levels(sigmas)
     if not 0.0 <= keep <= 0.5:  # also catches NaN
         raise ValueError(f"keep is {keep}; it must be from 0 (every change is made) to 0.5 (only the largest are).")
-    levels, per_image = sigmas.unbind(), sigmas[:, None].expand(-1, latent.shape[0]).contiguous().unbind()
     scales, numbers = signal_and_noise(sigmas.cpu(), noise_scaling), level_numbers(sigmas, table)
+    sigmas = sigmas.to(latent.device)
+    levels, per_image = sigmas.unbind(), sigmas[:, None].expand(-1, latent.shape[0]).contiguous().unbind()
 
     wide = torch.promote_types(latent.dtype, torch.float32)
     picture = latent.to(wide)

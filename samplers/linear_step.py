@@ -79,8 +79,8 @@ def step_weights(
     sigmas = sigmas.detach().cpu()
     scalings = [_WITHOUT_SKIP] * steps if timesteps is None else _scalings(timesteps, steps)
     shares = noise_kept(sigmas, gamma, table=table, noise_scaling=noise_scaling)
-    levels, is_zero = signal_and_noise(sigmas, noise_scaling), (sigmas == 0).tolist()
-    return [_weights(levels[i], levels[i + 1], *scalings[i], shares[i], is_zero[i + 1]) for i in range(steps)]
+    levels = signal_and_noise(sigmas, noise_scaling)
+    return [_weights(levels[i], levels[i + 1], *scalings[i], shares[i]) for i in range(steps)]
 
 
 def _weights(
@@ -89,14 +89,11 @@ def _weights(
     c_skip: float,
     c_out: float,
     share: float,
-    ends: bool,
 ) -> StepWeights:
     (a_t, b_t), (a, b) = level, next_level
     if c_skip < HALF_RESOLUTION:
         c_skip, c_out = _WITHOUT_SKIP
     skip = c_skip / math.hypot(a_t, b_t)
-    if ends:
-        return StepWeights(skip, c_out, 0.0)
     if share and b and not b_t:
         raise ValueError(
             f"a step goes from a latent without noise to one with noise {b:g}, so there is no noise to keep. Set gamma to "

@@ -23,11 +23,11 @@ def level_numbers(sigmas: Tensor, table: Tensor | None = None) -> list[int]:
     A number belongs to the level alone, not to its place in a run: whoever stops at a level and goes on from it meets
     the numbers of the undivided run, and no two levels of a run share theirs. Level 0 has no noise; its number is 0.
     """
-    levels = sigmas.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    levels = sigmas.detach().cpu().float().contiguous()
     numbers: list[int] = levels.view(torch.int32).tolist()
     if table is None or not len(levels):
         return numbers
-    entries = table.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    entries = table.detach().cpu().float().contiguous()
     above = torch.searchsorted(entries, levels).clamp_max(len(entries) - 1)
     candidates = torch.stack([(above - 1).clamp_min(0), above])
     distances = (entries[candidates] - levels).abs()
@@ -62,7 +62,7 @@ class StepNoise:
         self.seed = seed
         self.batch_indices = None if batch_indices is None else tuple(batch_indices)
         # Seeded anew for every image, so it remembers nothing; making one each time would cost as much as seeding it.
-        self._generator = torch.Generator(device="cpu")
+        self._generator = torch.Generator()
 
     def __call__(self, level: int, like: Tensor) -> Tensor:
         """Noise of the level with this number: shape, dtype and device of `like`.

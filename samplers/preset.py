@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .schedule import TIMESTEPS, check_strength, kept_points, lcm_timesteps
-from .times import SPACINGS, levels_at, times_at
+from .times import SPACINGS, even, levels_at, times_at
 
 
 @dataclass(frozen=True)
@@ -133,5 +133,5 @@ class Preset:
         """So many times of the listed timesteps: picked evenly, or the first's as far as there are fewer calls."""
         listed = [(t + 1) / TIMESTEPS for t in self.timesteps]
         if self.fixed and calls < len(listed):
-            return [listed[0] * time for time in SPACINGS["even"](calls, 0.0)]
+            return [listed[0] * time for time in even(calls)]
         return [listed[math.floor(i * len(listed) / calls)] for i in range(calls)]

@@ -24,7 +24,8 @@ def settings_in_words(preset: Preset) -> str:
     """Such as "4 steps, cfg 1, gamma 1, 50 original steps"."""
     gammas = preset.gamma if isinstance(preset.gamma, tuple) else (preset.gamma,)
     gamma = ", ".join(f"{value:g}" for value in gammas)
-    return f"{preset.steps} steps, cfg {preset.cfg:g}, gamma {gamma}, {schedule_in_words(preset)}"
+    steps = "1 step" if preset.steps == 1 else f"{preset.steps} steps"
+    return f"{steps}, cfg {preset.cfg:g}, gamma {gamma}, {schedule_in_words(preset)}"
 
 
 def schedule_in_words(preset: Preset) -> str:

@@ -162,8 +162,7 @@ def sigmas_at(timesteps: Sequence[int], table: Tensor) -> Tensor:
     Raises ValueError for timesteps or a table that break these rules.
     """
     _check_table(table)
-    indices = torch.tensor(custom_timesteps(timesteps, train_timesteps=len(table)), device=table.device)
-    sigmas = table[indices].to(torch.float32)
+    sigmas = table[custom_timesteps(timesteps, train_timesteps=len(table))].to(torch.float32)
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def even(steps: int, lowest: float = 0.0) -> list[float]:
+def even(steps: int, lowest: float | None = None) -> list[float]:
     """The times 1 - i / steps, i = 0 .. steps - 1: down to a last step that ends at 0.
 
     What rectified flow models are published with (Esser et al. 2024, arXiv 2403.03206); ComfyUI's "simple", less the
@@ -39,8 +39,7 @@ def levels_at(times: Sequence[float], table: Tensor) -> Tensor:
     times: each in (0, 1].   table: (levels,) ascending. Exact at entries; between those of a shifted flow of 1,000
     levels off by 2e-5 at most for a shift up to 12.
     """
-    # float64 on the CPU (some devices lack it), with the level 0 of time 0 before the first entry.
-    padded = torch.cat([torch.zeros(1, dtype=torch.float64), table.detach().cpu().double()])
+    padded = _from_zero(table)
     place = torch.tensor(times, dtype=torch.float64) * len(table)
     # A float error must not cost exactness at an entry: 0.07 * 100 is 7.000000000000001.
     place = torch.where((place - place.round()).abs() < 1e-6, place.round(), place)
@@ -51,11 +50,16 @@ def levels_at(times: Sequence[float], table: Tensor) -> Tensor:
 
 def times_at(levels: Sequence[float], table: Tensor) -> list[float]:
     """Times whose levels these are: undoes levels_at. Levels above the table's last are at time 1."""
-    padded = torch.cat([torch.zeros(1, dtype=torch.float64), table.detach().cpu().double()])
+    padded = _from_zero(table)
     wanted = torch.tensor(levels, dtype=torch.float64).clamp(max=float(padded[-1]))
     above = torch.searchsorted(padded, wanted).clamp(1, len(table))
     low, high = padded[above - 1], padded[above]
     return ((above - 1 + (wanted - low) / (high - low)) / len(table)).tolist()
+
+
+def _from_zero(table: Tensor) -> Tensor:
+    """The table in float64 on the CPU (some devices lack it), with the level 0 of time 0 before its first entry."""
+    return torch.nn.functional.pad(table.detach().cpu().double(), (1, 0))
 
 
 def shift_of(table: Tensor) -> float:

@@ -143,7 +143,7 @@ def offences_of_wings(file: Path, root: Path = ROOT) -> list[str]:
     if not (wing := wing_of(file, root)):
         return []
     # keywords.py is of the standard library alone: what the public functions say of a misspelt option.
-    allowed = {f".lora_merge.{one}" for one in ("keywords", wing, *WINGS[wing])}
+    allowed = {f".lora_merge.{one}" for one in ("keywords", "words", wing, *WINGS[wing])}
     return [
         f"{file.relative_to(root)}:{line} imports {name}, which lora_merge/{wing}/ may not"
         for line, name in imports_of(file, root)

@@ -105,15 +105,23 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
         yield node.operand
     elif isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
-        yield ast.Constant(not node.value if isinstance(node.value, bool) else node.value + 1)
-    elif isinstance(node, ast.IfExp):
+        # One more than a large float would be a change of rounding only.
+        large = isinstance(node.value, float) and abs(node.value) >= 1 / ROUNDING
+        more = node.value * 2 if large else node.value + 1
+        yield ast.Constant(not node.value if isinstance(node.value, bool) else more)
+    elif isinstance(node, ast.IfExp) and not _is_converted(node.orelse, node.body):
         yield node.orelse
     elif isinstance(node, ast.Call):
         if isinstance(node.func, ast.Name) and node.func.id in NAMES:
             yield ast.Call(ast.Name(NAMES[node.func.id], ast.Load()), node.args, node.keywords)
         for index, keyword in enumerate(node.keywords):
-            if keyword.arg is not None and keyword.arg not in UNSEEN and not _is_torchs(node.func, keyword):
+            if keyword.arg is not None and not _is_unseen(keyword) and not _is_torchs(node.func, keyword):
                 yield ast.Call(node.func, node.args, node.keywords[:index] + node.keywords[index + 1 :])
+
+
+def _is_unseen(keyword: ast.keyword) -> bool:
+    """copy=False allows to share memory: a copy more has the same numbers. copy=True is a promise, and is no such keyword."""
+    return keyword.arg in UNSEEN or (keyword.arg == "copy" and ast.unparse(keyword.value) == "False")
 
 
 def _is_torchs(function: ast.expr, keyword: ast.keyword) -> bool:
@@ -121,6 +129,17 @@ def _is_torchs(function: ast.expr, keyword: ast.keyword) -> bool:
     name = function.attr if isinstance(function, ast.Attribute) else ""
     default = TORCHS.get((name, keyword.arg or ""))
     return default is not None and ast.unparse(keyword.value) == str(default)
+
+
+def _is_converted(node: ast.expr, tensor: ast.expr) -> bool:
+    """Whether it is tensor.to(...), which is the tensor itself where there is nothing to do: "x if alike else x.to(like)" asks
+    only because that takes time."""
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "to"
+        and ast.dump(node.func.value) == ast.dump(tensor)
+    )
 
 
 def _is_text(node: ast.AST) -> bool:
@@ -188,7 +207,7 @@ def _places(node: ast.AST, function: str = "", within: str = "", default: bool =
                 child, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom
             ):
                 continue
-            if isinstance(child, ast.keyword) and child.arg in UNSEEN:
+            if isinstance(child, ast.keyword) and _is_unseen(child):
                 continue
             innermost, names = function, within
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):

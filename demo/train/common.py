@@ -15,10 +15,9 @@ WORK = ROOT / ".work"  # data, checkpoints, latents; ignored by git
 
 CHECKPOINT = MODELS / "checkpoints" / "tiny_emoji.safetensors"
 VAE = MODELS / "vae" / "tiny_emoji_vae.safetensors"
-LORAS = {kind: MODELS / "loras" / f"tiny_emoji_{kind}_lora.safetensors" for kind in ("lcm", "ink")}
-# Only measured, not shipped. phased: the LCM-LoRA in 4 phases; ink_fast: the ink style's own acceleration.
-LORAS |= {kind: WORK / f"tiny_emoji_{kind}_lora.safetensors" for kind in ("phased", "ink_fast")}
-LORAS["twemoji"] = WORK / "tiny_emoji_twemoji_lora.safetensors"
+LORAS = {kind: MODELS / "loras" / f"tiny_emoji_{kind}_lora.safetensors" for kind in ("lcm", "phased", "ink")}
+# Only measured, not shipped. ink_fast: the ink style's own acceleration.
+LORAS |= {kind: WORK / f"tiny_emoji_{kind}_lora.safetensors" for kind in ("ink_fast", "twemoji")}
 FINETUNE = WORK / "tiny_emoji_fluent.safetensors"
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...lora_merge.words import many
+
 LONGEST_TEXT = 100_000
 # Longer lists are not written out: what is near the value is.
 LONGEST_LIST = 40
@@ -62,7 +64,7 @@ def choice(value: Any, options: Sequence[Any]) -> str | None:
     if len(options) <= LONGEST_LIST:
         return f"one of {', '.join(map(str, options))}"
     near = nearest(value, options)
-    return f"one of {len(options)} names{f' (near it: {near})' if near else ''}"
+    return f"one of {many(len(options), 'names')}{f' (near it: {near})' if near else ''}"
 
 
 def nearest(value: Any, options: Sequence[Any]) -> str:
@@ -104,7 +106,7 @@ def shown(value: Any) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     kind = type(value).__name__
     if isinstance(value, Mapping | list | tuple | set) and isinstance(value, Sized):
-        return f"a {kind} of {len(value)} entries" if len(value) != 1 else f"a {kind} of 1 entry"
+        return f"a {kind} of {many(len(value), 'entries', 'entry')}"
     return f"a {kind}"
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ...lora_merge.words import many
 from ...samplers.presets import PRESETS
 from ..door.lists import numbers
 from ..door.rules import LONGEST_TEXT
@@ -101,7 +102,7 @@ def _numbers(low: float, high: float, whole: bool = False) -> Callable[[str, str
 
 
 def _steps(value: int) -> str:
-    return "1 step" if value == 1 else f"{value} steps"
+    return many(value, "steps")
 
 
 def _named(name: str) -> Callable[[Any], str]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from ...lora_merge.words import many
+
 MANY = 64  # cells: from here on it is said that this takes long
 SHOWN = 6
 
@@ -14,7 +16,7 @@ def describe(
     count = sampled + known + len(failed)
     names = " by ".join(axes)
     lines = [
-        f"{count} cells{f', {names}' if names else ''}: {sampled} made in {seconds:.1f} s, {known} known from before, "
+        f"{many(count, 'cells')}{f', {names}' if names else ''}: {sampled} made in {seconds:.1f} s, {known} known from before, "
         f"{len(failed)} not possible."
     ]
     reasons: dict[str, list[str]] = {}

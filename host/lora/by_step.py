@@ -39,15 +39,17 @@ def _frames(strengths: Sequence[float]) -> list[tuple[float, float]]:
     return frames[:1] + [now for before, now in pairwise(frames) if before[1] != now[1]]
 
 
-def _hooks(patches: dict, frames: Sequence[tuple[float, float]]) -> comfy.hooks.HookGroup:
-    hook = comfy.hooks.WeightHook(strength_model=1.0, strength_clip=0.0)
-    # Placed already, by the road that every other node takes; core would look their names up again, and knows fewer.
-    hook.weights, hook.weights_clip, hook.need_weight_init = patches, {}, False
+def _hooks(terms: Sequence[dict], frames: Sequence[tuple[float, float]]) -> comfy.hooks.HookGroup:
+    """terms: patches that add up, each as a hook of its own."""
+    hooks = comfy.hooks.HookGroup()
+    for patches in terms:
+        hook = comfy.hooks.WeightHook(strength_model=1.0, strength_clip=0.0)
+        # Placed already, by the road that every other node takes; core would look their names up again, and knows fewer.
+        hook.weights, hook.weights_clip, hook.need_weight_init = patches, {}, False
+        hooks.add(hook)
     keyframes = comfy.hooks.HookKeyframeGroup()
     for start, strength in frames:
         # Where a level lies tells its strength, not how many steps came before: a run may begin anywhere.
         keyframes.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start, guarantee_steps=0))
-    hooks = comfy.hooks.HookGroup()
-    hooks.add(hook)
     hooks.set_keyframes_on_hooks(keyframes)
     return hooks

@@ -10,6 +10,7 @@ from ...lora_merge.extracting.checkpoints import is_told_guidance
 from ...lora_merge.extracting.extract import NAMELESS, Weights, extract
 from ...lora_merge.extracting.report import describe
 from ...lora_merge.naming import names
+from ...lora_merge.words import many
 from ..progress import Progress
 from .stored import is_readable, stored_weight, weight_keys
 from .weights import LoraWeights, from_lora
@@ -67,7 +68,7 @@ def _plan(tuned, base, prefix: str) -> dict[str, tuple[list, list]]:
         other = sorted(every - common)
         raise ValueError(
             f"model_tuned ({_kind(tuned)}) and model_base ({_kind(base)}) are not of one family: {len(common)} of "
-            f"{len(every)} weights have the same name{f' (first other: {other[0]})' if other else ''}. Connect a "
+            f"{many(len(every), 'weights')} have the same name{f' (first other: {other[0]})' if other else ''}. Connect a "
             "fine-tuned model and the model it was made from."
         )
     shapes = [(key, _shape(ours[key]), _shape(theirs[key])) for key in ours if key in theirs]
@@ -75,8 +76,8 @@ def _plan(tuned, base, prefix: str) -> dict[str, tuple[list, list]]:
     if differing:
         key, one, other = differing[0]
         raise ValueError(
-            f"model_tuned ({_kind(tuned)}) and model_base ({_kind(base)}) are not of one family: {len(differing)} weights "
-            f"have another shape (first: {key}, {one} and {other}). Connect a fine-tuned model and the model it was "
+            f"model_tuned ({_kind(tuned)}) and model_base ({_kind(base)}) are not of one family: {many(len(differing), 'weights have', 'weight has')} "
+            f"another shape (first: {key}, {one} and {other}). Connect a fine-tuned model and the model it was "
             "made from."
         )
     return {key: (ours[key], theirs[key]) for key in ours if key in theirs}
@@ -90,7 +91,7 @@ def _entries(patcher, prefix: str) -> dict[str, list]:
     packed = [key for key, entry in entries.items() if key.endswith(".weight") and not is_readable(*entry[0])]
     if packed:
         raise ValueError(
-            f"{len(packed)} of the {len(entries)} weights of one model ({_kind(patcher)}) are packed in a form that cannot "
+            f"{len(packed)} of the {many(len(entries), 'weights')} of one model ({_kind(patcher)}) are packed in a form that cannot "
             f"be read here (the first: {packed[0]}, {entries[packed[0]][0][0].dtype}); load this model unquantised, or in "
             "a format of ComfyUI's own."
         )

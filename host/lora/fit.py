@@ -9,11 +9,12 @@ import comfy.lora_convert
 import torch
 
 from ...lora_merge.files.keys import BIAS_PARTS, DIFF_PARTS, parse
-from ...lora_merge.files.lora import Pieces, in_memory
+from ...lora_merge.files.lora import Pieces
 from ...lora_merge.files.reading import unread_keys
 from ...lora_merge.updates.build import build
 from ...lora_merge.updates.unmade import Unmade
 from .lokr_workaround import without_cores
+from .terms import read_later, terms
 from .weights import named
 
 TEXT_PREFIXES = ("lora_te", "lora_prior_te", "text_encoder", "text_model.", "te1_", "te2_")
@@ -51,14 +52,21 @@ class Fit:
     pieces: Mapping[str, torch.Tensor | Unmade] = field(default_factory=dict)
     homes: Mapping = field(default_factory=dict)
 
-    def patches(self) -> dict:
-        """Target -> ComfyUI's patch, for the placed modules only. What lies in a file is read for it."""
-        patches = comfy.lora.load_lora(in_memory(self.pieces, Unmade.shared), self.homes, log_missing=False)
-        return {
-            target: _in_shape(patch, self.targets[target])
-            for target, patch in patches.items()
-            if target in self.targets
-        }
+    def patches(self) -> list[dict]:
+        """Target -> ComfyUI's patch, for the placed modules only; one dict for each term of a sum, and all of them add up.
+        What lies in a file is read when ComfyUI patches."""
+        loaded = (
+            comfy.lora.load_lora(term, self.homes, log_missing=False)
+            for term in terms(dict(self.pieces), modules(self.pieces))
+        )
+        return [
+            {
+                target: read_later(_in_shape(patch, self.targets[target]))
+                for target, patch in patches.items()
+                if target in self.targets
+            }
+            for patches in loaded
+        ]
 
     @property
     def asked(self) -> int:

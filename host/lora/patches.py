@@ -1,6 +1,7 @@
 """A LORA_MODEL on a MODEL and a CLIP, through ComfyUI's own patches; every node that applies one takes this road."""
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from comfy_execution.graph_utils import ExecutionBlocker
@@ -72,9 +73,9 @@ def apply(model, clip, weights, strength_model, strength_clip, *, demand_all=Fal
     # Text-encoder modules wait by choice, everything else that is left out is news.
     complete = len(found.placed) == case.counts.asked > 0
     (logger.info if complete and not wrong else logger.warning)("%s", " ".join(lines))
-    patches = found.patches()
-    for_model = {target: patch for target, patch in patches.items() if weight_of(target) in case.model.weights}
-    for_clip = {target: patch for target, patch in patches.items() if target not in for_model}
+    terms = found.patches()
+    for_model = [_only(term, lambda weight: weight in case.model.weights) for term in terms]
+    for_clip = [_only(term, lambda weight: weight not in case.model.weights) for term in terms]
     return Applied(
         model=_patched(model, for_model, strength_model),
         clip=_patched(clip, for_clip, strength_clip),
@@ -98,13 +99,18 @@ def case_of(weights: LoraWeights, identity: Identity | None, model, clip) -> Cas
     return case
 
 
-def _patched(patcher, patches: dict, strength: float):
-    """A clone of a MODEL or CLIP with the patches; itself if there are none or strength is 0."""
-    if patcher is None or not patches or strength == 0:
+def _only(patches: dict, wanted: Callable[[str], bool]) -> dict:
+    return {target: patch for target, patch in patches.items() if wanted(weight_of(target))}
+
+
+def _patched(patcher, terms: Sequence[dict], strength: float):
+    """A clone of a MODEL or CLIP with the patches, of all terms; itself if there are none or strength is 0."""
+    if patcher is None or not any(terms) or strength == 0:
         return patcher
     patcher = patcher.clone()
     inner = getattr(patcher, "patcher", patcher)  # a CLIP has one
     alone = never_patched(inner.model)
-    patcher.add_patches({target: patch for target, patch in patches.items() if not alone(weight_of(target))}, strength)
-    change_objects(inner, {target: patch for target, patch in patches.items() if alone(weight_of(target))}, strength)
+    for patches in terms:
+        patcher.add_patches(_only(patches, lambda weight: not alone(weight)), strength)
+    change_objects(inner, [_only(patches, alone) for patches in terms], strength)
     return patcher

@@ -1,6 +1,5 @@
 """What the LoRA nodes say: one screen about a LoRA and what became of it, or why it was refused."""
 
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,6 +10,7 @@ from ...lora_merge.metadata.adapter_config import of_peft
 from ...lora_merge.metadata.report import describe_metadata, peft_remarks, remarks
 from ...lora_merge.recognise import catalogue
 from ...lora_merge.recognise.identity import How, Identity
+from ...lora_merge.words import counted, many
 from ...samplers.preset_words import settings_in_words
 from .case import Case
 from .fit import Clash
@@ -18,8 +18,6 @@ from .identity import identity_of, preset_of
 from .weights import named, to_lora
 
 SHOWN = 5
-# A module with the number of its block.
-_NUMBERED = re.compile(r"(.+?[._])(\d+)([._].+)")
 _SURE: dict[How, str] = {
     "sha256": "certainly: by sha256, it is the published file byte for byte",
     "structure": "very likely: by structure, its modules, rank, alpha and size; LoRAs of the same training script look alike",
@@ -28,6 +26,17 @@ _SURE: dict[How, str] = {
 }
 # Where it stands which half of a model a LoRA is for; elsewhere it is a field of the metadata.
 _WHERE = {"sha256": "its sha256", "file name": "its file name"}
+# Of what does not fit, in the order of _misfits, many and one.
+_LEFT_OUT = (
+    ("have no place in this model", "has no place in this model"),
+    ("have another shape than this model's weights", "has another shape than this model's weight"),
+    ("pairs name one weight twice, and one of the two is left out", "pair names one weight twice, and one of the two is left out"),
+)  # fmt: skip
+_WHY = (
+    ("have no place in it", "has no place in it"),
+    ("have another shape", "has another shape"),
+    ("pairs of them name a weight twice", "pair of them names a weight twice"),
+)
 _END = "Setting wrong_base to warn applies what fits all the same."
 
 
@@ -51,7 +60,9 @@ def applied_lines(
     """
     found = case.found
     strength = f"{strength_model:g}" if clip is None else f"{strength_model:g} (text encoder {strength_clip:g})"
-    lines = [f"{case.name}: {len(found.placed)} of {case.counts.asked} modules applied at strength {strength}."]
+    lines = [
+        f"{case.name}: {len(found.placed)} of {many(case.counts.asked, 'modules')} applied at strength {strength}."
+    ]
     if case.identity is not None:
         lines += _what(case.identity, case.model.words, for_sampling)
         lines += _counts(case.identity)
@@ -61,23 +72,21 @@ def applied_lines(
     if wrong:
         lines.append(f"Warning: {_why(case) or 'it was made for another base model'}; pictures may be spoilt.")
     elif case.accelerates and case.left:
-        lines.append(f"{len(case.left)} of the model's {case.could} modules of these kinds are not changed by it.")
+        lines.append(
+            f"{len(case.left)} of the model's {many(case.could, 'modules')} of these kinds {_be(case.left)} not changed by it."
+        )
     if found.waiting:
-        lines.append(f"{len(found.waiting)} text-encoder modules not applied: no CLIP is connected.")
+        lines.append(f"{many(len(found.waiting), 'text-encoder modules')} not applied: no CLIP is connected.")
     for branch, modules in case.absent.items():
         lines.append(
-            f"{len(modules)} belong to the {branch}, which this model is made without, and are left out: "
+            f"{many(len(modules), 'belong', 'belongs')} to the {branch}, which this model is made without, and {_be(modules)} left out: "
             f"{', '.join(counted(modules))}."
         )
-    for what, modules in (
-        ("have no place in this model", case.homeless),
-        ("have another shape than this model's weights", list(map(clash_words, found.clashing))),
-        ("pairs name one weight twice, and one of the two is left out", list(map(" and ".join, found.twice))),
-    ):
+    for what, modules in zip(_LEFT_OUT, _misfits(case), strict=True):
         if modules:
             names = counted(modules)
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            lines.append(f"{len(modules)} {what}: {', '.join(names[:SHOWN])}{more}.")
+            lines.append(f"{many(len(modules), *what)}: {', '.join(names[:SHOWN])}{more}.")
     if found.unread:
         lines.append(f"Without effect in ComfyUI: {unread_text(found.unread)}.")
     return lines
@@ -97,7 +106,7 @@ def by_step_lines(case: Case, frames: Sequence[tuple[float, float]]) -> list[str
     told = ", ".join(
         f"{strength:g} {f'from {100 * start:.0f} %' if start else 'at first'}" for start, strength in frames
     )
-    fitting = f"{len(case.found.placed)} of {case.counts.asked} modules"
+    fitting = f"{len(case.found.placed)} of {many(case.counts.asked, 'modules')}"
     return [
         f"{case.name}: {fitting} at strength {told} of the schedule.",
         *applied_lines(case, 1.0, 1.0, None, wrong=False)[1:],
@@ -122,7 +131,7 @@ def refusal(case: Case) -> str:
     """Why a LoRA is not applied: what it is, what the model is, the counts, and which file to use instead."""
     name, found = case.name, case.found
     if found.waiting and not found.asked:
-        return f"{name} changes the text encoder only ({len(found.waiting)} modules). Connect a CLIP."
+        return f"{name} changes the text encoder only ({many(len(found.waiting), 'modules')}). Connect a CLIP."
     if not found.asked:
         return f"{name} is empty. Use another LoRA."
     if case.absent and not case.counts.asked:
@@ -132,7 +141,11 @@ def refusal(case: Case) -> str:
     if found.twice and not case.counts.foreign and not case.other_base:
         return _names_twice(name, list(map(" and ".join, found.twice)))
     identity = case.identity
-    counts = ", ".join(filter(None, [f"of its {case.counts.asked} modules {len(found.placed)} fit", _why(case)]))
+    counts = ", ".join(
+        filter(
+            None, [f"of its {many(case.counts.asked, 'modules')} {many(len(found.placed), 'fit', 'fits')}", _why(case)]
+        )
+    )
     if identity is None or not identity.bases:
         return (
             f"{name} does not fit this model ({case.model.config}): {counts}. It was made for another base model; use "
@@ -185,7 +198,7 @@ def _in_file(case: Case) -> str:
 
 def chosen_lines(name: str, identity: Identity, count: int, others: Mapping[str, Identity]) -> list[str]:
     """Which of `count` files `auto` has taken, and the others that fit."""
-    lines = [f"auto: {name} is the one for this model among {count} files, {_SURE[identity.how]}."]
+    lines = [f"auto: {name} is the one for this model among {many(count, 'files')}, {_SURE[identity.how]}."]
     if others:
         more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
         shown = ", ".join(f"{other} ({one.kind})" for other, one in [*others.items()][:SHOWN])
@@ -198,7 +211,7 @@ def none_found(model: str, published: catalogue.Published | None, near: Sequence
     left: files that are not looked at yet."""
     text = f"auto finds no acceleration LoRA for this model ({model}) in the loras folder. "
     if left:
-        text += f"{left} files are not looked at yet, for there are many: run again to go on. "
+        text += f"{many(left, 'files are', 'file is')} not looked at yet, for there are many: run again to go on. "
     if near:
         text += f"Of what fits ({', '.join(near[:SHOWN])}) nothing says that it is one: choose it by name if you know. "
     if published is None:
@@ -215,7 +228,7 @@ def mixed(count: int, rows: Mapping[str, str], notes: Sequence[str] = (), merged
     said = [f"  {input_}: {line}" for input_, line in rows.items()]
     if not count:
         return "\n".join(["No LoRA is on: model and clip are as they came.", *said])
-    head = f"{count} LoRA{'s' if count > 1 else ''} in one, applied at strength 1."
+    head = f"{many(count, 'LoRAs')} in one, applied at strength 1."
     return "\n".join([head, *said, *notes, "", merged, "", applied])
 
 
@@ -234,7 +247,7 @@ def idle_block_strengths(line: str) -> str:
 
 
 def _names_twice(name: str, pairs: Sequence[str]) -> str:
-    more = f", and {len(pairs) - 1} pairs more" if len(pairs) > 1 else ""
+    more = f", and {many(len(pairs) - 1, 'pairs')} more" if len(pairs) > 1 else ""
     return (
         f"{name} names a weight twice: {pairs[0]}{more}; ComfyUI would use only one of the two updates. If it was merged "
         "from LoRAs of two spellings, apply those one after the other, or merge them again from files of one spelling. "
@@ -242,21 +255,21 @@ def _names_twice(name: str, pairs: Sequence[str]) -> str:
     )
 
 
+def _misfits(case: Case) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
+    """Modules without a place, of another shape, and pairs of one weight, in words."""
+    return case.homeless, list(map(clash_words, case.found.clashing)), list(map(" and ".join, case.found.twice))
+
+
 def _why(case: Case) -> str:
     """What does not fit, in numbers; with the first of each where nothing else says what went wrong."""
-    found, known = case.found, case.other_base
-    reasons = []
-    for modules, words in (
-        (case.homeless, "have no place in it"),
-        (list(map(clash_words, found.clashing)), "have another shape"),
-        (list(map(" and ".join, found.twice)), "pairs of them name a weight twice"),
-    ):
+    known, reasons = case.other_base, []
+    for words, modules in zip(_WHY, _misfits(case), strict=True):
         if modules:
-            reasons.append(f"{len(modules)} {words}" + ("" if known else f" (the first: {modules[0]})"))
+            reasons.append(many(len(modules), *words) + ("" if known else f" (the first: {modules[0]})"))
     if case.left and (known or not reasons):
         first = "" if known else f" (the first: {case.left[0]})"
         reasons.append(
-            f"{len(case.left)} of the model's {case.could} modules of these kinds are left without it{first}"
+            f"{len(case.left)} of the model's {many(case.could, 'modules')} of these kinds {_be(case.left)} left without it{first}"
         )
     return ", ".join(reasons)
 
@@ -282,7 +295,9 @@ def _no_settings(identity: Identity | None) -> str:
         return f"No acceleration LoRA recognised: {end}"
     if identity.preset:
         steps = (
-            f"is for {identity.published.steps} steps" if identity.published and identity.published.steps else "is one"
+            f"is for {many(identity.published.steps, 'steps')}"
+            if identity.published and identity.published.steps
+            else "is one"
         )
         return f"It {steps}, but its settings ({identity.preset}) are none of those known here: {end}"
     if identity.structure.accelerates:
@@ -296,27 +311,6 @@ def clash_words(clash: Clash) -> str:
     return f"{clash.module}: {clash.update} on a weight of {clash.weight}"
 
 
-def counted(modules: Sequence[str]) -> list[str]:
-    """Names of modules, those of one place in several blocks once: "blocks.0-39.cross_attn.k_img"."""
-    numbers: dict[tuple[str, str], list[int]] = {}
-    for module in modules:
-        match = _NUMBERED.fullmatch(module)
-        numbers.setdefault((match[1], match[3]) if match else (module, ""), []).append(int(match[2]) if match else -1)
-    return [
-        before if found == [-1] else f"{before}{_ranges(found)}{behind}" for (before, behind), found in numbers.items()
-    ]
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in parts)
-
-
 def _counts(identity: Identity) -> list[str]:
     facts = identity.structure
     parts = [f"parameters {facts.parameters:,}"]
@@ -325,6 +319,10 @@ def _counts(identity: Identity) -> list[str]:
         parts = [f"rank {_span(facts.ranks)}", alpha, f"effective scale {_span(facts.scales)}", *parts]
     line = ", ".join(parts)
     return [f"{line[0].upper()}{line[1:]}."]
+
+
+def _be(those: Sequence[object]) -> str:
+    return "is" if len(those) == 1 else "are"
 
 
 def _span(pair: tuple[float, float]) -> str:

@@ -1,7 +1,7 @@
 """Weights of a MODEL or CLIP as they are stored, whatever is loaded at the moment, and those that ComfyUI never patches."""
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import comfy.lora
 import comfy.model_patcher
@@ -59,17 +59,20 @@ def never_patched(model: torch.nn.Module) -> Callable[[str], bool]:
     return lambda key: key not in names or key.rpartition(".")[0] in outer
 
 
-def change_objects(patcher, patches: Mapping, strength: float) -> None:
-    """Puts changed weights in the place of those that are never patched, as object patches. patches: as add_patches'.
+def change_objects(patcher, terms: Sequence[Mapping], strength: float) -> None:
+    """Puts changed weights in the place of those that are never patched, as object patches. terms: patches as add_patches',
+    which add up.
 
     Exact, and like any patch there while this patcher is in use.
     """
-    for target, patch in patches.items():
+    targets = {target: [patches[target] for patches in terms if target in patches] for one in terms for target in one}
+    for target, patches in targets.items():
         key, offset, function = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
         weight, _ = stored_weight(patcher, key)
         value = weight.detach().to(torch.float32, copy=True)
-        value = comfy.lora.calculate_weight([(strength, patch, 1.0, offset, function)], value, key).to(weight.dtype)
+        entries = [(strength, patch, 1.0, offset, function) for patch in patches]
+        value = comfy.lora.calculate_weight(entries, value, key).to(weight.dtype)
         is_parameter = isinstance(weight, torch.nn.Parameter)
         patcher.add_object_patch(key, torch.nn.Parameter(value, requires_grad=False) if is_parameter else value)
-    if patches:
+    if targets:
         patcher.patches_uuid = uuid.uuid4()  # it tells one state of the weights from another

@@ -9,6 +9,7 @@ import torch
 from ...lora_merge import Lora
 from ...lora_merge.files.lora import Pieces, in_memory
 from ...lora_merge.updates.unmade import Unmade
+from ...lora_merge.words import many
 from ..door.rules import shown
 from ..page import plain
 
@@ -31,7 +32,7 @@ class LoraWeights(dict):
 
     def __repr__(self) -> str:
         # Of a node that failed ComfyUI keeps and sends each input as text: that of a dict has every tensor in it.
-        return plain(f"LORA_MODEL {shown(self.name)} of {len(self)} tensors")
+        return plain(f"LORA_MODEL {shown(self.name)} of {many(len(self), 'tensors')}")
 
     @property
     def pieces(self) -> Pieces:

@@ -12,6 +12,7 @@ import torch
 from comfy.k_diffusion import sampling as core
 from comfy.patcher_extension import WrappersMP
 
+from ...lora_merge.words import many
 from ...samplers.preset import Preset
 from ...samplers.renoise import gamma_per_step
 from ...samplers.schedule import timesteps_at
@@ -102,9 +103,9 @@ class ExactLCM:
         run = min(runs, key=lambda run: abs(_time(float(run[0]), table) - times[0]))
         if len(run) <= steps:
             logger.warning(
-                "LCM for any KSampler: %d steps were asked for, but from timestep %d on the model was trained on %d "
+                "LCM for any KSampler: %s asked for, but from timestep %d on the model was trained on %d "
                 "only: these are run. Raise denoise for more.",
-                steps,
+                many(steps, "steps were", "step was"),
                 _timestep(times[0]),
                 len(run) - 1,
             )
@@ -145,7 +146,7 @@ class ExactLCM:
             except ValueError:
                 if exactly:
                     raise ValueError(
-                        f"the sampler node asks for {steps} steps, and the preset {preset.name} is not made for that "
+                        f"the sampler node asks for {many(steps, 'steps')}, and the preset {preset.name} is not made for that "
                         f"many. Set steps to {preset.steps} there, or choose another preset."
                     ) from None
         return lcm_sigmas(model, steps=steps, denoise=denoise, original_steps=self.original_steps, preset=preset)

@@ -18,6 +18,7 @@ from comfy.patcher_extension import CallbacksMP
 from safetensors import SafetensorError, safe_open
 
 from ...lora_merge.disk.header import check_header
+from ...lora_merge.words import many
 from ...samplers.guidance import guidance_embedding
 from ..door.rules import not_there
 from ..lora.stored import is_readable, stored_weight
@@ -183,7 +184,9 @@ def _read(path: str) -> FileTensors:
         check_header(Path(path))
         raise ValueError(f"{path}: is damaged ({error}); download it again.") from error
     if keys:
-        raise ValueError(f"{path}: has {len(keys)} such tensors ({', '.join(keys)}). Choose a file with one UNet.")
+        raise ValueError(
+            f"{path}: has {many(len(keys), 'such tensors')} ({', '.join(keys)}). Choose a file with one UNet."
+        )
     raise ValueError(
         f"{path}: has no tensor {next(iter(PROJECTION))}, so it is no full LCM that takes its guidance as an input. Checkpoints "
         "with an LCM-LoRA, merged in or applied, have their guidance built in and need no such node: bypass it. For a "

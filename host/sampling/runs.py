@@ -11,6 +11,7 @@ import comfy.utils
 import latent_preview
 import torch
 
+from ...lora_merge.words import many
 from ...samplers.noise import level_numbers, stream_seed
 from ...samplers.schedule import MOST_STEPS
 from .latents import fitted, given_out
@@ -138,7 +139,8 @@ def batch_indices_of(latent: dict) -> list[int]:
         return list(range(count))
     if len(indices) != count:
         logger.warning(
-            "The latent has %d images but %d batch indices; its noise is numbered from 0 instead.", count, len(indices)
-        )
+            "The latent has %s but %s; its noise is numbered from 0 instead.",
+            many(count, "images"), many(len(indices), "batch indices", "batch index"),
+        )  # fmt: skip
         return list(range(count))
     return [int(index) for index in indices]

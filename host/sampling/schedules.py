@@ -4,6 +4,7 @@ import logging
 
 import torch
 
+from ...lora_merge.words import many
 from ...samplers.preset import Preset
 from ...samplers.preset_words import describe
 from ...samplers.presets import PRESETS
@@ -46,11 +47,11 @@ def lcm_sigmas(model, *, steps, denoise, original_steps, timesteps="", preset=No
     sigmas = _of_preset(model_sampling, preset, denoise)
     if len(sigmas) - 1 < preset.steps and not preset.timesteps:
         logger.warning(
-            "denoise %g leaves %d of the %d timesteps that the steps are picked from: %d model calls in place of %d.",
+            "denoise %g leaves %d of the %s that the steps are picked from: %s in place of %d.",
             denoise,
             len(sigmas) - 1,
-            preset.original_steps,
-            len(sigmas) - 1,
+            many(preset.original_steps, "timesteps"),
+            many(len(sigmas) - 1, "model calls"),
             preset.steps,
         )
     return sigmas
@@ -104,7 +105,10 @@ def _typed(model_sampling, timesteps: list[int], denoise: float, original_steps:
     kept = custom_timesteps(timesteps, strength=least)
     if least > denoise:
         logger.warning(
-            "denoise %g leaves none of the %d timesteps: the last one, %d, is run.", denoise, len(timesteps), kept[0]
+            "denoise %g leaves none of the %s: the last one, %d, is run.",
+            denoise,
+            many(len(timesteps), "timesteps"),
+            kept[0],
         )
     table = time_table(model_sampling)
     if table is not None:
@@ -117,8 +121,8 @@ def _warn_off_grid(schedule: list[int], original_steps: int) -> None:
     if missing := off_grid(schedule, original_steps=original_steps):
         pairs = ", ".join(f"{t} (nearest {nearest})" for t, nearest in missing.items())
         logger.warning(
-            "timesteps: %s: not among those an LCM of %d original steps was trained on. Used as given; for a model "
+            "timesteps: %s: not among those an LCM of %s was trained on. Used as given; for a model "
             "trained elsewhere set original_steps to its grid (100 holds 999, 749, 499, 249).",
             pairs,
-            original_steps,
+            many(original_steps, "original steps"),
         )

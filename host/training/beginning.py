@@ -25,7 +25,7 @@ def factors_of(weights: Mapping[str, torch.Tensor], model, layers: Sequence[str]
     known = {f"diffusion_model.{layer}.weight": layer for layer in layers}
     pieces: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     elsewhere = [*found.homeless, *(second for _, second in found.twice)]
-    for target, patch in found.patches().items():
+    for target, patch in (entry for term in found.patches() for entry in term.items()):
         layer = known.get(weight_of(target))
         if layer is None:
             elsewhere.append(weight_of(target))

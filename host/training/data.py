@@ -12,6 +12,7 @@ import torch
 
 from ...distillation.draws import DROPPED, ORDER, WHOLE_RUN, generator, shuffled
 from ...distillation.objective import Batch
+from ...lora_merge.words import many
 from ..sampling.latents import fitted
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ def whole(model, latent: dict) -> torch.Tensor:
     samples = fitted(model, latent)["samples"]
     if samples.is_nested:
         raise ValueError(
-            f"latent has {len(samples.unbind())} parts in one, such as picture and sound, and only whole pictures or clips are "
+            f"latent has {many(len(samples.unbind()), 'parts')} in one, such as picture and sound, and only whole pictures or clips are "
             "learnt. This kind of model cannot be distilled here."
         )
     return samples
@@ -165,7 +166,7 @@ def paired(conditioning: list, count: int) -> list[int]:
         return [0] * count
     if len(conditioning) != count:
         raise ValueError(
-            f"positive has {len(conditioning)} prompts, but there are {count} pictures. Give one prompt for all, or one "
+            f"positive has {many(len(conditioning), 'prompts')}, but there are {many(count, 'pictures')}. Give one prompt for all, or one "
             "for each picture in the same order."
         )
     return list(range(count))
@@ -177,7 +178,7 @@ def partners(conditioning: list, unconditional: list, which: list[int]) -> list[
         return [0] * len(which)
     if len(unconditional) != len(conditioning):
         raise ValueError(
-            f"negative has {len(unconditional)} prompts and positive {len(conditioning)}. Give one negative prompt for "
+            f"negative has {many(len(unconditional), 'prompts')} and positive {len(conditioning)}. Give one negative prompt for "
             "all, or one for each positive in the same order."
         )
     return list(which)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from comfy.quant_ops import QuantizedTensor
+from comfy.weight_adapter import WeightAdapterBase
 
 # Numbers of a weight that tell it from another: its first ones, and as many spread over it.
 FIRST, SPREAD = 8, 64
@@ -37,6 +38,9 @@ def identity_of(patcher) -> str:
 
 def _feed(digest, part: Any, depth: int = 0, inside: bool = True) -> None:
     """inside: whether what an object of a class of its own holds counts, too."""
+    if isinstance(part, WeightAdapterBase):
+        # By what it is, wherever its factors lie.
+        part = [part.name, part.loaded_keys, part.weights]
     digest.update(type(part).__name__.encode())
     if isinstance(part, torch.Tensor):
         digest.update(str(tuple(part.shape)).encode())

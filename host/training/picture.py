@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from ...lora_merge.comparing.canvas import INK, PAPER, Axes, Canvas
+from ...lora_merge.words import many
 
 WIDTH, HEIGHT, MARGIN, LABEL = 768, 256, 24, 18
 STEPS, RED = (190, 205, 235), (200, 60, 40)
@@ -37,7 +38,7 @@ def loss_curve(losses: Sequence[float], validation: Sequence[tuple[int, float]] 
         (MARGIN, 8, WIDTH - MARGIN, HEIGHT - 4),
         (min([1, *fixed]), max(len(losses), 2)),
         (low - flat, high + flat),
-        title=f"loss {losses[-1]:.3g} after {len(losses)} steps" if losses else "no loss",
+        title=f"loss {losses[-1]:.3g} after {many(len(losses), 'steps')}" if losses else "no loss",
         across="step",
         up=f"each step, and their running mean; lowest {min(losses):.3g}, highest {max(losses):.3g}" if losses else "",
         tell=lambda log: f"{10**log:.2g}",

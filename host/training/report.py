@@ -6,6 +6,7 @@ from typing import Any
 
 from ...distillation.recipes import RECIPES
 from ...distillation.settings import Settings
+from ...lora_merge.words import many
 from ...samplers.preset_words import settings_in_words
 from ...samplers.presets import phased
 from .advice import GUIDANCE, Advice, FewPictures, ForeignGuidance
@@ -75,10 +76,10 @@ def describe(account: Account) -> list[str]:
     low, high = settings.cfg
     tenth = max(1, len(losses) // 10)
     lines = [
-        f"LCM-LoRA with {account.modules} modules, {account.parameters:,} parameters ({account.parameters * 2 / 1e6:.1f} MB "
+        f"LCM-LoRA with {many(account.modules, 'modules')}, {account.parameters:,} parameters ({account.parameters * 2 / 1e6:.1f} MB "
         "in fp16).",
-        f"{account.done} steps of {settings.batch * settings.accumulate} images from {account.pictures} "
-        f"pictures{' that the model made itself' if account.own else ''}; guidance "
+        f"{many(account.done, 'steps')} of {many(settings.batch * settings.accumulate, 'images')} from "
+        f"{many(account.pictures, 'pictures')}{' that the model made itself' if account.own else ''}; guidance "
         f"{f'{low:g}' if low == high else f'{low:g} to {high:g}'}, skip {settings.skip}, {account.dtype}.",
         f"Loss {sum(losses[:tenth]) / tenth:.4g} in the first tenth, {sum(losses[-tenth:]) / tenth:.4g} in the last; "
         f"{account.seconds:.0f} seconds.",
@@ -92,7 +93,7 @@ def describe(account: Account) -> list[str]:
 def phased_words(phases: int) -> str:
     preset = phased(phases)
     return (
-        f"In {phases} phases: for {settings_in_words(preset)}. LCM-LoRA Loader and LoRA Mix read that from the file; "
+        f"In {many(phases, 'phases')}: for {settings_in_words(preset)}. LCM-LoRA Loader and LoRA Mix read that from the file; "
         f"elsewhere it is LCM Preset {preset.name}."
     )
 
@@ -117,7 +118,7 @@ def still_words(still: Sequence[str], modules: int) -> list[str]:
     if not still:
         return []
     return [
-        f"{len(still)} of {modules} modules have not changed, as no gradient reaches them: the picture does not depend on them "
+        f"{len(still)} of {many(modules, 'modules')} have not changed, as no gradient reaches them: the picture does not depend on them "
         f"({', '.join(still[:2])}{', ...' if len(still) > 2 else ''})."
     ]
 
@@ -143,7 +144,7 @@ def rate_words(settings: Settings) -> list[str]:
     tenth = settings.steps // 10
     return [
         f"learning_rate {settings.learning_rate:g} is never reached, only {highest:.2g}: warmup is {settings.warmup} of "
-        f"{settings.steps} steps{f' and decay {settings.decay:g}' if settings.decay else ''}. Set warmup to {tenth}"
+        f"{many(settings.steps, 'steps')}{f' and decay {settings.decay:g}' if settings.decay else ''}. Set warmup to {tenth}"
         f"{' or less' if tenth else ''}, or train longer."
     ]
 
@@ -171,14 +172,19 @@ def lost_words(lost: Lost) -> list[str]:
     """A sentence for each part of it."""
     found = []
     if lost.elsewhere:
+        be = "is" if len(lost.elsewhere) == 1 else "are"
         found.append(
-            f"{len(lost.elsewhere)} modules of {lost.name} are not among the trained layers and are not in the result "
+            f"{many(len(lost.elsewhere), 'modules')} of {lost.name} {be} not among the trained layers and {be} not in the result "
             f"({', '.join(lost.elsewhere[:2])}{', ...' if len(lost.elsewhere) > 2 else ''})."
         )
     if lost.waiting:
-        found.append(f"{lost.waiting} modules of {lost.name} are of a text encoder, which is not trained.")
+        found.append(
+            f"{many(lost.waiting, 'modules')} of {lost.name} {'is' if lost.waiting == 1 else 'are'} of a text encoder, which is not trained."
+        )
     if lost.anew:
-        found.append(f"{lost.name} has nothing for {lost.anew} of the {lost.layers} trained layers; these begin anew.")
+        found.append(
+            f"{lost.name} has nothing for {lost.anew} of the {many(lost.layers, 'trained layers')}; these begin anew."
+        )
     return found
 
 

@@ -11,6 +11,7 @@ from ...distillation.draws import SAMPLES, WHOLE_RUN, generator
 from ...distillation.objective import Batch
 from ...distillation.phases import edge_timesteps
 from ...distillation.trainer import Trainer
+from ...lora_merge.words import many
 from ...samplers.multistep import sample_lcm
 from ...samplers.noise import StepNoise
 from ...samplers.schedule import lcm_timesteps, sigmas_at
@@ -87,8 +88,8 @@ class Strip:
         return lcm_timesteps(min(STEPS, points), original_steps=points, train_timesteps=trained)
 
     def _label(self, done: int) -> str:
-        when = f"after {done} training steps" if done else "before the training"
-        return f"in {len(self.timesteps)} steps at cfg 1, {when}"
+        when = f"after {many(done, 'training steps')}" if done else "before the training"
+        return f"in {many(len(self.timesteps), 'steps')} at cfg 1, {when}"
 
     def _drawn(self, course, decode, validation) -> Image.Image:
         rows = [loss_curve(self.trainer.losses, validation)]

@@ -11,6 +11,7 @@ import torch
 from ...distillation.draws import SAMPLES, generator
 from ...distillation.kept import Kept, key_of
 from ...distillation.settings import Settings
+from ...lora_merge.words import many
 from ..page import show
 from ..progress import Progress
 from .data import encoded, fingerprint
@@ -84,4 +85,4 @@ def _make(
             kept.add({keys[number]: {"latent": latent} for number, latent in zip(missing, latents, strict=True)})
         done += len(chunk)
         progress(done, len(keys))
-        show(f"the model has made {done} of {len(keys)} pictures to learn from")
+        show(f"the model has made {done} of {many(len(keys), 'pictures')} to learn from")

@@ -29,7 +29,7 @@ class CoreSpace:
         """The layer with delta = left @ core @ right; with rank > 0 the best approximation of at most that rank."""
         u, s, vh = torch.linalg.svd(core, full_matrices=False)
         # What float32 made of exact zeros takes no rank.
-        used = max(1, int((s > s[0] * 1e-6).sum())) if len(s) else 1
+        used = max(1, int((s > s[0] * 1e-6).sum()))
         kept = min(used, rank) if rank else used
         root = s[:kept].sqrt()
         return shaped(self.left @ (u[:, :kept] * root), (root[:, None] * vh[:kept]) @ self.right, self.shape)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from ..updates.layer import Layer, Term, shaped
 from .core_space import CoreSpace
+from .order import Order, Product, order, squared_norm
 from .orthonormal import Basis, basis
 from .scaling import levelled
-from .sums import Stack, stacked, weighted_sum
-
-# Least ratio of eigenvalues from which singular vectors are computed.
-_CLEAR = 1e-10
+from .sums import side_by_side_as_they_are, weighted_sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,102 +60,44 @@ class Prospect:
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Known:
     """The part of Directions that has the size of the ranks: the bases' factors, as large as the updates', stand in the
-    inputs already. r_up, r_down: as `basis` gives them; the others as in Directions."""
+    inputs already. r_up, r_down: as the bases have them."""
 
     r_up: Tensor
     r_down: Tensor
-    u: Tensor
-    vh: Tensor
-    worth: Tensor
-    energy: float
-    source_energy: tuple[float, ...]
+    order: Order
 
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """The sum's core and terms' cores in an order of directions in which they can be cut anywhere.
-
-    With q the columns of the bases, q_up @ u and vh @ q_down^T are orthonormal directions, most important first; `worth`
-    says how important. singular: they are the singular vectors of the sum, worth its squared singular values.
-    """
+    """Orthonormal directions of a sum of updates, and of its terms: with q the columns of the bases, q_up @ u and
+    vh @ q_down^T, most important first. shape: of the weight."""
 
     up: Basis
     down: Basis
-    u: Tensor
-    vh: Tensor
-    total: Tensor
-    cores: tuple[Tensor, ...]
-    worth: Tensor
-    singular: bool
+    order: Order
     shape: tuple[int, ...]
 
     def known(self) -> Known | None:
         """What need not be computed again for the same terms; None where the bases are no combinations of their factors."""
         if self.up.r is None or self.down.r is None:
             return None
-        return Known(
-            r_up=self.up.r,
-            r_down=self.down.r,
-            u=self.u,
-            vh=self.vh,
-            worth=self.worth,
-            energy=self.energy,
-            source_energy=self.source_energy,
-        )
-
-    @property
-    def alone(self) -> bool:
-        """Whether the sum is its one term, in its own directions: what is kept of either is what they are worth."""
-        return self.singular and len(self.cores) == 1 and self.cores[0] is self.total
-
-    @cached_property
-    def energy(self) -> float:
-        return float(self.worth.sum()) if self.singular else _energy(self.total)
-
-    @cached_property
-    def source_energy(self) -> tuple[float, ...]:
-        return (self.energy,) if self.alone else tuple(map(_energy, self.cores))
+        return Known(r_up=self.up.r, r_down=self.down.r, order=self.order)
 
     def prospect(self) -> Prospect:
-        cores = [] if self.alone else list(self.cores) if self.singular else [self.total, *self.cores]
-        corners = [self._corners(core) for core in cores]
-        if self.singular:
-            corners = [self.worth.cumsum(0)] * (2 if self.alone else 1) + corners
-        kept = torch.nn.functional.pad(torch.stack(corners), (1, 0))
         cost = self.up.vectors.shape[0] + self.down.vectors.shape[0]
-        return Prospect(kept, self.worth, cost)
-
-    def _corners(self, core: Tensor) -> Tensor:
-        """(ranks,) float64, the energy of a core inside the first 1, 2, ... directions."""
-        blocks = (self.u.T @ core @ self.vh.T).double().square()
-        return blocks.cumsum(0).cumsum(1).diagonal()
+        return Prospect(self.order.kept, self.order.worth, cost)
 
     def cut(self, rank: int) -> Truncated:
-        u, vh = self.u[:, :rank], self.vh[:rank]
-        left, s, right = u, self.worth[:rank].to(u.dtype).sqrt(), vh
-        lost = float(self.worth[rank:].sum())
-        if not self.singular:
-            # The projected sum has singular vectors of its own; they share its size evenly between the factors.
-            core = u.T @ self.total @ vh.T
-            lost = _energy(self.total - u @ core @ vh)
-            inner, s, outer = torch.linalg.svd(core, full_matrices=False)
-            left, right = u @ inner, outer @ vh
-        root = s.sqrt()
-        up = self.up.vectors @ self.up.coefficients(left * root)
-        down = self.down.coefficients(right.T * root).T @ self.down.vectors.T
-        layer = shaped(up, down, self.shape)
+        left, right, lost = self.order.shared(rank)
+        up = self.up.vectors @ self.up.coefficients(left)
+        down = self.down.coefficients(right.T).T @ self.down.vectors.T
         return Truncated(
-            layer,
-            energy=self.energy,
+            layer=shaped(up, down, self.shape),
+            energy=self.order.energy,
             lost_energy=lost,
-            source_energy=self.source_energy,
-            kept_energy=self._kept(u, vh, rank),
+            source_energy=self.order.source_energy,
+            kept_energy=self.order.kept_at(rank),
         )
-
-    def _kept(self, u: Tensor, vh: Tensor, rank: int) -> tuple[float, ...]:
-        if self.alone:
-            return (float(self.worth[:rank].sum()),)
-        return tuple(_energy(u.T @ core @ vh.T) for core in self.cores)
 
 
 def directions(terms: Sequence[Term], *, balanced: bool = False) -> Directions:
@@ -170,71 +110,27 @@ def directions(terms: Sequence[Term], *, balanced: bool = False) -> Directions:
     balanced True: the singular vectors of all terms side by side, each scaled to norm 1, so that a weak term has as
         much say as a strong one. The error of the sum is larger, what each term keeps is more even.
     """
-    return _directions(stacked(terms), balanced)
+    return _directions(terms, balanced)
 
 
-def _directions(whole: Stack, balanced: bool, known: Known | None = None) -> Directions:
-    up, r_up = basis(whole.up) if known is None else (Basis(whole.up, known.r_up), known.r_up)
-    down, r_down = basis(whole.down.T) if known is None else (Basis(whole.down.T, known.r_down), known.r_down)
+def _directions(terms: Sequence[Term], balanced: bool, known: Known | None = None) -> Directions:
+    whole, numbers = side_by_side_as_they_are(terms)
+    if known is not None:
+        up, down = Basis(whole.up, known.r_up), Basis(whole.down.T, known.r_down)
+        return Directions(up, down, known.order, whole.shape)
+    (up, r_up), (down, r_down) = basis(whole.up), basis(whole.down.T)
     ranks = list(whole.ranks)
-    total = r_up @ r_down.T
-    parts = zip(torch.split(r_up, ranks, 1), torch.split(r_down, ranks, 1), strict=True)
-    cores = [a @ b.T for a, b in parts] if len(ranks) > 1 else [total]
-    u, vh, worth = _by_importance(total, cores, balanced) if known is None else (known.u, known.vh, known.worth)
-    return Directions(
-        up=up,
-        down=down,
-        u=u,
-        vh=vh,
-        total=total,
-        cores=tuple(cores),
-        worth=worth,
-        singular=not balanced,
-        shape=whole.shape,
-    )
+    r_up = r_up * numbers
+    products = tuple(map(Product, torch.split(r_up, ranks, 1), torch.split(r_down, ranks, 1)))
+    found = order(r_up @ r_down.T, products, balanced=balanced, alone=len(ranks) == 1)
+    return Directions(up, down, found, whole.shape)
 
 
 def directions_in(space: CoreSpace, core: Tensor, *, balanced: bool = False) -> Directions:
     """`directions` of left @ core @ right, where core is a merge method's result in a CoreSpace."""
-    u, vh, worth = _by_importance(core, space.cores, balanced)
-    return Directions(
-        up=Basis(space.left),
-        down=Basis(space.right.T),
-        u=u,
-        vh=vh,
-        total=core,
-        cores=space.cores,
-        worth=worth,
-        singular=not balanced,
-        shape=space.shape,
-    )
-
-
-def _by_importance(total: Tensor, cores: Sequence[Tensor], balanced: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(u, vh, worth) of `Directions`."""
-    if not balanced:
-        u, s, vh = _singular(total)
-        return u, vh, s.double().square()
-    side_by_side = [core / norm for core in cores if (norm := core.norm()) > 0] or [total]
-    u, left, _ = torch.linalg.svd(torch.cat(side_by_side, dim=1), full_matrices=False)
-    v, right, _ = torch.linalg.svd(torch.cat([core.T for core in side_by_side], dim=1), full_matrices=False)
-    count = min(len(left), len(right))
-    return u[:, :count], v[:, :count].T, (left[:count] * right[:count]).double()
-
-
-def _singular(total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(u, s, vh) of a singular value decomposition.
-
-    From eigenvectors, in half the time, where float64 leaves them as exact as float32 needs: u is orthonormal to about
-    1e-16 / (smallest / largest eigenvalue).
-    """
-    if total.dtype == torch.float64 and total.shape[0] >= total.shape[1]:
-        values, v = torch.linalg.eigh(total.T @ total)
-        if bool(values[0] > _CLEAR * values[-1]):
-            s, v = values.flip(0).sqrt(), v.flip(1)
-            return (total @ v) / s, s, v.T
-    u, s, vh = torch.linalg.svd(total, full_matrices=False)
-    return u, s, vh
+    alone = len(space.cores) == 1 and space.cores[0] is core
+    found = order(core, tuple(map(Product, space.cores)), balanced=balanced, alone=alone)
+    return Directions(Basis(space.left), Basis(space.right.T), found, space.shape)
 
 
 def truncated_sum(
@@ -256,17 +152,22 @@ def truncated_sum(
     if rank < 1:
         raise ValueError(f"rank is {rank}, but the smallest rank is 1")
     if sum(layer.rank for layer, strength in terms if strength * layer.scale) <= rank:
-        energy, energies = _energies(terms) if known is None else (known.energy, known.source_energy)
+        energy, energies = _energies(terms) if known is None else (known.order.energy, known.order.source_energy)
         layer = weighted_sum(terms, dtype)
         return Truncated(layer=layer, energy=energy, lost_energy=0.0, source_energy=energies, kept_energy=energies)
-    return _directions(stacked(terms), balanced, known).cut(rank)
+    return _directions(terms, balanced, known).cut(rank)
 
 
 def _energies(terms: Sequence[Term]) -> tuple[float, tuple[float, ...]]:
-    """Energy of the sum of the terms, and of each."""
-    whole = stacked(terms)
-    energies = tuple(_product_energy(up, down) for up, down in whole.parts)
-    return (energies[0] if len(energies) == 1 else _product_energy(whole.up, whole.down)), energies
+    """Energy of the sum of the terms, and of each, from the two (rank, rank) Gram matrices."""
+    whole, numbers = side_by_side_as_they_are(terms)
+    products = (whole.up.T @ whole.up).double().mul_((whole.down @ whole.down.T).double())
+    products.mul_(numbers).mul_(numbers[:, None])
+    energy = max(0.0, float(products.sum()))
+    if len(whole.ranks) == 1:
+        return energy, (energy,)
+    ends = list(accumulate(whole.ranks, initial=0))
+    return energy, tuple(max(0.0, float(products[a:b, a:b].sum())) for a, b in pairwise(ends))
 
 
 def truncated_matrix(total: Tensor, deltas: Sequence[Tensor], rank: int) -> Truncated:
@@ -291,10 +192,10 @@ def truncated_matrix(total: Tensor, deltas: Sequence[Tensor], rank: int) -> Trun
     flat = [delta.reshape(shape[0], -1).double() for delta in deltas]
     return Truncated(
         layer=layer,
-        energy=_energy(matrix),
+        energy=squared_norm(matrix),
         lost_energy=max(0.0, float(values[used:].sum())),
-        source_energy=tuple(map(_energy, flat)),
-        kept_energy=tuple(_energy(u.T @ delta @ vh.T) for delta in flat),
+        source_energy=tuple(map(squared_norm, flat)),
+        kept_energy=tuple(squared_norm(u.T @ delta @ vh.T) for delta in flat),
     )
 
 
@@ -307,8 +208,3 @@ def energy_of(term: Term) -> float:
 def _product_energy(up: Tensor, down: Tensor) -> float:
     """Energy of up @ down from the two (rank, rank) Gram matrices."""
     return max(0.0, float(((up.T @ up).double() * (down @ down.T).double()).sum()))
-
-
-def _energy(matrix: Tensor) -> float:
-    # float64: thousands of squares are added.
-    return float(matrix.double().square().sum())

@@ -88,17 +88,16 @@ def _balanced(layer: Layer, parts: dict[str, Tensor], dtype: torch.dtype) -> tup
 
 
 def _error(layer: Layer, rounded: Layer) -> float:
-    """Relative Frobenius norm of the difference of two updates, by Gram matrices in float64."""
+    """Relative Frobenius norm of the difference of two updates of one scale, by Gram matrices in float64."""
     (a, b), (c, d) = layer.factors(torch.float64), rounded.factors(torch.float64)
 
     def energy(up: Tensor, down: Tensor) -> float:
         return max(0.0, float(((up.T @ up) * (down @ down.T)).sum()))
 
-    # By what ends near 1: products of small scales would be 0.
+    # By what ends near 1: products of small scales would be 0. Whoever is that small has the scale it had.
     by = max(largest(b), torch.finfo(torch.float64).tiny)
-    ratio = rounded.scale / layer.scale if layer.scale else 1.0
     whole = energy(a, b / by)
-    lost = energy(torch.cat([a, -ratio * c], dim=1), torch.cat([b / by, d / by]))
+    lost = energy(torch.cat([a, -c], dim=1), torch.cat([b / by, d / by]))
     return math.sqrt(lost / whole) if whole > 0 else 0.0
 
 
@@ -245,8 +244,11 @@ def _balance(up: Tensor, down: Tensor, *, per_component: bool) -> tuple[Tensor, 
 
 
 def _balance_whole(parts: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """Parts of an update that is linear in each of them, their largest entries alike: one power of two for each."""
+    """Parts of an update that is linear in each of them, their largest entries alike: one power of two for each. As they are
+    where a value is no number."""
     sizes = {name: exponent(largest(part)) for name, part in parts.items()}
+    if math.inf in sizes.values():
+        return dict(parts), False
     if -math.inf in sizes.values():
         return {name: torch.zeros_like(part) for name, part in parts.items()}, False
     even = round(sum(sizes.values()) / len(sizes))
@@ -263,4 +265,4 @@ def _shift(parts: Mapping[str, Tensor], dtype: torch.dtype, layer: Layer) -> int
         return 0
     shift = -int(max(sizes))
     alpha = exponent(layer.written_alpha) - shift * len(parts)
-    return shift if shift > 0 and abs(alpha) <= ALPHA else 0
+    return shift if abs(alpha) <= ALPHA else 0

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..words import many
 from .lowrank import Prospect
 
 
@@ -46,20 +47,19 @@ def allocate(
         least = sum(prospect.cost for prospect in prospects.values())
         if least > parameters:
             raise ValueError(
-                f"the size allows {parameters} numbers, but one rank in each of the {len(prospects)} modules takes "
+                f"the size allows {parameters} numbers, but one rank in each of the {many(len(prospects), 'modules')} takes "
                 f"{least} ({2 * least / 1e6:.1f} MB in float16). Allow at least that."
             )
         return _within(prospects, order, parameters)
-    if retain is not None:
-        reached = _retains(prospects, retain)
-    else:
-        assert keep is not None
-        reached = _keeps(prospects, keep)
+    share = retain if keep is None else keep
+    assert share is not None
+    # The sum is the first row, the inputs are the others.
+    reached = _reaches(prospects, share, slice(1, None) if keep is None else slice(1))
     low, high = 0, len(order)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if reached(_ranks(prospects, order[:middle])) else (middle + 1, high)
-    return _ranks(prospects, order[:low])
+        low, high = (low, middle) if reached(_counts(prospects, order[:middle])) else (middle + 1, high)
+    return dict(zip(prospects, _counts(prospects, order[:low]).tolist(), strict=True))
 
 
 def alike(prospects: Mapping[str, Prospect]) -> dict[str, Prospect]:
@@ -88,9 +88,9 @@ def _order(prospects: Mapping[str, Prospect]) -> Tensor:
     return torch.cat(owner)[torch.cat(worth).argsort(descending=True, stable=True)]
 
 
-def _ranks(prospects: Mapping[str, Prospect], handed_out: Tensor) -> dict[str, int]:
-    counts = torch.bincount(handed_out, minlength=len(prospects))
-    return dict(zip(prospects, (1 + counts).tolist(), strict=True))
+def _counts(prospects: Mapping[str, Prospect], handed_out: Tensor) -> Tensor:
+    """(modules,) the rank of each."""
+    return 1 + torch.bincount(handed_out, minlength=len(prospects))
 
 
 def _within(prospects: Mapping[str, Prospect], order: Tensor, parameters: int) -> dict[str, int]:
@@ -108,24 +108,14 @@ def _within(prospects: Mapping[str, Prospect], order: Tensor, parameters: int) -
     return dict(zip(names, ranks, strict=True))
 
 
-def _kept(prospects: Mapping[str, Prospect], ranks: Mapping[str, int]) -> tuple[Tensor, Tensor]:
-    """Energies of the sum and of each source: kept and whole."""
-    kept = torch.stack([prospect.kept[:, ranks[name]] for name, prospect in prospects.items()]).sum(0)
-    whole = torch.stack([prospect.kept[:, -1] for prospect in prospects.values()]).sum(0)
-    return kept, whole
+def _reaches(prospects: Mapping[str, Prospect], share: float, rows: slice) -> Callable[[Tensor], bool]:
+    """Whether modules of these ranks keep that share of the energy of each of the rows."""
+    kept = torch.cat([prospect.kept[rows] for prospect in prospects.values()], dim=1)
+    ends = torch.tensor([prospect.kept.shape[1] for prospect in prospects.values()]).cumsum(0)
+    starts = torch.nn.functional.pad(ends[:-1], (1, 0))
+    enough = share * (1 - 1e-9) * kept[:, ends - 1].sum(1)
 
-
-def _keeps(prospects: Mapping[str, Prospect], share: float) -> Callable[[Mapping[str, int]], bool]:
-    def reached(ranks: Mapping[str, int]) -> bool:
-        kept, whole = _kept(prospects, ranks)
-        return bool(kept[0] >= share * (1 - 1e-9) * whole[0])
-
-    return reached
-
-
-def _retains(prospects: Mapping[str, Prospect], share: float) -> Callable[[Mapping[str, int]], bool]:
-    def reached(ranks: Mapping[str, int]) -> bool:
-        kept, whole = _kept(prospects, ranks)
-        return bool((kept[1:] >= share * (1 - 1e-9) * whole[1:]).all())
+    def reached(ranks: Tensor) -> bool:
+        return bool((kept[:, starts + ranks].sum(1) >= enough).all())
 
     return reached

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -108,7 +108,20 @@ def stacked(terms: Sequence[Term], dtype: torch.dtype = torch.float32) -> Stack:
 
     Numbers are multiplied in float32 and rounded to the dtype once, each on its way to its place.
     """
+    return _stack(terms, *_shares(terms), dtype)
+
+
+def side_by_side_as_they_are(terms: Sequence[Term]) -> tuple[Stack, Tensor]:
+    """The terms without strengths and scales, float32, and these for each rank, (sum of ranks,) float64: the sum is
+    up * numbers @ down. What has the size of the ranks only is multiplied in no time, and rounds nothing."""
     shape, shares = _shares(terms)
+    numbers = [share.above * share.below for share in shares if share is not None for _ in range(share.rank)] or [1.0]
+    bare = [share and replace(share, above=1.0, below=1.0) for share in shares]
+    whole = _stack(terms, shape, bare, torch.float32)
+    return whole, torch.tensor(numbers, dtype=torch.float64, device=whole.up.device)
+
+
+def _stack(terms: Sequence[Term], shape: tuple[int, ...], shares: Sequence[Share | None], dtype: torch.dtype) -> Stack:
     used = [share for share in shares if share is not None]
     ranks = tuple(0 if share is None else share.rank for share in shares)
     if not used:

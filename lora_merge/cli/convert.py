@@ -10,6 +10,7 @@ from ..files.formats import SAVE_FORMATS, exact_in_peft, named_for
 from ..files.load_save import check_output, load, save
 from ..files.lora import Lora
 from ..files.shared import WHICH, only
+from ..words import many
 from .shared import Answer, add_meta, meta, overwriting
 
 _EXAMPLES = """examples:
@@ -63,7 +64,7 @@ def _is_in_peft(lora: Lora, format: str) -> bool:
 
 def _told(options: argparse.Namespace, written: Lora, wider: int) -> str:
     first = next(iter(written.spellings.values()), "")
-    lines = [f"{options.lora.name}: {len(written.spellings)} modules, named such as {first}."]
+    lines = [f"{options.lora.name}: {many(len(written.spellings), 'modules')}, named such as {first}."]
     if wider:
         lines.append(f"{wider} of them as fp32: their scale is no power of two, and has no place of its own.")
     size = options.output.stat().st_size

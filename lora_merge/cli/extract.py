@@ -14,6 +14,7 @@ from ..extracting.extract import Weights, extract
 from ..extracting.report import describe
 from ..files.dtypes import DTYPES
 from ..files.load_save import check_output, save
+from ..words import many
 from .shared import Answer, add_meta, meta, overwriting
 
 _EXAMPLES = """examples:
@@ -72,7 +73,9 @@ def _run(options: argparse.Namespace) -> Answer:
     save(lora, options.output, dtype=DTYPES[options.dtype], overwrite=options.overwrite, metadata=metadata)
     lines = [describe(found)]
     if files.only_one:
-        lines.append(f"{len(files.only_one)} weights are in one file only and left out (first: {files.only_one[0]}).")
+        lines.append(
+            f"{many(len(files.only_one), 'weights are', 'weight is')} in one file only and left out (first: {files.only_one[0]})."
+        )
     if told := [key for key in files.only_one if is_told_guidance(key)]:
         lines.append(f"Among these is {told[0]}, by which a model is told its guidance and which no LoRA can hold.")
     lines.append(f"Written: {options.output} ({options.output.stat().st_size / 1e6:.1f} MB)")

@@ -33,7 +33,7 @@ class Canvas:
         self, points: Sequence[tuple[float, float]], colour: Colour, width: float = 1.0, dashed: bool = False
     ) -> None:
         for piece in _dashes(points) if dashed else [points]:
-            if len(piece) > 1:
+            if piece:
                 scaled = [(x * _FINE, y * _FINE) for x, y in piece]
                 self._draw.line(scaled, fill=colour, width=round(width * _FINE), joint="curve")
 

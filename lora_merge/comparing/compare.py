@@ -8,8 +8,9 @@ so neither an update nor the Qs are ever formed.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 
@@ -28,13 +29,14 @@ from ..naming import names
 from ..naming.blocks import place
 from ..naming.unet import infer_layout
 from ..one_module.fault import at_fault
-from ..updates.layer import LoraLayer, whole_factors
-from ..updates.unmade import made
+from ..updates.layer import LoraLayer, Share, whole_factors
+from ..updates.side_by_side import side_by_side
 from .comparison import Comparison, Group, Input, Measure, Module, Pair, Part, cosine_variance, inside, overlap
-from .curve import Curve, Own, curve_of
+from .curve import Curve, curve_of
+from .own import Own, own_of
 
-# What float32 makes of exact zeros stays below this share of the largest singular value.
-_ZERO = 1e-6
+# Inner products of the updates at strength 1, by the numbers of two inputs, the smaller first.
+Products = dict[tuple[int, int], float]
 
 
 @named
@@ -61,7 +63,7 @@ def compare(
     wanted = [name for name in order if any(_has(lora, name) for lora in loras)]
     layout = infer_layout(names.unet_bodies(wanted))
 
-    def work(name: str) -> tuple[Module, Curve, Tensor]:
+    def work(name: str) -> tuple[Module, Curve, Products]:
         where = place(name, layout)
         block = f"{where.part} {where.block}".strip()
         try:
@@ -70,15 +72,16 @@ def compare(
             raise ValueError(_beyond(name, [lora for lora in loras if _has(lora, name)], energy)) from None
 
     modules: list[Module] = []
-    curve = Curve.empty(len(loras))
-    products = torch.zeros(len(loras), len(loras), dtype=torch.float64)
-    for module, part, dots in in_order(work, wanted, workers):
+    curves: list[Curve] = []
+    products: Products = defaultdict(float)
+    for module, curve, dots in in_order(work, wanted, workers):
         modules.append(module)
-        curve = curve + part
-        products += dots
+        curves.append(curve)
+        for which, dot in dots.items():
+            products[which] += dot
         if progress is not None:
             progress(len(modules), len(wanted))
-    return _together(loras, strengths, modules, curve, products, energy)
+    return _together(loras, strengths, modules, Curve.total(curves, len(loras)), products, energy)
 
 
 def _beyond(name: str, loras: Sequence[Lora], energy: float) -> str:
@@ -105,17 +108,18 @@ def _together(
     strengths: Sequence[float],
     modules: Sequence[Module],
     curve: Curve,
-    products: Tensor,
+    products: Products,
     energy: float,
 ) -> Comparison:
     """The figures of blocks, of all modules together, and of each input."""
     blocks = dict.fromkeys(sorted({module.block for module in modules}, key=_in_order))
+    count = range(len(loras))
     return Comparison(
         inputs=tuple(_facts(index, loras, modules, strength) for index, strength in enumerate(strengths)),
         modules=tuple(modules),
         blocks=tuple(_group(block, [m for m in modules if m.block == block], len(loras)) for block in blocks),
         whole=_group("all", modules, len(loras)),
-        products=tuple(map(tuple, products.tolist())),
+        products=tuple(tuple(products[min(i, j), max(i, j)] for j in count) for i in count),
         kept=tuple(map(tuple, curve.kept.tolist())),
         numbers=tuple(map(int, curve.numbers.tolist())),
         leading_energy=energy,
@@ -127,80 +131,56 @@ def _has(lora: Lora, module: str) -> bool:
     return module in lora.modules or any((module, part) in lora.diffs for part in WEIGHT_PARTS)
 
 
-def _factors(lora: Lora, module: str) -> tuple[Tensor, Tensor, Tensor] | None:
-    """up (out, r), down (r, in * kernel) and scales (r,): the update at strength 1 is (up * scales) @ down.
-
-    None if the LoRA does not change this weight. Each in the dtype it came in.
-    """
-    ups, downs, scales = [], [], []
+def _shares(lora: Lora, module: str) -> list[Share]:
+    """The update at strength 1, a sum of products, with the scale of each in `above`; none if the LoRA does not change it."""
+    found = []
     if module in lora.modules:
         layer = lora.modules[module]
-        up, down = (made(factor).flatten(1) for factor in layer.stored_factors())
-        ups.append(up)
-        downs.append(down)
-        scales.append(torch.full((up.shape[1],), layer.scale))
+        found.append(Share(*layer.stored_factors(), above=layer.scale))
     for part in WEIGHT_PARTS:
         if (module, part) in lora.diffs:
             diff = lora.diffs[module, part].detach().to(torch.float32)
-            up, down = whole_factors(diff.reshape(diff.shape[0] if diff.ndim else 1, -1))
-            ups.append(up)
-            downs.append(down)
-            scales.append(torch.ones(up.shape[1]))
-    return (torch.cat(ups, dim=1), torch.cat(downs), torch.cat(scales)) if ups else None
+            found.append(Share(*whole_factors(diff.reshape(diff.shape[0] if diff.ndim else 1, -1))))
+    return found
 
 
-def _own(up: Tensor, down: Tensor, share: float) -> Own:
-    """Singular values as roots of eigenvalues: good to 1e-8 of the largest one, which is below float32's
-    rounding of the factors, in half the time of a singular value decomposition.
-    """
-    inner, r = torch.linalg.qr(down)
-    thin = up @ r.T
-    values, vectors = torch.linalg.eigh(thin.T @ thin)
-    values = values.flip(0).clamp(min=0)
-    effective = int((values > _ZERO**2 * values[0]).sum())
-    held = values.cumsum(0)
-    leading = int((held < share * (1 - 1e-9) * held[-1]).sum()) + 1
-    return Own(
-        up=up,
-        down=down,
-        values=values,
-        inner=inner,
-        vectors=vectors.flip(1),
-        effective=effective,
-        leading=min(leading, effective),
-        energy=float(held[-1]),
-    )
+def _triangles(shares: Sequence[Share], rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """R_u, with the scales in its columns, and R_d of all shares side by side, both (., sum of ranks) in float64."""
+    wide = any(factor.dtype == torch.float64 for share in shares for factor in (share.up, share.down))
+    bare = [replace(share, above=1.0) for share in shares]
+    whole = side_by_side(bare, (rows, columns), torch.float64 if wide else torch.float32)
+    scales = torch.tensor([share.above for share in shares for _ in range(share.rank)], dtype=torch.float64)
+    return triangle(whole.up) * scales, triangle(whole.down.T)
 
 
 def _module(
     name: str, block: str, loras: Sequence[Lora], strengths: Sequence[float], share: float
-) -> tuple[Module, Curve, Tensor]:
+) -> tuple[Module, Curve, Products]:
     """Its figures, its part of the curve of cuts, and the inner products of the updates at strength 1."""
-    found = {index: pair for index, lora in enumerate(loras) if (pair := _factors(lora, name)) is not None}
-    ups, downs = [up for up, _, _ in found.values()], [down for _, down, _ in found.values()]
-    rows, columns, ranks = ups[0].shape[0], downs[0].shape[1], [up.shape[1] for up in ups]
-    r_up = torch.split(triangle(torch.cat(ups, dim=1)), ranks, dim=1)
-    r_down = torch.split(triangle(torch.cat(downs).T), ranks, dim=1)
+    found = {index: shares for index, lora in enumerate(loras) if (shares := _shares(lora, name))}
+    ranks = {index: sum(one.rank for one in shares) for index, shares in found.items()}
+    # The first is spared a decomposition.
+    order = sorted(found, key=lambda index: -ranks[index])
+    every = [one for index in order for one in found[index]]
+    rows, columns = every[0].up.shape[0], math.prod(every[0].down.shape[1:])
+    sizes = [ranks[index] for index in order]
+    r_up, r_down = (torch.split(r, sizes, dim=1) for r in _triangles(every, rows, columns))
     owns = {
-        index: _own(a * scales, b, share)
-        for (index, (_, _, scales)), a, b in zip(found.items(), r_up, r_down, strict=True)
+        index: own_of(a, b, share, is_triangle=index == order[0], alone=len(order) == 1)
+        for index, a, b in zip(order, r_up, r_down, strict=True)
     }
 
-    parts: list[Part | None] = []
-    dots = torch.zeros(len(loras), len(loras), dtype=torch.float64)
-    for index, lora in enumerate(loras):
-        parts.append(_part(lora, name, owns[index], found[index][0].shape[1]) if index in owns else None)
-    for index, own in owns.items():
-        dots[index, index] = own.energy
+    parts = [_part(lora, name, owns[index]) if index in owns else None for index, lora in enumerate(loras)]
+    dots = {(index, index): own.energy for index, own in owns.items()}
     pairs = []
-    for i, j in combinations(owns, 2):
-        dots[i, j] = dots[j, i] = (owns[i].core * owns[j].core).sum()
+    for i, j in combinations(found, 2):
+        dots[i, j] = owns[i].dot(owns[j])
         if owns[i].energy > 0 and owns[j].energy > 0:
             sign = math.copysign(1.0, strengths[i] * strengths[j])
-            pairs.append(_pair((i, j), owns[i], owns[j], sign * float(dots[i, j]), (rows, columns)))
+            pairs.append(_pair((i, j), owns[i], owns[j], sign * dots[i, j], (rows, columns)))
 
     is_dense = any((name, part) in lora.diffs for lora in loras for part in WEIGHT_PARTS)
-    counted = sum(rank for index, rank in zip(found, ranks, strict=True) if strengths[index])
+    counted = sum(rank for index, rank in ranks.items() if strengths[index])
     curve = curve_of(owns, strengths, (rows, columns), counted, is_dense)
     compared = Module(
         name=name,
@@ -213,12 +193,12 @@ def _module(
     return compared, curve, dots
 
 
-def _part(lora: Lora, module: str, own: Own, rank: int) -> Part:
+def _part(lora: Lora, module: str, own: Own) -> Part:
     layer = lora.modules.get(module)
     if layer is None:
         return Part(
             kind="difference",
-            rank=rank,
+            rank=own.up.shape[1],
             effective=own.effective,
             alpha=None,
             scale=1.0,
@@ -243,8 +223,6 @@ def _pair(which: tuple[int, int], first: Own, second: Own, dot: float, shape: tu
     rows, columns = shape
     lefts, rights = first.left.T @ second.left, first.right.T @ second.right
     ranks = (first.effective, second.effective)
-    first_led = float((first.core @ second.right[:, : second.leading]).square().sum())
-    second_led = float((second.core @ first.right[:, : first.leading]).square().sum())
     return Pair(
         which=which,
         shared=1,
@@ -253,8 +231,8 @@ def _pair(which: tuple[int, int], first: Own, second: Own, dot: float, shape: tu
         dot_variance=cosine_variance(rows, columns) * first.energy * second.energy,
         left=overlap(float(lefts.square().sum()), *ranks, rows),
         right=overlap(float(rights.square().sum()), *ranks, columns),
-        first_inside=inside(first_led, first.energy, second.leading, columns),
-        second_inside=inside(second_led, second.energy, first.leading, columns),
+        first_inside=inside(first.inside(second), first.energy, second.leading, columns),
+        second_inside=inside(second.inside(first), second.energy, first.leading, columns),
     )
 
 

@@ -4,45 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..algebra.core_space import CoreSpace
-from ..algebra.lowrank import directions_in
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Own:
-    """One update in the common small space. up: (p, r), down: (q, r), float64, the update's columns of R_u and R_d, scales
-    in up.   values: its squared singular values, descending.   inner @ vectors: the right ones, (q, r) @ (r, r).
-    effective: number of those that are not 0.   leading: number of them that hold the wanted share of its energy.
-    """
-
-    up: Tensor
-    down: Tensor
-    values: Tensor
-    inner: Tensor
-    vectors: Tensor
-    effective: int
-    leading: int
-    energy: float
-
-    @cached_property
-    def core(self) -> Tensor:
-        """(p, q)"""
-        return self.up @ self.down.T
-
-    @cached_property
-    def right(self) -> Tensor:
-        """(q, effective), orthonormal."""
-        return self.inner @ self.vectors[:, : self.effective]
-
-    @cached_property
-    def left(self) -> Tensor:
-        """(p, effective), orthonormal."""
-        return (self.core @ self.right) / self.values[: self.effective].sqrt()
+from ..algebra.order import Product, order
+from .own import Own
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,21 +23,16 @@ class Curve:
     numbers: Tensor
 
     @classmethod
-    def empty(cls, inputs: int) -> Curve:
-        return cls(torch.zeros(1 + inputs, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
-
-    def __add__(self, other: Curve) -> Curve:
-        length = max(len(self.numbers), len(other.numbers))
-        (a, m), (b, n) = self._to(length), other._to(length)
-        return Curve(a + b, m + n)
-
-    def _to(self, length: int) -> tuple[Tensor, Tensor]:
-        """Beyond its own ranks nothing changes any more."""
-        more = length - len(self.numbers)
-        return (
-            torch.cat([self.kept, self.kept[:, -1:].expand(-1, more)], dim=1),
-            torch.cat([self.numbers, self.numbers[-1:].expand(more)]),
-        )
+    def total(cls, curves: Sequence[Curve], inputs: int) -> Curve:
+        """Of all modules together. Beyond its own ranks nothing changes any more."""
+        length = max((len(curve.numbers) for curve in curves), default=1)
+        kept, numbers = torch.zeros(1 + inputs, length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64)
+        for curve in curves:
+            own = len(curve.numbers)
+            for whole, part in ((kept, curve.kept), (numbers, curve.numbers)):
+                whole[..., :own] += part
+                whole[..., own:] += part[..., -1:]
+        return cls(kept, numbers)
 
 
 def curve_of(
@@ -78,21 +40,21 @@ def curve_of(
 ) -> Curve:
     """rank: what an exact merge of this module takes."""
     rows, columns = shape
-    weighted = {index: strengths[index] * own.core for index, own in owns.items()}
-    total = sum(weighted.values(), torch.zeros((), dtype=torch.float64))
+    products = tuple(Product(strengths[index] * own.up, own.down) for index, own in owns.items())
     energies = torch.zeros(1 + len(strengths), 1, dtype=torch.float64)
-    energies[0] = total.square().sum()
     for index, own in owns.items():
         energies[1 + index] = strengths[index] ** 2 * own.energy
+    alone = len(owns) == 1
+    total = torch.zeros((), dtype=torch.float64) if alone else torch.stack([one.core for one in products]).sum(0)
+    energies[0] = energies.sum() if alone else total.square().sum()
     if is_dense:  # a difference of whole weights stays whole at any rank
         return Curve(energies, torch.full((1,), float(rows * columns), dtype=torch.float64))
-    if len(owns) == 1:
+    if alone:
         ((index, own),) = owns.items()
         kept_of_one = strengths[index] ** 2 * torch.cat([own.values.new_zeros(1), own.values.cumsum(0)])
         known = kept_of_one.expand(2, -1)
     else:
-        space = CoreSpace(total.new_zeros(rows, 0), total.new_zeros(0, columns), tuple(weighted.values()), shape)
-        known = directions_in(space, total).prospect().kept
+        known = order(total, products).kept
     # An exact merge takes no rank for strength 0, but one rank of zeros where nothing is left.
     rank = max(rank, 1)
     kept = energies.expand(-1, 1 + rank).clone()

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 from ..merging.report import fused_notes, notes_on
+from ..words import many
 from .comparison import Comparison, Group, Measure, Module, Pair, Part
 from .verdict import answer, relation
 
@@ -44,7 +45,7 @@ def _inputs(c: Comparison) -> list[str]:
         shared = f", {len(one.only_here)} only here" if len(c.inputs) > 1 else ""
         size = one.values * 2 / 1e6
         lines.append(
-            f"  {label} * {one.strength:g}: norm {c.norm(index):.4g}, {one.modules} modules{shared}, {size:.1f} MB in float16"
+            f"  {label} * {one.strength:g}: norm {c.norm(index):.4g}, {many(one.modules, 'modules')}{shared}, {size:.1f} MB in float16"
         )
         shown = one.settings[:_SHOWN_SETTINGS]
         settings = [
@@ -52,16 +53,16 @@ def _inputs(c: Comparison) -> list[str]:
             for kind, rank, alpha, scale, count in shown
         ]
         if len(one.settings) > len(shown):
-            settings.append(f"{len(one.settings) - len(shown)} other settings")
+            settings.append(many(len(one.settings) - len(shown), "other settings"))
         lines.append(f"    {'; '.join(settings) or 'nothing that can be compared'}")
-        for found, words in (
-            (one.zero, "are zero and do nothing"),
-            (one.deficient, "have a smaller rank than factors"),
+        for found, *words in (
+            (one.zero, "modules are zero and do nothing", "module is zero and does nothing"),
+            (one.deficient, "modules have a smaller rank than factors", "module has a smaller rank than factors"),
         ):
             if found:
-                lines.append(f"    {len(found)} modules {words} (first: {found[0]})")
-        aside = [f"{count} modules of kind {kind}" for kind, count in one.carried]
-        aside += [f"{one.biases} bias differences"] if one.biases else []
+                lines.append(f"    {many(len(found), *words)} (first: {found[0]})")
+        aside = [f"{many(count, 'modules')} of kind {kind}" for kind, count in one.carried]
+        aside += [many(one.biases, "bias differences")] if one.biases else []
         if aside:
             lines.append(f"    not compared: {', '.join(aside)}")
     norms = [c.norm(index) for index in range(len(c.inputs))]
@@ -85,7 +86,7 @@ def _pairs(c: Comparison) -> list[str]:
     for pair in c.whole.pairs:
         one, two = (c.labels[i] for i in pair.which)
         lines += [
-            f"  {one} and {two}: {pair.shared} modules shared, cosine {pair.cosine:+.4f} (0 +- {pair.cosine_deviation:.4f})",
+            f"  {one} and {two}: {many(pair.shared, 'modules')} shared, cosine {pair.cosine:+.4f} (0 +- {pair.cosine_deviation:.4f})",
             f"    same outputs {_percent(pair.left)}, same inputs {_percent(pair.right)}",
             f"    of {one} in the leading inputs of {two}: {_percent(pair.first_inside)}; "
             f"of {two} in those of {one}: {_percent(pair.second_inside)}",

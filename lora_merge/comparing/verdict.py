@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..words import many
 from .comparison import Comparison, Group, Measure, Pair
 
 Kind = Literal["oppose", "alike", "crowd", "independent"]
@@ -116,7 +117,7 @@ def answer(comparison: Comparison) -> list[str]:
             pair = acting.get((i, j))
             is_calm = pair and relation(pair).kind == "independent" and not dependent_blocks(comparison, (i, j))
             (calm if is_calm else lines).append(_sentence(comparison, (i, j), pair))
-    return [*lines, *calm] if len(calm) <= _SHOWN else [*lines, f"The other {len(calm)} pairs: independent."]
+    return [*lines, *calm] if len(calm) <= _SHOWN else [*lines, f"The other {many(len(calm), 'pairs')}: independent."]
 
 
 def _acting(comparison: Comparison) -> list[Pair]:
@@ -153,7 +154,7 @@ def _sentence(comparison: Comparison, which: tuple[int, int], pair: Pair | None)
     shared = sum(any(one.which == which for one in block.pairs) for block in comparison.blocks)
     if len(where) > max(_SHOWN, _EVERYWHERE * shared):
         return f"{text} Where: nearly everywhere, most in {shown}."
-    more = f", and {len(where) - _SHOWN} more blocks" if len(where) > _SHOWN else ""
+    more = f", and {many(len(where) - _SHOWN, 'more blocks')}" if len(where) > _SHOWN else ""
     return f"{text} Where: {shown}{more}."
 
 

@@ -63,7 +63,7 @@ def _computed(path: str, size: int, stopped: Callable[[], bool]) -> str:
     view = memoryview(memory)
     with open_plain(path) as file:
         # Not to its end: another program may write faster than this reads.
-        while size > 0 and (count := file.readinto(view[:size])):
+        while count := file.readinto(view[:size]):
             if stopped():
                 raise InterruptedError(f"{path}: nobody waits for its hash.")
             value.update(view[:count])

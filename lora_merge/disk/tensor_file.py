@@ -201,26 +201,33 @@ def write(
     """
     names = sorted(tensors, key=lambda name: (_ORDER.index(NAMES[tensors[name].dtype]), name))
     entries = _entries(names, tensors)
-    metadata = {**metadata, **BLANK} if hashed else metadata
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
+    data = _data([tensors[name] for name in names], ahead)
+    if not hashed:
+        file.write(_head(text, metadata))
+        for piece in data:
+            file.write(piece)
+        return
+    metadata = {**metadata, **BLANK}
     head = _head(text, metadata)
-    if hashed:
-        size = len(head) + sum(tensor.nbytes for tensor in tensors.values())
-        check_written(head, {"__metadata__": metadata, **entries}, size)
-    hashes = Hashes(_head(text, training(metadata))) if hashed else None
-    start = file.tell() if hashes else 0
+    size = len(head) + sum(tensor.nbytes for tensor in tensors.values())
+    check_written(head, {"__metadata__": metadata, **entries}, size)
+    hashes, start = Hashes(_head(text, training(metadata))), file.tell()
     file.write(head)
-    # Many small writes: in pieces of megabytes Linux looks for as large pages, at five times the cost when memory is full.
+    for piece in data:
+        file.write(piece)
+        hashes.add(piece)
+    file.seek(start)
+    file.write(_head(text, {**metadata, **hashes.found()}))
+    file.seek(0, 2)
+
+
+def _data(tensors: Sequence[Tensor | ToFill], ahead: Callable[..., Iterable[Any]]) -> Iterator[memoryview]:
+    """All that stands behind the header, in many small pieces: for those of megabytes Linux looks for as large pages, at five
+    times the cost when memory is full."""
     memories = cycle([_Memory() for _ in range(_MEMORIES)])
-    for batch in ahead(_all_bytes, zip(_batches([tensors[name] for name in names]), memories, strict=False)):
-        for data in batch:
-            file.write(data)
-            if hashes:
-                hashes.add(data)
-    if hashes:
-        file.seek(start)
-        file.write(_head(text, {**metadata, **hashes.found()}))
-        file.seek(0, 2)
+    for batch in ahead(_all_bytes, zip(_batches(tensors), memories, strict=False)):
+        yield from batch
 
 
 def _entries(names: Sequence[str], tensors: Mapping[str, Content]) -> dict[str, object]:

@@ -14,6 +14,7 @@ from ..disk.header import check_header
 from ..disk.tensor_file import NAMES, tensor_file
 from ..naming import names
 from ..naming.unet import infer_layout
+from ..words import many
 from .extract import NAMELESS, Weights
 
 _MODEL = "model.diffusion_model."
@@ -98,7 +99,7 @@ class Pairs:
         common = [key for key in a if key in b]
         if self.only_one and (not common or len(common) < _FAMILY * sum(not is_told_guidance(key) for key in counted)):
             raise ValueError(
-                f"{tuned} and {base}: only {len(common)} of {len(counted)} weights have the same name (first other: "
+                f"{tuned} and {base}: only {len(common)} of {many(len(counted), 'weights')} have the same name (first other: "
                 f"{self.only_one[0]}). Give two models of one family, in the same format."
             )
         self._pairs = [(key, a[key], b[key]) for key in common]
@@ -111,12 +112,12 @@ class Pairs:
         if differing := sorted((key, a[0], b[0]) for key, a, b in weights if a[0] != b[0]):
             key, shape, other = differing[0]
             raise ValueError(
-                f"{tuned} and {base}: {len(differing)} weights differ in shape (first: {key}, {shape} and {other}). The two "
+                f"{tuned} and {base}: {many(len(differing), 'weights differ', 'weight differs')} in shape (first: {key}, {shape} and {other}). The two "
                 "models are not of one family."
             )
         if whole := sorted(key for key, a, b in weights if ("I8" in (a[1], b[1])) and a[1] != b[1]):
             raise ValueError(
-                f"{tuned} and {base}: {len(whole)} of {len(weights)} weights are 8-bit integers in one of them only, "
+                f"{tuned} and {base}: {len(whole)} of {many(len(weights), 'weights')} are 8-bit integers in one of them only, "
                 f"without a scale to read them by (first: {whole[0]}). Give both in the same format."
             )
 
@@ -238,6 +239,6 @@ def _check_plain(path: Path, weights: Mapping[str, tuple[tuple[int, ...], str]],
         counts = ", ".join(f"{count} {mark}" for mark, count in sorted(Counter(marks.values()).items()))
         first = f", first: {next(iter(marks))}" if marks else ""
         raise ValueError(
-            f"{path}: its weights are quantised ({counts or _QUANTISED_NOTE} among {len(weights)} tensors{first}). Give the "
+            f"{path}: its weights are quantised ({counts or _QUANTISED_NOTE} among {many(len(weights), 'tensors')}{first}). Give the "
             "original, or use the Extract LoRA node, which reads them as ComfyUI does."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..words import many
 from .extract import Extraction
 
 
@@ -13,16 +14,18 @@ def describe(found: Extraction) -> str:
         return "The two models do not differ: nothing to extract."
     low, high = found.ranks or (0, 0)
     rank = f"{low}" if low == high else f"{low} to {high}"
-    lines = [f"Extracted {found.modules} modules, rank {rank}."]
+    lines = [f"Extracted {many(found.modules, 'modules')}, rank {rank}."]
     if found.modules:
         lines.append(
             f"Relative error {found.error:.3g}: {100 * (1 - found.error**2):.2f} % of the difference's energy is kept, "
             "the most that these ranks can hold."
         )
     if found.vectors:
-        lines.append(f"{found.vectors} biases and norms differ and are kept whole.")
+        lines.append(
+            f"{many(found.vectors, 'biases and norms differ and are', 'bias or norm differs and is')} kept whole."
+        )
     if found.equal:
-        lines.append(f"{found.equal} weights do not differ and are left out.")
+        lines.append(f"{many(found.equal, 'weights do not differ and are', 'weight does not differ and is')} left out.")
     if found.unwanted:
         lines.append(f"Left out, as asked: {_counted(found.unwanted, 'biases and norms')}.")
     if found.other:

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from ..updates.build import PARTS
 from ..updates.parts import BIAS_PARTS, DIFF_PARTS, WEIGHT_PARTS
+from ..words import many
 
 __all__ = ["BIAS_PARTS", "DIFF_PARTS", "UNKNOWN", "WEIGHT_PARTS", "parse", "suffix", "unread_format", "unread_text"]
 
@@ -94,5 +95,5 @@ def unread_text(keys: Iterable[str]) -> str:
     parts = []
     for name, found in sorted(formats.items()):
         more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        parts.append(f"{name} ({len(found)} keys: {', '.join(found[:_SHOWN])}{more})")
+        parts.append(f"{name} ({many(len(found), 'keys')}: {', '.join(found[:_SHOWN])}{more})")
     return "; ".join(parts)

@@ -24,6 +24,7 @@ from ..naming.unet import infer_layout
 from ..updates.layer import Layer, LoraLayer
 from ..updates.unmade import Unmade
 from ..updates.weight_dependent import Carried
+from ..words import many
 from .keys import BIAS_PARTS, DIFF_PARTS, WEIGHT_PARTS, suffix
 from .reading import KeyAccount, read
 from .twice import Named, named
@@ -139,7 +140,7 @@ class Lora:
         meant = [known for known in self.spellings if not sites(known).isdisjoint(sites(name))]
         if len(meant) == 1:
             return meant[0]
-        raise KeyError(f"{self.source} has no module {module!r}; it has {len(self.spellings)} others")
+        raise KeyError(f"{self.source} has no module {module!r}; it has {many(len(self.spellings), 'others')}")
 
     def delta(self, module: str) -> Tensor:
         """What strength 1 adds to the module's weight: (out, in, *kernel), float32. Any spelling of the module.
@@ -201,8 +202,8 @@ class Lora:
                 errors[name] = changed
         if balanced:
             logger.info(
-                "%s: factors of %d modules balanced to fit %s, the update is the same (first: %s)",
-                self.source, len(balanced), _name(dtype), balanced[0],
+                "%s: factors of %s balanced to fit %s, the update is the same (first: %s)",
+                self.source, many(len(balanced), "modules"), _name(dtype), balanced[0],
             )  # fmt: skip
         if errors:
             logger.warning("%s: %s", self.source, too_small(errors, dtype))
@@ -251,14 +252,14 @@ class Lora:
             )
         others = Counter(update.kind for update in self.carried.values())
         if others:
-            shown = ", ".join(f"{kind} ({count} modules)" for kind, count in sorted(others.items()))
+            shown = ", ".join(f"{kind} ({many(count, 'modules')})" for kind, count in sorted(others.items()))
             raise ValueError(f"{self.source}: diffusers format holds plain LoRA only, and this has {shown}; use kohya")
         layout = infer_layout(names.unet_bodies(self.spellings.values()))
         spelled = {module: names.dotted(name, layout) for module, name in self.spellings.items()}
         unnamed = sorted(self.spellings[module] for module, name in spelled.items() if name is None)
         if unnamed:
             raise ValueError(
-                f"{self.source}: {len(unnamed)} modules have no known diffusers name ({', '.join(unnamed[:3])}); use kohya"
+                f"{self.source}: {many(len(unnamed), 'modules have', 'module has')} no known diffusers name ({', '.join(unnamed[:3])}); use kohya"
             )
         return {module: name for module, name in spelled.items() if name is not None}
 
@@ -277,7 +278,7 @@ def too_small(errors: Mapping[str, float], dtype: torch.dtype | None) -> str:
     """What to say of modules whose update a dtype does not hold. errors: module -> relative error, 1 for all of it."""
     worst = max(errors, key=lambda name: errors[name])
     return (
-        f"{_name(dtype)} has no numbers small enough for {len(errors)} modules: their updates change by up to {100 * errors[worst]:.3g} % "
+        f"{_name(dtype)} has no numbers small enough for {many(len(errors), 'modules')}: their updates change by up to {100 * errors[worst]:.3g} % "
         f"({worst}). Save as {'bfloat16 or float32' if dtype == torch.float16 else 'float32'} to keep them"
     )
 

@@ -189,7 +189,7 @@ def put_together(lora: Lora, place_of: Callable[[str, Layer], Place | None], sha
     modules: dict[str, Layer] = {module: layer for module, layer in lora.modules.items() if module not in gone}
     for whole, parts in found.items():
         modules[whole] = stacked([(rows, lora.modules[module]) for module, rows in parts], shapes[whole])
-    return replace(lora, modules=modules, spellings=dict(lora.spellings) | {whole: whole for whole in found})
+    return replace(lora, modules=modules)
 
 
 def _whole_shapes(lora: Lora, family: Family, every: bool) -> dict[str, Shape]:
@@ -251,7 +251,7 @@ def _differences_fused(lora: Lora, family: Family, shapes: Mapping[str, Shape]) 
     diffs = {key: diff for key, diff in lora.diffs.items() if key not in gone}
     for (whole, part), parts in found.items():
         diffs[whole, part] = _side_by_side(parts, shapes[whole] if part == "diff" else shapes[whole][:1])
-    return replace(lora, diffs=diffs, spellings=dict(lora.spellings) | {whole: whole for whole, _ in found})
+    return replace(lora, diffs=diffs)
 
 
 def _side_by_side(parts: Sequence[tuple[Rows, Tensor]], shape: Shape) -> Tensor:

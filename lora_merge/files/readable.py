@@ -40,9 +40,9 @@ def check_readable(
 
 
 def stand_ins(pieces: Mapping[str, Tensor | Unmade]) -> dict[str, Tensor]:
-    """Tensors of no values for those that are unmade, which are finite: names, shapes and dtypes are what counts."""
+    """Tensors of no values for those that are unmade, which are finite floats: names and shapes are what counts."""
     return {
-        key: torch.empty(piece.shape, dtype=piece.dtype, device="meta") if isinstance(piece, Unmade) else piece
+        key: torch.empty(piece.shape, device="meta") if isinstance(piece, Unmade) else piece
         for key, piece in pieces.items()
     }
 

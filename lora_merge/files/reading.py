@@ -16,6 +16,7 @@ from ..updates.build import build, idle, ignores_alpha, is_carried, problem
 from ..updates.layer import Layer
 from ..updates.unmade import Unmade, made
 from ..updates.weight_dependent import Carried
+from ..words import many
 from . import dialects, keys
 from .keys import DIFF_PARTS
 from .twice import named, pairs_text, twice
@@ -231,12 +232,14 @@ def _check_values(tensors: Mapping[str, Tensor | Unmade], source: str) -> None:
     )
     if wrong:
         raise ValueError(
-            f"{source}: {len(wrong)} weights are not floating point, {', '.join(wrong[:3])}; a quantized LoRA has to be "
+            f"{source}: {many(len(wrong), 'weights are', 'weight is')} not floating point, {', '.join(wrong[:3])}; a quantized LoRA has to be "
             "saved as float16 first."
         )
     empty = sorted(key for key, tensor in tensors.items() if tensor.numel() == 0)
     if empty:
-        raise ValueError(f"{source}: {len(empty)} tensors have no values, {', '.join(empty[:3])}; the file is damaged.")
+        raise ValueError(
+            f"{source}: {many(len(empty), 'tensors have', 'tensor has')} no values, {', '.join(empty[:3])}; the file is damaged."
+        )
     tensors = {key: tensor for key, tensor in tensors.items() if not tensor.is_meta}  # an outline has no values
     if not all_finite(tensors.values()):
         broken = sorted(key for key, tensor in tensors.items() if not is_finite(tensor))

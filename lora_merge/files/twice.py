@@ -13,6 +13,7 @@ from ..naming import aliases
 from ..naming.families import family_of
 from ..updates.layer import Layer, shape_of_both
 from ..updates.weight_dependent import BUNDLED, Carried
+from ..words import many
 from .keys import BIAS_PARTS
 
 _SHOWN = 3
@@ -185,5 +186,5 @@ def pairs_text(pairs: Sequence[Pair], sources: Sequence[str]) -> str:
         else f"{first.text} and {second.text}"
         for first, second in pairs[:_SHOWN]
     ]
-    more = f", and {len(pairs) - _SHOWN} pairs more" if len(pairs) > _SHOWN else ""
+    more = f", and {many(len(pairs) - _SHOWN, 'pairs')} more" if len(pairs) > _SHOWN else ""
     return "; ".join(shown) + more

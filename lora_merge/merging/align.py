@@ -12,6 +12,7 @@ from ..naming import encoders, names, unet
 from ..naming.aliases import behind_one_prefix, text_encoder
 from ..naming.unet import Layout
 from ..updates.layer import shape_of_both
+from ..words import many
 
 
 def unify(loras: Sequence[Lora]) -> list[Lora]:
@@ -36,7 +37,7 @@ def unify(loras: Sequence[Lora]) -> list[Lora]:
             return _in_one_naming(renamed)
     renamed = [_rename(lora, unet.infer_layout(bodies)) for lora in loras]
     if clashes := _clashes(renamed):
-        more = f" ({len(clashes) - 1} more modules differ)" if len(clashes) > 1 else ""
+        more = f" ({many(len(clashes) - 1, 'more modules differ', 'more module differs')})" if len(clashes) > 1 else ""
         raise ValueError(f"{clashes[0]}{more}; they were made for different base models, so merge LoRAs of one base.")
     return _in_one_naming(renamed)
 

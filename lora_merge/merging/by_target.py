@@ -13,6 +13,7 @@ from ..naming import names
 from ..naming.family import Rows
 from ..naming.unet import Layout
 from ..updates.layer import Layer, LoraLayer, is_safe
+from ..words import many
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def by_target(loras: Sequence[Lora], targets: Mapping[str, Target], shapes: Mapp
     for lora, found in zip(loras, homes, strict=True):
         if of_model(lora) and not found:
             raise ValueError(
-                f"{lora.source}: none of its {len(of_model(lora))} modules has a place in the connected model (the first is "
+                f"{lora.source}: none of its {many(len(of_model(lora)), 'modules')} has a place in the connected model (the first is "
                 f"{lora.spellings[of_model(lora)[0]]}). Connect the model that the LoRAs are for, or none."
             )
     if not _needed(loras, homes):
@@ -106,7 +107,8 @@ def _needed(loras: Sequence[Lora], homes: Sequence[Mapping[str, Target]]) -> boo
     for found in homes:
         for module, target in found.items():
             called.setdefault(replace(target, turned=False), set()).add(module)
-    whole, sliced = ({t.weight for t in called if (t.rows is None) is wanted} for wanted in (True, False))
+    whole = {target.weight for target in called if target.rows is None}
+    sliced = {target.weight for target in called if target.rows is not None}
     if any(len(modules) > 1 for modules in called.values()) or whole & sliced:
         return True
     return undecided([named for index, lora in enumerate(loras) for named in lora.named(index)]) is not None
@@ -131,9 +133,6 @@ def _named(
         those = " and ".join(lora.spellings[module] for module, name in new.items() if name == twice)
         raise ValueError(f"{lora.source}: {those} are one weight of the connected model; remove one of them.")
     lora = renamed(lora, Renaming(new, frozenset(m for m in new if found[m].turned)))
-    lora = replace(
-        lora, spellings=dict(lora.spellings) | {name: spelled.get(name, s) for name, s in lora.spellings.items()}
-    )
     whole = {target.weight for those in homes for target in those.values() if target.rows is None}
     rows = {new[m]: t for m, t in found.items() if m in new and t.rows is not None and t.weight in whole}
 

@@ -9,6 +9,7 @@ from ..files.keys import BIAS_PARTS
 from ..files.lora import Lora
 from ..settings.strengths import Strengths
 from ..updates.weight_dependent import Carried
+from ..words import many
 
 _SHOWN = 3
 
@@ -62,7 +63,7 @@ def refusal(loras: Sequence[Lora], passthrough: Passthrough) -> str:
             kinds.setdefault(lora.carried[module].kind, []).append(lora.spellings[module])
         for kind, names in sorted(kinds.items()):
             more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            texts.append(f"{lora.source} has {kind} ({len(names)} modules: {', '.join(names[:_SHOWN])}{more})")
+            texts.append(f"{lora.source} has {kind} ({many(len(names), 'modules')}: {', '.join(names[:_SHOWN])}{more})")
     return (
         f"these updates depend on the weight they change and do not add up: {'; '.join(texts)}. They pass through a merge "
         "only at strength 1 and where no other input changes the same weight; use that LoRA in a LoRA loader of its own."

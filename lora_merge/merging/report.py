@@ -16,6 +16,7 @@ from ..metadata.report import in_words, peft_remarks, shown
 from ..methods.table import METHODS, Parameter
 from ..settings.options import MergeOptions
 from ..updates.layer import Layer, LoraLayer
+from ..words import many
 from .account import Account, Source
 from .provenance import recipe_of
 
@@ -41,7 +42,7 @@ def describe(lora: Lora) -> str:
     if set(lora.kinds) - {"LoRA"}:
         lines.append(f"  kinds: {_kinds(lora)}")
     if lora.carried:
-        lines.append(f"  {len(lora.carried)} of them depend on the weight they change: they load, and do not merge")
+        lines.append(f"  {_depending(len(lora.carried))}")
     if lora.diffs:
         lines.append(f"  weight and bias differences: {len(lora.diffs)}")
     if lora.keys.unread:
@@ -54,20 +55,30 @@ def describe(lora: Lora) -> str:
 def describe_merge(account: Account, merged: Lora) -> str:
     """What went into a merge, what came out, and what each input lost."""
     one = len(account.sources) == 1
-    head = f"Merged {len(account.sources)} LoRAs, method {account.method}"
+    head = f"Merged {many(len(account.sources), 'LoRAs')}, method {account.method}"
     lines = [f"{'Made from one LoRA' if one else head}{_choices(account)}:"]
     lines += [f"  {source.name} * {source.strength:g}: {', '.join(_facts(source, one))}" for source in account.sources]
     lines.append(_result(account, merged))
     lines += _staying(merged)
     lines += _method_lines(account) + _cut_lines(account)
     if account.rebalanced:
-        lines.append(f"Factors of {account.rebalanced} modules balanced to fit float16; their updates are the same.")
+        lines.append(
+            f"Factors of {many(account.rebalanced, 'modules')} balanced to fit float16; their updates are the same."
+        )
     if not one and all(source.only_here == source.modules for source in account.sources):
         lines.append("Note: the inputs share no module. They may be made for different base models.")
     if any(source.strength == 0 for source in account.sources):
         lines.append("Note: an input of strength 0 adds nothing.")
     lines += [f"Warning: {one}." if one[-1] != "." else f"Warning: {one}" for one in warnings_of(account)]
     return "\n".join(lines)
+
+
+def _depending(count: int) -> str:
+    return many(
+        count,
+        "of them depend on the weight they change: they load, and do not merge",
+        "of them depends on the weight it changes: it loads, and does not merge",
+    )
 
 
 def _choices(account: Account) -> str:
@@ -79,17 +90,17 @@ def _choices(account: Account) -> str:
 
 
 def _facts(source: Source, one: bool) -> list[str]:
-    facts = [f"{source.modules} modules"]
+    facts = [many(source.modules, "modules")]
     if not one:
         facts.append(f"{source.modules - source.only_here} shared, {source.only_here} only here")
     if source.ranks and source.alphas:
         facts.append(f"rank {_span(*source.ranks)}, alpha {_span(*source.alphas)}")
     if source.diffs:
-        facts.append(f"{source.diffs} weight or bias differences")
+        facts.append(many(source.diffs, "weight or bias differences"))
     if source.merged < source.modules:
         facts.append(f"{source.merged} merged")
     if source.passed_through:
-        facts.append(f"{source.passed_through} passed through as they are")
+        facts.append(many(source.passed_through, "passed through as they are", "passed through as it is"))
     if source.refused:
         facts.append(f"{source.refused} refused and left out")
     if source.block_strengths:
@@ -105,7 +116,9 @@ def _result(account: Account, merged: Lora) -> str:
     if account.options.aim and account.ranks and account.ranks[0] != account.ranks[2]:
         rank += f" (median {account.ranks[1]:g})"
     kinds = f" ({_kinds(merged)})" if set(merged.kinds) - {"LoRA"} else ""
-    return f"Result: {len(merged.spellings)} modules{kinds}{rank}, {size_text(merged, torch.float16)} in float16"
+    return (
+        f"Result: {many(len(merged.spellings), 'modules')}{kinds}{rank}, {size_text(merged, torch.float16)} in float16"
+    )
 
 
 def _kinds(lora: Lora) -> str:
@@ -120,7 +133,7 @@ def _staying(merged: Lora) -> list[str]:
     kinds = " and ".join(sorted({layer.kind for layer in staying}))
     expanded = sum(layer.rank * (layer.shape[0] + prod(layer.shape[1:])) for layer in staying)
     return [
-        f"{len(staying)} modules that no other input changes stay {kinds}: {_megabytes(staying)} in float16, as LoRA "
+        f"{many(len(staying), 'modules that no other input changes stay', 'module that no other input changes stays')} {kinds}: {_megabytes(staying)} in float16, as LoRA "
         f"{expanded * 2 / 1e6:.1f} MB."
     ]
 
@@ -164,7 +177,7 @@ def _cut_lines(account: Account) -> list[str]:
     how = aims[options.aim]() if options.aim else f"to rank {account.rank}"
     balanced = ", every input counting alike" if options.balanced else ""
     lines = [
-        f"Cut {how} in {account.cut_modules} of {account.modules} modules{balanced}; "
+        f"Cut {how} in {account.cut_modules} of {many(account.modules, 'modules')}{balanced}; "
         f"relative error {account.relative_error:.3g}. Left of each input's energy:"
     ]
     for source in account.sources:

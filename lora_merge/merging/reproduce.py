@@ -22,6 +22,7 @@ from ..files.lora import Lora
 from ..keywords import named
 from ..settings.options import DTYPES
 from ..updates.layer import Term
+from ..words import many
 from .merge import Progress, merge_with_account
 from .provenance import Ingredient, recipe_of
 
@@ -60,7 +61,8 @@ def reproduce(
     given = load(path)
     recipe = recipe_of(given.metadata, path.name)
     found = _find(recipe.inputs, [Path(folder) for folder in folders] or [path.parent], path)
-    tensors, _ = read(path)
+    # Not mapped: a file that is cut off meanwhile is an error in words and ends nothing.
+    tensors, _ = read(path, mapping=False)
     dtype = _dtype(tensors)
     inputs = [(load(file), entry.strength) for file, entry in zip(found, recipe.inputs, strict=True)]
     made, _ = merge_with_account(
@@ -75,11 +77,11 @@ def reproduce(
     if state.keys() != tensors.keys():
         differing = sorted(state.keys() ^ tensors.keys())
         raise ValueError(
-            f"{path.name}: was changed since it was made: it differs in {len(differing)} keys, {differing[0]}."
+            f"{path.name}: was changed since it was made: it differs in {many(len(differing), 'keys')}, {differing[0]}."
         )
     if all(torch.equal(state[key], tensor) for key, tensor in tensors.items()):
         return Reproduction(True, 0.0, True, tuple(found))
-    difference = _difference(given, Lora.from_state_dict(state, metadata=given.metadata, source="made again"))
+    difference = _difference(given, Lora.from_state_dict(state, metadata=given.metadata))
     return Reproduction(False, difference, difference <= _SAME[dtype], tuple(found))
 
 
@@ -125,7 +127,8 @@ def _dtype(tensors: dict[str, Tensor]) -> torch.dtype:
 
 
 def _as_written(made: Lora, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The LoRA as a state dict in the format whose keys are those of the file; where none is, as it is saved without a wish."""
+    """The LoRA as a state dict in the format whose keys are those of the file, or the fewest others."""
+    found = {}
     for format in SAVE_FORMATS:
         try:
             lora, written_in = named_for(made, format)
@@ -134,7 +137,8 @@ def _as_written(made: Lora, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -
             continue
         if pieces.keys() == tensors.keys():
             return lora.to_state_dict(dtype, format=written_in, copy=False)
-    lora, written_in = named_for(made, "auto")
+        found[len(pieces.keys() ^ tensors.keys())] = lora, written_in
+    lora, written_in = found[min(found)] if found else named_for(made, "auto")
     return lora.to_state_dict(dtype, format=written_in, copy=False)
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ..disk import json_text
+from ..words import many
 from .expressions import Budget, Expression
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -84,7 +85,7 @@ class _Scales:
                 self._expressions.append((number, pattern, _expression(pattern), value))
         if len(self._expressions) > MAX_EXPRESSIONS:
             raise ValueError(
-                f"alpha_pattern in the metadata has {len(self._expressions)} expressions, too involved to be tried: at "
+                f"alpha_pattern in the metadata has {many(len(self._expressions), 'expressions')}, too involved to be tried: at "
                 f"most {MAX_EXPRESSIONS} are read"
             )
 
@@ -117,7 +118,7 @@ class _Scales:
         dots = [at for at, letter in enumerate(name) if letter == "." and len(name) - at <= MAX_END]
         ends = [name, *(name[at + 1 :] for at in dots)]
         found = [self._plain[end] for end in ends if end in self._plain]
-        return min(found, key=lambda pair: pair[0], default=(math.inf, self._alpha))
+        return min(found, default=(math.inf, self._alpha))  # no two have one place
 
 
 def _expression(pattern: str) -> Expression:

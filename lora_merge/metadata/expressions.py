@@ -127,22 +127,24 @@ class _Parser:
         start = self.at
         part = self._atom()
         stop = self.at
-        low, high = self._times()
-        if (low, high) == (1, 1):
+        times = self._times()
+        if times is None:
             return part
+        low, high = times
         self._take("?")  # which match is found first makes no difference here
         if self.at < len(self.text) and self.text[self.at] in "*+?{":
             raise ValueError("repeats a repeat")
         first = last = self._state()
-        # Copies: a state knows no number of times.
-        for number in range(max(low, 1) if high is None else high):
+        # Copies: a state knows no number of times. Where there is no end the last of them begins anew.
+        copies = (low or 1) if high is None else high
+        for number in range(copies):
             begin, end = self._again(start, stop)
             skip = self._state()
             last.after.append(begin)
             if number >= low:
                 last.after.append(skip)
             end.after.append(skip)
-            if high is None and number >= low - 1:
+            if high is None and number == copies - 1:
                 end.after.append(begin)
             last = skip
         return first, last
@@ -154,12 +156,13 @@ class _Parser:
         self.at = place
         return part
 
-    def _times(self) -> tuple[int, int | None]:
+    def _times(self) -> tuple[int, int | None] | None:
+        """The least and the most, None where there is no end; None where nothing is repeated."""
         for sign, times in (("*", (0, None)), ("+", (1, None)), ("?", (0, 1))):
             if self._take(sign):
                 return times
         if not self._take("{"):
-            return 1, 1
+            return None
         within = self._until("}")
         if not _NUMBERS.fullmatch(within):
             raise ValueError("has braces that hold no numbers")
@@ -228,10 +231,10 @@ class _Parser:
         return found
 
     def _until(self, letter: str) -> str:
-        end = self.text.find(letter, self.at)
-        if end < 0:
+        text, found, _ = self.text[self.at :].partition(letter)
+        if not found:
             raise ValueError(f"has no {letter!r}")
-        text, self.at = self.text[self.at : end], end + 1
+        self.at += len(text) + len(found)
         return text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..words import many
 from .about import most_frequent_tags, trigger_words, unreadable
 from .adapter_config import Misfit, OfPeft
 from .inherit import Cut, Licences, Note, TooLong, Unreadable
@@ -58,7 +59,7 @@ def in_words(note: Note) -> str:
             each = "; ".join(f"{shown(value, 60)} ({source})" for value, source in note.stated)
             return f"the inputs have different licences, {each}, and the metadata names all"
         case Cut():
-            return f"of {note.tags} tags in {TAGS_KEY} the {note.kept} most frequent are kept, since the others are too many"
+            return f"of {many(note.tags, 'tags')} in {TAGS_KEY} the {note.kept} most frequent are kept, since the others are too many"
 
 
 def peft_remarks(known: OfPeft) -> list[str]:

@@ -16,7 +16,7 @@ def by_magnitude(delta: Tensor, density: float) -> Tensor:
     round(density * n) entries stay; of equal magnitudes the first in row order.
     """
     flat = delta.float().flatten()
-    kept = _count(flat.numel(), density)
+    kept = round(flat.numel() * density)
     mask = torch.zeros_like(flat, dtype=torch.bool)
     # A stable sort: topk breaks ties differently from machine to machine.
     mask[flat.abs().argsort(descending=True, stable=True)[:kept]] = True
@@ -36,8 +36,7 @@ def without_outliers(delta: Tensor, density: float, outliers: float) -> Tensor:
             "too large are shares of the same entries. Lower one of them."
         )
     flat = delta.float().flatten()
-    cut = min(_count(flat.numel(), outliers), flat.numel())
-    kept = min(_count(flat.numel(), density), flat.numel() - cut)
+    cut, kept = round(flat.numel() * outliers), round(flat.numel() * density)
     mask = torch.zeros_like(flat, dtype=torch.bool)
     mask[flat.abs().argsort(descending=True, stable=True)[cut : cut + kept]] = True
     return (flat * mask).reshape(delta.shape)
@@ -69,15 +68,11 @@ def by_magnitude_at_random(delta: Tensor, density: float, spread: float, generat
         return rows.reshape(delta.shape).clone()
     if density <= 0:
         return torch.zeros_like(rows).reshape(delta.shape)
-    places = rows.abs().argsort(dim=1, stable=True).argsort(dim=1, stable=True).float()
+    places = rows.abs().argsort(stable=True).argsort(stable=True).float()
     share = places / max(rows.shape[1] - 1, 1) - 0.5
     chance = (density + spread * share).clamp(0.0, 1.0)
     kept = _uniform(rows, generator) < chance
     return torch.where(kept, rows / chance.clamp(min=torch.finfo(torch.float32).tiny), 0.0).reshape(delta.shape)
-
-
-def _count(entries: int, density: float) -> int:
-    return round(entries * min(max(density, 0.0), 1.0))
 
 
 def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:

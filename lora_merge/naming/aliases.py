@@ -126,7 +126,7 @@ def one_encoder(first: str, second: str, body: str, encoders: frozenset[str]) ->
         return True
     numbered = {"te", "te1", "te2", "te3"}
     if _CLIP.match(body):
-        if pair <= _FIRST or pair <= _SECOND:
+        if _FIRST.issuperset(pair) or _SECOND.issuperset(pair):
             return True
         if "prior_te" in pair:  # Stable Cascade's one
             return not pair & {"te1", "clip_l", "clip_h"}

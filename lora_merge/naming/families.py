@@ -67,7 +67,7 @@ def family_of(loras: Iterable[Collection[str]]) -> Family | None:
     of_each = [[family for family in TRANSFORMERS if family.recognises(names)] for names in loras]
     common = [family for family in of_each[0] if all(family in known for known in of_each)]
     every = {name for names in loras for name in names}
-    if not common or not all(_agree(common[0], other, every) for other in common[1:]):
+    if not common or not all(_agree(common[0], other, every) for other in common):
         return None
     for names, known in zip(loras, of_each, strict=True):
         if common[0].sure and not all(_agree(common[0], other, names) for other in known):
@@ -129,13 +129,13 @@ def family_by_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Family | None:
         return None
     known = [family for family in TRANSFORMERS if family.recognises(shapes)]
     known = [family for family in known if all(family.suits(_own(family, n), shape) for n, shape in shapes.items())]
-    if not known or not all(_agree(known[0], other, shapes) for other in known[1:]):
+    if not known or not all(_agree(known[0], other, shapes) for other in known):
         return None
 
     def parts(family: Family) -> list[object]:
         return [family.parts(_own(family, name), shape) for name, shape in shapes.items()]
 
-    return known[0] if all(parts(other) == parts(known[0]) for other in known[1:]) else None
+    return known[0] if all(parts(other) == parts(known[0]) for other in known) else None
 
 
 def family_by_width(loras: Iterable[Mapping[str, tuple[int, ...]]]) -> Family | None:

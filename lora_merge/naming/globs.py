@@ -19,18 +19,18 @@ def matches(glob: str, name: str) -> bool:
     After a mismatch only the last star has to take one letter more: what stood before it fits already.
     """
     at = place = 0
-    star = -1
-    resume = 0
+    # What follows the last star, and what of the name follows the letters that it stands for.
+    last: tuple[int, int] | None = None
     while place < len(name):
         if at < len(glob) and glob[at] == "*":
-            star, resume = at, place
             at += 1
+            last = at, place
         elif at < len(glob) and glob[at] in ("?", name[place]):
             at += 1
             place += 1
-        elif star >= 0:
-            resume += 1
-            at, place = star + 1, resume
+        elif last is not None:
+            at, place = last[0], last[1] + 1
+            last = at, place
         else:
             return False
     return not glob[at:].strip("*")

@@ -69,9 +69,9 @@ class Tables:
         self._turned_back = {_key(theirs): own for own, theirs in self.turned.items()}
         self._turned_last = {f"{stack.own}.{{}}.{name}" for stack in stacks for name in stack.turned_last.split()}
         self._dotted_only = {*parameters, *(name for stack in stacks for name in stack.dotted_only())}
-        # Prefix -> own names and diffusers' that ComfyUI reads behind it.
-        self._read: dict[str, tuple[set[str], set[str]]] = {
-            prefix: (set(), set()) for prefix in ("", *own_read_as, *theirs_read_as, _DOTTED, _KOHYA)
+        # Prefix -> names that ComfyUI reads behind it, own ones and diffusers'.
+        self._read: dict[str, set[str]] = {
+            prefix: set() for prefix in ("", *own_read_as, *theirs_read_as, _DOTTED, _KOHYA)
         }
         self._own_read_as = (_DOTTED, _KOHYA, *own_read_as)
         self._theirs_read_as = tuple(theirs_read_as)
@@ -92,7 +92,7 @@ class Tables:
         self._theirs_of[own] = [name.removeprefix("~") for name in theirs]
         for prefix in self._own_read_as:
             if own not in self._dotted_only or prefix == _DOTTED:
-                self._read[prefix][0].add(underscored(own) if prefix.endswith("_") else own)
+                self._read[prefix].add(underscored(own) if prefix.endswith("_") else own)
         for name in theirs:
             self._add(_Entry(name.removeprefix("~"), own=own, depth=depth))
             self._read_theirs(name)
@@ -109,7 +109,7 @@ class Tables:
     def _read_theirs(self, name: str) -> None:
         if not name.startswith("~"):
             for prefix in self._theirs_read_as:
-                self._read[prefix][1].add(underscored(name) if prefix.endswith("_") else name)
+                self._read[prefix].add(underscored(name) if prefix.endswith("_") else name)
 
     def _add(self, entry: _Entry) -> None:
         known = self._entries.setdefault(_key(entry.name), entry)
@@ -231,20 +231,20 @@ class Tables:
             return None
         entry = found[0]
         for prefix in self._theirs_read_as:
-            if not prefix.endswith("_") and entry.name in self._read[prefix][1]:
+            if not prefix.endswith("_") and entry.name in self._read[prefix]:
                 return f"{prefix}{entry.name.format(found[1])}"
         return None
 
     def reads(self, spelling: str) -> bool:
         """Whether ComfyUI reads the spelling, in every version that we know."""
         spelling = spelling.removesuffix(".bias")
-        for prefix, (own, theirs) in self._read.items():
+        for prefix, names in self._read.items():
             if spelling.startswith(prefix):
                 body = spelling[len(prefix) :]
                 block = (_BLOCK if prefix.endswith("_") else _DOTTED_BLOCK).fullmatch(body)
                 sep = "_" if prefix.endswith("_") else "."
                 template = f"{block[1]}{sep}{{}}{sep}{block[3]}" if block else body
-                if body in own or body in theirs or template in own or template in theirs:
+                if body in names or template in names:
                     return True
         return False
 

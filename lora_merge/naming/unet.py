@@ -20,6 +20,7 @@ from .family import Family, Place, block_of, kind_of, underscored, with_dots, wi
 
 DEFAULT_RES_BLOCKS = 2
 MAX_RES_BLOCKS = 8
+_EVERY = frozenset(range(1, MAX_RES_BLOCKS + 1))
 
 # diffusers -> ldm
 _BASIC = {
@@ -164,18 +165,17 @@ def twin_outside_blocks(name: str) -> str | None:
 @lru_cache(maxsize=8192)
 def _sizes(name: str) -> frozenset[int]:
     """Every R, up to MAX_RES_BLOCKS, with which a UNet can have a module of this name."""
-    every = range(1, MAX_RES_BLOCKS + 1)
     if match := _INPUT_OP.fullmatch(name):
-        return frozenset(size for size in every if int(match[1]) > 0 and int(match[1]) % (size + 1) == 0)
+        return frozenset(size for size in _EVERY if int(match[1]) and int(match[1]) % (size + 1) == 0)
     if match := (_INPUT_RESNET.fullmatch(name) or _INPUT_ATTENTION.fullmatch(name)):
-        return frozenset(size for size in every if int(match[1]) % (size + 1) != 0)
+        return frozenset(size for size in _EVERY if int(match[1]) % (size + 1) != 0)
     if match := _OUTPUT_CONV.fullmatch(name):
-        return frozenset(size for size in every if (int(match[1]) + 1) % (size + 1) == 0)
+        return frozenset(size for size in _EVERY if (int(match[1]) + 1) % (size + 1) == 0)
     if match := _DOWN.fullmatch(name):
-        return frozenset(size for size in every if _block(match) < size)
+        return frozenset(size for size in _EVERY if _block(match) < size)
     if match := _UP.fullmatch(name):
-        return frozenset(size for size in every if _block(match) <= size)
-    return frozenset(every)
+        return frozenset(size for size in _EVERY if _block(match) <= size)
+    return _EVERY
 
 
 def _block(match: re.Match[str]) -> int:
@@ -191,7 +191,7 @@ def possible_res_blocks(names: Iterable[str]) -> list[int]:
     this family share, then the others in ascending order.
     """
     names = set(names)
-    allowed = frozenset(range(1, MAX_RES_BLOCKS + 1)).intersection(*map(_sizes, names))
+    allowed = _EVERY.intersection(*map(_sizes, names))
     ways: dict[tuple[str, int], int] = {}
     for name in names:
         for way, pattern in (("down", _DOWN), ("up", _UP)):

@@ -67,15 +67,15 @@ class ModuleMerger:
         self.dense_modules = dense_modules
         self.device = device
         self.drawn_by = drawn_by
-        self.known: dict[str, Known] = {}
+        self.known: dict[str, Known | None] = {}
 
     def prospect(self, module: str) -> Prospect:
         """What each rank of the module would keep, of all inputs: 0 of those that do not have the module."""
         with self._in_words(module):
             owners, terms, _, power = self._terms(module)
             all_found = self._directions(module, owners, terms)[0]
-            if self.method.combine is None and (known := all_found.known()) is not None:
-                self.known[module] = known
+            if self.method.combine is None:
+                self.known[module] = all_found.known()
             found = all_found.prospect()
             kept = found.kept.new_zeros(1 + len(self.loras), found.kept.shape[1])
             kept[[0, *(1 + index for index in owners)]] = found.kept
@@ -135,9 +135,9 @@ class ModuleMerger:
         protect, mu = self.options.protect, self.options.mu
         room = bool(mu) and protect in owners
         terms, power = (terms, 0) if exact and not room else levelled(terms)
-        if protect is None or not room:
+        if not room:
             return owners, terms, {}, power
-        aside = stepping_aside(terms, owners.index(int(protect)), mu)
+        aside = stepping_aside(terms, owners.index(protect), mu)
         energies = {
             index: (energy_of(before), energy_of(after)) if after is not before else (energy_of(before),) * 2
             for index, before, after in zip(owners, terms, aside, strict=True)
@@ -259,7 +259,6 @@ def _raised(done: Finished, power: int) -> Finished:
     layer = raised(done.layer, power) if isinstance(done.layer, LoraLayer) else done.layer
     cut = done.cut and replace(
         done.cut,
-        layer=layer or done.cut.layer,
         energy=done.cut.energy * energy,
         lost_energy=done.cut.lost_energy * energy,
         source_energy=tuple(e * energy for e in done.cut.source_energy),

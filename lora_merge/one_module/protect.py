@@ -57,9 +57,12 @@ def stepping_aside(terms: Sequence[Term], protected: int, mu: float, energy: flo
         raise ValueError(f"mu is {mu}; it must be 0 (exact sum) or more (others step aside, 1 by half).")
     if not 0 < energy <= 1:
         raise ValueError(f"energy is {energy}; it must be above 0 and at most 1, the share of the protected LoRA.")
-    if mu == 0 or len(terms) == 1 or terms[protected][1] == 0:
+    layer, strength = terms[protected]
+    if mu == 0 or len(terms) == 1 or strength * layer.scale == 0:
         return list(terms)
-    directions = leading_inputs(terms[protected][0].factors(), energy)
+    directions = leading_inputs(layer.factors(), energy)
+    if not len(directions):
+        return list(terms)
     return [
         term if index == protected else (_projected(term[0], directions, mu / (1.0 + mu)), term[1])
         for index, term in enumerate(terms)
@@ -70,7 +73,7 @@ def dense_stepping_aside(deltas: Sequence[Tensor], protected: int, mu: float, en
     """stepping_aside for whole updates (out, in, *kernel) of one weight."""
     if mu == 0 or len(deltas) == 1 or not deltas[protected].any():
         return list(deltas)
-    rows = deltas[0].shape[0]
+    rows = deltas[protected].shape[0]
     directions = leading_inputs(whole_factors(deltas[protected].reshape(rows, -1)), energy)
     result = []
     for index, delta in enumerate(deltas):
@@ -81,12 +84,13 @@ def dense_stepping_aside(deltas: Sequence[Tensor], protected: int, mu: float, en
 
 
 def leading_inputs(factors: tuple[Tensor, Tensor], energy: float) -> Tensor:
-    """(k, in * kernel) leading right singular vectors of up @ down, as many as hold that share of its energy."""
+    """(k, in * kernel) leading right singular vectors of up @ down, as many as hold that share of its energy; none of zeros."""
     up, down = factors
     q, r = torch.linalg.qr(down.T)
     _, s, vh = torch.linalg.svd(torch.linalg.qr(up)[1] @ r.T, full_matrices=False)
     held = s.double().square().cumsum(0)
-    count = int((held < energy * (1 - 1e-9) * held[-1]).sum()) + 1
+    # Zeros, as modules have that were never trained, point nowhere, whatever their factors are.
+    count = int((held < energy * (1 - 1e-9) * held[-1]).sum()) + 1 if held[-1] else 0
     directions: Tensor = vh[:count] @ q.T
     return directions
 

@@ -84,12 +84,20 @@ class Tally:
         another in other ways the coefficients are the smallest that fit.
         """
         energies = self.gram.diagonal()
+        if not bool(energies.any()):
+            return [None] * len(energies)
         together = _one_direction(self.gram)
         gram, along = together.T @ self.gram @ together, together.T @ self.along
-        # Float32 products of dependent inputs leave an eigenvalue of rounding, which is no direction.
-        noise = _ROUNDING * float(energies[energies > 0].min()) if bool((energies > 0).any()) else 0.0
-        inverse = torch.linalg.pinv(gram, atol=noise, rtol=len(gram) * torch.finfo(gram.dtype).eps, hermitian=True)
-        solved = (together @ (inverse @ along)).tolist()
+        # Float32 products of inputs that depend on one another leave directions of rounding. Beside each input's own norm it is
+        # as large for all of them, so that one far weaker than the others is told from it.
+        norms = gram.diagonal().sqrt()
+        units = torch.where(norms > 0, 1 / norms, 0.0)
+        values, vectors = torch.linalg.eigh(gram * torch.outer(units, units))
+        roots, vectors = values[values > _ROUNDING].sqrt(), vectors[:, values > _ROUNDING]
+        # (roots * vectors * norms).T times itself is the Gram matrix without rounding; of all solutions the smallest one.
+        solved = (
+            together @ torch.linalg.pinv((vectors * roots).T * norms) @ (vectors.T @ (along * units) / roots)
+        ).tolist()
         return [c if energy > 0 else None for c, energy in zip(solved, energies.tolist(), strict=True)]
 
 

@@ -227,6 +227,6 @@ def base_of(modules: Mapping[str, Shape]) -> str | None:
 
 def _same_weight(expected: Shape | None, shape: Shape) -> bool:
     """Some tools write a convolution's update as a matrix; none writes a matrix as a convolution."""
-    if expected is None or not 0 < len(shape) <= len(expected):
+    if expected is None or not 1 < len(shape) <= len(expected):
         return False
     return expected[0] == shape[0] and prod(expected[1:]) == prod(shape[1:])

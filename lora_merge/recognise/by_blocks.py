@@ -69,12 +69,12 @@ def recognise(modules: Mapping[str, Shape]) -> Blocks:
 
 
 def base_of(modules: Mapping[str, Shape | None]) -> Transformer | None:
-    """The base of a whole model with these modules; None if it is none of TRANSFORMERS.
+    """The base of a whole model with these modules; None if it is none of TRANSFORMERS, or may be several of them: where all
+    shapes are unknown, bases that differ in their widths alone are one another's equals.
 
     modules: name in ComfyUI's naming, underscored -> shape of the weight, None where it is stored packed.
     """
-    best: Transformer | None = None
-    most: tuple[float, ...] = ()
+    scores: dict[Transformer, tuple[float, int]] = {}
     for base in TRANSFORMERS:
         theirs = _in_stacks(base, modules)
         same = sum(
@@ -82,10 +82,11 @@ def base_of(modules: Mapping[str, Shape | None]) -> Transformer | None:
             for name, shape in base.modules.items()
         )
         # One model's blocks can be all among another's: the larger one is it.
-        score = (same / len(base.modules.keys() | theirs.keys()), same)
-        if score[0] >= _SAME and score > most:
-            best, most = base, score
-    return best
+        share = same / len(base.modules.keys() | theirs.keys())
+        if share >= _SAME:
+            scores[base] = (share, same)
+    found = [base for base, score in scores.items() if score == max(scores.values())]
+    return found[0] if len(found) == 1 else None
 
 
 def make_of(modules: Iterable[str]) -> Transformer | None:
@@ -98,8 +99,7 @@ def make_of(modules: Iterable[str]) -> Transformer | None:
         stack, number = numbered(name)
         if stack:
             mine.setdefault(stack, set()).add(name[len(f"{stack}_{number}_") :])
-    best: Transformer | None = None
-    most: tuple[float, ...] = ()
+    scores: dict[Transformer, tuple[float, int]] = {}
     for base in TRANSFORMERS:
         theirs = _names(base)
         found = {
@@ -109,10 +109,11 @@ def make_of(modules: Iterable[str]) -> Transformer | None:
             if base.branch(f"{stack}_0_{module}") is None
         }
         wanted = {(stack, module) for stack, module_names in theirs.items() for module in module_names}
-        score = (len(found & wanted) / len(found | wanted), len(found))
-        if score[0] >= _SAME and score > most:
-            best, most = base, score
-    return best
+        share = len(found & wanted) / len(found | wanted)
+        if share >= _SAME:
+            scores[base] = (share, len(found))
+    # Of several the first: they differ in width and depth alone.
+    return max(scores, key=scores.__getitem__, default=None)
 
 
 def body_of(canonical: str) -> str:

@@ -250,8 +250,6 @@ def _unet(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 
 def _bases_by_metadata(bases: tuple[str, ...], metadata: Mapping[str, str]) -> tuple[str, ...]:
     """What the modules leave open may be settled by what the file says."""
-    if len(bases) == 1:
-        return bases
     for key in ("ss_base_model_version", ARCHITECTURE):
         for pattern, base in _BASE_WORDS:
             if pattern.search(metadata.get(key, "")) and (base in bases or not bases):

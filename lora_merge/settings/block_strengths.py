@@ -11,6 +11,7 @@ from ..naming import globs
 from ..naming.block_lists import is_complete, names_of_list
 from ..naming.blocks import KINDS, Place, names_for, path_of, place
 from ..naming.unet import Layout
+from ..words import many
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 _FOLDED = re.compile(r"^(?:lora_unet_|diffusion_model_)")
@@ -51,7 +52,7 @@ class BlockStrengths:
     @property
     def entries(self) -> tuple[str, ...]:
         """All that has to mean something: names, kinds and globs as they were written, and the list as one."""
-        listed = (f"the list of {len(self.listed)} numbers",) if self.listed else ()
+        listed = (f"the list of {many(len(self.listed), 'numbers')}",) if self.listed else ()
         return (*self.by_block, *self.by_kind, *(glob for glob, _ in self.by_glob), *listed)
 
     def met(self, modules: Iterable[str], layout: Layout) -> set[str]:
@@ -107,7 +108,7 @@ def parse_block_strengths(text: str) -> BlockStrengths | None:
         entries.read(line)
     if len(entries.by_glob) > MAX_GLOBS:
         raise ValueError(
-            f"block strengths: {len(entries.by_glob)} names have * or ? in them; at most {MAX_GLOBS} are read."
+            f"block strengths: {many(len(entries.by_glob), 'names')} have * or ? in them; at most {MAX_GLOBS} are read."
         )
     return entries.strengths()
 

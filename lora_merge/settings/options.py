@@ -12,6 +12,7 @@ import torch
 
 from ..keywords import nearest
 from ..methods.table import Method, Parameter, all_parameters, find_method
+from ..words import many
 
 AIMS = ("keep", "retain", "max_mb")
 Protect = int | Literal["auto"] | None
@@ -104,7 +105,7 @@ class MergeOptions:
         self._check_parameters(method)
         if method.exact_inputs and inputs != method.exact_inputs:
             raise ValueError(
-                f"method {self.method} takes {method.exact_inputs} LoRAs, but there are {inputs}. Choose another method "
+                f"method {self.method} takes {many(method.exact_inputs, 'LoRAs')}, but there are {inputs}. Choose another method "
                 "or another number of LoRAs."
             )
         if self.seed < 0:

@@ -11,6 +11,7 @@ from ..files.lora import Lora
 from ..naming import globs, names
 from ..naming.blocks import KINDS, place
 from ..naming.unet import Layout, infer_layout
+from ..words import many
 from .block_strengths import BlockStrengths, parse_block_strengths
 
 _INPUT = re.compile(r"\s*(?:lora_)?(\d{1,6})\s*:(.*)", re.S)
@@ -29,8 +30,7 @@ class Strengths:
         self, base: Sequence[float], blocks: Sequence[BlockStrengths | None], layout: Layout, averaged: bool = False
     ):
         self.base = tuple(base)
-        total = math.fsum(base) if averaged else 1.0
-        self._shares = tuple(strength / total for strength in base) if averaged else self.base
+        self._shares = _mean(self.base) if averaged else self.base
         self.blocks = tuple(blocks)
         self.layout = layout
 
@@ -42,6 +42,11 @@ class Strengths:
             strength if blocks is None else strength * blocks.factor(module, self.layout)
             for strength, blocks in zip(self._shares, self.blocks, strict=True)
         )
+
+
+def _mean(weights: Sequence[float]) -> tuple[float, ...]:
+    total = math.fsum(weights)
+    return tuple(weight / total for weight in weights)
 
 
 def strengths_of(
@@ -77,7 +82,7 @@ def _parsed(blocks: Blocks | Sequence[Blocks], inputs: int) -> list[BlockStrengt
     """Block strengths of each input, None where it has none."""
     each = [blocks] * inputs if blocks is None or isinstance(blocks, (BlockStrengths, str)) else list(blocks)
     if len(each) != inputs:
-        raise ValueError(f"there are block strengths for {len(each)} inputs, but {inputs} inputs")
+        raise ValueError(f"there are block strengths for {many(len(each), 'inputs')}, but {many(inputs, 'inputs')}")
     return [parse_block_strengths(one) if isinstance(one, str) else one for one in each]
 
 
@@ -87,8 +92,8 @@ def _check_work(loras: Sequence[Lora], parsed: Sequence[BlockStrengths | None]) 
         tried = [glob for glob, _ in blocks.by_glob] if blocks else []
         if sum(map(len, tried)) * sum(map(len, lora.spellings)) > MAX_WORK:
             raise ValueError(
-                f"block strengths: {len(tried)} names with * or ? take too long on the "
-                f"{len(lora.spellings)} modules of {lora.source}. Write fewer or shorter ones, or blocks by their names."
+                f"block strengths: {many(len(tried), 'names with * or ? take', 'name with * or ? takes')} too long on the "
+                f"{many(len(lora.spellings), 'modules')} of {lora.source}. Write fewer or shorter ones, or blocks by their names."
             )
 
 

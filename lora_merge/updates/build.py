@@ -7,6 +7,7 @@ from math import prod
 
 from torch import Tensor
 
+from ..words import many
 from .layer import Layer, LoraLayer
 from .loha import LohaLayer
 from .lokr import LokrLayer
@@ -115,7 +116,7 @@ def _made(kind: str, parts: Mapping[str, Tensor], alpha: float | None, kernel: t
         return Carried(kind, own, alpha, _glora_shape(own))
     if kind == REPLACED:
         return Carried(kind, own, alpha, tuple(own["set_weight"].shape))
-    if kind == BUNDLED or layer is None:
+    if layer is None:
         return Carried(BUNDLED, own, alpha)
     if "reshape_weight" in parts:
         if parts["reshape_weight"].ndim != 1:
@@ -125,7 +126,9 @@ def _made(kind: str, parts: Mapping[str, Tensor], alpha: float | None, kernel: t
         # PEFT's (out,) or (1, out, 1, 1) as the (out, 1, ...) by which ComfyUI multiplies the weight.
         rows = own.pop("magnitude")
         if rows.numel() != layer.shape[0]:
-            raise ValueError(f"lora_magnitude_vector is {tuple(rows.shape)}, but the weight has {layer.shape[0]} rows")
+            raise ValueError(
+                f"lora_magnitude_vector is {tuple(rows.shape)}, but the weight has {many(layer.shape[0], 'rows')}"
+            )
         own["dora_scale"] = rows.reshape(-1, *(1 for _ in layer.shape[1:]))
     if own["dora_scale"].ndim == 0:
         raise ValueError("dora_scale is a single number, but it has one for each row or column")
@@ -159,7 +162,7 @@ def _oft(own: Mapping[str, Tensor], alpha: float | None) -> Carried:
         raise ValueError(
             f"oft_blocks is {shape}, but OFT needs (blocks, size, size), BOFT (factors, blocks, size, size)"
         )
-    return Carried(OFT if len(shape) == 3 else BOFT, own, alpha, (shape[-3] * shape[-2],))
+    return Carried(OFT if len(shape) == 3 else BOFT, own, alpha, (prod(shape[-3:-1]),))
 
 
 def _glora_shape(own: Mapping[str, Tensor]) -> tuple[int, ...]:

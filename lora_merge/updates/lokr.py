@@ -51,8 +51,9 @@ class LokrLayer(Layer):
                 wanted = " or ".join(map(str, allowed))
                 raise ValueError(f"{name} is {tuple(part.shape)}, but it needs {wanted} dimensions, none of size 0")
         for number, a, b, t in ((1, self.w1_a, self.w1_b, None), (2, self.w2_a, self.w2_b, self.t2)):
-            if a is None or b is None:
+            if a is None:
                 continue
+            assert b is not None  # as was asked above
             if a.shape[1] != b.shape[0] if t is None else tuple(t.shape[:2]) != (a.shape[0], b.shape[0]):
                 core = "" if t is None else f", lokr_t{number} {tuple(t.shape)}"
                 raise ValueError(

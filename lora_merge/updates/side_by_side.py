@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -108,19 +109,22 @@ class Sum(LoraLayer):
         only = self._shares[0].up
         if isinstance(only, Unmade) and len(self._shares) == 1 and self._is_whole:
             return only
-        return self._unmade(self._up_shape, self._fill_up)
+        return self._unmade(self._up_shape, self._fill_up, [(share.up, share.above) for share in self._shares])
 
     @property
     def _down(self) -> Unmade:
         only = self._shares[0].down
         if isinstance(only, Unmade) and len(self._shares) == 1 and self._is_whole:
             return only
-        return self._unmade(self._down_shape, self._fill_down)
+        return self._unmade(self._down_shape, self._fill_down, [(share.down, share.below) for share in self._shares])
 
-    def _unmade(self, shape: torch.Size, fill: Callable[[Tensor], None]) -> Unmade:
+    def _unmade(
+        self, shape: torch.Size, fill: Callable[[Tensor], None], of: Sequence[tuple[Tensor | Unmade, float]]
+    ) -> Unmade:
         factors = [factor for share in self.shares for factor in (share.up, share.down)]
         of_file = all(isinstance(factor, Unmade) and factor.of_file for factor in factors)
-        return Unmade(dtype=self.dtype, shape=shape, fill=fill, device=self.device, of_file=of_file)
+        shares = tuple(of) if self.dtype == torch.float32 or self._is_whole else ()
+        return Unmade(dtype=self.dtype, shape=shape, fill=fill, device=self.device, of_file=of_file, shares=shares)
 
     def _piece(self, name: str, unmade: Unmade) -> Tensor | Unmade:
         kept = vars(self).get(name)
@@ -165,6 +169,18 @@ def stored(up: Tensor | Unmade, down: Tensor | Unmade, alpha: float | None) -> L
     check_alpha(alpha)
     shape = (up.shape[0], *down.shape[1:])
     return _sum([Share(up, down)], shape, up.dtype, (up.shape, down.shape), alpha)
+
+
+def shares_of(up: Tensor | Unmade, down: Tensor | Unmade) -> list[Share]:
+    """What the two factors of a LoRA are side by side of, through sums of sums; the two themselves where that is nothing."""
+    ups, downs = ((factor.shares if isinstance(factor, Unmade) else ()) for factor in (up, down))
+    if not ups or [one.shape[1] for one, _ in ups] != [one.shape[0] for one, _ in downs]:
+        return [Share(up, down)]
+    return [
+        replace(inner, above=inner.above * above, below=inner.below * below)
+        for (one, above), (other, below) in zip(ups, downs, strict=True)
+        for inner in shares_of(one, other)
+    ]
 
 
 def _sum(

@@ -50,6 +50,8 @@ class Unmade:
     """A tensor that is not there yet. fill: writes it into contiguous memory of that dtype and as many values.
 
     of_file: whether all that it is made of lies in files, so that it is the same whenever it is made, or refused.
+    shares: factors, each times its number, that it is side by side of along the rank; () where it is nothing of the kind, or
+        rounded.
     """
 
     dtype: torch.dtype
@@ -57,6 +59,7 @@ class Unmade:
     fill: Callable[[Tensor], None]
     device: torch.device
     of_file: bool = False
+    shares: tuple[tuple[Tensor | Unmade, float], ...] = ()
     is_meta = False
 
     @property
@@ -133,8 +136,8 @@ def borrowed_bytes(size: int, device: torch.device = CPU) -> Iterator[Tensor]:
         yield torch.empty(size, dtype=torch.uint8, device=device)
         return
     spare: list[Tensor] = vars(_of_this_thread).setdefault("spare", [])
-    memory = spare.pop() if spare else torch.empty(0, dtype=torch.uint8)
-    if memory.numel() < size:
+    memory = spare.pop() if spare else None
+    if memory is None or memory.numel() < size:
         memory = torch.empty(size, dtype=torch.uint8)
     try:
         yield memory[:size]

@@ -98,18 +98,55 @@ def test_a_batch_shows_each_concept_in_the_style_it_says(script):
     assert set(style.tolist()) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize(("kind", "phases", "steps", "style"), [("phased", 4, 300, False), ("ink_fast", 4, 300, True)])
+@pytest.mark.parametrize(("kind", "guidance", "style"), [("phased", 3, False), ("ink_fast", 4, True)])
 def test_the_refined_loras_are_asked_of_the_command_in_words_it_knows(
-    script, monkeypatch, tmp_path, kind, phases, steps, style
+    script, monkeypatch, tmp_path, kind, guidance, style
 ):
     lcm = script("lcm")
     monkeypatch.setattr(lcm, "WORK", tmp_path)
     words = [*map(str, lcm.data(kind))]
     options = parsed(["--checkpoint", "model.safetensors", "-o", "lora.safetensors", *words])
     settings = _settings(options)
-    assert (settings.phases, settings.steps, settings.batch * settings.accumulate) == (phases, steps, 24)
+    assert (settings.phases, settings.steps, settings.batch * settings.accumulate) == (4, 600, 24)
+    assert settings.cfg == (guidance, guidance)
     assert settings.grid(1000) == [124, 249, 374, 499, 624, 749, 874, 999]
     assert bool(options.lora) == style
     assert options.start_from == str(lcm.LORAS["lcm"])
     captions = read_captions(options.prompts)
     assert len(captions) == len({*captions}) == 2 * len(lcm.NAMES)
+
+
+def test_what_is_shipped_in_phases_is_cut_and_another_file_is_as_it_was_distilled(script, monkeypatch, tmp_path):
+    lcm, run = script("lcm"), []
+    monkeypatch.setattr(lcm, "WORK", tmp_path)
+    monkeypatch.setattr(lcm.subprocess, "run", lambda words, cwd: run.append(words) or type("", (), {"returncode": 0}))
+
+    def outputs(*arguments):
+        run.clear()
+        monkeypatch.setattr(sys, "argv", ["lcm.py", *arguments])
+        with pytest.raises(SystemExit) as left:
+            lcm.main()
+        assert left.value.code == 0
+        return [
+            (words[2], words[max(i for i, word in enumerate(words) if word in ("-o", "--output")) + 1]) for words in run
+        ]
+
+    shipped, whole, other = (
+        str(lcm.LORAS["phased"]),
+        str(tmp_path / lcm.LORAS["phased"].name),
+        str(tmp_path / "a.safetensors"),
+    )
+    assert outputs("--kind", "phased") == [("distillation", whole), ("lora_merge", shipped)]
+    assert outputs("--kind", "phased", "--output", other, "--phases", "2") == [("distillation", other)]
+    assert str(tmp_path / "a.run") in run[0]
+    assert run[0][-2:] == ["--phases", "2"]
+    assert outputs("--kind", "ink_fast") == [("distillation", str(lcm.LORAS["ink_fast"]))]
+
+
+def test_captions_that_are_there_are_not_written_again(script, tmp_path):
+    lcm = script("lcm")
+    path = lcm.captions(tmp_path / "captions.txt")
+    before = path.stat().st_mtime_ns, path.read_text()
+    assert (lcm.captions(path).stat().st_mtime_ns, path.read_text()) == before
+    path.write_text("cut off")
+    assert lcm.captions(path).read_text() == before[1]

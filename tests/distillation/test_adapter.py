@@ -185,10 +185,10 @@ def other_lora(adapters, rank, seed=5):
     }
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(4, None), (4, 1.0), (3, 6.0), (1, None)])
-def test_a_lora_of_this_rank_or_less_is_begun_with_exactly(rank, alpha):
+@pytest.mark.parametrize(("own", "rank", "alpha"), [(4, 4, None), (4, 4, 1.0), (4, 3, 6.0), (4, 1, None), (1, 1, 2.0)])
+def test_a_lora_of_this_rank_or_less_is_begun_with_exactly(own, rank, alpha):
     net = network()
-    adapters = LoraAdapters(net, 4, alpha, generator=torch.Generator().manual_seed(0))
+    adapters = LoraAdapters(net, own, alpha, generator=torch.Generator().manual_seed(0))
     fresh = adapters.lora_state_dict()
     other = other_lora(adapters, rank)
     adapters.start_from(other)

@@ -51,7 +51,12 @@ def test_two_runs_under_one_name_do_not_write_over_each_other(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"huber_c": 0.001, "weighting": "x0"}, {"huber_c": None, "weighting": "v"}, {"huber_c": 0.1, "flow": True}],
+    [
+        {"huber_c": 0.001, "weighting": "x0"},
+        {"huber_c": None, "weighting": "v"},
+        {"huber_c": 0.1, "flow": True},
+        {"huber_c": 0.1, "phases": 5},
+    ],
 )
 def test_the_validation_loss_is_the_mean_loss_of_its_draws_and_changes_nothing(options):
     network = Gains()
@@ -123,7 +128,7 @@ def test_a_run_that_is_watched_ends_in_the_same_lora():
 
 
 def test_a_table_has_a_line_for_each_step_and_goes_on_where_the_run_does(tmp_path):
-    path = tmp_path / "new" / "run.csv"
+    path = tmp_path / "runs" / "new" / "run.csv"
     table = Table(path, 0)
     for step in range(1, 6):
         table.write({"step": step, "loss": step / 3} | ({"validation_loss": 0.5} if step == 4 else {}))

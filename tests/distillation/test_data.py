@@ -63,7 +63,7 @@ def test_a_picture_for_other_programs_is_told(kind, ending, tmp_path, caplog):
     (found,) = find_pictures([where])
     assert found.name.endswith("a.png")
     assert (
-        f"1 files are not learnt, as only png, jpg, jpeg, jfif, webp, avif, bmp, gif, tif, tiff are read (b.{ending.upper()})."
+        f"1 file is not learnt, as only png, jpg, jpeg, jfif, webp, avif, bmp, gif, tif, tiff are read (b.{ending.upper()})."
         in caplog.text
     )
     assert ending not in SUFFIXES

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lcm_kit.distillation.adapter import LoraAdapters
+from lcm_kit.distillation.inplace import Keeping
 from lcm_kit.distillation.recompute import blocks, recomputing
 from lcm_kit.distillation.trainer import adapters_on
 from lcm_kit.tests.distillation.live_memory import LiveMemory
@@ -80,13 +81,32 @@ def with_an_out_argument(block, x, other, inplace, options):
     return block.two(z)
 
 
+def with_an_out_argument_right_behind(block, x, other, inplace, options):
+    y = block.one(x)
+    z = y.square()
+    if inplace:
+        with torch.no_grad():
+            torch.sin(other.detach(), out=y.detach())
+    return block.two(z)
+
+
+def into_a_list_of_tensors(block, x, other, inplace, options):
+    y, z = block.one(x), block.two(other)
+    product = y * z
+    if inplace:
+        with torch.no_grad():
+            torch._foreach_mul_([y.detach(), z.detach()], 0.5)
+    return product
+
+
 def by_the_options(block, x, other, inplace, options):
     """The caller changes this dict from block to block."""
     return block.two(x + options["number"] * block.one(x))
 
 
 BODIES = [
-    after_a_norm, after_the_layer, into_a_slice, into_a_result, into_both_inputs, with_an_out_argument, by_the_options,
+    after_a_norm, after_the_layer, into_a_slice, into_a_result, into_both_inputs, with_an_out_argument,
+    with_an_out_argument_right_behind, into_a_list_of_tensors, by_the_options,
 ]  # fmt: skip
 
 
@@ -194,10 +214,24 @@ def test_what_was_kept_is_given_free_by_the_backward_pass(checkpointing):
         assert kept is not None
 
 
-def test_without_gradients_nothing_is_kept():
+def test_without_gradients_nothing_is_kept(monkeypatch):
+    network, kept = Network(after_a_norm), []
+    keep = Keeping.keep
+    monkeypatch.setattr(Keeping, "keep", lambda *args: kept.append(args) or keep(*args))
+    with adapters_on(network, 2, recompute=True):
+        network(torch.randn(2, WIDTH))
+        assert kept
+        kept.clear()
+        with torch.no_grad():
+            assert not network(torch.randn(2, WIDTH)).requires_grad
+            network.blocks[0](torch.randn(2, WIDTH), other=torch.randn(2, WIDTH), options={"number": 1.0})
+    assert kept == []
+
+
+def test_nothing_is_computed_again_unless_told():
     network = Network(after_a_norm)
-    with adapters_on(network, 2, recompute=True), torch.no_grad():
-        assert not network(torch.randn(2, WIDTH)).requires_grad
+    with adapters_on(network, 2):
+        assert [module for module in network.modules() if "forward" in vars(module)] == [network]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -1,6 +1,7 @@
 """What is made once: found again by content, through stops at any moment, full disks and damaged files."""
 
 import errno
+import hashlib
 import random
 
 import pytest
@@ -76,6 +77,22 @@ def test_a_full_disk_is_told_and_the_work_goes_on(tmp_path, monkeypatch, caplog)
 def test_a_key_tells_its_parts_apart():
     parts = [("a", "bc"), ("ab", "c"), ("abc",), (b"a", "bc"), (1,), ("1",), (1.0,), ([1, 2],), (1, 2)]
     assert len({key_of(*each) for each in parts}) == len(parts)
+
+
+def test_what_was_kept_is_found_by_later_versions(tmp_path):
+    """Names as they are on people's disks: SHA-256 of each part with its length before it, and of the keys of a shard."""
+
+    def named(*parts):
+        content = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+        return hashlib.sha256(content).hexdigest()[:32]
+
+    assert key_of("a", b"bc", 1) == named(b"'a'", b"bc", b"1")
+    shard = named(b"'x'", b"'y'")
+    names = []
+    for end in ("", "-1", "-2"):
+        Kept(tmp_path).add({"y": entry(1), "x": entry(2)})
+        names.append(f"{shard}{end}.safetensors")
+        assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)
 
 
 # ---- pictures

@@ -121,6 +121,19 @@ def test_the_consistency_function_at_timestep_0_is_its_input():
     torch.testing.assert_close(f, x / (1 + TABLE[0] ** 2).sqrt())
 
 
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5), (3, 2, 4, 4)])
+def test_the_consistency_function_is_the_papers_in_its_own_latent(flow, shape):
+    """Equation 9 with 1 / 2 and 10 t, of z = x / sqrt(1 + sigma^2) in diffusion models and of x itself in flow models."""
+    x, d = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    timestep, sigma = torch.tensor([0, 1, 40]), torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64)
+    found = consistency(lambda x, sigma: d, x, sigma, timestep, flow=flow)
+    for image, (t, s) in enumerate(zip(timestep.tolist(), sigma.tolist(), strict=True)):
+        z = x[image] if flow else x[image] / math.sqrt(1 + s**2)
+        wanted = 0.25 / (0.25 + (10 * t) ** 2) * z + 10 * t / math.sqrt(0.25 + (10 * t) ** 2) * d[image]
+        torch.testing.assert_close(found[image], wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_the_exact_jump_has_almost_no_loss_and_less_on_a_finer_grid():
     # What is left is the error of one Euler step, of second order in the step: a fifth of the stride, a 25th of it.
     coarse, fine = loss_of(perfect_jump, 10, 499), loss_of(perfect_jump, 50, 499)

@@ -1,5 +1,7 @@
 """TF32 is switched on where there is one, and off again."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -17,6 +19,23 @@ def test_off_changes_nothing():
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     with tf32(False, torch.device("cpu")):
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "has_it"),
+    [((8, 0), "12.8", True), ((9, 0), "12.8", True), ((7, 5), "12.8", False), ((9, 4), None, False)],
+)
+def test_nvidias_cards_from_ampere_on_have_it_and_others_not(capability, cuda, has_it, monkeypatch):
+    """ROCm calls its devices cuda too, and has no CUDA version."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with nullcontext() if has_it else pytest.raises(ValueError, match="tf32 is on"), tf32(True, device):
+        assert has_it
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (before[0], False)
 
 
 @pytest.mark.skipif(

@@ -74,4 +74,4 @@ def test_the_command_tells_it_in_the_nodes_words(name):
 def test_on_the_command_line_a_flag_holds_even_where_it_says_the_default(order):
     words = [["--recipe", "accelerate this style"], ["--phases", "1"], ["--skip", "20"]][::order]
     settings = _settings(parsed([*LEAST, *(word for pair in words for word in pair)]))
-    assert (settings.phases, settings.skip, settings.steps) == (1, 20, 300)
+    assert (settings.phases, settings.skip, settings.steps) == (1, 20, 600)

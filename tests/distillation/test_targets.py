@@ -44,6 +44,11 @@ def test_only_layers_that_a_branch_fits_are_adapted():
     assert not adapted(name, nn.Identity())
     assert not adapted(name, nn.Conv2d(2, 2, 1, groups=2))
     assert not adapted(name, nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"))
+    assert adapted(name, ForeignLinear(2, 2))
+    for unknown in ("in_features", "out_features"):
+        layer = ForeignLinear(2, 2)
+        setattr(layer, unknown, None)
+        assert not adapted(name, layer)
 
 
 class Transformer(nn.Module):
@@ -86,6 +91,16 @@ class Gate(nn.Module):
 
 def blocks_of(*layers):
     return nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleList(layers), nn.ModuleList(layers[:1])])})
+
+
+@pytest.mark.parametrize(("others", "fine"), [(9, True), (8, False)])
+def test_a_tenth_of_the_layers_may_be_of_a_kind_that_no_branch_fits_beside(others, fine):
+    network = nn.ModuleDict({"blocks": nn.ModuleList([*(nn.Linear(4, 4) for _ in range(others)), Gate()])})
+    if fine:
+        assert len(targets(network)) == others
+    else:
+        with pytest.raises(ValueError, match=rf"1 of the {others + 1} layers"):
+            targets(network)
 
 
 def test_layers_of_a_host_s_own_classes_are_adapted():

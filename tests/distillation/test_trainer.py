@@ -8,8 +8,10 @@ import math
 import os
 import re
 import stat
-from contextlib import nullcontext
+import sys
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
+from types import ModuleType, SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -55,7 +57,24 @@ SHORT = Settings(
 )
 
 
-needs_bitsandbytes = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="needs bitsandbytes")
+class Eight(torch.optim.AdamW):
+    """Stands for bitsandbytes' optimiser where it is not installed: it too remembers plain numbers besides its tensors."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for factor in group["params"]:
+                state = self.state[factor]
+                state["step"] = state.get("step", 0) + 1
+                state["state1"] = state.get("state1", 0) + factor.grad
+                factor -= group["lr"] / state["step"] * state["state1"]
+
+
+@pytest.fixture
+def eight_bits(monkeypatch):
+    if not importlib.util.find_spec("bitsandbytes"):
+        monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+        monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=Eight))
 
 
 def trainer_of(adapters, network, settings=SHORT, **options):
@@ -78,20 +97,43 @@ def assert_same_lora(actual, expected):
         assert torch.equal(actual[key], expected[key]), key
 
 
-def test_a_flow_models_loss_is_the_one_of_flow_models():
-    losses = {}
-    for flow in (False, True):
-        network = Gains()
+def test_the_loss_of_a_step_is_that_of_its_settings():
+    losses = []
+    for options in ({}, {"flow": True}, {"huber_c": None}, {"huber_c": 0.1}, {"weighting": "v"}, {"phases": 5}):
+        network, settings = Gains(), dataclasses.replace(SHORT, **{k: v for k, v in options.items() if k != "flow"})
         with adapters_on(network, 2, seed=SHORT.seed) as adapters:
-            trainer = trainer_of(adapters, network, flow=flow)
+            trainer = trainer_of(adapters, network, settings, flow="flow" in options)
             batch = data(0, range(SHORT.batch))
             draws = draw(SHORT.seed, 0, range(SHORT.batch), batch.z0, trainer.grid, SHORT.cfg)
-            wanted = distillation_loss(
-                denoiser(network), adapters, batch, draws, stride=STRIDE, table=TABLE, huber_c=SHORT.huber_c, flow=flow
-            )
-            losses[flow] = trainer.step()
-            assert losses[flow] == pytest.approx(wanted.item(), rel=1e-6)
-    assert losses[True] != losses[False]
+            wanted = distillation_loss(denoiser(network), adapters, batch, draws, stride=STRIDE, table=TABLE, **options)
+            losses.append(trainer.step())
+            assert losses[-1] == pytest.approx(wanted.item(), rel=1e-6)
+    assert len({*losses}) == len(losses)
+
+
+def test_processes_exchange_gradients_once_a_step_after_its_last_batch():
+    seen = []
+
+    class Engine(Alone):
+        @contextmanager
+        def no_sync(self, module):
+            seen.append("alone")
+            yield
+            seen.append("end")
+
+        def backward(self, loss):
+            seen.append("backward")
+            super().backward(loss)
+
+        def reduce(self, tensor, reduction):
+            seen.append(reduction)
+            return tensor
+
+    network = Gains()
+    with adapters_on(network, 2) as adapters:
+        trainer = trainer_of(adapters, network, dataclasses.replace(SHORT, accumulate=3), engine=Engine())
+        trainer.step()
+    assert seen == ["alone", "backward", "end"] * 2 + ["backward", "mean"]
 
 
 # ---- what it converges to
@@ -179,9 +221,10 @@ def test_the_average_forgets_its_start_and_follows():
         {"average": 0.9, "average_target": True, "decay": 0.5, "accumulate": 2},
         {"scale_loss": True},
         *({"optimizer": name, "weight_decay": 0.01} for name in ("radam", "nadam", "adafactor", "sgd")),
-        pytest.param({"optimizer": "adamw8bit"}, marks=needs_bitsandbytes),
+        {"optimizer": "adamw8bit"},
     ],
 )
+@pytest.mark.usefixtures("eight_bits")
 def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(tmp_path, stop, change):
     settings = dataclasses.replace(SHORT, warmup=3, **change)
     expected, losses = trained(settings)
@@ -235,9 +278,9 @@ def test_an_error_within_a_step_loses_that_step_only(tmp_path, call):
         assert_same_lora(adapters.lora_state_dict(), expected)
 
 
-def test_a_finished_run_is_read_back_and_a_longer_one_goes_on(tmp_path):
+def test_a_finished_run_is_read_back_and_a_longer_one_goes_on(tmp_path, caplog):
     path = tmp_path / "run.safetensors"
-    loras = []
+    loras, written = [], []
     for steps in (12, 12, 20):
         network = Gains()
         with adapters_on(network, 2, seed=SHORT.seed) as adapters:
@@ -245,6 +288,9 @@ def test_a_finished_run_is_read_back_and_a_longer_one_goes_on(tmp_path):
             trainer.run(save_to=path)
             assert trainer.done == steps == len(trainer.losses)
             loras.append(adapters.lora_state_dict())
+            written.append(path.stat().st_ino)
+    assert caplog.text == ""
+    assert written[0] == written[1] != written[2]  # with nothing new it is not written again
     assert_same_lora(loras[1], loras[0])
     assert_same_lora(loras[2], trained(dataclasses.replace(SHORT, steps=20))[0])
 
@@ -268,12 +314,20 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):
         other = trainer_of(adapters, network, dataclasses.replace(SHORT, skip=50, seed=4), identity={"model": "b"})
         with pytest.raises(ValueError, match=r"seed: 3, now 4; skip: 200, now 50; model: a, now b"):
             other.load(path)
+        # What may be set anew after a divergence, where there was none.
+        with pytest.raises(ValueError, match=r"learning_rate: 0\.02, now 0\.001\)"):
+            trainer_of(adapters, network, dataclasses.replace(SHORT, learning_rate=1e-3), identity={"model": "a"}).load(
+                path
+            )
     network = Gains()
-    with (
-        adapters_on(network, 3) as adapters,
-        pytest.raises(ValueError, match=r"blocks\.0\.down: \[2, 3\], now \[3, 3\]"),
-    ):
+    with adapters_on(network, 3) as adapters, pytest.raises(ValueError, match="is the checkpoint of another") as told:
         trainer_of(adapters, network, identity={"model": "a"}).load(path)
+    # Three of the twelve that differ are enough to know by.
+    assert re.findall(r"blocks\.\d\.\w+: (\[\d, \d\], now \[\d, \d\])", str(told.value)) == [
+        "[2, 3], now [3, 3]",
+        "[3, 2], now [3, 3]",
+        "[2, 3], now [3, 3]",
+    ]
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -408,6 +462,11 @@ def test_only_the_lora_is_trained_and_the_weights_stay():
 
 def test_scaling_the_loss_up_for_float16_is_undone_exactly():
     assert_same_lora(trained(dataclasses.replace(SHORT, scale_loss=True))[0], trained()[0])  # by a power of two
+    network = Gains()
+    with adapters_on(network, 2) as adapters:
+        for scaled in (True, False):
+            settings = dataclasses.replace(SHORT, scale_loss=scaled)
+            assert trainer_of(adapters, network, settings).scaler.is_enabled() is scaled
 
 
 def test_gradients_are_clipped():
@@ -459,6 +518,14 @@ def test_an_optimizer_is_torchs_own_and_pulls_weights_towards_nothing_apart_from
     optimizer.step()
     # SGD's decay is a gradient: with Nesterov's momentum its first step is 1.9 as long.
     torch.testing.assert_close(factor.detach(), torch.tensor([[2.0, 4.0]]) * (1 - 0.05 * (1.9 if name == "sgd" else 1)))
+
+
+@pytest.mark.parametrize("name", ["adamw", "radam", "nadam", "adamw8bit"])
+@pytest.mark.usefixtures("eight_bits")
+def test_the_adams_have_the_betas_and_the_rate_that_are_set(name):
+    settings = dataclasses.replace(SHORT, optimizer=name, learning_rate=0.1, weight_decay=0.5, betas=(0.7, 0.8))
+    (group,) = optimizer_of([nn.Parameter(torch.ones(1))], settings).param_groups
+    assert (group["lr"], group["weight_decay"], tuple(group["betas"])) == (0.1, 0.5, (0.7, 0.8))
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -521,6 +588,7 @@ def test_a_loss_that_is_no_number_ends_the_run():
         ({"betas": (0.9, math.nan)}, "betas: the second is nan"),
         ({"betas": (1.0, 0.9)}, r"betas are \(1.0, 0.9\)"),
         ({"clip": math.nan}, "clip is nan"),
+        ({"clip": 0.0}, "clip is 0.0; it has to be above 0"),
         ({"decay": math.nan}, "decay is nan"),
         ({"average": math.nan}, "average is nan"),
         ({"original_steps": -1}, "original_steps is -1"),
@@ -679,6 +747,52 @@ def test_ten_steps_far_off_are_a_divergence_and_nine_are_none(huber_c):
     assert not health.sound(far)
 
 
+def test_what_is_at_a_bound_is_no_divergence_yet_and_what_may_help_is_told():
+    for settings, more in ((SHORT, ""), (dataclasses.replace(SHORT, scale_loss=True), ", or train in bf16 or fp32")):
+        health = Health(settings, 2.0)
+        assert health.sound(10.0 * 2)
+        health.check(1, [1000.0 * 2])
+        with pytest.raises(Diverged, match=rf"Lower learning_rate \(now 0\.02\){more}\.$"):
+            health.check(1, [1000.1 * 2])
+
+
+@pytest.mark.parametrize("spread", [None, 2.0])
+def test_a_training_is_sound_until_a_loss_is_astray_by_the_spread_of_the_data(spread):
+    """And not in the middle of an update. The spread is 1 unless told."""
+    network = Gains()
+    with adapters_on(network, 2) as adapters:
+        trainer = trainer_of(adapters, network, **({} if spread is None else {"spread": spread}))
+        assert trainer.sound
+        for loss, sound in ((9.9, True), (10.1, False), (0.1, True)):
+            trainer.losses.append(loss * (spread or 1.0))
+            assert trainer.sound is sound
+
+        def fails(*_, **__):
+            raise RuntimeError
+
+        trainer.optimizer.step = fails
+        with pytest.raises(RuntimeError):
+            trainer.step()
+        assert not trainer.sound
+
+
+def test_half_an_update_is_not_kept(tmp_path):
+    path, network = tmp_path / "run.safetensors", Gains()
+    with adapters_on(network, 2) as adapters:
+        trainer = trainer_of(adapters, network)
+        update = trainer.optimizer.step
+
+        def fails_in_step_4(*_, **__):
+            if trainer.done == 3:
+                raise RuntimeError
+            update()
+
+        trainer.optimizer.step = fails_in_step_4
+        with pytest.raises(RuntimeError):
+            trainer.run(save_to=path, save_every=2)
+    assert checkpoint.read(path)[1]["done"] == 2
+
+
 def hopeless_after(step, network, calls):
     """A source whose data blows up from `step` on, unless the learning rate is low."""
 
@@ -702,6 +816,8 @@ def test_a_divergence_leaves_the_last_sound_checkpoint_and_a_lower_rate_goes_on(
     kept = (fatal - 1) // save_every * save_every
     if save_every > fatal:
         assert not path.exists()
+        assert str(told.value).endswith("(now 0.02).")
+        assert told.value.kept == 0
     else:
         assert f"It then goes on from step {kept}, the last one that run.safetensors keeps." in str(told.value)
         assert told.value.kept == kept
@@ -739,8 +855,9 @@ def test_a_kept_state_that_leads_astray_at_once_is_told_to_be_past_help(tmp_path
         trainer = Trainer(denoiser(network), adapters, hopeless_after(3, network, []), TABLE, SHORT)
         with pytest.raises(
             Diverged, match=r"run\.safetensors keeps is past help: remove that file, or use another name"
-        ):
+        ) as told:
             trainer.run(save_to=path)
+    assert told.value.kept == 0
 
 
 def test_a_learning_rate_that_is_never_reached_is_told():
@@ -761,7 +878,7 @@ def test_a_learning_rate_that_is_never_reached_is_told():
 @pytest.mark.parametrize("shape", get_args(Fall))
 @pytest.mark.parametrize("steps", [1, 7, 100])
 def test_the_rate_that_is_told_is_the_highest_of_all_steps_and_the_advice_holds(steps, shape):
-    for warmup, decay in itertools.product([0, 1, 3, 50, 99, 500], [0.0, 0.1, 0.5, 1.0]):
+    for warmup, decay in itertools.product([0, 1, 3, 45, 50, 99, 500], [0.0, 0.1, 0.5, 1.0]):
         settings = Settings(steps=steps, warmup=warmup, decay=decay, decay_shape=shape)
         rates = [settings.rate_at(step) for step in range(steps)]
         assert settings.highest_rate == max(rates), settings

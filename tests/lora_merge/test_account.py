@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lcm_kit.lora_merge import Lora, MergeOptions, merge_with_account
+from lcm_kit.lora_merge.metadata.adapter_config import of_peft
 from lcm_kit.lora_merge.one_module.protect import protected_of, protecting
 from lcm_kit.lora_merge.recognise.base_models import Recognised
 from lcm_kit.lora_merge.recognise.catalogue import Published
@@ -78,6 +79,29 @@ def test_what_each_input_has_and_what_became_of_it():
     assert [source.block_strengths for source in alone.sources] == ["", ""]
 
 
+def test_what_a_user_should_know_is_accounted_for_input_by_input_and_of_the_whole():
+    """Keys without effect, PEFT's ways, licences that differ, slices beside a whole, nobody to protect, what is too small."""
+    name, stray = "lora_unet_double_blocks_0_img_attn_qkv", {"a.stray.key": torch.ones(2)}
+    said = {"modelspec.license": "MIT", "use_dora": "True"}
+    whole = Lora.from_state_dict(kohya(name, *factors(18, 2, 6)) | stray, metadata=said, source="whole")
+    part = kohya("transformer.transformer_blocks.0.attn.to_q", *factors(6, 2, 6))
+    part["lora_unet_small.diff"] = torch.full((3, 4), 1e-9)
+    other = Lora.from_state_dict(part, metadata={"modelspec.license": "other"}, source="part")
+    _, account = merge_with_account(
+        [(whole, 1.0), (other, 1.0)], method="ties", density=1.0, protect="auto", mu=1.0, out_dtype=torch.float16
+    )
+    assert [source.unread for source in account.sources] == [("a.stray.key",), ()]
+    assert [source.peft for source in account.sources] == [of_peft(said), of_peft({})]
+    assert account.sources[0].peft.dora
+    assert [note.stated for note in account.notes] == [(("MIT", "whole"), ("other", "part"))]
+    assert [(first.owner, second.owner) for first, second in account.fused] == [(0, 1)]
+    assert account.protects_nobody
+    assert account.too_small == {"lora_unet_small": 1.0}
+    assert account.options.mu == 1.0
+    _, plain = merge_with_account([(whole, 1.0)])
+    assert (plain.notes, plain.fused, plain.protects_nobody, dict(plain.too_small)) == ((), (), False, {})
+
+
 def test_an_input_of_differences_alone_has_no_ranks():
     one = Lora.from_state_dict({"lora_unet_x.diff": torch.ones(3, 4)}, source="diff")
     _, account = merge_with_account([(one, 1.0)])
@@ -133,11 +157,12 @@ def test_a_sum_of_nothing_is_no_error_and_leaves_nothing_of_nothing(choices):
     assert account.sources[1].retention == (None if choices else 1.0)
 
 
-def test_what_stepped_aside_is_measured_against_what_it_was():
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_what_stepped_aside_is_measured_against_what_it_was(size):
     """mu / (1 + mu) is taken of the part that lies in the other's direction: of rank 1, all that it reads there."""
     g = generator(1)
     first, second = torch.randn(6, 1, generator=g), torch.randn(6, 1, generator=g)
-    reads = torch.randn(1, 5, generator=g)
+    reads = size * torch.randn(1, 5, generator=g)
     mine, theirs = (
         Lora.from_state_dict(kohya("lora_unet_x", up, reads), source=name) for up, name in ((first, "a"), (second, "b"))
     )

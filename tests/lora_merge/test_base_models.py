@@ -54,6 +54,27 @@ def test_all_of_ssd_1bs_modules_are_in_sdxl_but_it_is_not_sdxl():
     assert found.complete
 
 
+@pytest.mark.parametrize(("count", "complete"), [(140, True), (133, True), (132, False)])
+def test_a_lora_is_complete_that_covers_nineteen_twentieths_of_a_base_in_its_kinds(count, complete):
+    """SDXL has 70 layers of self-attention, with queries and keys."""
+    modules = dict(list(underscored("SDXL", ("attn1.to_q", "attn1.to_k")).items())[:count])
+    assert len(modules) == count
+    found = recognise(modules)
+    assert (found.bases, found.complete) == (("SDXL",), complete)
+
+
+@pytest.mark.parametrize(("count", "bases"), [(19, ("SDXL",)), (18, ())])
+def test_a_lora_may_be_for_a_base_that_has_nineteen_twentieths_of_its_modules(count, bases):
+    """Twenty of SDXL's deepest blocks, which no smaller base has, some of them under no name of it."""
+    deep = underscored("SDXL", ATTENTION, lambda name: "down_blocks.2.attentions.0.transformer_blocks.9" in name)
+    deep |= underscored("SDXL", ATTENTION, lambda name: "down_blocks.2.attentions.1.transformer_blocks.9" in name)
+    deep |= underscored("SDXL", ATTENTION, lambda name: "down_blocks.2.attentions.0.transformer_blocks.8" in name)
+    names = sorted(deep)[:20]
+    modules = {(name if at < count else f"elsewhere_{at}"): deep[name] for at, name in enumerate(names)}
+    assert len(modules) == 20
+    assert recognise(modules).bases == bases
+
+
 @pytest.mark.parametrize("base", full_size.CONFIGS)
 def test_attention_alone_tells_the_base(base):
     assert recognise(underscored(base, ATTENTION)).bases == (base,)

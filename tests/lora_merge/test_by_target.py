@@ -5,6 +5,7 @@ import torch
 
 from lcm_kit.lora_merge import Lora, merge, merge_with_account
 from lcm_kit.lora_merge.merging.by_target import ModelNames, Target, by_target
+from lcm_kit.lora_merge.merging.provenance import recipe_of
 from lcm_kit.lora_merge.naming.family import Rows
 from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import factors, kohya
@@ -99,10 +100,13 @@ def test_a_merge_on_a_model_adds_slices_and_wholes_up():
     total[:4] += -2.0 * only(parts)
     assert torch.allclose(only(merged), total, atol=1e-6)
     assert len(account.model.targets) == 2
+    told = recipe_of(merged.metadata, "merged").model
+    assert (told.targets, told.shapes) == (account.model.targets, account.model.shapes)
     assert account.model.shapes == {FUSED: (12, 5)}
     # Where nothing had to be changed nothing is said of the model.
-    _, account = merge_with_account([(whole, 1.0), (whole, 1.0)], model=ModelNames(TARGETS, SHAPES))
+    same, account = merge_with_account([(whole, 1.0), (whole, 1.0)], model=ModelNames(TARGETS, SHAPES))
     assert account.model is None
+    assert recipe_of(same.metadata, "merged").model is None
 
 
 def test_two_names_of_one_slice_are_the_first_ones():
@@ -154,7 +158,7 @@ def test_a_lora_without_any_place_in_the_model_is_refused_and_one_of_text_alone_
 
 
 def test_one_weight_twice_in_one_lora_is_refused_by_both_names():
-    double = of("double", (OUT, 6), ("net.stage.0.out", 6))
+    double = of("double", (WHOLE, 12), (OUT, 6), ("net.stage.0.out", 6), (GATE, 8))
     with pytest.raises(ValueError, match=r"^double: \S+out and net[._]stage[._]0[._]out are one weight"):
         by_target([double, of("b", (OUT, 6))], TARGETS, SHAPES)
 

@@ -31,7 +31,7 @@ def test_merge_adds_with_the_strengths_given(files, capsys):
     assert main(["merge", f"{style}:-0.8", str(lcm), "-o", str(out), "--dtype", "fp32"]) == 0
     wanted = -0.8 * load(style).delta(MODULE) + load(lcm).delta(MODULE)
     torch.testing.assert_close(load(out).delta(MODULE), wanted, rtol=1e-5, atol=1e-8)
-    assert "style.safetensors * -0.8: 1 modules, 1 shared" in capsys.readouterr().out
+    assert "style.safetensors * -0.8: 1 module, 1 shared" in capsys.readouterr().out
 
 
 def test_what_does_not_add_up_stops_a_merge_or_is_left_out(files, capsys):
@@ -45,7 +45,7 @@ def test_what_does_not_add_up_stops_a_merge_or_is_left_out(files, capsys):
         str(files / "out.safetensors"),
     ]
     assert main(command) == 2
-    assert "dora.safetensors has DoRA (1 modules: lora_unet_conv_in)" in capsys.readouterr().err
+    assert "dora.safetensors has DoRA (1 module: lora_unet_conv_in)" in capsys.readouterr().err
     assert main([*command, "--leave-out"]) == 0
     assert "1 refused and left out" in capsys.readouterr().out
 

@@ -5,7 +5,9 @@ import torch
 
 from lcm_kit.lora_merge import Lora, LoraLayer, merge
 from lcm_kit.lora_merge.algebra.lowrank import truncated_sum
-from lcm_kit.lora_merge.comparing.compare import _in_order, _own, compare
+from lcm_kit.lora_merge.comparing.compare import _in_order, compare
+from lcm_kit.lora_merge.comparing.curve import curve_of
+from lcm_kit.lora_merge.comparing.own import own_of
 from lcm_kit.lora_merge.comparing.verdict import answer, headline, relation
 from lcm_kit.lora_merge.one_module.protect import stepping_aside
 from lcm_kit.tests.lora_merge.kinds import ADDITIVE, CARRIED, parts
@@ -195,6 +197,64 @@ def test_modules_that_are_zero_deficient_or_alone_are_named():
         if module.name == "deficient"
     )
     assert (part.rank, part.effective) == (4, 3)
+
+
+def thin(rank, effective, out=6, inputs=5, kernel=()):
+    """Factors of that rank whose product has a smaller one."""
+    up, down = factors(out, rank, inputs, kernel)
+    return up[:, [index % effective for index in range(rank)]], down
+
+
+@pytest.mark.parametrize(
+    ("state", "facts"),
+    [
+        (kohya("m", *factors(6, 4, 5)), ("LoRA", 4, 4, None, 1.0, False)),
+        (kohya("m", *thin(4, 3), alpha=2), ("LoRA", 4, 3, 2.0, 0.5, True)),
+        (kohya("m", *thin(4, 3, kernel=(3, 3))), ("LoRA", 4, 3, None, 1.0, True)),
+        # More ranks than the weight has rows or columns are no fault of the update, of a kernel's columns neither.
+        (kohya("m", *factors(4, 6, 9)), ("LoRA", 6, 4, None, 1.0, False)),
+        (kohya("m", *factors(9, 6, 4)), ("LoRA", 6, 4, None, 1.0, False)),
+        (kohya("m", *factors(40, 12, 1, (3, 3))), ("LoRA", 12, 9, None, 1.0, False)),
+        (kohya("m", *thin(6, 3, out=4, inputs=9)), ("LoRA", 6, 3, None, 1.0, True)),
+        # Zeros are told as zeros, and of other kinds nobody chose the rank.
+        (kohya("m", torch.zeros(6, 4), torch.ones(4, 5)), ("LoRA", 4, 0, None, 1.0, False)),
+        ({"m.lokr_w1": torch.ones(2, 2), "m.lokr_w2": torch.eye(3)}, ("LoKr", 6, 3, None, 1.0, False)),
+        ({"m.diff": torch.ones(6, 5)}, ("difference", 5, 1, None, 1.0, False)),
+        ({"m.diff": torch.randn(4, 2, 3, 3, generator=generator(1))}, ("difference", 4, 4, None, 1.0, False)),
+        ({"m.w_norm": torch.ones(7)}, ("difference", 1, 1, None, 1.0, False)),
+    ],
+)  # fmt: skip
+def test_a_part_says_what_its_update_is_and_whether_its_rank_is_smaller_than_somebody_chose(state, facts):
+    one = Lora.from_state_dict(state)
+    for inputs, index in (([one], 0), ([lora(modules={"n": (3, 3, ())}), one], 1)):
+        found = compare([(each, 1.0) for each in inputs])
+        part = next(module.parts[index] for module in found.modules if module.name == "m")
+        assert (part.kind, part.rank, part.effective, part.alpha, part.scale, part.deficient) == facts
+        assert part.energy == pytest.approx(float(one.delta("m").double().square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("diff", [torch.eye(6, 5), torch.zeros(6, 5)])
+def test_beside_a_whole_difference_nobody_chose_the_rank(diff):
+    up, down = thin(4, 3)
+    both = Lora({"m": LoraLayer(up, down)}, diffs={("m", "diff"): diff})
+    (part,) = compare([(both, 1.0)]).modules[0].parts
+    assert not part.deficient
+    assert part.energy == pytest.approx(float((up @ down + diff).square().sum()), rel=1e-5)
+
+
+def test_blocks_of_a_comparison_come_in_the_order_of_the_way_through_the_model():
+    names = [
+        f"lora_unet_{name}"
+        for name in ("output_blocks_5_0_in_layers_2", "middle_block_1_proj_in", "input_blocks_1_0_in_layers_2", "input_blocks_0_0")
+    ] + [TEXT.replace("layers_3", f"layers_{number}") for number in (10, 9)]  # fmt: skip
+    found = compare([(lora(modules=dict.fromkeys(names, (6, 5, ()))), 1.0)])
+    wanted = ["te1 layers.9", "te1 layers.10", "unet in", "unet down.0", "unet mid", "unet up.1"]
+    assert [block.name for block in found.blocks] == wanted
+
+
+def test_the_numbers_of_a_whole_weight_are_counted_beyond_what_float32_counts():
+    one = own_of(*torch.ones(2, 1, 1, dtype=torch.float64), 0.95, is_triangle=True, alone=True)
+    assert curve_of({0: one}, (1.0,), (4097, 4097), 0, True).numbers.tolist() == [4097**2]
 
 
 @pytest.mark.parametrize("ranks", [(1, 1), (4, 2), (16, 40)])
@@ -405,14 +465,31 @@ def test_of_each_silent_lora_it_is_said_why_it_is(first, second):
         assert head == "Nothing to fight: none of these LoRAs adds anything."
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("size", [1.0, 2.0**-30, 2.0**30])
-def test_what_counts_as_a_direction_does_not_depend_on_the_size_of_the_update(size):
+def test_what_counts_as_a_direction_does_not_depend_on_the_size_of_the_update(size, alone):
     """Singular values from 1 to 1e-5 count, one of 1e-7 beside 1 is rounding."""
     values = torch.tensor([1.0, 0.3, 1e-3, 1e-5, 1e-7], dtype=torch.float64)
     up, _ = torch.linalg.qr(torch.randn(9, 5, generator=generator(1), dtype=torch.float64))
     down, _ = torch.linalg.qr(torch.randn(7, 5, generator=generator(2), dtype=torch.float64))
-    one = _own(up * values * size, down, 0.95)
+    one = own_of(up * values * size, down, 0.95, is_triangle=False, alone=alone)
     assert one.effective == 4
     assert one.leading == 2  # 1 / 1.09 is less than 0.95 of the energy
     assert one.energy == pytest.approx(size**2 * float(values.square().sum()))
-    assert _own(up * values * size, down, 1.0).leading == 3
+    assert own_of(up * values * size, down, 1.0, is_triangle=False, alone=alone).leading == 3
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 5), (4, 6)])
+def test_a_triangle_needs_no_decomposition_to_be_the_same_update(shape):
+    """The first of several updates in their common space, zeros below; also of more ranks than the space has dimensions."""
+    up = torch.randn(9, shape[1], generator=generator(1), dtype=torch.float64)
+    down = torch.randn(shape, generator=generator(2), dtype=torch.float64).triu()
+    one, other = (own_of(up, down, 0.5, is_triangle=choice, alone=False) for choice in (True, False))
+    u, s, v = (part[..., : min(shape)] for part in torch.svd(up @ down.T))
+    for own in (one, other):
+        assert (own.effective, own.leading) == (min(shape), other.leading)
+        torch.testing.assert_close(own.values, s.square(), rtol=0, atol=1e-12 * float(s[0]) ** 2)
+        for found, expected in ((own.left, u), (own.right, v)):
+            torch.testing.assert_close((found.T @ expected).abs(), torch.eye(len(s)).double(), rtol=0, atol=1e-8)
+    assert one.dot(other) == pytest.approx(one.energy)
+    assert one.inside(other) == pytest.approx(float(s[: other.leading].square().sum()))

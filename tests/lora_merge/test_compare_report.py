@@ -1,9 +1,10 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from lcm_kit.lora_merge import Lora, load, parse_block_strengths, save
 from lcm_kit.lora_merge.__main__ import main
@@ -55,6 +56,55 @@ def test_csv_has_a_row_for_each_module_and_json_all_figures():
     assert [block["name"] for block in told["blocks"]] == [f"unet double_blocks.{n}" for n in range(5)]
 
 
+def figures(told, path=()):
+    """Where each figure of as_json stands -> the figure."""
+    if isinstance(told, dict | list):
+        for name, one in told.items() if isinstance(told, dict) else enumerate(told):
+            yield from figures(one, (*path, name))
+    else:
+        yield path, told
+
+
+@pytest.mark.parametrize("power", [-30, -2, 30])
+def test_nothing_that_is_relative_depends_on_the_size_of_all_loras(power):
+    """Nor what is said of it: norms are 2 ** power times as large, and all else is what it was."""
+
+    def found(size):
+        inputs = [(lora(1), 0.5), (lora(2, BLOCKS[1:5]), -1.0), (lora(1, BLOCKS[2:4]), 0.25)]
+        sized = [(replace(one, modules={name: replace(layer, alpha=2.0 * size) for name, layer in one.modules.items()}), s)
+                 for one, s in inputs]  # fmt: skip
+        return compare(sized)
+
+    plain, other = found(1.0), found(2.0**power)
+    wanted, told = (dict(figures(json.loads(as_json(one, 2)))) for one in (plain, other))
+    assert wanted.keys() == told.keys()
+    for path, figure in wanted.items():
+        if {"norm", "norms", "norm_of_sum"} & {*path}:
+            assert told[path] == pytest.approx(figure * 2.0**power, rel=1e-6), path
+        elif isinstance(figure, float) and not {"alpha", "scale"} & {*path}:
+            assert told[path] == pytest.approx(figure, rel=1e-6, abs=1e-6), path
+        elif not {"alpha", "scale"} & {*path}:
+            assert told[path] == figure, path
+    assert other.whole.pairs[0].cosine_deviation == pytest.approx(plain.whole.pairs[0].cosine_deviation)
+    lines, others = (as_text(one, 2).splitlines() for one in (plain, other))
+    assert len(lines) == len(others)
+    assert [line for line in lines if "times as strong" in line] == [
+        line for line in others if "times as strong" in line
+    ]
+    assert (
+        lines[lines.index("Of the merge: rank 9 is exact, 0.0 MB in float16. Cut to a smaller rank:") :]
+        == others[others.index("Of the merge: rank 9 is exact, 0.0 MB in float16. Cut to a smaller rank:") :]
+    )
+
+
+def test_without_a_rank_none_is_marked():
+    found = compare([(lora(1), 0.5), (lora(2), 1.0)])
+    assert as_text(found) == as_text(found, 0)
+    assert "<- this rank" not in as_text(found)
+    assert as_json(found) == as_json(found, 0)
+    assert json.loads(as_json(found))["rank"] is None
+
+
 @pytest.mark.parametrize("count", [1, 2, 6])
 def test_the_picture_is_as_wide_as_promised_and_not_taller_than_a_screen(count):
     found = compare([(lora(n, BLOCKS), 1.0 - 0.3 * n) for n in range(count)])
@@ -100,7 +150,7 @@ def test_the_sweep_and_the_cut_are_in_the_picture():
 def test_nothing_comparable_still_gives_a_text_and_a_picture():
     carried = Lora.from_state_dict(kohya("m", *factors(6, 2, 5)) | {"m.dora_scale": factors(6, 1, 1)[0]})
     found = compare([(carried, 1.0)])
-    assert "not compared: 1 modules of kind DoRA" in as_text(found)
+    assert "not compared: 1 module of kind DoRA" in as_text(found)
     assert draw(found).width == WIDTH
     assert json.loads(as_json(found))["modules"] == []
 
@@ -125,7 +175,8 @@ def test_what_a_text_stands_on_is_behind_all_of_it(anchor):
     canvas.text((60, 30), "text", 20, anchor=anchor, behind=(255, 0, 0))
     plain.text((60, 30), "text", 20, anchor=anchor)
     ink = plain.image().convert("L").point(lambda value: 255 * (value < 100)).getbbox()
-    red = canvas.image().getchannel("G").point(lambda value: 255 * (value < 128)).getbbox()
+    bands = [canvas.image().getchannel(band) for band in "RG"]
+    red = ImageChops.subtract(*bands).point(lambda value: 255 * (value > 128)).getbbox()  # and no black letter
     assert red[0] <= ink[0]
     assert red[1] <= ink[1]
     assert red[2] >= ink[2]

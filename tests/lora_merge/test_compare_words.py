@@ -89,7 +89,7 @@ def test_two_loras_in_full():
         "    rank     error        MB   keeps of 1   keeps of 2",
         "       1       0.5       1.0       75.0 %            -  <- this rank",
         "",
-        "Note: b.safetensors holds what has no effect in ComfyUI and is left out: unknown (1 keys: stray).",
+        "Note: b.safetensors holds what has no effect in ComfyUI and is left out: unknown (1 key: stray).",
         "Note: b.safetensors: its scale is that of adapter_config.json beside it.",
     ]
 
@@ -129,7 +129,7 @@ def test_four_settings_are_told_and_the_others_counted(count):
         f"LoRA rank {rank} alpha {'none' if rank % 2 else f'{rank // 2}'} (scale 1): 2"
         for rank in range(1, min(count, 4) + 1)
     ]
-    assert told == "    " + "; ".join(shown + ([f"{count - 4} other settings"] if count > 4 else []))
+    assert told == "    " + "; ".join(shown + ([f"{count - 4} other setting{'s' * (count > 5)}"] if count > 4 else []))
 
 
 def test_what_does_nothing_or_is_not_compared_is_counted():
@@ -143,8 +143,8 @@ def test_what_does_nothing_or_is_not_compared_is_counted():
     lines = as_text(comparison(inputs=(one_input(**facts), INPUTS[1]))).split("\n")
     assert "  a * 2: norm 6, 3 modules, 1 only here, 2.5 MB in float16" in lines
     assert "    2 modules are zero and do nothing (first: z1)" in lines
-    assert "    1 modules have a smaller rank than factors (first: d)" in lines
-    assert "    not compared: 2 modules of kind DoRA, 1 modules of kind OFT, 3 bias differences" in lines
+    assert "    1 module has a smaller rank than factors (first: d)" in lines
+    assert "    not compared: 2 modules of kind DoRA, 1 module of kind OFT, 3 bias differences" in lines
 
 
 def test_which_of_two_is_the_stronger_is_said_where_both_do_something():
@@ -342,7 +342,7 @@ def test_every_two_have_their_sentence(facts, line):
     [
         (1, 3, " Where: b0 (cosine -0.50)."),
         (5, 3, " Where: b0 (cosine -0.50), b1 (cosine -0.50), b2 (cosine -0.50), b3 (cosine -0.50), b4 (cosine -0.50)."),
-        (6, 3, ", b4 (cosine -0.50), and 1 more blocks."),
+        (6, 3, ", b4 (cosine -0.50), and 1 more block."),
         (9, 1, " Where: nearly everywhere, most in b0 (cosine -0.50), b1 (cosine -0.50), b2 (cosine -0.50), b3 (cosine -0.50), b4 (cosine -0.50)."),
         (8, 2, ", b4 (cosine -0.50), and 3 more blocks."),
     ],

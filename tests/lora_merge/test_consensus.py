@@ -47,6 +47,32 @@ def test_slerp_ends_and_degenerate_arcs():
     torch.testing.assert_close(slerp(A, torch.zeros_like(A), 0.5), 0.5 * A)
 
 
+@pytest.mark.parametrize("factor", [1.0, 3.0, -1.0, -0.7])
+def test_slerp_along_one_line_is_that_line_however_its_cosine_is_rounded(factor):
+    """To a little above 1 or below -1 for some of these, where no angle has that cosine."""
+    cosines = []
+    for seed in range(40):
+        one = torch.randn(9, generator=torch.Generator().manual_seed(seed))
+        other = factor * one
+        a, b = one.double(), other.double()
+        cosines.append(float((a * b).sum() / (a.norm() * b.norm())))
+        expected = 0.75 * one + 0.25 * other
+        torch.testing.assert_close(slerp(one, other, 0.25), expected, rtol=1e-5, atol=1e-6)
+    assert max(map(abs, cosines)) > 1
+
+
+@pytest.mark.parametrize("off", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_slerp_of_nearly_opposite_updates_keeps_the_digits_of_its_large_weights(off):
+    """The weights are 1 / sin of the angle and cancel: what a cosine loses by rounding they multiply."""
+    first, second = torch.tensor([1.0, 0.0]), torch.tensor([-math.cos(off), math.sin(off)])
+    x, y = second.double().tolist()
+    angle = math.atan2(y, x)
+    for t in (0.25, 0.5, 0.9):
+        near, far = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+        wanted = torch.tensor([near + far * x, far * y])
+        torch.testing.assert_close(slerp(first, second, t), wanted, rtol=0, atol=1e-6)
+
+
 def test_tsv_merge_of_orthogonal_updates_is_their_sum():
     first, second = torch.zeros(8, 8), torch.zeros(8, 8)
     first[0, 0], first[1, 1], second[4, 4], second[5, 6] = 3.0, 1.0, 2.0, 0.5
@@ -59,6 +85,24 @@ def test_tsv_merge_makes_singular_vectors_orthogonal():
     other = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0] @ update
     values = torch.linalg.svdvals(orthogonalised([update, other]))
     torch.testing.assert_close(values, torch.tensor([4.0, 4.0, 2.0, 2.0]), rtol=1e-5, atol=1e-5)
+
+
+def test_an_update_of_zeros_leaves_the_others_of_a_tsv_merge_alone():
+    update = torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
+    for deltas in ([update, torch.zeros(6, 9)], [torch.zeros(6, 9), update]):
+        torch.testing.assert_close(orthogonalised(deltas), update, rtol=0, atol=1e-5)
+    assert not orthogonalised([torch.zeros(6, 9)] * 2).any()
+
+
+@pytest.mark.parametrize("power", [-40, -12, 12, 40])
+def test_the_size_of_updates_of_small_rank_changes_no_direction_of_a_tsv_merge(power):
+    """What float32 leaves of their other directions has vectors of no meaning, at any size."""
+    g = torch.Generator().manual_seed(3)
+    deltas = [torch.randn(9, 2, generator=g) @ torch.randn(2, 8, generator=g) for _ in range(2)]
+    expected = orthogonalised(deltas)
+    assert int(torch.linalg.matrix_rank(expected)) == 4
+    found = orthogonalised([delta * 2.0**power for delta in deltas])
+    torch.testing.assert_close(found / 2.0**power, expected, rtol=0, atol=1e-5)
 
 
 def test_tsv_merge_of_one_update_is_that_update():

@@ -6,9 +6,10 @@ from safetensors.torch import load_file, save_file
 
 from lcm_kit.lora_merge import Lora, load
 from lcm_kit.lora_merge.__main__ import main
-from lcm_kit.lora_merge.files.formats import named_for
+from lcm_kit.lora_merge.files.formats import exact_in_peft, named_for
 from lcm_kit.lora_merge.files.shared import only
 from lcm_kit.lora_merge.merging.merge import merge
+from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
 WIDTH = 6
@@ -76,6 +77,23 @@ def test_a_scale_that_is_a_power_of_two_is_exact_whatever_its_sign(alpha):
     for module in KOHYA:
         assert torch.equal(written[f"{module}.lora_B.weight"], state[f"{module}.lora_up.weight"] * (alpha / 2))
         assert torch.equal(written[f"{module}.lora_A.weight"], state[f"{module}.lora_down.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_a_factor_would_round_with_its_scale_is_made_float32_whole(dtype):
+    """Of rank 2: alpha 1, 2, -4 and 0 are powers of two as scales, or nothing; 3 and -0.7 are none."""
+    alphas = {"one": 1.0, "two": 2.0, "none": None, "negative": -4.0, "nothing": 0.0, "odd": 3.0, "less": -0.7}
+    state = kinds.state_dict("LoHa", "lora_unet_loha", alpha=3.0, dtype=dtype)
+    for name, alpha in alphas.items():
+        state |= kohya(f"lora_unet_{name}", *factors(6, 2, 5, dtype=dtype), alpha)
+    one = Lora.from_state_dict(state)
+    wide, count = exact_in_peft(one)
+    assert count == (0 if dtype == torch.float32 else 2)
+    assert [*wide.modules] == [*one.modules]
+    for module, layer in wide.modules.items():
+        wider = module in ("lora_unet_odd", "lora_unet_less")
+        assert {part.dtype for part in layer.parts().values()} == {torch.float32 if wider else dtype}, module
+        assert torch.equal(wide.delta(module), one.delta(module))
 
 
 def test_kohyas_format_keeps_every_number(file):
@@ -185,3 +203,145 @@ def test_every_format_has_names_of_its_own():
         named, written_in = named_for(one, format)
         assert set(named.spellings.values()) == names
         assert written_in == format
+
+
+def flux_of(*parts):
+    """A LoRA of some of: a weight that diffusers has whole, one that it has in slices, slices, other kinds and differences."""
+    state, name = {}, "lora_unet_double_blocks_0_{}".format
+    for part in parts:
+        if part == "whole":
+            state |= kohya(PROJ, *factors(WIDTH, 2, WIDTH), 1.0)
+        elif part == "fused":
+            state |= kohya(QKV, *factors(3 * WIDTH, 2, WIDTH, seed=1), 1.0)
+        elif part == "slice":
+            state |= kohya("transformer.transformer_blocks.0.attn.to_q", *factors(WIDTH, 2, WIDTH, seed=2), 1.0)
+        elif part == "text":
+            state |= kohya("lora_te1_text_model_encoder_layers_0_mlp_fc1", *factors(5, 2, 4), 1.0)
+        elif part == "bias":
+            state[f"{PROJ}.diff_b"] = torch.ones(WIDTH)
+        elif part == "core":
+            state |= kinds.state_dict("LoCon with a core", name("img_mlp_0"), 8, 12, (1, 1))
+        else:
+            state |= kinds.state_dict(part, name("img_mlp_0"), 4 * WIDTH, WIDTH)
+    return Lora.from_state_dict(state, source="here")
+
+
+@pytest.mark.parametrize(
+    ("parts", "format"),
+    [
+        (("whole",), "diffusers"),
+        (("whole", "text"), "diffusers"),
+        # In slices a fused weight takes more numbers.
+        (("fused",), "kohya"),
+        (("whole", "fused"), "kohya"),
+        (("slice",), "diffusers"),
+        (("whole", "slice"), "diffusers"),
+        # diffusers' format holds plain LoRA alone.
+        (("whole", "bias"), "kohya"),
+        (("whole", "LoHa"), "kohya"),
+        (("whole", "LoKr, both whole"), "kohya"),
+        (("whole", "core"), "kohya"),
+        (("whole", "DoRA, rows"), "kohya"),
+        (("whole", "OFT"), "kohya"),
+    ],
+)
+def test_unless_told_a_file_of_flux_is_for_both_readers_where_that_costs_nothing(parts, format):
+    one = flux_of(*parts)
+    named, written_in = named_for(one, "auto")
+    assert written_in == format
+    starts = {"diffusers": ("transformer.", "lora_te"), "kohya": ("lora_unet_", "lora_te", "diffusion_model.")}[format]
+    assert all(name.startswith(starts) for name in named.spellings.values())
+    assert named.parameters == one.parameters
+    assert len(named.spellings) == len(one.spellings)
+
+
+def test_slices_that_a_fused_weight_leaves_as_they_are_are_not_written_for_diffusers():
+    """Rows of zeros: what was a LoRA of some slices became one of the whole weight. Of one that changes nothing all are."""
+    up, down = factors(3 * WIDTH, 2, WIDTH)
+    up[WIDTH : 2 * WIDTH] = 0
+    for factor, slices in ((up, "qv"), (torch.zeros_like(up), "qkv")):
+        named, _ = named_for(Lora.from_state_dict(kohya(QKV, factor, down)), "diffusers")
+        assert {*named.spellings.values()} == {f"transformer.transformer_blocks.0.attn.to_{x}" for x in slices}
+        assert all(torch.equal(layer.down, down) for layer in named.modules.values())
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [("DoRA, columns", "they are DoRA."), ("DoRA on LoHa", "they are DoRA."), ("DoRA on LoKr", "they are DoRA."),
+     ("OFT", "they are OFT."), ("BOFT", "they are BOFT."), ("LoHa", None), ("diff", None),
+     ("diff_b", "the other slices do not tell where they lie in it.")],
+)  # fmt: skip
+def test_slices_that_no_loader_knows_and_that_cannot_be_put_together_are_refused_for_their_kind(kind, why, count):
+    """Of HunyuanVideo, whose slices ComfyUI has no names for; LoHa and differences become rows of the whole weight."""
+    state = kohya("transformer.x_embedder.proj", *factors(WIDTH * 2, 2, 4))
+    state |= kohya("transformer.single_transformer_blocks.39.proj_out", *factors(WIDTH * 2, 2, 10 * WIDTH))
+    names = [f"transformer.transformer_blocks.{number}.attn.to_q" for number in range(count)]
+    for name in names:
+        if kind == "diff":
+            state[f"{name}.diff"] = torch.ones(2 * WIDTH, 2 * WIDTH)
+        elif kind == "diff_b":
+            state[f"{name}.diff_b"] = torch.ones(2 * WIDTH)
+        else:
+            state |= kinds.state_dict(kind, name, 2 * WIDTH, 2 * WIDTH)
+    one = Lora.from_state_dict(state, source="here")
+    if why is None:
+        named, _ = named_for(one, "comfy")
+        wholes = {f"diffusion_model.double_blocks.{number}.img_attn.qkv" for number in range(count)}
+        assert wholes < {*named.spellings.values()}
+        return
+    with pytest.raises(ValueError, match=f"^here: {count} of its modules ") as error:
+        named_for(one, "comfy")
+    assert why.split(".")[0] in str(error.value)
+    assert [f"blocks.{number}.attn.to_q" in str(error.value) for number in range(count)] == [
+        n < 3 for n in range(count)
+    ]
+
+
+HUNYUAN = {  # own name -> Tencent's, which both read
+    "double_blocks.19.img_attn.qkv": "double_blocks.19.img_attn_qkv",
+    "double_blocks.19.img_attn.proj": "double_blocks.19.img_attn_proj",
+    "double_blocks.19.txt_mlp.0": "double_blocks.19.txt_mlp.fc1",
+    "single_blocks.39.linear2": "single_blocks.39.linear2",
+}
+
+
+@pytest.mark.parametrize(
+    ("left_out", "more", "common"),
+    [
+        (None, {}, True),
+        ("double_blocks.19.txt_mlp.0", {}, True),
+        # By qkv's name diffusers knows what the file is.
+        ("double_blocks.19.img_attn.qkv", {}, False),
+        (None, {"diffusion_model.img_in.proj": "LoRA"}, False),
+        (None, {"diffusion_model.double_blocks.18.img_attn.proj": "LoHa"}, False),
+        (None, {"diffusion_model.double_blocks.18.img_attn.proj": "OFT"}, False),
+        (None, {"lora_te1_text_model_encoder_layers_0_mlp_fc1": "LoRA"}, True),
+    ],
+)
+def test_hunyuan_video_is_written_in_names_that_both_readers_know_where_all_have_one(left_out, more, common):
+    width = 2 * WIDTH
+    shapes = {"qkv": (3 * width, width), "proj": (width, width), "0": (4 * width, width), "linear2": (width, 5 * width)}
+    state = {}
+    own = [name for name in HUNYUAN if name != left_out]
+    for seed, name in enumerate(own):
+        out, inputs = shapes[name.rpartition(".")[2]]
+        state |= kohya(f"diffusion_model.{name}", *factors(out, 2, inputs, seed=seed), 1.0)
+    for name, kind in more.items():
+        state |= kinds.state_dict(kind, name, width, width)
+    one = Lora.from_state_dict(state)
+    named, written_in = named_for(one, "auto")
+    assert written_in == "comfy"
+    wanted = {f"diffusion_model.{HUNYUAN[name] if common else name}" for name in own}
+    assert wanted <= {*named.spellings.values()}
+    assert len(named.spellings) == len(one.spellings)
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "DoRA, columns", "OFT"])
+def test_slices_that_comfyui_reads_stay_what_they_are(kind):
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    state = kohya(PROJ, *factors(WIDTH * 2, 2, WIDTH * 2)) | kinds.state_dict(kind, name, 2 * WIDTH, 2 * WIDTH)
+    for format in ("kohya", "comfy", "auto"):
+        named, _ = named_for(Lora.from_state_dict(state), format)
+        assert name in named.spellings.values()
+        assert len(named.spellings) == 2

@@ -75,6 +75,30 @@ def test_updates_in_the_same_directions_share_their_axes():
     torch.testing.assert_close(space.cores[1], -0.5 * space.cores[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("power", [-30, -10, 10, 30])
+def test_the_size_of_the_updates_changes_no_axis_and_no_rank(power):
+    """With directions that no update has among the factors', which are left over from rounding."""
+    update = steep(rank=4)
+    doubled = LoraLayer(torch.cat([update.up, update.up], 1), torch.cat([update.down, update.down]))
+    space, other = (core_space([(doubled, 2.0**by), (steep(rank=3, seed=1), 2.0**by)]) for by in (0, power))
+    assert other.left.shape == space.left.shape == (96, 7)
+    assert space.layer(space.cores[0]).rank == other.layer(other.cores[0]).rank == 4
+    torch.testing.assert_close(other.left, space.left, rtol=0, atol=1e-5)
+    torch.testing.assert_close(other.right, space.right, rtol=0, atol=1e-5)
+    torch.testing.assert_close(other.cores[0] / 2.0**power, space.cores[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("second", [0.0, 1e-3])
+def test_a_weak_direction_has_its_axis_and_what_rounding_has_left_none(second):
+    strong, weak = layer(rank=1, seed=1), layer(rank=1, seed=2)
+    factors = (torch.cat([strong.up, second * weak.up], 1), torch.cat([strong.down, weak.down]))
+    doubled = LoraLayer(*(torch.cat([one, one], dim) for one, dim in zip(factors, (1, 0), strict=True)))
+    for terms in ([(doubled, 1.0)], [(strong, 1.0), (doubled, 0.5)]):
+        space = core_space(terms)
+        assert space.left.shape[1] == space.right.shape[0] == (2 if second else 1)
+    assert core_space([(strong, 1.0)]).cores[0].shape == (1, 1)
+
+
 def test_updates_that_are_zero_have_a_space_too():
     nothing = LoraLayer(torch.zeros(6, 2), torch.ones(2, 5))
     space = core_space([(nothing, 1.0), (steep(6, 5, 2), 0.0)])
@@ -173,8 +197,33 @@ def test_energy_chooses_as_few_directions_as_hold_it():
     torch.testing.assert_close(leading_inputs(factors, 0.5).abs(), torch.tensor([[1.0, 0.0, 0.0]]))
 
 
+NOTHING = {
+    "strength": (TERMS[1][0], 0.0),
+    "alpha": (layer(rank=6, seed=2, alpha=0.0), 1.0),
+    "up": (LoraLayer(torch.zeros(24, 6), TERMS[1][0].down), 1.0),
+    "down": (LoraLayer(TERMS[1][0].up, torch.zeros(6, 20)), 1.0),
+}
+
+
+@pytest.mark.parametrize("zero", NOTHING)
+def test_a_protected_update_of_zeros_asks_for_no_room(zero):
+    """As modules that were never trained are: their ups are zeros, and their downs would still point somewhere."""
+    terms = [TERMS[0], NOTHING[zero], TERMS[2]]
+    whole = [strength * update.delta() for update, strength in terms]
+    for (update, strength), moved in zip(stepping_aside(terms, 1, 1.0), whole, strict=True):
+        assert torch.equal(strength * update.delta(), moved)
+    assert all(map(torch.equal, dense_stepping_aside(whole, 1, 1.0), whole))
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"), [((-1.0,), "mu is -1"), ((float("nan"),), "mu is nan"), ((1.0, 0.0), "energy is 0")]
+    ("arguments", "message"),
+    [
+        ((-1.0,), "mu is -1"),
+        ((float("nan"),), "mu is nan"),
+        ((1.0, 0.0), "energy is 0"),
+        ((1.0, 1.5), "energy is 1.5"),
+        ((1.0, float("nan")), "energy is nan"),
+    ],
 )
 def test_protection_out_of_range_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -53,7 +53,7 @@ def test_a_file_larger_than_a_block_is_hashed_whole(tmp_path):
 
 
 def test_what_was_computed_once_is_known_to_the_next_run(tmp_path, computed, monkeypatch):
-    kept, files = tmp_path / "new folder" / "sha256.json", [put(tmp_path / n, n.encode()) for n in ("a", "ä")]
+    kept, files = tmp_path / "new folder" / "in it" / "sha256.json", [put(tmp_path / n, n.encode()) for n in ("a", "ä")]
     keep_in(kept)
     wanted = [sha256_of(file) for file in files]
     again(monkeypatch, kept)
@@ -119,3 +119,51 @@ def test_where_nothing_can_be_written_hashes_are_computed_all_the_same(tmp_path,
     put(tmp_path / "no folder")
     keep_in(tmp_path / "no folder" / "sha256.json")
     assert sha256_of(put(tmp_path / "x")) == hashlib.sha256(b"weights").hexdigest()
+
+
+def test_so_many_hashes_are_known_at_once_and_the_oldest_go_first(tmp_path, computed, monkeypatch):
+    monkeypatch.setattr(digests, "_MANY", 3)
+    kept, files = tmp_path / "sha256.json", [put(tmp_path / name, name.encode()) for name in "abcd"]
+    keep_in(kept)
+    for count, file in enumerate(files, 1):
+        sha256_of(file)
+        assert [key[0] for key in digests._digests] == [str(one) for one in files[max(0, count - 3) : count]]
+        assert [entry[0] for entry in json.loads(kept.read_text())["files"]] == [key[0] for key in digests._digests]
+    assert len(computed) == 4
+    for file in files[1:]:
+        sha256_of(file)
+    assert len(computed) == 4
+    sha256_of(files[0])
+    assert len(computed) == 5
+
+
+def test_what_another_server_has_computed_is_read_once(tmp_path, computed, monkeypatch):
+    """Whoever says the same place again is not told anew; another place is looked at, and written to from then on."""
+    one, other, file = tmp_path / "one.json", tmp_path / "other.json", put(tmp_path / "x")
+    keep_in(one)
+    digest = sha256_of(file)
+    entry = json.loads(one.read_text())["files"]
+    other.write_text(json.dumps({"files": [[*entry[0][:3], 12345, "ab" * 32], *entry]}))
+    reads = []
+    real = digests._kept
+    monkeypatch.setattr(digests, "_kept", lambda place: reads.append(place) or real(place))
+    keep_in(one)
+    assert reads == []
+    keep_in(other)
+    assert reads == [other]
+    # What is known already holds against what somebody wrote down.
+    assert {key[3]: value for key, value in digests._digests.items()} == {12345: "ab" * 32, entry[0][3]: digest}
+    again(monkeypatch, other)
+    sha256_of(put(tmp_path / "y"))
+    assert len(json.loads(other.read_text())["files"]) == 3
+    assert len(json.loads(one.read_text())["files"]) == 1
+
+
+@pytest.mark.parametrize("age", [0, 1])
+def test_a_file_is_settled_two_seconds_after_it_was_changed(tmp_path, computed, monkeypatch, age):
+    now = 2 * 10**18
+    monkeypatch.setattr(digests.time, "time_ns", lambda: now)
+    kept, file = tmp_path / "sha256.json", put(tmp_path / "x", when=now - 2 * 10**9 - age)
+    keep_in(kept)
+    sha256_of(file)
+    assert len(json.loads(kept.read_text())["files"]) == age

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from lcm_kit.lora_merge import Lora
-from lcm_kit.lora_merge.metadata import expressions
+from lcm_kit.lora_merge.metadata import adapter_scales, expressions
 from lcm_kit.lora_merge.metadata.adapter_scales import STEPS
 from lcm_kit.lora_merge.metadata.expressions import Budget, Expression
 
@@ -135,6 +135,26 @@ def test_a_match_takes_no_more_steps_than_states_times_letters(pattern):
     assert 10**9 - budget.left <= (expression.states + 1) * (len(name) + 1)
 
 
+@pytest.mark.parametrize("length", [0, 1, 400])
+def test_every_place_of_a_name_costs_a_step_also_where_nothing_fits_any_more(length):
+    assert _left_after("x", "") - _left_after("x", "a" * length) == length
+    assert _left_after("x", "") < 10**6
+
+
+def _left_after(pattern, name):
+    budget = Budget(10**6)
+    Expression(pattern).ends(name, budget)
+    return budget.left
+
+
+def test_a_match_may_take_the_steps_that_are_left_and_no_more():
+    expression, name = Expression("(a|b)*c"), "ab.abc"
+    needed = 10**6 - _left_after("(a|b)*c", name)
+    assert expression.ends(name, Budget(needed))
+    with pytest.raises(ValueError, match="too long on this many names"):
+        expression.ends(name, Budget(needed - 1))
+
+
 @pytest.mark.parametrize("pattern", ["", "a", "a|b", "(a{3}|b*)c", "to_[qk]$"])
 def test_an_expression_may_have_as_many_states_as_there_may_be_and_no_more(pattern, monkeypatch):
     states = Expression(pattern).states
@@ -143,6 +163,36 @@ def test_an_expression_may_have_as_many_states_as_there_may_be_and_no_more(patte
     monkeypatch.setattr(expressions, "MAX_STATES", states - 1)
     with pytest.raises(ValueError, match="too involved"):
         Expression(pattern)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "states"),
+    [
+        ("", 3),
+        ("a", 5),
+        ("ab", 7),
+        ("a|b", 8),
+        ("a*", 9),
+        ("a+", 9),
+        ("a{1,}", 9),
+        ("a{3,}", 15),
+        ("a{,3}", 15),
+        ("a?", 9),
+    ],
+)
+def test_an_expression_has_no_more_states_than_it_needs(pattern, states):
+    """By hand: two for all alternatives and one for each, two for a letter; for a repeat one, its atom, which is read once more
+    for each of its copies, and one behind each copy. Without an end there are as many copies as there have to be, at least one."""
+    assert Expression(pattern).states == states
+
+
+def test_groups_and_texts_may_be_as_deep_and_as_long_as_is_said():
+    assert Expression("(" * 20 + "a" + ")" * 20 + "(b)" * 3).ends("abbb", Budget(10**6))
+    with pytest.raises(ValueError, match="nests more than 20 groups"):
+        Expression("(" * 21 + "a" + ")" * 21)
+    assert Expression("a" * expressions.MAX_LENGTH).ends("a" * expressions.MAX_LENGTH, Budget(10**6))
+    with pytest.raises(ValueError, match="longer than 200"):
+        Expression("a" * (expressions.MAX_LENGTH + 1))
 
 
 def test_all_matches_of_a_file_are_bounded_together():
@@ -155,6 +205,30 @@ def test_all_matches_of_a_file_are_bounded_together():
     with pytest.raises(ValueError, match=r"alpha_pattern in the metadata is too involved.*too long on this many names"):
         Lora.from_state_dict(state, metadata={"lora_alpha": "2", "alpha_pattern": json.dumps(patterns)})
     assert STEPS < 2_000 * 500 * 100
+
+
+def scaled(name, patterns):
+    state = {f"{name}.lora_A.weight": torch.ones(1, 1), f"{name}.lora_B.weight": torch.ones(1, 1)}
+    metadata = {"lora_alpha": "2", "alpha_pattern": json.dumps(patterns)}
+    (layer,) = Lora.from_state_dict(state, metadata=metadata).modules.values()
+    return layer.alpha
+
+
+def test_there_may_be_as_many_expressions_as_is_said_and_any_number_of_names():
+    most = adapter_scales.MAX_EXPRESSIONS
+    names = {f"blocks.{number}.to_q": 1 for number in range(50)}
+    patterns = {f"x{number}.*": 1 for number in range(most - 1)} | {"blocks.*": 7}
+    assert scaled("blocks.77.to_q", names | patterns) == 7
+    with pytest.raises(ValueError, match=f"has {most + 1} expressions, too involved to be tried: at most {most}"):
+        scaled("blocks.77.to_q", names | patterns | {"y.*": 1})
+
+
+@pytest.mark.parametrize("length", [0, 1, -1])
+def test_the_end_of_a_name_that_is_looked_up_may_be_so_long(length):
+    """From a dot on, with it; the whole name may be of any length."""
+    end = "b" * (adapter_scales.MAX_END - 1 + length)
+    assert scaled(f"a.{end}", {end: 7}) == (7 if length <= 0 else 2)
+    assert scaled(f"a.{end}", {f"a.{end}": 7}) == 7
 
 
 def test_plain_patterns_are_looked_up_and_not_tried():

@@ -58,13 +58,15 @@ def test_the_error_is_relative_whatever_the_size_of_the_difference(size):
     assert relative(one.delta(LINEAR), size * other.delta(LINEAR)) < 1e-5
 
 
-def test_without_a_share_to_keep_the_smallest_component_stays_that_is_no_rounding():
-    """3e-7 of the largest has 1e-13 of the energy, and rounding of float32 would be 3e-8."""
+@pytest.mark.parametrize(("small", "rank"), [(3e-7, 2), (5e-8, 1)])
+def test_without_a_share_to_keep_the_smallest_component_stays_that_is_no_rounding(small, rank):
+    """3e-7 of the largest has 1e-13 of the energy, and rounding of float32 would be 3e-8. Below 1e-7 of the largest nothing is
+    sure: the energies are eigenvalues in float64."""
     base = torch.zeros(64, 64, dtype=torch.float64)
-    tuned = torch.diag(torch.tensor([1.0, 3e-7, *[0.0] * 62], dtype=torch.float64))
+    tuned = torch.diag(torch.tensor([1.0, small, *[0.0] * 62], dtype=torch.float64))
     lora, _ = extract([(f"{LINEAR}.weight", tuned, base)], rank=8)
-    assert lora.modules[LINEAR].rank == 2
-    assert float(lora.delta(LINEAR)[1, 1]) == pytest.approx(3e-7, rel=1e-5)
+    assert lora.modules[LINEAR].rank == rank
+    assert float(lora.delta(LINEAR)[1, 1]) == pytest.approx(small if rank == 2 else 0.0, rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(64, 4), (4, 64), (9, 9), (4, 4, 4, 4)])
@@ -140,15 +142,44 @@ def test_an_outlier_is_not_clamped():
     assert account.error < 1e-6
 
 
-def test_keep_stops_at_the_smallest_rank_that_holds_the_share():
+@pytest.mark.parametrize("shape", [(20, 30), (4, 30), (30, 4), (4, 4)])
+@pytest.mark.parametrize("rank", [3, 64])
+def test_keep_stops_at_the_smallest_rank_that_holds_the_share(shape, rank):
+    """Where the update has other ranks than four as where it has none."""
     s = torch.tensor([4.0, 2.0, 1.0, 0.5])
-    q = torch.linalg.qr(weight(20, 4, seed=3))[0]
-    delta = (q * s) @ torch.linalg.qr(weight(30, 4, seed=4))[0].T
-    base = torch.zeros(20, 30)
-    for keep in (0.5, 0.94, 0.95, 0.99, 1.0):
-        lora, _ = extract([(f"{LINEAR}.weight", delta, base)], rank=3, keep=keep)
+    q = torch.linalg.qr(weight(shape[0], 4, seed=3))[0]
+    delta = (q * s) @ torch.linalg.qr(weight(shape[1], 4, seed=4))[0].T
+    base = torch.zeros(shape)
+    for keep in (0.5, 0.94, 0.95, 0.98, 0.99, 1.0):
+        lora, _ = extract([(f"{LINEAR}.weight", delta, base)], rank=rank, keep=keep)
         needed = int((s.square().cumsum(0) / s.square().sum() < keep - 1e-6).sum()) + 1
-        assert lora.modules[LINEAR].rank == min(3, needed)
+        assert lora.modules[LINEAR].rank == min(rank, needed)
+
+
+def test_the_account_has_the_smallest_and_the_largest_rank_and_no_error_of_nothing():
+    base = torch.zeros(8, 6)
+    ones = [
+        (f"{name}.weight", dense(*factors(8, rank, 6)).float(), base) for name, rank in (("a", 3), ("b", 1), ("c", 2))
+    ]
+    lora, account = extract(ones)
+    assert (account.modules, account.ranks, [layer.alpha for layer in lora.modules.values()]) == (3, (1, 3), [3, 1, 2])
+    _, none = extract([("a.weight", base, base.clone())])
+    assert (none.modules, none.ranks, none.error, none.energy, none.equal) == (0, None, 0.0, 0.0, 1)
+
+
+def test_a_device_may_be_told_for_each_weight():
+    tuned, base = weight(8, 6), torch.zeros(8, 6)
+    asked = []
+    lora, _ = extract([(f"{LINEAR}.weight", tuned, base)], device=lambda one: asked.append(one) or "cpu")
+    assert [one is tuned for one in asked] == [True]
+    assert torch.equal(lora.delta(LINEAR), extract([(f"{LINEAR}.weight", tuned, base)])[0].delta(LINEAR))
+
+
+def test_modules_keep_the_spelling_that_they_came_with():
+    names = ["lora_unet_down_blocks_0_attentions_0_proj_in", "lora_te_text_model_encoder_layers_0_mlp_fc1"]
+    lora, _ = extract([(f"{name}.weight", weight(8, 6), torch.zeros(8, 6)) for name in names])
+    assert [*lora.spellings.values()] == names
+    assert {key.partition(".")[0] for key in lora.to_state_dict()} == {*names}
 
 
 def test_equal_weights_are_left_out_and_others_are_accounted_for():
@@ -169,7 +200,7 @@ def test_equal_weights_are_left_out_and_others_are_accounted_for():
         ("lora_unet_middle_block_1_norm", "b_norm"): 1.0,
     }
     assert (account.modules, account.vectors, account.equal, account.other) == (1, 3, 1, ("positions",))
-    assert "1 weights do not differ" in describe(account)
+    assert "1 weight does not differ" in describe(account)
     again = Lora.from_state_dict(lora.to_state_dict())
     assert again.diffs.keys() == lora.diffs.keys()
     none, account = extract(weights, rank=2, vectors=False)
@@ -418,6 +449,56 @@ def test_nine_keys_of_ten_are_one_family_and_fewer_are_not(tmp_path):
     assert found.only_one == [f"{UNET}middle_block.9.proj_in.weight", f"{UNET}time_embed.cond_proj.weight", encoder]
     with pytest.raises(ValueError, match=r"only 8 of 9 weights have the same name \(first other: \S+middle_block\.8\."):
         pairs(*files(tmp_path, tuned=numbered(9), base=numbered(8)))
+
+
+def encoder(count, first=0):
+    prefix = "cond_stage_model.transformer.text_model.encoder.layers."
+    return {f"{prefix}{first + n}.mlp.fc1.weight": weight(3, 2, seed=n) for n in range(count)}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_text_encoders_count_where_both_files_have_them(order, tmp_path):
+    words = files(tmp_path, one=numbered(9) | encoder(5), other=numbered(9) | encoder(5, first=5), bare=numbered(9))
+    with pytest.raises(ValueError, match="only 9 of 19 weights have the same name"):
+        pairs(*words[:2][::order])
+    assert len(pairs(*words[1:][::order])) == 9
+    alone = files(tmp_path, one=encoder(3), other=encoder(3, first=1))[::order]
+    with pytest.raises(ValueError, match="only 2 of 4 weights have the same name"):
+        pairs(*alone)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("encoders", [0, 3])
+def test_a_unet_in_diffusers_names_meets_one_in_ldms(order, encoders, tmp_path):
+    theirs = {"input_blocks.1.0.in_layers.2": "down_blocks.0.resnets.0.conv1", "middle_block.1.proj_in": "mid_block.attentions.0.proj_in",
+              "input_blocks.0.0": "conv_in"}  # fmt: skip
+    beside = encoder(encoders)
+    ldm = {f"{UNET}{own}.weight": weight(6, 4, seed=n) for n, own in enumerate(theirs)} | beside
+    diffusers = {f"{other}.weight": weight(6, 4, seed=9 + n) for n, other in enumerate(theirs.values())} | beside
+    found = pairs(*files(tmp_path, ldm=ldm, diffusers=diffusers)[::order])
+    assert (len(found), found.only_one) == (3 + encoders, [])
+    lora, account = extract(found, rank=4)
+    assert account.equal == encoders
+    for n, own in enumerate(theirs):
+        wanted = order * (weight(6, 4, seed=n).double() - weight(6, 4, seed=9 + n).double())
+        assert relative(lora.delta(f"lora_unet_{own.replace('.', '_')}"), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("layout", ["SD", "Flux"])
+def test_what_one_file_lacks_is_named_as_a_whole_checkpoint_names_it(order, layout, tmp_path):
+    """In its own words, also where those have others for it."""
+    of_unet = [f"input_blocks.{n}.0.in_layers.2" for n in (1, 2, 4, 5, 7, 8)] + [
+        f"output_blocks.{n}.0.in_layers.2" for n in range(9)
+    ]
+    *names, lacking = {
+        "SD": [*of_unet, "middle_block.0.in_layers.2"],
+        "Flux": [f"double_blocks.{n}.img_attn.proj" for n in range(16)],
+    }[layout]
+    whole = {f"{UNET}{name}.weight": torch.ones(3, 2) for name in names}
+    bare = {f"{name}.weight": torch.ones(3, 2) for name in (*names, lacking)}
+    found = pairs(*files(tmp_path, whole=whole, bare=bare)[::order])
+    assert (len(found), found.only_one) == (15, [f"{UNET}{lacking}.weight"])
 
 
 def test_weights_that_differ_are_named_with_the_first_of_them(tmp_path):

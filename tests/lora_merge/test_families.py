@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lcm_kit.lora_merge import Lora, merge, merge_with_account
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
+from lcm_kit.lora_merge.files.formats import named_for
 from lcm_kit.lora_merge.files.one_naming import can_turn, in_own_naming, split, stacked, turned
 from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.naming import flux, hunyuan_video, names, z_image
@@ -383,6 +384,15 @@ def test_a_unets_modules_are_no_transformers():
     assert family_of([one.modules]) is None
 
 
+def test_a_name_that_unets_have_too_is_a_transformers_beside_its_own():
+    """Ernie-Image's timestep embedding. A LoRA of such names alone may be for either, whatever the others are for."""
+    shared, own = {"lora_unet_time_embedding_linear_1": (16, 8)}, {"lora_unet_layers_0_mlp_up_proj": (32, 8)}
+    assert family_by_shapes(shared | own).name == family_of([shared | own]).name == "Ernie-Image"
+    assert family_by_shapes(shared) is None
+    for loras in ([shared], [shared, own], [own, shared | own, shared]):
+        assert family_of(loras) is None
+
+
 def test_names_that_mean_other_weights_in_other_families_tell_none():
     """A whole weight in Cosmos Predict 2, a slice in PixArt, ComfyUI's own name in LTX."""
     assert family_of([["lora_transformer_transformer_blocks_0_attn1_to_q"]]) is None
@@ -431,6 +441,46 @@ def test_hunyuan_video_has_fluxs_blocks_and_more_of_them_and_comfyui_reads_none_
     for name in (theirs, "transformer_blocks.{}.attn.to_q", "single_transformer_blocks.{}.proj_mlp"):
         assert not any(family.reads(f"{prefix}{name.format(0)}") for prefix in ("transformer.", "diffusion_model.", ""))
         assert family.slice_name(canonical(f"transformer.{name.format(0)}")) is None
+
+
+TENCENTS = {
+    "double_blocks.20.img_attn.qkv": "double_blocks.20.img_attn_qkv",
+    "double_blocks.20.txt_attn.qkv": "double_blocks.20.txt_attn_qkv",
+    "double_blocks.20.img_attn.proj": "double_blocks.20.img_attn_proj",
+    "double_blocks.20.txt_mlp.0": "double_blocks.20.txt_mlp.fc1",
+    "double_blocks.20.img_mlp.2": "double_blocks.20.img_mlp.fc2",
+    "double_blocks.20.txt_mod.lin": "double_blocks.20.txt_mod.linear",
+    "single_blocks.20.linear1": "single_blocks.20.linear1",
+    "single_blocks.20.linear2": "single_blocks.20.linear2",
+    "single_blocks.20.modulation.lin": "single_blocks.20.modulation.linear",
+}
+# Names that ComfyUI and diffusers have each for itself.
+APART = ["double_blocks.20.img_attn.norm.query_norm", "single_blocks.20.norm.key_norm", "img_in.proj", "final_layer.linear",
+         "txt_in.individual_token_refiner.blocks.0.mlp.0", "time_in.in_layer"]  # fmt: skip
+
+
+def test_what_comfyui_and_diffusers_both_read_of_hunyuan_video_are_tencents_names_of_blocks():
+    family = hunyuan_video.FAMILY
+    for own, both in (TENCENTS | dict.fromkeys(APART)).items():
+        assert family.common(canonical(f"diffusion_model.{own}")) == both
+        # diffusers knows by the picture's attention whose names these are.
+        assert both is None or family.tells_diffusers(both) == both.endswith("img_attn_qkv")
+    assert family.common("lora_unet_strange") is None
+    assert family.common("lora_unet_x_double_blocks_20_img_attn_qkv") is None
+
+
+@pytest.mark.parametrize("more", [*APART[3:], None])
+@pytest.mark.parametrize("without", [None, "double_blocks.20.img_attn.qkv", "single_blocks.20.linear1"])
+def test_a_lora_for_hunyuan_video_is_written_so_that_both_read_it_where_all_of_it_can_be(more, without):
+    names = [own for own in (*TENCENTS, more) if own not in (without, None)]
+    shapes = {"mlp.0": (4 * H, H), "mlp.2": (H, 4 * H), "linear1": (7 * H, H), "linear2": (H, 5 * H)}
+    one = lora(
+        {own: next((s for end, s in shapes.items() if own.endswith(end)), (H, H)) for own in names}, "diffusion_model."
+    )
+    written, format = named_for(one, "auto")
+    both = more is None and without != "double_blocks.20.img_attn.qkv"
+    assert format == "comfy"
+    assert {*written.spellings.values()} == {f"diffusion_model.{TENCENTS[own] if both else own}" for own in names}
 
 
 def test_a_slice_of_hunyuan_video_tells_the_whole_since_its_mlp_is_four_widths():
@@ -557,7 +607,8 @@ def test_a_block_beyond_the_last_one_is_not_of_the_family(family, module, depth)
 
 def test_a_width_tells_the_family_of_loras_that_all_have_it():
     def attention(width):
-        return {
+        # What does not read the stream has other columns.
+        return {"lora_transformer_layers_0_feed_forward_linear_2": (width, 4 * width)} | {
             f"lora_transformer_layers_0_attn_to_{x}": (rows, width) for x, rows in (("q", width), ("k", width // 3))
         }
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lcm_kit.lora_merge import Lora, load, merge, save
+from lcm_kit.lora_merge import Lora, LoraLayer, load, merge, save
 from lcm_kit.lora_merge.files.lora import _own
 from lcm_kit.lora_merge.updates.unmade import Unmade
 from lcm_kit.tests.lora_merge.make import factors, kohya, metadata, relative
@@ -82,7 +82,7 @@ def test_ldm_names_are_saved_as_diffusers_names_too(tmp_path):
 
 def test_diffusers_format_refuses_what_it_cannot_name(tmp_path):
     odd = Lora.from_state_dict(kohya("lora_unet_odd_blocks_0_thing", *factors(8, 2, 6)), source="odd")
-    with pytest.raises(ValueError, match=r"odd: 1 modules have no known diffusers name.*use kohya"):
+    with pytest.raises(ValueError, match=r"odd: 1 module has no known diffusers name.*use kohya"):
         save(odd, tmp_path / "x.safetensors", format="diffusers")
     bias = Lora.from_state_dict({"lora_unet_conv_in.diff_b": torch.ones(3)})
     with pytest.raises(ValueError, match="no place for weight differences"):
@@ -122,25 +122,25 @@ def test_the_same_merge_has_the_same_content(tmp_path):
         assert all(torch.equal(one.get_tensor(key), other.get_tensor(key)) for key in one.keys())
 
 
-def test_different_ranks_are_called_dynamic(tmp_path):
-    lora = Lora.from_state_dict(state_dict() | kohya("lora_unet_conv_in", *factors(8, 2, 6)))
-    save(lora, tmp_path / "x.safetensors")
-    assert metadata(tmp_path / "x.safetensors")["ss_network_dim"] == "Dynamic"
+@pytest.mark.parametrize("alpha", [1, 2.0, -3, 0, 0.3])
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.float32])
+def test_alpha_is_written_in_float32_whatever_number_it_is_and_whatever_the_factors_are(alpha, dtype):
+    one = Lora({"lora_unet_conv_in": LoraLayer(*factors(8, 2, 6, dtype=torch.bfloat16), alpha)})
+    written = one.to_state_dict(dtype)["lora_unet_conv_in.alpha"]
+    assert (written.dtype, written.shape) == (torch.float32, ())
+    assert written.item() == torch.tensor(float(alpha)).item()
 
 
-@pytest.mark.parametrize(("kernel", "reaches"), [((), False), ((1, 1), False), ((2, 2), True), ((1, 3), True)])
-def test_a_convolution_is_what_reaches_beyond_a_pixel(tmp_path, kernel, reaches):
-    """As kohya's trainer has it: conv_dim is the rank of the others, a convolution of 1 x 1 counts with the linear layers."""
-    module, other = "lora_unet_output_blocks_5_2_conv", "lora_unet_middle_block_1_proj_in"
-    alone = kohya(module, *factors(8, 4, 6, kernel), 2.0)
-    save(Lora.from_state_dict(alone), tmp_path / "alone.safetensors")
-    notes = metadata(tmp_path / "alone.safetensors")
-    assert (notes["ss_network_dim"], notes["ss_network_alpha"]) == ("4", "2")
-    save(Lora.from_state_dict(alone | kohya(other, *factors(8, 3, 6), 3.0)), tmp_path / "both.safetensors")
-    both = metadata(tmp_path / "both.safetensors")
-    assert both["ss_network_dim"] == ("3" if reaches else "Dynamic")
-    wanted = {"conv_dim": "4", "conv_alpha": "2"} if reaches else {}
-    assert [json.loads(one.get("ss_network_args", "{}")) for one in (notes, both)] == [wanted, wanted]
+@pytest.mark.parametrize("format", ["diffusers", "comfy"])
+@pytest.mark.parametrize("alpha", [None, 2.0, 0.3])
+def test_what_is_too_small_for_float16_stays_its_size_in_keys_without_a_scale(format, alpha):
+    """In kohya's keys alpha takes powers of two; where there is none they have to stay in the factors, to the few digits that
+    float16 has so far down."""
+    up, down = (3e-4 * factor for factor in factors(8, 2, 6))
+    one = Lora({"lora_unet_conv_in": LoraLayer(up, down, alpha)}, spellings={"lora_unet_conv_in": "lora_unet_conv_in"})
+    again = Lora.from_state_dict(one.to_state_dict(torch.float16, format=format))
+    (layer,) = again.modules.values()
+    assert relative(layer.delta(), one.delta("lora_unet_conv_in")) < 0.05
 
 
 def test_alpha_is_never_rounded(tmp_path):

@@ -175,7 +175,7 @@ def test_values_that_are_no_numbers_are_named(tmp_path, key, value):
 def test_weights_that_are_no_floats_are_named(tmp_path, dtype):
     state = kohya(MODULE, *factors(6, 2, 5)) | {UP: torch.ones(6, 2, dtype=dtype)}
     save_file(state, tmp_path / "style.safetensors")
-    refused(tmp_path / "style.safetensors", f"1 weights are not floating point, {UP}")
+    refused(tmp_path / "style.safetensors", f"1 weight is not floating point, {UP}")
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.int64, torch.bool, torch.float64])

@@ -193,8 +193,15 @@ def test_metadata_decides_between_the_bases_that_modules_leave():
         ("modelspec.architecture", "stable-diffusion-xl-v1-base/lora"),
     ):
         assert identify(Lora.from_state_dict(blocks, metadata={key: text})).bases == ("SDXL",)
+        assert identify(Lora.from_state_dict(kohya("lora_unet_x", *factors(6, 2, 5)), metadata={key: text})).bases == (
+            "SDXL",
+        )
     # and does not overrule them
-    assert identify(lora("SD1.5", metadata={"ss_base_model_version": "sdxl_base_v1-0"})).bases == ("SD1.5",)
+    for contradiction in ("sdxl_base_v1-0", "sd_v2"):
+        assert identify(lora("SD1.5", metadata={"ss_base_model_version": contradiction})).bases == ("SD1.5",)
+    two = full_size.lora("SD1.5", targets=full_size.ATTENTION, only=lambda n: "attn1" in n)
+    for said, bases in (("sd_v1", ("SD1.5",)), ("sd_v2_v", ("SD2",)), ("sdxl_base_v1-0", ("SD1.5", "SD2"))):
+        assert identify(Lora.from_state_dict(two, metadata={"ss_base_model_version": said})).bases == bases
 
 
 @pytest.mark.parametrize(

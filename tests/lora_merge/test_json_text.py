@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lcm_kit.lora_merge.disk import json_text
 from lcm_kit.lora_merge.disk.json_text import MAX_CHARACTERS, MAX_DEPTH, is_text, parse, parse_object
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=5)
@@ -64,7 +65,33 @@ def test_the_deepest_that_is_read():
     assert parse(json.dumps("[" * 1000)) == "[" * 1000
 
 
+@pytest.mark.parametrize(
+    ("limit", "text", "much"),
+    [
+        ("MAX_CONTAINERS", '[{"a": []}, {}]', 4),
+        ("MAX_DIGITS", "-12345", 6),
+        ("MAX_DIGITS", "12345", 5),
+        ("MAX_DEPTH", '[1, {"a": [2]}]', 3),
+    ],
+)
+def test_there_may_be_as_much_as_is_said_and_no_more(monkeypatch, limit, text, much):
+    monkeypatch.setattr(json_text, limit, much)
+    assert parse(text) == json.loads(text)
+    monkeypatch.setattr(json_text, limit, much - 1)
+    with pytest.raises(ValueError, match=r"more than|digits|deeper"):
+        parse(text)
+
+
+def test_there_may_be_as_many_letters_as_the_caller_says():
+    assert parse(" [1]", characters=4) == [1]
+    with pytest.raises(ValueError, match="4 characters, more than 3"):
+        parse(" [1]", characters=3)
+    json_text.check_size("é" * 4, 4)
+    json_text.check_size("x" * MAX_CHARACTERS)
+
+
 def test_minus_zero_is_a_float_as_safetensors_reads_it():
+    assert parse("-0") == 0
     assert math.copysign(1, parse("-0")) == -1
     assert isinstance(parse("-0"), float)
 

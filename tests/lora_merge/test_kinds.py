@@ -1,5 +1,7 @@
 """LoHa, LoKr, DoRA, OFT and all the others beside plain LoRA: read without loss, added exactly, or passed through."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +22,9 @@ from lcm_kit.lora_merge import (
     resize_with_account,
     save,
 )
+from lcm_kit.lora_merge.merging.passthrough import passthrough_of
+from lcm_kit.lora_merge.naming.unet import Layout
+from lcm_kit.lora_merge.settings.strengths import Strengths
 from lcm_kit.lora_merge.updates.build import build
 from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import factors, generator, kohya, relative
@@ -64,6 +69,22 @@ def test_the_factors_are_exact_and_of_the_promised_rank(kind, kernel):
     assert down.shape == (layer.rank, wanted.shape[1])
     assert relative(layer.scale * up @ down, wanted) < 1e-6
     assert layer.rank <= min(wanted.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize(("kind", "kernel"), CASES)
+def test_stored_factors_are_the_factors_and_as_they_came_where_that_takes_no_arithmetic(kind, kernel, dtype):
+    (layer,) = lora(kind, kernel, alpha=3.0, dtype=dtype).modules.values()
+    found, wanted = layer.stored_factors(), layer.factors()
+    assert {factor.dtype for factor in found} == {dtype if kind == "LoRA" else torch.float32}
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "kernel"), CASES)
+def test_the_alpha_that_is_written_for_none_is_one_that_means_the_same(kind, kernel):
+    (layer,) = lora(kind, kernel).modules.values()
+    assert relative(replace(layer, alpha=layer.written_alpha).delta(), layer.delta()) < 1e-7
 
 
 def test_loha_has_the_product_of_its_ranks():
@@ -151,6 +172,21 @@ def test_a_lokr_without_its_core_is_the_same_update_and_without_one_it_is_itself
     assert relative(made.delta(), one.delta()) < 1e-6
 
 
+@pytest.mark.parametrize("alpha", [None, 3.0])
+def test_a_lokr_with_a_core_beside_a_low_rank_matrix_is_the_formula_too(alpha):
+    core = kinds.parts("LoKr with a core", kernel=(3, 3))
+    core.pop(".lokr_w1")
+    both = core | {end: part for end, part in kinds.parts("LoKr, first low-rank").items() if "w1" in end}
+    layer = build({end[1:]: part for end, part in both.items()}, alpha)
+    wanted = kinds.dense(both, alpha)
+    up, down = layer.factors()
+    assert layer.shape == (8, 12, 3, 3)
+    assert relative(layer.delta().flatten(1), wanted) < 1e-6
+    assert relative(layer.scale * up @ down, wanted) < 1e-6
+    assert up.shape[1] == layer.rank == 2  # 1 of the first, 2 of the core
+    assert relative(layer.without_core().delta().flatten(1), wanted) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -217,7 +253,7 @@ def test_two_kinds_in_one_module_are_a_contradiction(more, message):
 
 
 def test_a_scale_alone_is_no_lora():
-    with pytest.raises(ValueError, match=rf"no LoRA in it .* only scale of nothing \(1 keys: {LINEAR}.dora_scale\)"):
+    with pytest.raises(ValueError, match=rf"no LoRA in it .* only scale of nothing \(1 key: {LINEAR}.dora_scale\)"):
         Lora.from_state_dict({f"{LINEAR}.dora_scale": torch.ones(8, 1)})
 
 
@@ -303,7 +339,7 @@ def test_what_depends_on_the_weight_is_kept_as_it_came(kind, kernel):
     assert one.parameters == sum(part.numel() for key, part in state.items() if not key.endswith("alpha"))
     with pytest.raises(ValueError, match=rf"style: .* is {kinds.CARRIED[kind]}, whose update depends on the weight"):
         one.delta(module_of(kernel))
-    assert "1 of them depend on the weight they change" in describe(one)
+    assert "1 of them depends on the weight it changes" in describe(one)
 
 
 @pytest.mark.parametrize("kind", kinds.CARRIED)
@@ -314,13 +350,13 @@ def test_what_depends_on_the_weight_passes_through_alone_at_strength_one(kind):
     assert all(torch.equal(state[key], came[key]) for key in came)
     assert relative(merged.delta(CONV), 0.5 * other.delta(CONV).double()) < 1e-6
     assert [(s.modules, s.merged, s.passed_through, s.refused) for s in account.sources] == [(1, 0, 1, 0), (1, 1, 0, 0)]
-    assert "1 passed through as they are" in describe_merge(account, merged)
+    assert "1 passed through as it is" in describe_merge(account, merged)
 
 
 @pytest.mark.parametrize("kind", kinds.CARRIED)
 def test_what_depends_on_the_weight_is_refused_by_name_otherwise(kind):
     one = lora(kind, source="style")
-    message = rf"style has {kinds.CARRIED[kind]} \(1 modules: {LINEAR}\).*only at strength 1"
+    message = rf"style has {kinds.CARRIED[kind]} \(1 module: {LINEAR}\).*only at strength 1"
     for inputs in ([(one, 0.8)], [(one, 1.0), (lora("LoRA"), 1.0)], [(lora("LoHa"), 1.0), (one, 1.0)]):
         with pytest.raises(ValueError, match=message):
             merge(inputs)
@@ -337,6 +373,44 @@ def test_refused_modules_can_be_left_out_and_are_counted():
     assert relative(merged.delta(LINEAR), lcm.delta(LINEAR)) < 1e-6
     assert not merged.carried
     assert "1 merged, 1 refused and left out" in describe_merge(account, merged)
+
+
+@pytest.mark.parametrize("beside", [None, "LoRA", "diff", "diff_b", "DoRA, rows"])
+@pytest.mark.parametrize("other", [0.0, 1.0, -0.5])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_one_passes_through_at_strength_one_where_nobody_else_changes_that_weight(strength, other, beside):
+    """By the rule: at 1 alone it passes, at 0 it falls away, else it is refused. A bias is another thing than a weight."""
+    state = {} if beside is None else {f"{LINEAR}.{beside}": torch.ones(8, 12) if beside == "diff" else torch.ones(8)}
+    if beside in ("LoRA", "DoRA, rows"):
+        state = kinds.state_dict(beside, LINEAR)
+    state |= kinds.state_dict("OFT", CONV, kernel=(3, 3))
+    first = Lora.from_state_dict(kinds.state_dict("OFT", LINEAR) | kinds.state_dict("LoRA", "lora_unet_conv_out"))
+    second = Lora.from_state_dict(state)
+    found = passthrough_of([first, second], Strengths([strength, other], [None, None], Layout()))
+    linear, conv = first.find(LINEAR), second.find(CONV)
+    met = beside not in (None, "diff_b")
+    passed, refused = {}, {0: [], 1: []}
+    if strength == 1 and not (met and other):
+        passed[linear] = 0
+    elif strength:
+        refused[0].append(linear)
+    if beside == "DoRA, rows" and other == 1 and not strength:
+        passed[linear] = 1
+    elif beside == "DoRA, rows" and other:
+        refused[1].append(linear)
+    if other == 1:
+        passed[conv] = 1
+    elif other:
+        refused[1].append(conv)
+    assert found.sources == passed
+    assert {index: sorted(those) for index, those in found.refused.items()} == {
+        index: sorted(those) for index, those in refused.items() if those
+    }
+    for index, one in enumerate((first, second)):
+        mine = [module for module, source in passed.items() if source == index]
+        assert (found.passed_from(index), found.refused_from(index)) == (len(mine), len(refused[index]))
+        assert all(found.updates[module] is one.carried[module] for module in mine)
+    assert found.updates.keys() == passed.keys()
 
 
 def test_nothing_is_left_out_unless_that_is_asked_for():

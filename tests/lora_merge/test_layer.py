@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lcm_kit.lora_merge import LoraLayer
-from lcm_kit.lora_merge.updates.layer import exponent, is_safe, largest, shape_of_both, unfolded, whole_factors
+from lcm_kit.lora_merge.updates.layer import exponent, is_safe, largest, shape_of_both, shaped, unfolded, whole_factors
 from lcm_kit.tests.lora_merge.make import dense, factors, relative
 
 
@@ -56,6 +56,7 @@ def test_half_precision_is_multiplied_in_float32():
         ((320,), (32, 768), None, "at least two dimensions"),
         ((320, 0), (0, 768), None, "none of size 0"),
         ((320, 4, 3, 3), (4, 768, 1, 1), None, "only down may have a kernel"),
+        ((320, 4, 3), (4, 768, 3), None, "only down may have a kernel"),
         ((8, 4, 1, 1), (4, 8, 1, 1), (4, 3, 3, 3), "does not fit between"),
     ],
 )
@@ -152,12 +153,10 @@ def test_three_parts_are_multiplied_with_one_another_and_bear_less():
 def test_float16_need_not_be_looked_at_where_no_number_of_it_is_a_danger():
     """It holds 2**-24 to 2**16, so that the strength alone decides, and the answer is the same."""
     for strength in range(-150, 150, 3):
-        for powers in ((15, 15), (-22, -22), (0, 0), (15, -22)):
-            number = 0.75 * 2.0**strength
-            assert is_safe(sized(*powers, dtype=torch.float16), number) == is_safe(sized(*powers), number), (
-                powers,
-                strength,
-            )
+        for powers in ((15, 15), (-22, -22), (0, 0), (15, -22), (15, 15, 15), (-20, -20, -20), (0, 0, 0)):
+            number, sizes = 0.75 * 2.0**strength, {"middle": powers[2]} if len(powers) > 2 else {}
+            of_half, of_full = (sized(*powers[:2], **sizes, dtype=dtype) for dtype in (torch.float16, torch.float32))
+            assert is_safe(of_half, number) == is_safe(of_full, number), (powers, strength)
 
 
 def test_narrower_bounds_can_be_asked_for():
@@ -189,6 +188,16 @@ def test_a_matrix_is_itself_times_one_on_its_shorter_side(shape, dtype):
     assert (up.shape, down.shape) == ((shape[0], min(shape)), (min(shape), shape[1]))
     assert torch.equal(up.double() @ down.double(), matrix.double())
     assert {factor.device.type for factor in whole_factors(matrix.to("meta"))} == {"meta"}
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 2, 3), (4, 6, 1, 1), (4, 2, 3, 1)])
+def test_matrices_for_a_weight_are_its_update_with_an_alpha_that_scales_by_one(shape):
+    """The alpha is their rank: readers that take another scale where there is none do no harm."""
+    up, down = factors(4, 3, 6)
+    layer = shaped(up, down, shape)
+    assert (layer.shape, layer.alpha, layer.scale) == (shape, 3.0, 1.0)
+    assert layer.up.ndim == layer.down.ndim == len(shape)
+    assert torch.equal(layer.delta(), (up @ down).reshape(shape))
 
 
 @pytest.mark.parametrize(

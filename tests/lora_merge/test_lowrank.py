@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcm_kit.lora_merge import LoraLayer
-from lcm_kit.lora_merge.algebra.lowrank import _singular, directions, energy_of, truncated_sum
+from lcm_kit.lora_merge.algebra.core_space import core_space
+from lcm_kit.lora_merge.algebra.lowrank import (
+    directions,
+    directions_in,
+    energy_of,
+    truncated_matrix,
+    truncated_sum,
+)
+from lcm_kit.lora_merge.algebra.order import _singular
 from lcm_kit.tests.lora_merge.make import dense, factors, layer, relative
 
 
@@ -34,6 +42,32 @@ def test_a_sum_that_fits_stays_exact():
     assert result.lost_energy == 0
     assert result.kept_energy == result.source_energy
     assert relative(result.layer.delta(), exact(terms)) < 1e-6
+    energies = [float(exact(some).square().sum()) for some in (terms, terms[:1], terms[1:])]
+    assert [result.energy, *result.source_energy] == pytest.approx(energies, rel=1e-5)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_a_method_made_of_the_updates_is_cut_and_measured_as_it_is(count, balanced):
+    """The result is another update than its terms are, also where there is one alone."""
+    terms = [(layer(14, 6, 11, alpha=2.0, seed=n), 0.7 + n) for n in range(count)]
+    space = core_space(terms)
+    mask = torch.rand(space.cores[0].shape, generator=torch.Generator().manual_seed(9)) < 0.5
+    made = sum(space.cores) * mask
+    whole = (space.left @ made @ space.right).double()
+    found = directions_in(space, made, balanced=balanced)
+    prospect = found.prospect()
+    for rank in (1, 2, 4):
+        result = found.cut(rank)
+        got = result.layer.delta().double()
+        assert result.energy == pytest.approx(float(whole.square().sum()), rel=1e-5)
+        assert result.lost_energy == pytest.approx(float((got - whole).square().sum()), rel=1e-3, abs=1e-6)
+        u, _, vh = torch.linalg.svd(got, full_matrices=False)
+        for row, term in enumerate(terms):
+            inside = u[:, :rank].T @ exact([term]) @ vh[:rank].T
+            assert result.source_energy[row] == pytest.approx(float(exact([term]).square().sum()), rel=1e-5)
+            assert result.kept_energy[row] == pytest.approx(float(inside.square().sum()), rel=1e-3)
+            assert float(prospect.kept[1 + row, rank]) == pytest.approx(result.kept_energy[row], rel=1e-4)
 
 
 def test_a_low_rank_sum_is_found_whatever_its_factors():
@@ -44,11 +78,67 @@ def test_a_low_rank_sum_is_found_whatever_its_factors():
     assert relative(result.layer.delta(), 1.3 * dense(one.up, one.down)) < 1e-5  # float32 QR and SVD
 
 
-def test_ranks_beyond_the_weight_are_no_trouble():
-    terms = [(layer(4, 6, 5, seed=1), 1.0), (layer(4, 6, 5, seed=2), 1.0)]
-    result = truncated_sum(terms, 8)
-    assert result.layer.rank == 4
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("shape", [(4, 5), (5, 4), (3, 40), (40, 3)])
+def test_ranks_beyond_the_weight_are_no_trouble(shape, balanced):
+    terms = [(layer(shape[0], 6, shape[1], seed=seed), 1.0) for seed in (1, 2)]
+    found = directions(terms, balanced=balanced)
+    for result in (truncated_sum(terms, 8, balanced=balanced), found.cut(min(shape))):
+        assert result.layer.rank == min(shape)
+        assert relative(result.layer.delta(), exact(terms)) < 1e-5
+        assert result.error < 1e-6
+        assert found.prospect().kept[:, -1].tolist() == pytest.approx([result.energy, *result.kept_energy], rel=1e-5)
+    space = core_space(terms)
+    result = directions_in(space, sum(space.cores), balanced=balanced).cut(8)
     assert relative(result.layer.delta(), exact(terms)) < 1e-5
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_an_update_of_zeros_beside_others_changes_nothing_and_one_of_scale_0_takes_no_rank(balanced):
+    one, zeros = layer(14, 5, 11, seed=1), LoraLayer(torch.zeros(14, 2), torch.ones(2, 11))
+    scaled_away = layer(14, 4, 11, alpha=0.0, seed=2)
+    for rank in (3, 5):
+        alone = truncated_sum([(one, 1.0)], rank, balanced=balanced)
+        result = truncated_sum([(one, 1.0), (zeros, 1.0), (scaled_away, 1.0)], rank, balanced=balanced)
+        assert result.layer.rank == rank
+        torch.testing.assert_close(result.layer.delta(), alone.layer.delta(), rtol=0, atol=1e-6)
+        assert result.source_energy == (pytest.approx(alone.energy), 0.0, 0.0)
+    assert truncated_sum([(one, 1.0), (scaled_away, 1.0)], 5, balanced=balanced).lost_energy == 0.0
+
+
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12), (8, 8), (6, 3, 3, 3), (30, 2, 3, 3)])
+@pytest.mark.parametrize("own_rank", [2, 100])
+@pytest.mark.parametrize("rank", [1, 3, 100])
+@pytest.mark.parametrize("power", [-40, 0, 40])
+def test_a_whole_update_is_cut_as_eckart_and_young_have_it_at_any_size(shape, own_rank, rank, power):
+    """And what that keeps of the updates that it was made of is measured inside its own directions."""
+    g = torch.Generator().manual_seed(0)
+    flat = (shape[0], math.prod(shape[1:]))
+    inner = min(own_rank, *flat)
+    first, second = ((torch.randn(flat[0], inner, generator=g) @ torch.randn(inner, flat[1], generator=g)) * 2.0**power
+                     for _ in range(2))  # fmt: skip
+    total = first
+    result = truncated_matrix(total.reshape(shape), [first.reshape(shape), second.reshape(shape)], rank)
+    u, s, vh = torch.linalg.svd(total.double(), full_matrices=False)
+    kept = min(rank, inner)
+    assert result.layer.rank == kept
+    assert result.layer.shape == shape
+    wanted = u[:, :kept] * s[:kept] @ vh[:kept]
+    assert relative(result.layer.delta().flatten(1), wanted) < 1e-5
+    size = float(s.square().sum())
+    assert result.energy == pytest.approx(size)
+    assert result.lost_energy == pytest.approx(float(s[kept:].square().sum()), abs=1e-12 * size)
+    assert result.source_energy == (pytest.approx(size), pytest.approx(float(second.double().square().sum())))
+    inside = [float((u[:, :kept].T @ one.double() @ vh[:kept].T).square().sum()) for one in (first, second)]
+    assert result.kept_energy == (pytest.approx(inside[0]), pytest.approx(inside[1], rel=1e-4))
+
+
+def test_a_whole_update_of_zeros_is_a_rank_of_zeros():
+    result = truncated_matrix(torch.zeros(5, 4), [torch.zeros(5, 4)], 3)
+    assert result.layer.rank == 1
+    assert not result.layer.delta().any()
+    assert (result.energy, result.lost_energy, result.error) == (0.0, 0.0, 0.0)
+    assert (result.source_energy, result.kept_energy) == ((0.0,), (0.0,))
 
 
 def test_energies_are_those_of_the_dense_computation():
@@ -145,6 +235,8 @@ def test_the_energy_is_the_squared_norm_of_strength_times_delta(strength, alpha)
     layer = LoraLayer(*factors(9, 3, 7), alpha=alpha)
     wanted = (strength * dense(layer.up, layer.down, layer.scale)).square().sum()
     assert energy_of((layer, strength)) == pytest.approx(float(wanted), rel=1e-6)
+    far = LoraLayer(layer.up * 2.0**60, layer.down * 2.0**40, alpha=alpha)
+    assert energy_of((far, strength)) == pytest.approx(float(wanted) * 2.0**200, rel=1e-6)
 
 
 @pytest.mark.parametrize("kernel", [(), (3, 3)])
@@ -183,6 +275,19 @@ def test_singular_vectors_are_orthonormal_however_far_the_singular_values_are_ap
     torch.testing.assert_close(s, torch.tensor(singular).double(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("power", [-30, 0, 30])
+def test_singular_values_are_as_exact_whatever_the_size_of_the_update_and_in_float32(power):
+    """From squares float32 would lose all below 3e-4 of the largest one, and float64 below 1e-8."""
+    for dtype, least, tolerance in ((torch.float64, 1e-6, 1e-9), (torch.float32, 1e-4, 1e-2)):
+        generator = torch.Generator().manual_seed(0)
+        u, v = (torch.linalg.qr(torch.randn(n, 3, generator=generator).double())[0] for n in (5, 3))
+        singular = torch.tensor([1.0, 0.5, least]).double() * 2.0**power
+        u, s, vh = _singular((u * singular @ v.T).to(dtype))
+        torch.testing.assert_close(s.double(), singular, rtol=tolerance, atol=0)
+        for vectors in (u.T @ u, vh @ vh.T):
+            torch.testing.assert_close(vectors.double(), torch.eye(3).double(), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("strengths", [(1.0,), (-0.7,), (0.0, 1.3), (0.9, -0.4)])
 def test_what_is_kept_is_what_a_singular_value_decomposition_of_the_whole_update_keeps(strengths):
     """Also of a LoRA alone, where nothing but its singular values is looked at."""
@@ -190,6 +295,7 @@ def test_what_is_kept_is_what_a_singular_value_decomposition_of_the_whole_update
     u, s, vh = torch.linalg.svd(exact(terms).double(), full_matrices=False)
     rank = int((s > 1e-6 * s[0]).sum())
     kept = directions(terms).prospect().kept
+    assert kept.shape == (1 + len(terms), 1 + sum(one.rank for one, strength in terms if strength))
     for r in range(1, rank):
         assert kept[0, r].item() == pytest.approx(float(s[:r].square().sum()), rel=1e-5)
         for row, term in enumerate(terms, start=1):

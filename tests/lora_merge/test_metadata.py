@@ -196,6 +196,13 @@ def test_tags_that_just_fit_are_all_kept_and_of_more_the_most_frequent_half(monk
         assert [one.split(",")[0] for one in warnings_of(account)] == told
 
 
+def test_of_tags_that_are_as_frequent_the_first_are_kept(monkeypatch):
+    found = {"b": {f"t{n}": 5 for n in (3, 1, 2)}, "a": {"z": 5, "y": 9, "x": 1}}
+    monkeypatch.setattr(tags, "MAX_BYTES", 60)
+    assert tags.to_text(found) == ('{"b": {"t3": 5, "t1": 5}, "a": {"y": 9}}', 3)
+    assert tags.top({"b": {"t3": 5, "t1": 5}, "a": {"t0": 5, "y": 9}}, 3) == ["y", "t3", "t1"]
+
+
 def test_the_size_of_metadata_is_what_it_takes_in_a_header():
     notes = {"é": 'x"y', "a": "line\n", "b\\": "日本"}
     assert size_of(notes) == len(json.dumps(notes, ensure_ascii=False, separators=(",", ":")).encode()) - 1
@@ -272,6 +279,16 @@ def test_what_the_inputs_say_of_the_base_is_kept_where_they_agree():
     assert not {"modelspec.resolution", "ss_epoch"} & merged.metadata.keys()
 
 
+def test_an_input_of_which_any_module_is_in_the_sum_has_a_part():
+    one = small(1, "a.safetensors", modelspec__author="Ann")
+    text = kohya("lora_te_text_model_encoder_layers_0_mlp_fc1", *factors(8, 2, 6), 1.0)
+    state = {key: tensor for lora in (small(2),) for key, tensor in lora.to_state_dict().items()} | text
+    other = Lora.from_state_dict(state, metadata={"modelspec.author": "Bob"}, source="b.safetensors")
+    for blocks, author in (("te=0", "Ann, Bob"), ("unet=0", "Ann, Bob"), ("te=0, unet=0", "Ann")):
+        merged = merge([(one, 1.0), (other, 1.0)], block_strengths=["", blocks])
+        assert merged.metadata["modelspec.author"] == author
+
+
 def test_an_input_without_a_part_in_the_sum_is_not_named():
     words = {"modelspec__author": "Bob", "modelspec__trigger_phrase": "fast", "ss_tag_frequency": '{"x":{"y":1}}'}
     (a, _), (b, _) = pair({"modelspec__author": "Ann", "ss_epoch": "3"}, words)
@@ -331,6 +348,13 @@ def test_modules_tell_the_architecture_where_no_input_does():
         blocks |= kohya(name, *factors(width, 2, 768))
     lora = Lora.from_state_dict(blocks)
     assert merge([(lora, 1.0)]).metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    # What an input says, or somebody who wants another one or none, holds.
+    said = Lora.from_state_dict(blocks, metadata={"modelspec.architecture": "mine"})
+    assert merge([(said, 1.0)]).metadata["modelspec.architecture"] == "mine"
+    for one in (lora, said):
+        given = merge([(one, 1.0)], metadata={"modelspec.architecture": "other"})
+        assert given.metadata["modelspec.architecture"] == "other"
+        assert "modelspec.architecture" not in merge([(one, 1.0)], metadata={"modelspec.architecture": ""}).metadata
     noted = pair({"ss_base_model_version": "sdxl_base_v1-0"}, {})
     assert merge(noted).metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert (
@@ -548,6 +572,21 @@ def test_trigger_words_are_found_wherever_programs_put_them():
 
 
 @pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('["a", " b ", ""]', ["a", "b"]),
+        ('["a", 1]', ['["a"', "1]"]),
+        ("[1]", ["[1]"]),
+        ("[]", []),
+        (" [ ", ["["]),
+        ("a,, b ,a", ["a", "b"]),
+    ],
+)
+def test_words_are_those_of_a_list_of_texts_or_stand_between_commas(text, words):
+    assert trigger_words({"trained_words": text}) == words
+
+
+@pytest.mark.parametrize(
     ("kind", "before", "after"),
     [
         ("LoRA", "networks.lora_flux", "networks.lora_flux"),
@@ -561,6 +600,47 @@ def test_a_trainers_word_for_its_network_stays_where_it_is_true(kind, before, af
     notes = {} if before is None else {"ss_network_module": before}
     one = Lora.from_state_dict(kinds.state_dict(kind, MODULE), metadata=notes)
     assert for_file(one, "x", "kohya")["ss_network_module"] == after
+
+
+def test_different_ranks_are_called_dynamic(tmp_path):
+    lora = Lora.from_state_dict(kohya(MODULE, *factors(8, 4, 6)) | kohya("lora_unet_conv_in", *factors(8, 2, 6)))
+    save(lora, tmp_path / "x.safetensors")
+    assert metadata(tmp_path / "x.safetensors")["ss_network_dim"] == "Dynamic"
+
+
+@pytest.mark.parametrize(("kernel", "reaches"), [((), False), ((1, 1), False), ((2, 2), True), ((1, 3), True)])
+def test_a_convolution_is_what_reaches_beyond_a_pixel(tmp_path, kernel, reaches):
+    """As kohya's trainer has it: conv_dim is the rank of the others, a convolution of 1 x 1 counts with the linear layers."""
+    module, other = "lora_unet_output_blocks_5_2_conv", "lora_unet_middle_block_1_proj_in"
+    alone = kohya(module, *factors(8, 4, 6, kernel), 2.0)
+    save(Lora.from_state_dict(alone), tmp_path / "alone.safetensors")
+    notes = metadata(tmp_path / "alone.safetensors")
+    assert (notes["ss_network_dim"], notes["ss_network_alpha"]) == ("4", "2")
+    save(Lora.from_state_dict(alone | kohya(other, *factors(8, 3, 6), 3.0)), tmp_path / "both.safetensors")
+    both = metadata(tmp_path / "both.safetensors")
+    assert both["ss_network_dim"] == ("3" if reaches else "Dynamic")
+    wanted = {"conv_dim": "4", "conv_alpha": "2"} if reaches else {}
+    assert [json.loads(one.get("ss_network_args", "{}")) for one in (notes, both)] == [wanted, wanted]
+
+
+def test_what_was_said_of_the_network_stays_with_it_and_goes_with_another():
+    """Dimensions and the algorithm are the file's own; the rest was an option of the trainer that made such a network."""
+    said = {"conv_dim": "9", "conv_alpha": "9", "algo": "other", "block_dims": "1,2", "dropout": 0.1}
+    kept = {"block_dims": "1,2", "dropout": 0.1}
+    for kind, own in (("LoRA", {}), ("LoHa", {"algo": "loha"}), ("LoKr, both whole", {"algo": "lokr"})):
+        for before in ("networks.lora", "networks.lora_flux", "lycoris.kohya", "other"):
+            notes = {"ss_network_module": before, "ss_network_args": json.dumps(said)}
+            found = for_file(Lora.from_state_dict(kinds.state_dict(kind, MODULE), metadata=notes), "x", "kohya")
+            same = found["ss_network_module"] == before
+            assert json.loads(found.get("ss_network_args", "{}")) == (kept if same else {}) | own
+        odd = Lora.from_state_dict(kinds.state_dict(kind, MODULE), metadata={"ss_network_args": "["})
+        assert json.loads(for_file(odd, "x", "kohya").get("ss_network_args", "{}")) == own
+    two = kinds.state_dict("LoHa", MODULE) | kinds.state_dict("LoRA", "lora_unet_conv_out")
+    found = for_file(Lora.from_state_dict(two), "x", "kohya")
+    assert (found["ss_network_module"], found["ss_network_args"]) == ("lycoris.kohya", '{"algo": "mixed"}')
+    whole = for_file(Lora.from_state_dict({f"{MODULE}.diff": torch.ones(8, 6)}), "x", "kohya")
+    assert (whole["ss_network_module"], whole["ss_network_args"]) == ("lycoris.kohya", '{"algo": "full"}')
+    assert (whole["ss_network_dim"], whole["ss_network_alpha"]) == ("Dynamic", "Dynamic")
 
 
 @pytest.mark.parametrize("letters", [1, 30, 200])

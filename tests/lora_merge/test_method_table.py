@@ -13,7 +13,7 @@ from lcm_kit.lora_merge.merging.report import _lost as lost
 from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.merging.reproduce import reproduce
 from lcm_kit.lora_merge.methods import table
-from lcm_kit.lora_merge.methods.table import Method, Parameter, all_parameters
+from lcm_kit.lora_merge.methods.table import Method, Parameter, Situation, all_parameters, methods_with
 from lcm_kit.lora_merge.settings.options import options_from_dict
 
 GENERATOR = torch.Generator().manual_seed(11)
@@ -128,6 +128,63 @@ def test_a_method_draws_exactly_if_the_table_says_so(method):
 
 def _half(method):
     return {"density": 0.5} if "density" in METHODS[method].parameters else {}
+
+
+@pytest.mark.parametrize("neutral", [False, True])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.combine])
+def test_what_changes_an_update_alone_and_what_makes_the_plain_sum_are_what_the_table_says(name, neutral):
+    method = METHODS[name]
+    values = {key: parameter.default for key, parameter in method.parameters.items()}
+    if neutral:
+        values |= {key: p.neutral for key, p in method.parameters.items() if p.neutral is not None}
+    deltas = [torch.randn(12, 9, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+
+    def made(*some):
+        strengths, inputs = tuple(1.0 for _ in some), tuple(range(len(some)))
+        situation = Situation(strengths=strengths, inputs=inputs, values=values, module="x", seed=5)
+        return method.combine(some, situation)
+
+    def is_as(found, wanted):
+        return torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+    assert method.changes_one(values) != is_as(made(deltas[0]), deltas[0])
+    assert method.is_sum(values) == is_as(made(*deltas), deltas[0] + deltas[1])
+
+
+@pytest.mark.parametrize(
+    ("density", "outliers", "fine"),
+    [
+        (0.9, 0.1, True),
+        (0.7, 0.3 + 1e-12, True),
+        (0.7, 0.31, False),
+        (0.9, 0.9, False),
+        (0.1, 0.9, True),
+        (1.0, 0.5, True),
+    ],
+)
+def test_shares_of_the_same_entries_add_up_to_the_whole_at_most(density, outliers, fine):
+    """But for density 1, which keeps all."""
+    said = METHODS["breadcrumbs"].refuses({"density": density, "outliers": outliers})
+    assert (said is None) == fine
+    assert fine or said.startswith(f"density {density:g} and outliers {outliers:g} add up to more than 1: ")
+
+
+def test_the_methods_that_have_a_parameter_are_named_where_they_are_few(monkeypatch):
+    assert methods_with("outliers") == "breadcrumbs"
+    assert methods_with("spread") == "della and della_ties"
+    assert methods_with("density") == "methods that have it"
+    monkeypatch.setattr(table, "_NAMED", 1)
+    assert methods_with("outliers") == "breadcrumbs"
+    assert methods_with("spread") == "methods that have it"
+
+
+@pytest.mark.parametrize("strengths", [(2.0**130, 1.0), (1.0, 2.0**130), (2.0**-130, 1.0), (1.0, 2.0**-130)])
+def test_slerp_of_strengths_that_are_far_apart_is_the_stronger_update(strengths):
+    """Beyond float32's own range between them: of the other one not a digit is left."""
+    updates = [torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)).double() for seed in (1, 2)]
+    deltas = [(update * strength / max(strengths)).float() for update, strength in zip(updates, strengths, strict=True)]
+    situation = Situation(strengths=strengths, inputs=(0, 1), values={}, module="x", seed=0)
+    torch.testing.assert_close(METHODS["slerp"].combine(deltas, situation), deltas[strengths.index(max(strengths))])
 
 
 @pytest.mark.parametrize("method", METHODS)

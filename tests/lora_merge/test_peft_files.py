@@ -11,7 +11,7 @@ from lcm_kit.lora_merge import Lora, describe, load, merge_with_account, save
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
 from lcm_kit.lora_merge.merging.report import warnings_of
-from lcm_kit.lora_merge.metadata.adapter_config import noted
+from lcm_kit.lora_merge.metadata.adapter_config import Misfit, misfit, noted
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
 NAME = "mid_block.attentions.0.proj_in"
@@ -62,6 +62,20 @@ def test_a_config_of_another_file_is_not_used_and_that_is_said(tmp_path, config,
     lora = load(adapter(tmp_path, name="mystyle", **config))
     assert lora.modules[MODULE].scale == 1.0
     assert f"adapter_config.json beside it was not used: {reason}" in said(lora)
+
+
+def test_an_adapter_without_a_config_has_the_scale_that_is_usual_without(tmp_path):
+    path = adapter(tmp_path)
+    assert load(path).modules[MODULE].scale == 2.0
+    (tmp_path / "adapter_config.json").unlink()
+    lora = load(path)
+    assert (lora.modules[MODULE].scale, said(lora)) == (1.0, "")
+
+
+@pytest.mark.parametrize("length", [39, 40, 41, 1000])
+def test_of_what_a_config_says_for_a_rank_so_much_is_kept(length):
+    """It is anybody's text, and goes into the metadata of what is saved."""
+    assert misfit({"r": "9" * length}, {"a": 4}) == Misfit("a", 4, "9" * min(length, 40))
 
 
 def test_a_config_that_fits_in_every_rank_and_module_is_used(tmp_path):
@@ -141,7 +155,7 @@ def test_what_peft_saves_beside_factors_is_listed():
         "LoRA with a bias of its own",
         "LoRA of an embedding",
         "weights that PEFT saves whole (2 keys",
-        "unknown (1 keys",
+        "unknown (1 key",
     ):
         assert words in text
 

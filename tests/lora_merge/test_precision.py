@@ -1,5 +1,6 @@
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,9 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lcm_kit.lora_merge import LohaLayer, Lora, LoraLayer, describe_merge, load, merge, merge_with_account, save
-from lcm_kit.lora_merge.algebra.precision import all_finite, cast, cast_part, holds
+from lcm_kit.lora_merge.algebra.precision import all_finite, cast, cast_part, component_maxima, holds, rounding
 from lcm_kit.lora_merge.updates.layer import Share
 from lcm_kit.lora_merge.updates.side_by_side import side_by_side
+from lcm_kit.lora_merge.updates.unmade import Unmade
 from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import dense, factors, kohya, relative
 
@@ -63,6 +65,29 @@ def test_tucker_layers_are_balanced_as_a_whole():
     assert relative(result.layer.delta(), layer.delta()) < 1e-3
 
 
+@pytest.mark.parametrize("kind", [kind for kind in kinds.ADDITIVE if kind.startswith("Lo") and kind != "LoRA"])
+def test_parts_of_any_kind_are_balanced_and_that_is_told_though_some_stay_as_they_are(kind):
+    kernel = (3, 3) if kinds.ADDITIVE[kind][1] else ()
+    (layer,) = Lora.from_state_dict(kinds.state_dict(kind, MODULE, kernel=kernel)).modules.values()
+    assert not cast(layer, torch.float16).balanced
+    (first, large), *_, (last, small) = layer.parts().items()
+    moved = layer.with_parts({first: large * 2.0**20, last: small * 2.0**-20})
+    result = cast(moved, torch.float16)
+    assert result.balanced
+    assert result.error == 0.0
+    assert relative(result.layer.delta(), layer.delta()) < 2e-3
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_the_size_of_a_component_is_its_largest_magnitude_of_either_sign(kernel):
+    up, down = factors(6, 4, 5, kernel)
+    for sign in (1, -1):
+        above, below = (sign * factor.abs() for factor in (up, down))
+        assert torch.equal(component_maxima(above, 1), up.abs().flatten(1).amax(dim=0))
+        assert torch.equal(component_maxima(below, 0), down.abs().flatten(1).amax(dim=1))
+        assert torch.equal(component_maxima(sign * down, 0), down.abs().flatten(1).amax(dim=1))
+
+
 def test_a_component_that_is_zero_stays_zero():
     up, down = factors(6, 2, 5)
     up[:, 0], down[0] = 0.0, 1e9
@@ -82,7 +107,7 @@ def test_balancing_is_reported(caplog):
     lora = Lora.from_state_dict(kohya(MODULE, up * 1e7, down / 1e7), source="style")
     with caplog.at_level(logging.INFO):
         state = lora.to_state_dict(torch.float16)
-    assert "style: factors of 1 modules balanced" in caplog.text
+    assert "style: factors of 1 module balanced" in caplog.text
     assert [record.levelname for record in caplog.records] == ["INFO"]  # nothing is lost
     assert relative(Lora.from_state_dict(state).delta(MODULE), lora.delta(MODULE)) < 1e-3
 
@@ -162,7 +187,7 @@ def test_differences_too_small_for_float16_are_named_with_their_error(part, capl
     error = relative(next(iter(load(tmp_path / "x.safetensors").diffs.values())), diff)
     assert error > 0.1
     assert (
-        f"float16 has no numbers small enough for 1 modules: their updates change by up to {100 * error:.3g} % ({MODULE})"
+        f"float16 has no numbers small enough for 1 module: their updates change by up to {100 * error:.3g} % ({MODULE})"
         in caplog.text
     )
     assert "Save as bfloat16 or float32" in caplog.text
@@ -182,7 +207,7 @@ def test_without_alpha_the_loss_is_told(dtype, caplog):
     found = [state[f"unet.conv_in.lora_{part}.weight"].double() for part in "BA"]
     error = relative(found[0] @ found[1], dense(up * size, down * size))
     assert (
-        f"style: {str(dtype)[6:]} has no numbers small enough for 1 modules: their updates change by up to {100 * error:.3g} %"
+        f"style: {str(dtype)[6:]} has no numbers small enough for 1 module: their updates change by up to {100 * error:.3g} %"
         in caplog.text
     )
 
@@ -192,6 +217,9 @@ def test_a_part_has_memory_of_its_own_unless_told():
     for dtype in (None, torch.float32):
         assert cast_part(part, dtype).data_ptr() != part.data_ptr()
         assert cast_part(part, dtype, copy=False).data_ptr() == part.data_ptr()
+    turned = torch.ones(3, 2).T
+    for dtype in (None, torch.float32, torch.float16):
+        assert all(cast_part(turned, dtype, copy=copy).is_contiguous() for copy in (True, False))
 
 
 def test_neighbours_of_another_dtype_are_looked_at_in_their_own():
@@ -232,18 +260,26 @@ def test_a_product_with_a_part_of_zeros_is_zero_and_nothing_is_balanced(dead):
 EXPONENTS = st.sampled_from([-24, -17, -13, -12, -11, -10, 0, 14, 15])
 
 
+def unmade(tensor):
+    return Unmade(tensor.dtype, tensor.shape, lambda place: place.copy_(tensor), tensor.device)
+
+
 @given(
     exponents=st.lists(EXPONENTS, min_size=4, max_size=4),
-    rows=st.sampled_from([3, 70, 130]),
+    rows=st.sampled_from([1, 3, 70, 130]),
     place=st.integers(0, 200),
     turned=st.booleans(),
     above=st.sampled_from([1.0, -1.0, 0.25, 4.0]),
     others=st.sampled_from([0.0, 2.0**-12]),
+    form=st.sampled_from([torch.Tensor.clone, unmade]),
 )
-@example(exponents=[0, -17, 0, 0], rows=3, place=0, turned=False, above=1.0, others=0.0)
-@example(exponents=[0, 0, -17, 0], rows=130, place=0, turned=True, above=-1.0, others=0.0)
+@example(exponents=[0, -17, 0, 0], rows=3, place=0, turned=False, above=1.0, others=0.0, form=torch.Tensor.clone)
+@example(exponents=[0, 0, -17, 0], rows=130, place=0, turned=True, above=-1.0, others=0.0, form=torch.Tensor.clone)
+@example(exponents=[0, -17, 0, 0], rows=1, place=0, turned=False, above=1.0, others=0.0, form=unmade)
+@example(exponents=[0, -11, 0, 0], rows=3, place=0, turned=False, above=0.25, others=0.0, form=torch.Tensor.clone)
+@example(exponents=[14, 14, 0, 0], rows=3, place=0, turned=False, above=4.0, others=0.0, form=torch.Tensor.clone)
 def test_float16_holds_a_component_if_its_largest_entry_is_in_the_middle_of_its_range(
-    exponents, rows, place, turned, above, others
+    exponents, rows, place, turned, above, others, form
 ):
     """Above four times the smallest normal number and below the largest number, wherever in the component it is."""
     up = torch.full((rows, 2), others)
@@ -252,7 +288,8 @@ def test_float16_holds_a_component_if_its_largest_entry_is_in_the_middle_of_its_
     down[:, (place // 3) % rows] = torch.tensor([-1.75 * 2.0**e for e in exponents[2:]])
     if turned:
         up, down = down.T.contiguous(), up.T.contiguous()
-    layer = side_by_side([Share(up.half(), down.half(), above, 1 / above)], (rows, rows), torch.float16)
+    share = Share(form(up.half()), form(down.half()), above, 1 / above)
+    layer = side_by_side([share], (rows, rows), torch.float16)
     made_up, made_down = layer.up.float().abs().amax(dim=0), layer.down.float().abs().amax(dim=1)
     sizes = torch.cat([made_up, made_down])
     assert holds(layer) == bool(((sizes > 2.0**-12) & (sizes < 65504)).all())
@@ -275,3 +312,104 @@ def test_wider_dtypes_hold_what_is_finite_and_not_all_near_their_subnormal_numbe
     assert not holds(of(0.0))
     assert not holds(of(math.inf))
     assert not holds(of(math.inf, 1.0))
+    ones = Share(torch.ones(3, 2), torch.ones(2, 3))
+    small = replace(ones, **{side: of(2.0**-120).parts()[side]})
+    assert holds(side_by_side([ones, small], (3, 3), dtype))
+    # Rounded up, the largest numbers of float32 are infinite in bfloat16.
+    large = replace(ones, **{side: torch.full_like(getattr(ones, side), torch.finfo(torch.float32).max)})
+    assert holds(side_by_side([large], (3, 3), dtype)) == (dtype == torch.float32)
+
+
+@pytest.mark.parametrize("kind", kinds.ADDITIVE)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_value_that_is_no_number_is_refused_whichever_part_it_is_in(kind, value):
+    kernel = (3, 3) if kinds.ADDITIVE[kind][1] else ()
+    (sound,) = Lora.from_state_dict(kinds.state_dict(kind, MODULE, kernel=kernel)).modules.values()
+    for name, part in sound.parts().items():
+        layer = sound.with_parts({name: part.clone().index_fill(0, torch.tensor(0), value)})
+        with pytest.raises(ValueError, match=r"values are too large for float16; save as float32 or bfloat16$"):
+            cast(layer, torch.float16)
+        with pytest.raises(ValueError, match=r"values are too large for bfloat16; save as float32$"):
+            cast(layer, torch.bfloat16)
+
+
+@pytest.mark.parametrize("side", ["up", "down"])
+def test_a_component_that_one_factor_makes_small_and_the_other_large_is_balanced(side):
+    """Whichever of the two has it among its smallest numbers, and however large their other components are."""
+    small, large = torch.tensor([1.0, 2.0**-20]), torch.tensor([1.0, 2.0**10])
+    up, down = factors(6, 2, 5)
+    by_up, by_down = (small, large) if side == "up" else (large, small)
+    layer = LoraLayer(up * by_up, down * by_down[:, None])
+    result = cast(layer, torch.float16)
+    assert result.balanced
+    for component in range(2):
+        part, exact = (one[:, component : component + 1].double() @ other[component : component + 1].double()
+                       for one, other in ((result.layer.up, result.layer.down), (layer.up, layer.down)))  # fmt: skip
+        assert relative(part, exact) < 1e-3
+
+
+@pytest.mark.parametrize(("up", "down"), [(-140, 120), (120, -140), (-149, 127), (100, -99), (-90, 70)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_at_the_two_ends_of_float32_are_balanced_exactly(up, down, dtype):
+    """What the one is multiplied by may be beyond float32 itself."""
+    layer = LoraLayer(torch.full((3, 2), 2.0**up), torch.full((2, 4), 2.0**down))
+    result = cast(layer, dtype, into_alpha=False)
+    assert result.layer.up.dtype == dtype
+    assert torch.equal(result.layer.up.double() @ result.layer.down.double(), layer.delta_in(torch.float64))
+
+
+def test_what_is_at_the_bounds_of_float16_stays_as_it_is():
+    layer = LoraLayer(torch.full((3, 2), 65504.0), torch.full((2, 4), 2.0**-12))
+    result = cast(layer, torch.float16)
+    assert (result.balanced, result.error) == (False, 0.0)
+    assert torch.equal(result.layer.up, layer.up.half())
+    assert torch.equal(result.layer.down, layer.down.half())
+
+
+@pytest.mark.parametrize(
+    ("power", "alpha", "fits"), [(-60, 0, True), (-61, 0, False), (-40, -40, True), (-40, -41, False)]
+)
+def test_alpha_takes_powers_of_two_down_to_the_smallest_that_it_may_have(power, alpha, fits):
+    """2**-120: further down float16 has no number for it, and what is lost is told."""
+    layer = LoraLayer(torch.full((3, 2), 0.75 * 2.0**power), torch.full((2, 4), 0.75 * 2.0**power), 0.75 * 2.0**alpha)
+    result = cast(layer, torch.float16)
+    wanted = layer.delta_in(torch.float64)
+    assert result.balanced == fits
+    assert (result.layer.alpha != layer.alpha) == fits
+    assert result.error == pytest.approx(relative(result.layer.delta_in(torch.float64), wanted), abs=1e-9)
+    assert result.error == (0.0 if fits else 1.0)
+
+
+def test_of_an_update_that_is_zero_nothing_can_be_lost_though_no_part_of_it_is():
+    """Two matrices with one entry each, in different places, entry by entry: all four parts too small for float16."""
+    one, other = (1e-30 * torch.eye(3)[:, place : place + 1] for place in (0, 1))
+    layer = LohaLayer(w1_a=one, w1_b=one.T.clone(), w2_a=other, w2_b=other.T.clone(), alpha=1.0)
+    assert not layer.delta_in(torch.float64).any()
+    assert cast(layer, torch.float16, into_alpha=False).error == 0.0
+
+
+def test_what_rounding_has_made_of_a_tensor_is_told_where_it_cost_more_than_the_dtypes_own_bits():
+    fine, small = torch.tensor([1.0, 1e-7, 0.3]), torch.tensor([1e-7, 0.6e-7, 0.0])
+    for part in (fine, torch.zeros(3), torch.tensor([1, 2, 3]), small.half()):
+        assert rounding(part, part.half()) == 0.0
+    assert rounding(fine.double(), fine.bfloat16()) == 0.0
+    assert rounding(small, small.half()) == pytest.approx(relative(small.half(), small))
+    assert rounding(small, small.half()) > 0.01
+    assert rounding(small, small.bfloat16()) == 0.0
+
+
+def test_numbers_that_are_no_floats_stay_what_they_are():
+    whole = torch.tensor([1, 2**40])
+    assert torch.equal(cast_part(whole, torch.float16), whole)
+    assert cast_part(whole, torch.float16).dtype == torch.int64
+
+
+def test_neighbours_by_their_places_alone_are_looked_at_each_in_its_own_memory():
+    """The second begins, in its memory, where the first ends in another."""
+    first, second = torch.zeros(8), torch.zeros(8)
+    for one, other in ((first, second), (second, first)):
+        pieces = [one[:4], other[4:]]
+        assert all_finite(pieces)
+        other[5] = math.nan
+        assert not all_finite(pieces)
+        other[5] = 0.0

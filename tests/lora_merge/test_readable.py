@@ -143,7 +143,7 @@ UP, DOWN = factors(6, 2, 5)
         ),
         (
             LoraOf({}, {("lora_unet_x", "diff"): torch.ones(0, 3)}, source="made here"),
-            "1 tensors have no values, lora_unet_x.diff",
+            "1 tensor has no values, lora_unet_x.diff",
         ),
         (LoraOf({}, {("lora_unet_x", "diff"): torch.ones((1,) * 9)}, source="made here"), "lora_unet_x.diff has shape"),
         (
@@ -184,6 +184,44 @@ def test_what_no_loader_would_read_is_refused_by_name_and_nothing_is_written(tmp
     with pytest.raises(ValueError, match=f"made here: .*{said}|made here: {said}"):
         save(lora, tmp_path / "x.safetensors", dtype=dtype)
     assert list(tmp_path.iterdir()) == []
+
+
+ONE, TWO = "lora_unet_x", "lora_unet_y"
+
+
+def holding(part, module):
+    """The fields of a LoRA with one update of a module."""
+    if part in ("6 x 5", "7 x 5"):
+        return {"modules": {module: LoraLayer(*factors(int(part[0]), 2, 5))}}
+    if part == "OFT":
+        return {"carried": {module: Carried("OFT", {"oft_blocks": torch.ones(2, 3, 3)})}}
+    return {"diffs": {(module, part): torch.ones(6) if part in ("diff_b", "w_norm", "b_norm") else torch.ones(6, 5)}}
+
+
+PARTS = ("6 x 5", "7 x 5", "OFT", "diff", "diff_b", "w_norm")
+
+
+@pytest.mark.parametrize("second", PARTS)
+@pytest.mark.parametrize("first", PARTS)
+def test_a_name_that_would_be_read_as_another_modules_is_refused_where_that_shows(tmp_path, first, second):
+    """Each is spelled as the other is called, so that a loader would find the other's update under its name."""
+    fields = {}
+    for part, module in ((first, ONE), (second, TWO)):
+        for field, value in holding(part, module).items():
+            fields[field] = fields.get(field, {}) | value
+    fields.setdefault("modules", {})
+    swapped = LoraOf(**fields, spellings={ONE: TWO, TWO: ONE}, source="made here")
+    if first == second:  # told from the other by its values alone
+        save(swapped, tmp_path / "x.safetensors", dtype=torch.float32)
+        return
+    with pytest.raises(
+        ValueError, match=r"^made here: cannot be saved, since a loader would read something else"
+    ) as error:
+        save(swapped, tmp_path / "x.safetensors", dtype=torch.float32)
+    assert all(f"{one} has other parts or another shape in it" in str(error.value) for one in (ONE, TWO))
+    assert list(tmp_path.iterdir()) == []
+    straight = LoraOf(**fields, source="made here")
+    assert_same(saved_and_loaded(straight, tmp_path / "x.safetensors", dtype=torch.float32), straight, 1e-6)
 
 
 def test_a_config_beside_the_file_would_change_its_scale(tmp_path):

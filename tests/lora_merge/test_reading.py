@@ -4,8 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lcm_kit.lora_merge import Lora, describe, describe_merge, load, merge, merge_with_account, save
+from lcm_kit.lora_merge import Lora, LoraLayer, describe, describe_merge, load, merge, merge_with_account, save
 from lcm_kit.lora_merge.comparing.compare import compare
+from lcm_kit.lora_merge.files import dialects
+from lcm_kit.lora_merge.files.keys import unread_text
 from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.recognise.identity import identify
 from lcm_kit.tests.lora_merge.make import factors, kohya
@@ -40,10 +42,10 @@ def test_what_has_no_effect_in_comfyui_is_listed_and_all_else_is_read(key, name)
     lora = Lora.from_state_dict(state, source="style.safetensors")
     assert lora.keys.unread == (key,)
     assert sorted(lora.keys.understood) == sorted(plain())
-    assert f"without effect in ComfyUI: {name} (1 keys: {key})" in describe(lora)
+    assert f"without effect in ComfyUI: {name} (1 key: {key})" in describe(lora)
     merged, account = merge_with_account([(lora, 0.5)])
     assert set(merged.to_state_dict()) == set(plain())
-    warning = f"style.safetensors holds what has no effect in ComfyUI and is left out: {name} (1 keys: {key})"
+    warning = f"style.safetensors holds what has no effect in ComfyUI and is left out: {name} (1 key: {key})"
     assert warnings_of(account) == (warning,)
     assert warning in describe_merge(account, merged)
     # Another reader may know it, so that a file that is only saved again keeps it; a scale of nothing nobody can use.
@@ -67,7 +69,7 @@ def test_one_line_names_all_formats_and_counts():
     state = plain() | dict.fromkeys(keys, torch.ones(2)) | {"lora_unet_9.alpha": torch.tensor(1.0)}
     text = describe(Lora.from_state_dict(state))
     assert re.search(
-        r"IA3 \(10 keys: .* and 7 more\); LoRA with a bias of its own \(1 keys: .*\); scale of nothing", text
+        r"IA3 \(10 keys: .* and 7 more\); LoRA with a bias of its own \(1 key: .*\); scale of nothing", text
     )
 
 
@@ -182,6 +184,52 @@ def test_a_uso_lora_is_read_as_comfyui_converts_it():
     }
 
 
+@pytest.mark.parametrize("dialect", [control, uso])
+def test_a_dialect_is_told_by_all_of_its_marks_together(dialect):
+    """A file that lacks one of them has the spelling that it seems to have."""
+    state = dialect()
+    marks = [key for key in state if all(key == value for key, value in dialects.renamed(without(state, key)).items())]
+    assert len(marks) == (3 if dialect is control else 2)
+    found = dialects.renamed(state)
+    assert found.keys() == state.keys()
+    assert all(name.startswith("diffusion_model.") for name in found.values())
+    assert len({*found.values()}) == len(state)
+    for mark in marks:
+        assert dialects.added(without(state, mark)) == {}
+    assert [*dialects.added(state)] == ([dialects.RESHAPED] if dialect is control else [])
+
+
+def without(state, key):
+    return {other: tensor for other, tensor in state.items() if other != key}
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "shape"),
+    [((2, 8), (6, 2), [6, 8]), ((2, 8, 1, 1), (6, 2, 1, 1), [6, 8]), ((2,), (6, 2), None), ((2, 8), (6,), None),
+     ((), (), None)],
+)  # fmt: skip
+def test_a_control_lora_says_how_wide_its_input_layer_is_where_its_factors_are_matrices(down, up, shape):
+    state = control() | {"img_in.lora_A.weight": torch.ones(down), "img_in.lora_B.weight": torch.ones(up)}
+    found = dialects.added(state)
+    assert {key: tensor.tolist() for key, tensor in found.items()} == ({dialects.RESHAPED: shape} if shape else {})
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("diffusion_model.blocks.3.diff_m", "diffusion_model.blocks.3.modulation.diff"),
+        ("diffusion_model.head.diff_m", "diffusion_model.head.modulation.diff"),
+        ("diffusion_model.blocks.3.norm.diff_m", "diffusion_model.blocks.3.norm.diff_m"),
+        ("diffusion_model.overhead.diff_m", "diffusion_model.overhead.diff_m"),
+        ("diffusion_model.blocks.3", "diffusion_model.blocks.3"),
+        ("diffusion_model.blocks.3.diff", "diffusion_model.blocks.3.diff"),
+        ("head", "head"),
+    ],
+)
+def test_a_modulation_is_that_of_a_block_or_of_the_head(key, name):
+    assert dialects.renamed({key: torch.ones(1)}) == {key: name}
+
+
 @pytest.mark.parametrize("state", [{}, {"model.diffusion_model.conv_in.weight": torch.ones(2, 2)}])
 def test_a_file_without_lora_says_so(state):
     with pytest.raises(ValueError, match="no LoRA in it"):
@@ -196,7 +244,7 @@ def test_where_one_key_is_of_a_known_format_the_file_is_no_checkpoint(known):
         Lora.from_state_dict(stray)
     for state in (stray | {known: torch.ones(1)}, {known: torch.ones(1)} | stray):
         with pytest.raises(
-            ValueError, match=r"no LoRA in it that ComfyUI's loader would apply, only .*unknown \(1 keys"
+            ValueError, match=r"no LoRA in it that ComfyUI's loader would apply, only .*unknown \(1 key"
         ):
             Lora.from_state_dict(state)
 
@@ -221,7 +269,7 @@ def test_incomplete_or_contradictory_files_are_refused(change, message):
 
 
 def test_a_tensor_without_values_is_damage():
-    with pytest.raises(ValueError, match=rf"1 tensors have no values, {MODULE}.lora_up.weight"):
+    with pytest.raises(ValueError, match=rf"1 tensor has no values, {MODULE}.lora_up.weight"):
         Lora.from_state_dict(plain() | {f"{MODULE}.lora_up.weight": torch.ones(6, 0)})
 
 
@@ -232,6 +280,89 @@ def test_values_that_are_no_numbers_are_refused(value, dtype):
     down[1, 313] = value
     with pytest.raises(ValueError, match=rf"broken: NaN or infinite values in {MODULE}.lora_down.weight"):
         Lora.from_state_dict(kohya(MODULE, up, down), source="broken")
+
+
+def in_trouble(count, change):
+    state = {}
+    for number in range(count):
+        module = f"lora_unet_thing_{number}"
+        state |= kohya(module, *factors(6, 2, 5)) | {f"{module}.{part}": one for part, one in change.items()}
+        state = {key: tensor for key, tensor in state.items() if tensor is not None}
+    return state
+
+
+def said_of(state):
+    with pytest.raises(ValueError, match=r"^style: ") as error:
+        Lora.from_state_dict(state, source="style")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"lora_up.weight": None}, ""),
+        ({"lora_A.weight": torch.ones(2, 5)}, ".lora_down.weight"),
+        ({"lora_down.weight": torch.full((2, 5), torch.nan)}, ".lora_down.weight"),
+    ],
+)
+def test_of_many_that_are_wrong_three_are_named_and_the_others_counted(change, key, count):
+    text = said_of(in_trouble(count, change))
+    assert [f"lora_unet_thing_{number}{key}" in text for number in range(count)] == [n < 3 for n in range(count)]
+    assert (f"and {count - 3} more" in text) == (count > 3)
+    assert (" more" in text) == (count > 3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_of_many_keys_without_effect_three_are_named_and_the_others_counted(count):
+    for end in ("on_input", "scalar", "alpha"):
+        text = unread_text(f"lora_unet_thing_{number}.{end}" for number in range(count))
+        assert [f"thing_{number}.{end}" in text for number in range(count)] == [n < 3 for n in range(count)]
+        assert f"({count} keys: " in text
+        assert text.endswith(f", and {count - 3} more)" if count > 3 else f"thing_{count - 1}.{end})")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_of_many_weights_with_two_names_three_pairs_are_named_and_the_others_counted(count):
+    state = {}
+    for number in range(count):
+        for name in (f"blocks.{number}.attn.foo", f"transformer.blocks.{number}.attn.foo"):
+            state |= kohya(name, *factors(6, 2, 5))
+    text = said_of(state)
+    assert text.count(" and transformer.blocks.") == min(count, 3)
+    assert (f", and {count - 3} pairs more" in text) == (count > 3)
+    assert ("pairs more" in text) == (count > 3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_of_many_modules_of_another_shape_one_is_named_and_the_others_counted(count):
+    names = [f"lora_unet_blocks_{number}_attn_foo" for number in range(count)]
+    first, second = (
+        Lora.from_state_dict(
+            {k: t for name in names for k, t in kohya(name, *factors(out, 2, 5)).items()}, source=source
+        )
+        for out, source in ((6, "one"), (7, "two"))
+    )
+    more = f" ({count - 1} more modules differ)" if count > 1 else ""
+    said = f"{names[0]}: one updates a weight of shape (6, 5), two one of shape (7, 5){more}; they were made for"
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
+        merge([(first, 1.0), (second, 1.0)])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_of_many_that_a_loader_would_read_otherwise_three_are_named_and_the_others_counted(tmp_path, count):
+    """The alpha of a module that is called `.lora` reads as that of the module before it."""
+    modules = {f"lora_unet_thing_{number}.lora": LoraLayer(*factors(6, 2, 5)) for number in range(count)}
+    kept = {"lora_unet_whole": LoraLayer(*factors(6, 2, 5))}
+    with pytest.raises(
+        ValueError, match=r"^here: cannot be saved, since a loader would read something else: "
+    ) as error:
+        save(Lora(modules | kept, source="here"), tmp_path / "x.safetensors", format="kohya")
+    text = str(error.value)
+    assert text.count(".lora.alpha would not be read") == min(count, 3)
+    assert (f", and {count - 3} more. Rename" in text) == (count > 3)
+    assert (" more" in text) == (count > 3)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_spellings_of_one_module_in_one_file_are_refused():

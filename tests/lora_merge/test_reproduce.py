@@ -8,8 +8,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lcm_kit.lora_merge import Lora, load, merge, save
+from lcm_kit.lora_merge import Lora, MergeOptions, load, merge, save
 from lcm_kit.lora_merge.__main__ import main
+from lcm_kit.lora_merge.disk import tensor_file
+from lcm_kit.lora_merge.merging import reproduce as reproducing
 from lcm_kit.lora_merge.merging.reproduce import _difference, reproduce
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
@@ -37,6 +39,15 @@ def made(files, *more, command="merge", name="out"):
     out = files / f"{name}.safetensors"
     assert main([command, *inputs, "-o", str(out), *more]) == 0
     return out
+
+
+def test_no_file_is_mapped(files, monkeypatch, capsys):
+    """One that is cut off meanwhile would end the process."""
+    out, maps = made(files), []
+    monkeypatch.setattr(tensor_file, "MAPPED_ABOVE", 0)
+    monkeypatch.setattr(tensor_file.mmap, "mmap", lambda *_, **__: maps.append(1))
+    assert main(["reproduce", str(out), "--inputs", str(files / "inputs")]) == 0
+    assert not maps
 
 
 CHOICES = [
@@ -115,6 +126,21 @@ def test_a_file_that_was_changed_is_not_the_same(files, capsys):
     rewritten(out, lambda state: {name: value for name, value in state.items() if not name.startswith(MODULES[0])})
     assert main(["reproduce", str(out)]) == 2
     assert "was changed since it was made" in capsys.readouterr().err
+
+
+def test_a_file_of_two_dtypes_is_compared_in_that_of_most_of_its_weights(files):
+    """Alphas are float32 in any file, and count for nothing."""
+    out = made(files, "--dtype", "fp32")
+    rewritten(
+        out,
+        lambda state: {
+            key: value if key.startswith(MODULES[0]) or key.endswith(".alpha") else value.half()
+            for key, value in state.items()
+        },
+    )
+    result = reproduce(out, [files])
+    assert (result.identical, result.same) == (False, True)
+    assert 1e-4 < result.difference < 2e-3
 
 
 def test_the_difference_is_relative_to_what_the_file_holds(files):
@@ -257,3 +283,33 @@ def test_a_file_of_another_day_is_still_made_again(files):
     out = made(files, "--rank", "3", "--meta", "modelspec.title=x", "--meta", "modelspec.trigger_phrase=y")
     redated(out)
     assert reproduce(out, [files]).identical
+
+
+def test_all_that_the_recipe_and_the_caller_say_is_handed_on(files, monkeypatch):
+    out = made(files, "--rank", "3", "--block-strengths", "down=0.5")
+    seen, steps = {}, []
+    real = reproducing.merge_with_account
+    monkeypatch.setattr(
+        reproducing, "merge_with_account", lambda inputs, **options: (seen.update(options), real(inputs, **options))[1]
+    )
+    assert reproduce(out, [files], workers=2, progress=lambda done, total: steps.append((done, total))).identical
+    assert (seen["workers"], seen["rank"], seen["model"]) == (2, 3, None)
+    assert seen["block_strengths"] == ["down=0.5", "down=0.5"]
+    assert seen.keys() >= vars(MergeOptions()).keys()
+    assert steps == [(number, len(MODULES)) for number in range(1, len(MODULES) + 1)]
+
+
+@pytest.mark.parametrize(("format", "keys"), [("kohya", 3), ("comfy", 2), ("diffusers", 2), ("auto", 2)])
+def test_of_a_file_that_was_changed_the_keys_are_counted_that_it_lacks_of_its_own_format(files, format, keys):
+    """Of Flux, whose names every format has in its own way; kohya's has an alpha."""
+    state = {}
+    for number in range(3):
+        state |= kohya(f"lora_unet_double_blocks_{number}_img_attn_proj", *factors(6, 2, 6, seed=number), 1.0)
+    save_file(state, files / "flux.safetensors")
+    out = files / "merged.safetensors"
+    save(merge([(load(files / "flux.safetensors"), 0.5)]), out, format=format)
+    assert reproduce(out, [files]).identical
+    first = next(iter(load_file(out))).rsplit(".", 2)[0]
+    rewritten(out, lambda state: {key: tensor for key, tensor in state.items() if not key.startswith(f"{first}.")})
+    with pytest.raises(ValueError, match=f"was changed since it was made: it differs in {keys} keys, "):
+        reproduce(out, [files])

@@ -132,6 +132,9 @@ def test_raising_a_layer_is_multiplying_by_the_power(power):
     assert float((update(found, 1.0) - wanted).abs().max()) <= 2.0**-310
     assert torch.isfinite(found.up).all()
     assert torch.isfinite(found.down).all()
+    # In even shares, and alpha is what it was as long as that is enough.
+    assert (found.alpha == one.alpha) == (power >= -200 or power < -320)
+    assert not power or torch.equal(found.up / one.up, torch.full_like(one.up, float((found.down / one.down).max())))
     if power > -310:
         assert bool(found.up.all())
         assert torch.equal(update(found, 1.0), wanted)

@@ -183,10 +183,39 @@ def test_what_depends_on_the_weight_is_carried_with_the_shape_of_the_weight(kind
     assert made.kind == kinds.CARRIED[kind]
     assert made.parts.keys() == parts.keys()
     assert made.alpha == 2.0
+    # What the module has beside it stands elsewhere.
+    beside = {"alpha": torch.tensor(2.0), "diff_b": torch.ones(8), "b_norm": torch.ones(8)}
+    assert build(parts | beside, 2.0).parts.keys() == parts.keys()
     flat = kind == "DoRA on LoHa" or kind.startswith("DoRA on LoKr") or kind.startswith("GLoRA")
     # Of OFT and BOFT the rows alone are known.
     rows_only = kind.startswith(("OFT", "BOFT"))
     assert made.shape == ((8,) if rows_only else (8, 12 * 9) if flat else (8, 12, 3, 3))
+
+
+@pytest.mark.parametrize("kernel", [(), (3,), (3, 3)])
+def test_pefts_magnitude_is_the_scale_of_each_row_and_has_one_number_for_each(kernel):
+    ones = (1,) * len(kernel)
+    parts = {"up": normal(8, 3, *ones), "down": normal(3, 12, *kernel)}
+    for shape in ((8,), (8, 1, *ones), (1, 8, *ones)):
+        made = build(parts | {"magnitude": torch.arange(8.0).reshape(shape)}, 2.0)
+        assert (made.kind, made.shape, made.parts.keys()) == ("DoRA", (8, 12, *kernel), {"up", "down", "dora_scale"})
+        assert torch.equal(made.parts["dora_scale"], torch.arange(8.0).reshape(8, 1, *ones))
+    for rows in (1, 7, 12):
+        with pytest.raises(ValueError, match=rf"lora_magnitude_vector is \({rows},\), but the weight has 8 rows"):
+            build(parts | {"magnitude": torch.ones(rows)}, 2.0)
+    with pytest.raises(ValueError, match="dora_scale is a single number"):
+        build(parts | {"dora_scale": torch.tensor(1.0)}, 2.0)
+    assert build(parts | {"dora_scale": torch.ones(8)}, 2.0).kind == "DoRA"
+
+
+@pytest.mark.parametrize("sizes", [[8, 12], [[8, 12]], 8])
+def test_the_sizes_of_a_resized_weight_are_a_list(sizes):
+    parts = {"up": normal(8, 3), "down": normal(3, 12), "reshape_weight": torch.tensor(sizes)}
+    if torch.tensor(sizes).ndim == 1:
+        assert (build(parts, 2.0).kind, build(parts, 2.0).parts.keys()) == ("resized weight", parts.keys())
+    else:
+        with pytest.raises(ValueError, match=r"reshape_weight is .*, but it is a list of sizes"):
+            build(parts, 2.0)
 
 
 @pytest.mark.parametrize("scale", ["alpha", "dora_scale", "magnitude", "reshape_weight"])

@@ -15,7 +15,7 @@ from lcm_kit.lora_merge.algebra.precision import holds
 from lcm_kit.lora_merge.algebra.sums import weighted_sum
 from lcm_kit.lora_merge.disk.garbage import uncollected
 from lcm_kit.lora_merge.updates.layer import Share, shaped
-from lcm_kit.lora_merge.updates.side_by_side import Sum, put, side_by_side
+from lcm_kit.lora_merge.updates.side_by_side import Sum, put, side_by_side, stored
 from lcm_kit.lora_merge.updates.unmade import Unmade
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
@@ -192,3 +192,75 @@ def test_a_factor_is_put_as_its_product_in_float32_whether_it_is_there_or_in_a_f
         place = torch.zeros(factor.shape[::-1], dtype=wanted).T if turned else torch.zeros(factor.shape, dtype=wanted)
         put(one, number, place)
         assert torch.equal(place, (factor.float() * number).to(wanted))
+
+
+def in_a_file(tensor, *, of_file=True):
+    """As a factor that lies in a file is."""
+    return Unmade(tensor.dtype, tensor.shape, lambda place: place.copy_(tensor), tensor.device, of_file)
+
+
+@pytest.mark.parametrize("dtype", [HALF, FULL])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("there", [[], [0], [0, 1], [0, 1, 2]])
+def test_a_sum_is_the_same_wherever_its_shares_lie(dtype, count, there):
+    """In memory or in a file, with factors of their own numbers, as at strength 1 without alpha."""
+    layers = [layer(rank, None, dtype, rank) for rank in range(2, 2 + count)]
+    shares = [
+        Share(one.up, one.down) if index in there else Share(in_a_file(one.up), in_a_file(one.down))
+        for index, one in enumerate(layers)
+    ]
+    total = side_by_side(shares, (12, 8), dtype)
+    up, down = torch.cat([one.up for one in layers], dim=1), torch.cat([one.down for one in layers])
+    for found, wanted in ((total.up, up), (total.down, down), *zip(total.parts().values(), (up, down), strict=True)):
+        assert torch.equal(found, wanted)
+    # A file gives the same whenever it is asked: what needs more than files says so, and what needs none is kept.
+    in_memory = sum(index in there for index in range(count))
+    pieces = total.pieces().values()
+    assert {isinstance(piece, Unmade) and piece.of_file for piece in pieces} == {in_memory == 0}
+    assert (total.up is total.up) == (total.down is total.down) == (in_memory == count)
+
+
+@pytest.mark.parametrize("wanted", [HALF, BRAIN, FULL])
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, FULL])
+@pytest.mark.parametrize("by", [(1.0, 1.0), (1.0, 0.3), (0.7, 0.3)])
+def test_a_sum_in_another_dtype_has_its_own_numbers_rounded(by, dtype, wanted):
+    """Not those of what it is made of, which it has rounded already; made when somebody asks where they are the same."""
+    layers = [layer(rank, None, dtype, rank) for rank in (2, 3)]
+    total = side_by_side([Share(one.up, one.down, b, b) for one, b in zip(layers, by, strict=True)], (12, 8), dtype)
+    found = total.in_dtype(wanted)
+    unrounded = dtype == FULL or by == (1.0, 1.0)
+    assert all(isinstance(piece, Unmade) == (unrounded or wanted == dtype) for piece in found.pieces().values())
+    assert torch.equal(found.up, total.up.to(wanted))
+    assert torch.equal(found.down, total.down.to(wanted))
+    assert (found.alpha, found.dtypes) == (5.0, {wanted})
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_stored_factors_of_a_sum_are_matrices_once_they_are_made(kernel):
+    total = weighted_sum([(layer(4, 2.0, HALF, 1, kernel), 0.3), (layer(3, None, HALF, 2, kernel), 1.0)], HALF)
+    up, down = total.up.flatten(1), total.down.flatten(1)
+    assert all(map(torch.equal, total.stored_factors(), (up, down)))
+
+
+def test_factors_of_a_file_that_are_of_two_dtypes_are_read_as_they_are():
+    one = layer(4, 2.0, FULL, 1)
+    found = stored(in_a_file(one.up.half()), in_a_file(one.down), 2.0)
+    assert (found.up.dtype, found.down.dtype, found.alpha) == (HALF, FULL, 2.0)
+    assert torch.equal(found.up, one.up.half())
+    assert torch.equal(found.down, one.down)
+
+
+def test_who_asks_together_shares_one_tensor_and_it_is_known_again():
+    one, other = (in_a_file(layer(4, None, HALF, seed).up) for seed in (1, 2))
+    assert not one.gave(None)
+    first = one.shared()
+    assert one.shared() is first
+    assert one.gave(first)
+    assert not one.gave(first.clone())
+    assert not one.gave(None)
+    assert not other.gave(first)
+    assert not one.gave(other.shared())
+    before = first.clone()
+    del first
+    assert not one.gave(None)  # nobody has it any more
+    assert torch.equal(one.shared(), before)

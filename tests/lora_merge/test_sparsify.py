@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lcm_kit.lora_merge.methods import sparsify
 from lcm_kit.lora_merge.methods.sparsify import at_random, by_magnitude, by_magnitude_at_random, without_outliers
 
 DELTA = torch.tensor([[4.0, -1.0, 0.5], [-3.0, 2.0, -5.0]])
@@ -105,3 +106,14 @@ def test_of_two_entries_the_larger_stays_for_sure_where_the_spread_is_whole():
     delta = torch.tensor([[1.0, -2.0], [3.0, 0.5]])
     kept = by_magnitude_at_random(delta, 0.5, 1.0, torch.Generator().manual_seed(0))
     assert torch.equal(kept, torch.tensor([[0.0, -2.0], [3.0, 0.0]]))
+
+
+def test_a_draw_that_is_the_chance_itself_keeps_nothing(monkeypatch):
+    """Draws are below 1 and may be 0: so a chance of 0 keeps nothing, one of 1 all, and each is what it says."""
+    delta = torch.tensor([[1.0, -2.0, 4.0], [3.0, 0.5, 6.0]])
+    for drawn_as in (0.0, 0.5):
+        monkeypatch.setattr(sparsify, "_uniform", lambda like, generator, value=drawn_as: torch.full_like(like, value))
+        kept = by_magnitude_at_random(delta, 0.5, 1.0, drawn())  # chances 0, 1/2 and 1
+        middle = torch.tensor([[0.0, -4.0, 0.0], [6.0, 0.0, 0.0]]) * (drawn_as < 0.5)
+        assert torch.equal(kept, torch.tensor([[0.0, 0.0, 4.0], [0.0, 0.0, 6.0]]) + middle)
+        assert torch.equal(at_random(delta, 0.5, drawn()), 2 * delta * (drawn_as < 0.5))

@@ -1,5 +1,6 @@
 """The stages of a merge, each by itself."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -83,6 +84,43 @@ def test_the_stages_one_after_the_other_are_the_merge(choices):
     state, expected = merged.to_state_dict(), whole.to_state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_outcome_holds_what_was_computed_and_what_passed_through_and_says_of_what_it_is(rank):
+    planned = plan(INPUTS, MergeOptions(rank=rank), metadata={"modelspec.title": "both"})
+    computed = compute(planned, threads=1, device=torch.device("cpu"))
+    merged, account = outcome(planned, computed)
+    assert all(merged.modules[name] is layer for name, layer in computed.layers.items())
+    assert (merged.modules.keys(), merged.diffs.keys()) == (computed.layers.keys(), {("lora_unet_a", "diff_b")})
+    assert merged.diffs["lora_unet_a", "diff_b"] is computed.diffs["lora_unet_a", "diff_b"]
+    assert merged.carried == {"lora_unet_d": FIRST.carried["lora_unet_d"]}
+    assert merged.spellings == {name: name for name in ("lora_unet_a", "lora_unet_b", "lora_unet_c", "lora_unet_d")}
+    assert merged.source == "first * 1 + second * -0.5"
+    assert (merged.metadata["modelspec.title"], merged.metadata["modelspec.merged_from"]) == ("both", "first, second")
+    said = json.loads(merged.metadata["lcm_kit.merge"])
+    assert [entry["name"] for entry in said["inputs"]] == ["first", "second"]
+    assert (said["rank"], said["relative_error"]) == (account.rank, account.relative_error)
+    assert [source.sha256 for source in account.sources] == [None, None]
+
+
+def test_a_bias_is_a_norms_where_its_weight_is_a_norms_everywhere():
+    """A column is a vector too: of a LoRA on it the whole weight is changed, and the bias beside it is no norm's."""
+    norm = Lora.from_state_dict({"lora_unet_x.w_norm": normal(8), "lora_unet_x.b_norm": normal(8)}, source="norm")
+    column = {"lora_unet_x.lora_up.weight": normal(8, 2), "lora_unet_x.lora_down.weight": normal(2, 1)}
+    other = Lora.from_state_dict(column, source="column")
+    for inputs, parts in (([norm], {"w_norm", "b_norm"}), ([norm, norm], {"w_norm", "b_norm"}),
+                          ([norm, other], {"diff", "diff_b"}), ([other, norm], {"diff", "diff_b"})):  # fmt: skip
+        planned = plan([(one, 1.0) for one in inputs], MergeOptions())
+        computed = compute(planned, threads=1, device=torch.device("cpu"))
+        assert {part for _, part in computed.diffs} == parts
+
+
+def test_of_a_sum_of_nothing_all_inputs_are_named():
+    for strengths, named in (((0.0, 0.0), "first, second"), ((0.0, 2.0), "second"), ((1.0, 0.0), "first")):
+        planned = plan([(FIRST, strengths[0]), (SECOND, strengths[1])], MergeOptions())
+        merged, _ = outcome(planned, compute(planned, threads=1, device=torch.device("cpu")))
+        assert merged.metadata["modelspec.merged_from"] == named
 
 
 @pytest.mark.parametrize(

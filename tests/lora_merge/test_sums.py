@@ -3,10 +3,18 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lcm_kit.lora_merge import LoraLayer
+from lcm_kit.lora_merge import Lora, LoraLayer
 from lcm_kit.lora_merge.algebra.precision import cast
-from lcm_kit.lora_merge.algebra.sums import dense_sum_in, is_safe_whole, stacked, weighted_sum
+from lcm_kit.lora_merge.algebra.sums import (
+    dense_dtype,
+    dense_sum_in,
+    is_safe_whole,
+    side_by_side_as_they_are,
+    stacked,
+    weighted_sum,
+)
 from lcm_kit.lora_merge.updates.side_by_side import Sum
+from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import dense, factors, layer, relative
 
 
@@ -178,12 +186,63 @@ def test_each_term_of_a_stack_is_its_strength_times_its_update(terms, kernel):
         torch.testing.assert_close(up.double() @ down.double(), wanted, rtol=1e-5, atol=1e-7)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(ranks, alphas, st.sampled_from([0.0, 1.0, -0.75, 2.5])), min_size=1, max_size=4),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+)
+def test_side_by_side_as_they_are_factors_keep_their_numbers_and_the_sum_takes_its_own(terms, dtype):
+    made = [
+        LoraLayer(*factors(6, rank, 5, seed=seed, dtype=dtype), alpha) for seed, (rank, alpha, _) in enumerate(terms)
+    ]
+    used = [(one, strength) for one, (_, alpha, strength) in zip(made, terms, strict=True) if alpha != 0 and strength]
+    whole, numbers = side_by_side_as_they_are([(one, s) for one, (_, _, s) in zip(made, terms, strict=True)])
+    if used:
+        assert torch.equal(whole.up, torch.cat([one.up.float() for one, _ in used], dim=1))
+        assert torch.equal(whole.down, torch.cat([one.down.float() for one, _ in used]))
+    wanted = sum((strength * dense(one.up, one.down, one.scale) for one, strength in used), torch.zeros(6, 5))
+    torch.testing.assert_close((whole.up.double() * numbers) @ whole.down.double(), wanted.double())
+
+
 def test_a_sum_of_plain_loras_is_made_when_it_is_asked_for_whatever_their_strengths():
     first, second = layer(6, 4, 5), layer(6, 2, 5, seed=1)
     for strengths in ((1.0, 0.5), (0.0, 0.5), (1.0, 0.0)):
         total = weighted_sum([*zip((first, second), strengths, strict=True)])
         assert isinstance(total, Sum)
         assert total.rank == sum(one.rank for one, strength in zip((first, second), strengths, strict=True) if strength)
+
+
+@pytest.mark.parametrize("kind", kinds.ADDITIVE)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_sum_is_rounded_once_to_the_dtype_that_was_asked_for_whatever_it_is_made_of(kind, dtype):
+    kernel = (3, 3) if kinds.ADDITIVE[kind][1] else ()
+    state = {f"lora_unet_conv_in{end}": part for end, part in kinds.parts(kind, kernel=kernel).items()}
+    (one,) = Lora.from_state_dict(state).modules.values()
+    total, exact = weighted_sum([(one, 0.7)], dtype), weighted_sum([(one, 0.7)])
+    assert total.dtypes == {dtype}
+    assert torch.equal(total.up, exact.up.to(dtype))
+    assert torch.equal(total.down, exact.down.to(dtype))
+    if dtype == torch.float16:  # what it would lose stays in float32, to be balanced
+        assert weighted_sum([(one, 1e-9)], dtype).dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_term_whose_factors_leave_float32s_range_on_the_way_is_enough_to_take_care(first):
+    one = layer(6, 2, 5)
+    far = LoraLayer(one.up * 2.0**100, one.down * 2.0**-100)
+    terms = [(far, 2.0**100), (layer(6, 3, 5, seed=1), 1.0)]
+    total = weighted_sum(terms if first else terms[::-1])
+    wanted = torch.ldexp(dense(one.up, one.down), torch.tensor(100))
+    assert relative(total.delta_in(torch.float64), wanted) < 1e-6
+
+
+def test_ordinary_sums_are_made_in_float32_and_only_those_that_leave_it_in_float64():
+    one, diff = layer(6, 2, 5), torch.ones(6, 5)
+    assert dense_dtype([(one, 1.0)], [(diff, -2.0)]) == torch.float32
+    assert dense_dtype([(one, 1.0)], [(diff, 2.0**120)]) == torch.float64
+    assert dense_dtype([(one, 2.0**120)], [(diff, 1.0)]) == torch.float64
+    assert dense_dtype([(one, 1.0), (one, 2.0**120)], []) == torch.float64
+    assert dense_dtype([], [(diff, 1.0), (diff, 2.0**120)]) == torch.float64
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -13,10 +13,10 @@ def cut(energy, lost, sources, kept):
     return Truncated(layer(4, 2, 3), energy=energy, lost_energy=lost, source_energy=sources, kept_energy=kept)
 
 
-def tally(*updates, made):
-    """Of two modules, which each have half of what the updates and the result are."""
-    stack = torch.stack([torch.tensor(update, dtype=torch.float64) for update in (*updates, made)])
-    products = stack @ stack.T / 2
+def tally(*updates, made, dtype=torch.float64):
+    """Of two modules, which each have half of what the updates and the result are. dtype: in which they are multiplied."""
+    stack = torch.stack([torch.as_tensor(update, dtype=dtype) for update in (*updates, made)])
+    products = (stack @ stack.T).double() / 2
     found = Tally(len(updates))
     for module in ("a", "b"):
         owners = tuple(range(len(updates)))
@@ -73,3 +73,20 @@ def test_effects_are_the_coefficients_that_fit_best(updates, made, effects, size
     found = tally(*updates, made=made).effects()
     assert [value is None for value in found] == [value is None for value in effects]
     assert [value or 0.0 for value in found] == pytest.approx([value or 0.0 for value in effects], abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("small", [1e-1, 1e-4, 1e-6])
+def test_effects_of_inputs_that_depend_on_one_another_are_no_rounding(small, dtype):
+    """Three in a plane, whose products have a direction of rounding, beside one that is far smaller and no rounding."""
+    g = torch.Generator().manual_seed(1)
+    one, two, other = torch.linalg.qr(torch.randn(500, 3, generator=g, dtype=torch.float64))[0].T
+    updates = [one, two, one + two, small * other]
+    made = one + two + 0.5 * small * other
+    found = tally(*updates, made=made, dtype=dtype).effects()
+    assert found == pytest.approx([1 / 3, 1 / 3, 2 / 3, 0.5], abs=1e-2 if dtype == torch.float32 else 1e-6)
+
+
+def test_effects_of_nothing_are_none():
+    assert Tally(2).effects() == [None, None]
+    assert tally([0.0, 0.0], [0.0, 0.0], made=[1.0, 0.0]).effects() == [None, None]

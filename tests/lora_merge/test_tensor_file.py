@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -15,6 +16,8 @@ from lcm_kit.lora_merge.disk import tensor_file as module
 from lcm_kit.lora_merge.disk.header import MAX_DIMENSIONS, MAX_NAME, MAX_TENSORS
 from lcm_kit.lora_merge.disk.json_text import MAX_CONTAINERS
 from lcm_kit.lora_merge.disk.tensor_file import read, tensor_file, write
+from lcm_kit.lora_merge.files import load_save
+from lcm_kit.lora_merge.updates.unmade import Unmade
 from lcm_kit.tests.helpers import ROOT
 
 TENSORS = {
@@ -152,6 +155,39 @@ def test_a_large_file_is_mapped_unless_that_is_forbidden(tmp_path, monkeypatch, 
     assert len(maps) == (0 if above else 1)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("spaces", range(8))
+def test_numbers_may_begin_at_any_byte(tmp_path, monkeypatch, spaces, mapped):
+    """Of a file that is mapped, too, where memory begins with the header."""
+    monkeypatch.setattr(module, "MAPPED_ABOVE", 0 if mapped else 1 << 30)
+    tensors = {"a": torch.tensor([7], dtype=torch.uint8), "b": torch.tensor([1.5, -2.0]), "c": torch.arange(3.0).half()}
+    entries = {
+        "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]},
+        "c": {"dtype": "F16", "shape": [3], "data_offsets": [9, 15]},
+    }
+    header = json.dumps(entries).encode() + b" " * spaces
+    data = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    same(read(tmp_path / "x.safetensors")[0], tensors)
+    with tensor_file(tmp_path / "x.safetensors") as file:
+        same({name: file.tensor(name) for name in file.header.entries}, tensors)
+        same(file.tensors(lambda name: name != "b"), {name: tensors[name] for name in "ac"})
+        same(file.tensors(lambda name: name != "a"), {name: tensors[name] for name in "bc"})
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_disk_that_hands_over_a_few_bytes_at_a_time_is_read_to_the_end(tmp_path, monkeypatch, in_place):
+    """As network drives do."""
+    monkeypatch.setattr(module, "IN_PLACE", in_place and module.IN_PLACE)
+    real = module._read_at
+    monkeypatch.setattr(module, "_read_at", lambda file, place, begin: real(file, place[:5], begin))
+    path = written(tmp_path / "x.safetensors")
+    same(read(path)[0], TENSORS)
+    with tensor_file(path) as file:
+        same({name: file.tensor(name) for name in reversed(file.header.entries)}, TENSORS)
+
+
 def test_tensors_are_read_one_at_a_time(tmp_path):
     with tensor_file(written(tmp_path / "x.safetensors")) as file:
         same({name: file.tensor(name) for name in reversed(file.header.entries)}, TENSORS)
@@ -212,6 +248,65 @@ def test_a_file_that_is_cut_off_after_it_was_loaded_ends_no_process(tmp_path):
     command = [sys.executable, "-c", TRUNCATED, tmp_path / "x.safetensors", tmp_path / "out.safetensors"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "right\n" * 3), done.stderr
+
+
+@pytest.mark.parametrize("metadata", [{}, {"é": "x"}])
+def test_a_header_may_be_as_long_as_is_said_where_it_is_read_and_where_it_is_written(tmp_path, monkeypatch, metadata):
+    path = tmp_path / "x.safetensors"
+    with open(path, "wb") as file:
+        write(file, TENSORS, metadata, hashed=True)
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    monkeypatch.setattr(limits, "MAX_HEADER", length)
+    same(read(path)[0], TENSORS)
+    with open(tmp_path / "y.safetensors", "wb") as file:
+        write(file, TENSORS, metadata, hashed=True)
+    assert (tmp_path / "y.safetensors").read_bytes() == path.read_bytes()
+    monkeypatch.setattr(limits, "MAX_HEADER", length - 1)
+    with pytest.raises(ValueError, match=f"claims a header of {length} bytes"):
+        read(path)
+    with (
+        open(tmp_path / "z.safetensors", "wb") as file,
+        pytest.raises(ValueError, match=r"bytes of header, and the most are"),
+    ):
+        write(file, TENSORS, metadata, hashed=True)
+
+
+def test_a_tensor_may_have_as_long_a_name_and_as_many_dimensions_as_is_said(tmp_path):
+    tensors = {"a" * MAX_NAME: torch.ones((1,) * MAX_DIMENSIONS), "b": torch.ones((1,) * (MAX_DIMENSIONS - 1))}
+    same(read(written(tmp_path / "x.safetensors", tensors))[0], tensors)
+    for wrong, said in (
+        ({"a" * (MAX_NAME + 1): torch.ones(1)}, rf"{MAX_NAME + 1} characters; names have 1 to {MAX_NAME}"),
+        ({"a": torch.ones((1,) * (MAX_DIMENSIONS + 1))}, "a has shape"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            read(written(tmp_path / "x.safetensors", wrong))
+
+
+class Slow:
+    """A file on a disk that takes its time."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, data):
+        time.sleep(0.003)
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_what_is_made_ahead_of_a_slow_disk_stands_in_the_file_as_it_was_made(tmp_path, monkeypatch):
+    """In memory that is used again: not before it is written."""
+    monkeypatch.setattr(module, "_BATCH", 1)
+    tensors = {f"{n:02}": torch.full((3,), float(n)) for n in range(24)}
+    later = {
+        name: Unmade(dtype=one.dtype, shape=one.shape, fill=lambda place, one=one: place.copy_(one), device=one.device)
+        for name, one in tensors.items()
+    }
+    with open(tmp_path / "x.safetensors", "wb") as file:
+        write(Slow(file), later, {}, hashed=True, ahead=load_save._ahead)
+    same(read(tmp_path / "x.safetensors")[0], tensors)
 
 
 UNREADABLE = {

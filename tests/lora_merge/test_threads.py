@@ -52,8 +52,9 @@ def test_as_many_work_at_a_time_as_were_asked_for(workers, at_once):
 
     def work(item):
         running.add(item)
-        most.append(len(running))
         barrier.wait(timeout=30)
+        time.sleep(0.002)
+        most.append(len(running))
         running.discard(item)
 
     list(in_order(work, range(4 * at_once), workers))
@@ -131,6 +132,13 @@ def test_an_error_stops_the_rest_and_leaves_the_workers_fit(workers):
 def test_work_within_work_does_not_wait_for_itself():
     assert list(in_order(lambda n: sum(in_order(abs, range(n), 2)), range(6), 2)) == [0, 0, 1, 3, 6, 10]
     assert on_one_core(lambda: on_one_core(lambda: 5)) == 5
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_work_is_done_on_one_core_however_many_the_process_has(threads):
+    torch.set_num_threads(threads)
+    assert on_one_core(torch.get_num_threads) == 1
+    assert list(in_order(lambda _: torch.get_num_threads(), range(3), 1)) == [1, 1, 1]
 
 
 def test_several_workers_leave_the_calling_thread_alone():

@@ -96,6 +96,17 @@ def test_several_slices_in_one_module_are_rows_of_the_weight_too():
     assert FAMILY.whole_shape(FUSED, two) == (W + 10, W)
 
 
+def test_a_slice_may_be_of_two_fused_weights_of_which_one_is_part_of_the_other():
+    """As q of Flux's single blocks, whose linear1 some files have without its MLP."""
+    fused = {"qk": Fused(("q k",), "ww"), "qkm": Fused(("q k m",), "wwr", pieces={"qk": (0, 2)})}
+    one = transformer("Two", stacks=[Stack(own="blocks", theirs="layers", fused=fused)], outside={})
+    small, large = f"{OWN}blocks_0_qk", f"{OWN}blocks_0_qkm"
+    assert [one.fused(f"{THEIRS}layers_0_{x}") for x in "qkm"] == [{small, large}, {small, large}, {large}]
+    assert one.fused(small) == {large}
+    for whole, rows in ((small, 2 * W), (large, 3 * W)):
+        assert one.rows(f"{THEIRS}layers_0_k", whole, (rows, W)) == Rows(W, W)
+
+
 def test_diffusers_has_for_each_weight_the_first_of_its_names():
     def parts(own, rows=4, columns=W):
         return [
@@ -131,6 +142,7 @@ def test_halves_are_turned_where_diffusers_names_them_and_there_are_two():
     [
         (["blocks_2_mlp_up"], True),
         (["blocks_3_mlp_up"], False),
+        (["x_in_proj", "proj_out", "out_lin_bias"], True),
         (["layers_2_q", "blocks_0_norm_bias", "norm_out_linear"], True),
         (["blocks_2_mlp_up", "strange"], False),
         (["blocks_2_strange_bias"], False),

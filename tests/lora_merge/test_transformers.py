@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 
+from lcm_kit.lora_merge.naming.family import numbered
 from lcm_kit.lora_merge.recognise.by_blocks import base_of, make_of, recognise
 from lcm_kit.lora_merge.recognise.transformers import BY_NAME, TRANSFORMERS, _table
 from lcm_kit.lora_merge.recognise.wrong_base import Counts, are_kin, is_other_base, is_wrong_base
@@ -30,7 +31,11 @@ def inside(one, other):
 def test_a_base_is_itself_and_no_other(name):
     base = BY_NAME[name]
     assert base_of(base.modules).name == name
-    assert base_of(dict.fromkeys(base.modules)) is not None
+    # Packed, where a shape is one of bytes: nothing but the names tells.
+    alike = [other.name for other in TRANSFORMERS if other.modules.keys() == base.modules.keys()]
+    packed = base_of(dict.fromkeys(base.modules))
+    assert (packed.name if packed else None) == (name if alike == [name] else None)
+    assert not is_other_base(recognise(modules_of(name)).bases, packed.name if packed else None)
     assert make_of(base.modules).branches == base.branches
     found = recognise(modules_of(name)).bases
     assert name in found
@@ -47,6 +52,26 @@ def test_a_pruned_model_is_its_base_until_a_tenth_is_missing(name):
     for one in names[: len(names) // 5]:
         modules.pop(one, None)
     assert base_of(modules) is None or base_of(modules).name != name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_stands_outside_of_a_bases_blocks_says_nothing_of_a_model(name):
+    base = BY_NAME[name]
+    outside = {f"{place}_{number}": (7, 7) for place in ("img_in", "elsewhere") for number in range(len(base.modules))}
+    assert base_of(base.modules | outside) is base
+    assert make_of([*base.modules, *outside]).branches == base.branches
+
+
+def test_a_model_that_has_just_nine_tenths_of_a_base_is_that_base_or_its_make():
+    for base in TRANSFORMERS:
+        left = sorted(base.modules)[len(base.modules) // 10 :]
+        if len(base.modules) % 10 == 0:
+            assert base_of({name: base.modules[name] for name in left}) is base
+            assert base_of({name: base.modules[name] for name in left[1:]}) is not base
+    wan = BY_NAME["Wan 2.1/2.2 14B"]  # ten modules a block
+    without = [name for name in wan.modules if not name.endswith("_ffn_0")]
+    assert make_of(without).kin.startswith("Wan")
+    assert make_of([name for name in without if not name.endswith("_ffn_2")]) is None
 
 
 @cache
@@ -84,6 +109,31 @@ def test_hunyuan_video_and_flux_have_blocks_of_one_shape_and_are_told_by_their_n
     few = modules_of("Flux.1", lambda name: name.split("_")[2] in ("7", "12"))
     assert set(recognise(few).bases) >= {"Flux.1", "HunyuanVideo"}
     assert not is_other_base(recognise(few).bases, "HunyuanVideo")
+
+
+def ends_of(modules):
+    """Stack -> number of the last block."""
+    found = {}
+    for name in modules:
+        stack, number = numbered(name.removeprefix("lora_unet_"))
+        found[stack] = max(found.get(stack, 0), int(number))
+    return found
+
+
+def fit(base, module):
+    return base.modules.get(module.removeprefix("lora_unet_"))
+
+
+@pytest.mark.parametrize("name", [base.name for base in TRANSFORMERS if len(base.stacks) > 1])
+def test_those_bases_go_first_of_which_it_changes_the_last_block_of_each_stack_that_it_changes(name):
+    """Of one stack all but the last block, of the others all; against a count by hand over all bases."""
+    for stack, blocks in BY_NAME[name].stacks.items():
+        last = f"{stack}_{len(blocks) - 1}_"
+        modules = modules_of(name, lambda one, last=last: not one.startswith(last))
+        fits = {base: [one for one, shape in modules.items() if fit(base, one) == shape] for base in TRANSFORMERS}
+        possible = [base for base, ones in fits.items() if len(ones) >= 0.95 * len(modules)]
+        whole = [b for b in possible if all(n == len(b.stacks[s]) - 1 for s, n in ends_of(fits[b]).items())]
+        assert recognise(modules).bases == tuple(base.name for base in whole or possible), stack
 
 
 def test_what_says_nothing_of_a_transformer():

@@ -6,9 +6,12 @@ import torch
 from lcm_kit.lora_merge import Lora, merge, merge_with_account
 from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.comparing.report import as_text
+from lcm_kit.lora_merge.files.twice import Named, slices
+from lcm_kit.lora_merge.merging.align import unify
 from lcm_kit.lora_merge.merging.report import warnings_of
 from lcm_kit.lora_merge.naming import aliases
 from lcm_kit.lora_merge.naming.encoders import aligned
+from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import factors, kohya, relative
 
 
@@ -228,6 +231,130 @@ def test_namings_of_which_nothing_is_known_are_refused_unless_they_are_one():
     assert len(merge([(odd, 1.0), (more, 1.0)]).modules) == 3
     # No two shapes can be of one weight.
     assert len(merge([(odd, 1.0), (one("transformer.decoder_stack.0.gate.w", out=7), 1.0)]).modules) == 2
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("pair", MEETING + ENCODERS + [names[:2] for names in IN_ALL])
+def test_unified_loras_have_one_name_for_one_weight(pair, swap):
+    """What each says of itself and its values stay."""
+    loras = [one(name, seed=seed, source=f"{seed}") for seed, name in enumerate(pair[::-1] if swap else pair)]
+    first, second = unify(loras)
+    assert first.spellings.keys() == second.spellings.keys()
+    assert len(first.spellings) == 1
+    for before, after in zip(loras, (first, second), strict=True):
+        assert (after.source, after.metadata, after.keys) == (before.source, before.metadata, before.keys)
+        (old,), (new,) = before.modules.values(), after.modules.values()
+        assert torch.equal(old.delta(), new.delta())
+
+
+@pytest.mark.parametrize("pair", OTHERS)
+def test_unified_loras_of_two_weights_have_the_names_that_they_had(pair):
+    loras = [one(name, seed=seed) for seed, name in enumerate(pair)]
+    assert [unified.spellings for unified in unify(loras)] == [lora.spellings for lora in loras]
+
+
+def test_what_is_unified_alone_is_what_it_was():
+    state = kohya("lora_unet_down_blocks_0_attentions_0_proj_in", *factors(6, 2, 5), 2.0)
+    for number, kind in enumerate((*kinds.ADDITIVE, *kinds.CARRIED)):
+        kernel = (3, 3) if kinds.ADDITIVE.get(kind, ("", False))[1] else ()
+        state |= kinds.state_dict(kind, f"lora_unet_thing_{number}", kernel=kernel, alpha=2.0)
+    state |= {"lora_unet_a.diff": torch.ones(3, 4), "lora_unet_a.diff_b": torch.ones(3), "a.stray": torch.ones(2)}
+    before = Lora.from_state_dict(state, metadata={"a": "b"}, source="all")
+    (after,) = unify([before])
+    for field in ("modules", "diffs", "carried", "spellings", "metadata", "source", "keys"):
+        mine, theirs = getattr(after, field), getattr(before, field)
+        if field in ("modules", "diffs", "carried"):
+            assert mine.keys() == theirs.keys()
+            assert all(mine[name] is theirs[name] for name in mine)
+        else:
+            assert mine == theirs
+
+
+def test_updates_of_one_weight_and_its_bias_meet_by_their_shapes_each():
+    """A bias has the rows of its weight, and is another thing."""
+    name = "lora_unet_blocks_0_attn_foo"
+    first = Lora.from_state_dict(kohya(name, *factors(6, 2, 5)) | {f"{name}.diff_b": torch.ones(6)}, source="one")
+    for change, said in (
+        ({f"{name}.diff": torch.ones(6, 5), f"{name}.diff_b": torch.ones(6)}, None),
+        (
+            {f"{name}.diff": torch.ones(6, 4), f"{name}.diff_b": torch.ones(6)},
+            rf"^{name}: one updates .* \(6, 5\), two .* \(6, 4\)",
+        ),
+        (
+            {f"{name}.diff": torch.ones(6, 5), f"{name}.diff_b": torch.ones(7)},
+            rf"^{name} \(bias\): one updates .* \(6,\), two .* \(7,\)",
+        ),
+    ):
+        second = Lora.from_state_dict(change, source="two")
+        if said is None:
+            assert [one.spellings for one in unify([first, second])] == [first.spellings, second.spellings]
+        else:
+            with pytest.raises(ValueError, match=said):
+                unify([first, second])
+
+
+KNOWN = ("lora_unet_double_blocks_7_img_attn_proj", "diffusion_model.layers.7.feed_forward.w2")
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("known", KNOWN)
+def test_names_that_are_known_and_names_that_are_not_are_refused_together(known, beside, swap):
+    """One unknown name is enough: which weight it is nothing tells. With a known name of its own LoRA beside it, or none."""
+    odd = kohya("transformer.decoder_stack.0.gate.w", *factors(6, 2, 5))
+    if beside:
+        odd |= kohya("transformer.transformer_blocks.3.attn.add_q_proj", *factors(8, 2, 5))
+    pair = [one(known), Lora.from_state_dict(odd, source="other")]
+    said = refused(*(pair[::-1] if swap else pair))
+    assert "nothing here tells whether they are of one weight" in said
+    assert f"{known} ({known})" in said
+    assert "transformer.decoder_stack.0.gate.w (other)" in said
+
+
+def test_a_bias_and_a_weight_are_not_one_whatever_they_are_called():
+    odd = one("diffusion_model.stages.0.mixer.win", 6, 5)
+    for part, refuses in (("diff", True), ("diff_b", False)):
+        other = Lora.from_state_dict({f"transformer.decoder_stack.0.gate.w.{part}": torch.ones(6)}, source="other")
+        if refuses:
+            refused(odd, other)
+        else:
+            assert len(merge([(odd, 1.0), (other, 1.0)]).spellings) == 2
+
+
+WHOLES = [None, (), (18,), (18, 5), (18, 5, 1, 1), (6, 5), (18, 4)]
+
+
+@pytest.mark.parametrize("whole", WHOLES)
+@pytest.mark.parametrize("part", [None, (), (6,), (6, 5), (6, 5, 1, 1), (6, 2, 2), (18, 5), (30, 5)])
+def test_a_slice_is_of_a_weight_of_more_rows_and_as_many_columns(whole, part):
+    """As far as shapes tell: a bias, or an update that tells its rows alone, has no columns; None and () tell nothing."""
+    found = slices(
+        [
+            Named(0, "lora_unet_double_blocks_0_img_attn_qkv", "a", False, whole),
+            Named(1, "lora_transformer_transformer_blocks_0_attn_to_q", "b", False, part),
+        ]
+    )
+    fits = not whole or not part or whole[0] > part[0]
+    if whole and part and len(whole) > 1 and len(part) > 1:
+        fits = fits and torch.Size(whole[1:]).numel() == torch.Size(part[1:]).numel()
+    assert [(first.owner, second.owner) for first, second in found] == ([(0, 1)] if fits else [])
+
+
+def test_slices_are_of_another_lora_of_the_model_and_of_a_weight_or_a_bias_alike():
+    whole, part = "lora_unet_double_blocks_0_img_attn_qkv", "lora_transformer_transformer_blocks_0_attn_to_q"
+
+    def pairs(*updates):
+        named = [Named(owner, name, spelling, is_bias, None) for owner, name, spelling, is_bias in updates]
+        return len(slices(named))
+
+    assert pairs((0, whole, "x", False), (1, part, "y", False)) == 1
+    assert pairs((0, part, "x", False), (1, whole, "y", False)) == 1
+    assert pairs((0, whole, "x", True), (1, part, "y", True)) == 1
+    assert pairs((0, whole, "x", True), (1, part, "y", False)) == 0
+    assert pairs((0, whole, "x", False), (0, part, "y", False)) == 0
+    assert pairs((0, whole, "lora_te1_x", False), (1, part, "y", False)) == 0
+    assert pairs((0, whole, "x", False), (1, part, "lora_te1_y", False)) == 0
+    assert pairs((0, whole, "x", False), (1, whole, "y", False), (2, part, "z", False)) == 2
 
 
 def test_a_fused_weight_and_its_slices_are_added_up_exactly_and_named_where_they_would_have_to_meet():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from lcm_kit.lora_merge import load, merge, resize, save
 from lcm_kit.lora_merge.algebra.precision import all_finite, holds, is_finite
 from lcm_kit.lora_merge.comparing.compare import compare
+from lcm_kit.lora_merge.disk import tensor_file
 from lcm_kit.lora_merge.disk.tensor_file import count_open
 from lcm_kit.lora_merge.files import load_save
 from lcm_kit.lora_merge.updates.layer import LoraLayer, Share, largest
@@ -331,6 +332,20 @@ def test_what_is_told_of_an_unmade_tensor_is_told_of_the_tensor(dtype, column, b
     assert layer.alpha == LoraLayer(up, down, 3.0).alpha
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, HALF, FULL])
+@pytest.mark.parametrize("shape", [(100, 3), (3, 100), (5, 3, 2, 2), (40, 3, 2, 2)])
+def test_extremes_are_those_of_the_values_and_of_the_components_along_the_rank(shape, dtype):
+    """The rank is the shorter side, or the one that is asked for; of long components a beginning is looked at."""
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=FULL).to(dtype)
+    matrix = tensor.float().flatten(1)
+    for component, asked in ((int(matrix.shape[0] > matrix.shape[1]), None), (0, 0), (1, 1)):
+        found = extremes(tensor, asked)
+        assert (found.low, found.high, found.largest) == (matrix.min(), matrix.max(), matrix.abs().max())
+        assert found.component == component
+        beginning = matrix.narrow(1 - component, 0, min(64, matrix.shape[1 - component]))
+        assert found.least == beginning.abs().amax(dim=1 - component).min()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_an_unmade_tensor_is_made_in_its_dtype_where_it_belongs(dtype):
     """meta stands for a device without numbers."""
@@ -348,6 +363,21 @@ def test_memory_that_is_lent_is_nobody_elses_meanwhile():
     where = one.data_ptr(), other.data_ptr()
     with borrowed_bytes(4) as again:
         assert again.data_ptr() in where
+
+
+@pytest.mark.parametrize(("maps", "mapping", "mapped"), [(False, True, 0), (True, True, 1), (True, False, 0)])
+def test_a_file_is_mapped_where_the_system_holds_it_and_the_caller_lets_it(
+    tmp_path, monkeypatch, maps, mapping, mapped
+):
+    """Elsewhere whoever cuts a mapped file off ends this process; and what is held in its file is not mapped at all."""
+    path, found = put(tmp_path / "x.safetensors", state(2, torch.float32, 0)), []
+    mmap = tensor_file.mmap.mmap
+    monkeypatch.setattr(tensor_file, "MAPPED_ABOVE", 0)
+    monkeypatch.setattr(tensor_file.mmap, "mmap", lambda *a, **k: found.append(a) or mmap(*a, **k))
+    assert load_save._MAPS is (os.name != "posix")
+    monkeypatch.setattr(load_save, "_MAPS", maps)
+    load(path, in_memory=True, mapping=mapping)
+    assert len(found) == mapped
 
 
 @ONLY_POSIX

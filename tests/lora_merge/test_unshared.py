@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lcm_kit.lora_merge import Lora, LoraLayer, describe_merge, load, merge, merge_with_account, resize, save
-from lcm_kit.lora_merge.one_module.unshared import smaller_whole
+from lcm_kit.lora_merge.one_module.unshared import smaller_whole, times, uncut
 from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import factors, generator, kohya, relative
 
@@ -36,7 +36,7 @@ def elsewhere():
     return Lora.from_state_dict(kohya(ELSEWHERE, *factors(8, 3, 12), 2.0), source="elsewhere")
 
 
-@pytest.mark.parametrize(("alpha", "strength"), [(None, 1.0), (5.0, 0.5), (None, 0.3), (5.0, -0.7), (-2.0, 2.5)])
+@pytest.mark.parametrize(("alpha", "strength"), [(None, 1.0), (5.0, 0.5), (None, 2.0), (5.0, -0.7), (-2.0, 2.5)])
 @pytest.mark.parametrize(("kind", "kernel"), CASES)
 def test_it_stays_what_it_is_and_its_update_is_strength_times_what_it_was(tmp_path, kind, kernel, alpha, strength):
     module, one = module_of(kernel), one_of(kind, kernel, alpha)
@@ -68,6 +68,29 @@ def test_alpha_takes_the_strength_where_it_has_an_effect():
     (layer,) = merge([(whole, -0.5)]).modules.values()
     assert layer.alpha == 3.0
     assert torch.equal(layer.w1 * layer.w2[0, 0], -0.5 * whole.modules[LINEAR].w1 * layer.w2[0, 0])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("alpha", [None, 0.75])
+def test_alpha_takes_as_much_as_float32_bears_and_no_more(alpha, sign):
+    """Its powers of two keep within 120 of either sign; below 2 ** 1 a number is of the power 1."""
+    layer = one_of("LoHa", (), alpha).modules[LINEAR]
+    size = layer.written_alpha  # 2, the rank, without alpha
+    for power in (-121, -120, 119, 120):
+        strength = sign * 2.0**power / size
+        assert (times(layer, strength) is not None) == (-120 <= power + 1 <= 120)
+    assert times(layer, 0.0).alpha == 0
+    assert times(layer, 1.0) is layer
+
+
+@pytest.mark.parametrize("strengths", [(0.5, 0.0), (0.0, -2.0)])
+def test_what_is_not_cut_has_all_of_its_energy(strengths):
+    one = one_of("LoHa", (), 3.0).modules[LINEAR]
+    energies = [strength**2 * float(one.delta().double().square().sum()) for strength in strengths]
+    found = uncut(one, [(one, strength) for strength in strengths])
+    assert found.layer is one
+    assert (found.energy, found.lost_energy) == (pytest.approx(sum(energies)), 0.0)
+    assert list(found.source_energy) == list(found.kept_energy) == pytest.approx(energies)
 
 
 @pytest.mark.parametrize(("first", "second"), [((8, 6), (2, 3)), ((2, 3), (8, 6))])

@@ -282,7 +282,7 @@ def test_many_pairs_that_are_independent_are_counted(inputs, named):
         (
             comparison(pair(), blocks=local(*[pair(-0.9 + 0.1 * number) for number in range(6)], pair(), pair())),
             "Where: block 0 (cosine -0.90), block 1 (cosine -0.80), block 2 (cosine -0.70), block 3 (cosine -0.60), "
-            "block 4 (cosine -0.50), and 1 more blocks.",
+            "block 4 (cosine -0.50), and 1 more block.",
         ),
         (
             comparison(pair(), blocks=local(*[pair(-0.9 + 0.1 * number) for number in range(7)], pair())),

@@ -13,7 +13,7 @@ import pytest
 
 from lcm_kit.lora_merge import Lora, save
 from lcm_kit.lora_merge.disk import whole
-from lcm_kit.lora_merge.disk.whole import check_place, held, write_whole
+from lcm_kit.lora_merge.disk.whole import check_place, held, is_plain_file, write_whole
 from lcm_kit.tests.helpers import ROOT
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
@@ -71,6 +71,23 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
     write_whole(path, write, anything)
     assert path.read_bytes() == b"new"
     assert names(tmp_path) == ["x"]
+
+
+def test_a_temporary_file_that_somebody_tidied_away_before_it_was_locked_is_made_anew(tmp_path, monkeypatch):
+    """By the next run of that name, which takes it for a leftover."""
+    real, tried = whole._locked, []
+
+    def locked(file):
+        tried.append(file.name)
+        if len(tried) < 3:
+            os.unlink(file.name)
+        return real(file)
+
+    monkeypatch.setattr(whole, "_locked", locked)
+    write_whole(tmp_path / "x", content(b"new"))
+    assert len(set(tried)) == 3
+    assert names(tmp_path) == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"new"
 
 
 def test_a_name_that_is_taken_meanwhile_is_not_lost(tmp_path):
@@ -371,3 +388,13 @@ def test_a_disk_that_takes_no_more_is_told_with_the_file_s_name_and_interrupts_s
     if isinstance(raised.value, OSError):
         assert f"{path}: could not be written" in str(raised.value)
     assert names(tmp_path) == []
+
+
+@POSIX
+def test_a_plain_file_is_one_that_can_be_read_without_waiting(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "nowhere").symlink_to("none")
+    os.mkfifo(tmp_path / "pipe")
+    found = {name: is_plain_file(tmp_path / name) for name in ("file", "link", "nowhere", "pipe", "none", ".", "a\0b")}
+    assert found == {"file": True, "link": True} | dict.fromkeys(("nowhere", "pipe", "none", ".", "a\0b"), False)

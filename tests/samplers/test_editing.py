@@ -308,6 +308,20 @@ def test_refuses_a_schedule_that_is_none(sigmas, message):
         edit_ddcm(None, None, picture(), torch.tensor(sigmas), noise=StepNoise(0), disable=True)
 
 
+@pytest.mark.parametrize("keep", [0.0, 0.3])
+def test_an_edit_takes_place_where_the_latent_is(keep):
+    """meta stands for a device without numbers."""
+    told = []
+
+    def model(x, sigma):
+        told.append((x.device.type, sigma.device.type))
+        return 0.5 * x
+
+    z0 = picture().to("meta")
+    assert edit_ddcm(model, model, z0, schedule(2), noise=StepNoise(0), keep=keep, disable=True).device.type == "meta"
+    assert told == [("meta", "meta")] * 4
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_levels_are_float32_whatever_they_are_handed_in_as(dtype):
     sigmas, seen = schedule().to(dtype), set()

@@ -234,10 +234,12 @@ def test_half_precision_goes_in_and_out_and_is_float32_inside(dtype, gamma):
 @pytest.mark.parametrize("shape", [(2, 16), (2, 1, 37), (1, 4, 3, 8, 8)])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
 def test_any_number_of_dimensions(shape, gamma):
+    def model(x, sigma):
+        assert sigma.shape == x.shape[:1]
+        return 0.5 * x
+
     x = SIGMAS[0] * normal(*shape)
-    result = sample_lcm(
-        lambda x, sigma: 0.5 * x, x, SIGMAS, noise=StepNoise(0), gamma=gamma, table=TABLE, timesteps=TIMESTEPS
-    )
+    result = sample_lcm(model, x, SIGMAS, noise=StepNoise(0), gamma=gamma, table=TABLE, timesteps=TIMESTEPS)
     assert result.shape == shape
     assert result.isfinite().all()
 
@@ -331,6 +333,14 @@ def test_a_trace_of_the_latent_is_not_added_into_what_the_model_returned():
     result = sample_lcm(lambda x, sigma: image, x, torch.tensor([14.0, 0.0]), noise=StepNoise(0), plan=plan)
     assert torch.equal(image, kept)
     torch.testing.assert_close(result, kept + 0.25 * x)
+
+
+@pytest.mark.parametrize("weight", [2.0, -1.0, 0.0, 0.5, 1.0])
+def test_a_prediction_has_the_weight_that_the_plan_says(weight):
+    image = normal(1, 4, 8, 8, seed=1)
+    plan = Plan((StepWeights(0.0, weight, 0.0),), (0,))
+    result = sample_lcm(lambda x, sigma: image, image, torch.tensor([1.0, 0.0]), noise=no_noise, plan=plan)
+    assert torch.equal(result, weight * image)
 
 
 def test_in_float64_a_weight_counts_that_float32_cannot_tell_from_one():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lcm_kit.samplers.preset import Preset
-from lcm_kit.samplers.preset_words import needs_in_words, settings_in_words
+from lcm_kit.samplers.preset_words import describe, needs_in_words, settings_in_words
 from lcm_kit.samplers.presets import PRESETS, shifted_levels, trailing_timesteps, trigflow_levels
 from lcm_kit.samplers.renoise import gamma_per_step
 from lcm_kit.samplers.schedule import lcm_timesteps
@@ -94,7 +94,7 @@ def test_levels_that_a_rule_lists():
 
 def test_settings_in_words():
     assert settings_in_words(PRESETS["DMD2"]) == "4 steps, cfg 1, gamma 1, timesteps 999, 749, 499, 249"
-    assert settings_in_words(PRESETS["Turbo"]) == "1 steps, cfg 1, gamma 1, of the timesteps 999, 749, 499, 249"
+    assert settings_in_words(PRESETS["Turbo"]) == "1 step, cfg 1, gamma 1, of the timesteps 999, 749, 499, 249"
     assert settings_in_words(Preset("own", 2, 1.5, (0.0, 1.0))) == "2 steps, cfg 1.5, gamma 0, 1, 50 original steps"
     even = "evenly spaced through the model's own shift"
     assert settings_in_words(PRESETS["Wan 2.2 lightx2v"]) == f"4 steps, cfg 1, gamma 0, {even}"
@@ -108,6 +108,19 @@ def test_settings_in_words():
     assert needs_in_words(PRESETS["Flux.2 Turbo"]) == ["LoRA at strength 1", "FluxGuidance 2.5"]
     assert needs_in_words(PRESETS["LCM"]) == ["LoRA at strength 1"]
     assert needs_in_words(PRESETS["DMD2"]) == []
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_is_read_about_a_preset_is_a_line_for_each_thing_it_says(name):
+    preset, needs = PRESETS[name], needs_in_words(PRESETS[name])
+    of_one_length = preset.fixed and bool(preset.timesteps) and preset.gamma == 0 and preset.steps > 1
+    assert describe(preset).split("\n") == [
+        f"{name}: {settings_in_words(preset)}.",
+        *([f"It also asks for: {'; '.join(needs)}."] if needs else []),
+        *(["Below denoise 1 fewer steps are run, each as long as it was trained for."] if of_one_length else []),
+        f"Made for {preset.models}; there sampled with {preset.sampler}.",
+        f"From {preset.source}, {preset.date}.",
+    ]
 
 
 def test_known_schedules():

@@ -113,6 +113,21 @@ def test_a_list_that_breaks_the_rules_is_refused(gamma, message):
         noise_kept(SIGMAS, gamma, table=TABLE)
 
 
+def test_a_run_of_one_step_or_none_takes_one_gamma():
+    for steps in (0, 1):
+        assert gamma_per_step([0.3], steps) == [0.3] * steps
+        with pytest.raises(ValueError, match=f"gamma has 2 entries but the run has {steps} steps"):
+            gamma_per_step([0.3, 1.0], steps)
+
+
+def test_a_level_just_below_an_entry_keeps_all_of_its_noise_and_no_more():
+    """The nearest entry is above it, and at gamma 0, almost, that entry is s."""
+    level = TABLE[500] * 0.9999
+    assert noise_kept(torch.stack([TABLE[-1], level]), 1e-12, table=TABLE) == [1.0]
+    share = float(TABLE[499] / TABLE[500])  # one timestep below it
+    assert noise_kept(TABLE[[999, 500]], 1 / 501, table=TABLE) == [pytest.approx(share, rel=1e-6)]
+
+
 @pytest.mark.parametrize(
     ("text", "gammas"),
     [

@@ -309,6 +309,9 @@ def test_the_nearest_points_are_those_of_the_models_own_grid():
     assert off_grid([499, 498, 100], train_timesteps=500) == {498: 499, 100: 99}
     assert off_grid([499, 498, 105], original_steps=100, train_timesteps=500) == {498: 499, 105: 104}
     assert off_grid([999, 39, 40, 30]) == {40: 39, 30: 39}
+    # 1001 is 11 * 91.
+    assert off_grid([909, 899], original_steps=91) == {}
+    assert lcm_timesteps(2, original_steps=91)[0] == 909
 
 
 def test_a_table_may_be_longer_than_a_thousand_begin_with_its_first_entry_and_stand_still():

@@ -25,6 +25,11 @@ def test_the_limit_is_in_standard_deviations_of_the_images_own_noise():
         assert (of_image.abs() == bound).any()
 
 
+def test_noise_of_one_value_has_no_deviation_to_be_limited_by():
+    one = torch.zeros(3, 1)
+    assert torch.equal(ShapedNoise(StepNoise(3), clip_std=0.5)(LEVEL, one), StepNoise(3)(LEVEL, one))
+
+
 def test_an_image_is_limited_alike_alone_and_in_a_batch():
     together = ShapedNoise(StepNoise(3), clip_std=1.0)(LEVEL, like(3))
     alone = ShapedNoise(StepNoise(3, [2]), clip_std=1.0)(LEVEL, like(1))
@@ -57,6 +62,13 @@ def test_lcms_own_steps_under_a_feathered_mask_have_the_factor_worked_out_by_han
     expected = [1.0, (1.9 / 0.1) ** 0.5, 3.0**0.5, (1.1 / 0.9) ** 0.5, 1.0]
     torch.testing.assert_close(factor, torch.tensor(expected))
     assert factor[0] == factor[-1] == 1.0
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.7, 1.0])
+def test_where_all_may_change_or_nothing_noise_is_added_as_it_is(kept):
+    mask = torch.tensor([0.0, 1.0])
+    for factor in feathered_factors(mask, [0.9, 0.1, 0.7, 0.33], kept):
+        assert factor.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("shares", [[0.0] * 4, [0.9, 0.5, 0.1], [1.0, 0.0, 0.3], [0.3] * 6, [1.0, 1.0]])

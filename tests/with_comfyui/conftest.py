@@ -248,6 +248,14 @@ def loras_folder(comfy_home, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def large(monkeypatch):
+    """Every file is one of those whose factors stay in it."""
+    from lcm_kit.lora_merge.files import load_save
+
+    monkeypatch.setattr(load_save, "_STREAMED", 0)
+
+
+@pytest.fixture
 def put(loras_folder):
     """Writes tensors into it, under a name, with metadata."""
     import safetensors.torch

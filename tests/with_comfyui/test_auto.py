@@ -134,7 +134,7 @@ def test_too_many_new_files_are_left_for_the_next_run(loras, monkeypatch):
     model = tiny.small_model()
     put(loras, "a.safetensors", tiny.lora(model), **{"lcm_kit.preset": "LCM"})
     monkeypatch.setattr(auto, "SECONDS", -1.0)
-    with pytest.raises(ValueError, match="1 files are not looked at yet, for there are many: run again to go on"):
+    with pytest.raises(ValueError, match="1 file is not looked at yet, for there are many: run again to go on"):
         load(model)
 
 

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import comfy.sd
 import comfy.utils
+import folder_paths
 import pytest
 import torch
 
 from lcm_kit.distillation.adapter import adapted
+from lcm_kit.nodes.loading import LCMLoader
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 MODELS = DEMO / "models"
@@ -52,13 +54,24 @@ def test_the_base_predicts_v_and_reads_captions(tiny_emoji):
     assert torch.equal(unknown, empty)
 
 
-@pytest.mark.parametrize("name", ["tiny_emoji_lcm_lora", "tiny_emoji_ink_lora"])
+@pytest.mark.parametrize("name", ["tiny_emoji_lcm_lora", "tiny_emoji_phased_lora", "tiny_emoji_ink_lora"])
 def test_a_lora_changes_every_layer_that_the_paper_s_do(tiny_emoji, name):
     model, _ = tiny_emoji
     lora = comfy.utils.load_torch_file(str(MODELS / "loras" / f"{name}.safetensors"))
     patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
     layers = [n for n, module in model.model.diffusion_model.named_modules() if adapted(n, module)]
     assert patched.patches.keys() == {f"diffusion_model.{n}.weight" for n in layers}
+
+
+@pytest.mark.parametrize(("kind", "preset"), [("lcm", "LCM"), ("phased", "Phased LCM 4 steps")])
+def test_an_acceleration_lora_brings_the_preset_it_was_distilled_for(tiny_emoji, monkeypatch, kind, preset):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(MODELS / "loras")], {".safetensors"}))
+    folder_paths.filename_list_cache.pop("loras", None)
+    _, _, handed, _, steps, cfg, _ = LCMLoader.execute(
+        tiny_emoji[0], f"tiny_emoji_{kind}_lora.safetensors", 1.0, "refuse"
+    ).result
+    folder_paths.filename_list_cache.pop("loras", None)
+    assert (handed.name, steps, cfg) == (preset, 4, 1.0)
 
 
 def test_all_of_the_demo_stays_within_30_megabytes():

@@ -143,7 +143,7 @@ def test_captions_alone_and_the_picture_of_the_course(in_process, tmp_path, caps
                  f"{style}:0.5", "-o", tmp_path / "lcm.safetensors", "--picture", tmp_path / "course.png"]  # fmt: skip
     assert in_process(*arguments) == 0
     said = capsys.readouterr().out
-    assert "1 steps of 2 images from 2 pictures that the model made itself" in said
+    assert "1 step of 2 images from 2 pictures that the model made itself" in said
     with Image.open(tmp_path / "course.png") as picture:
         assert picture.width == 768
         assert picture.height > 256

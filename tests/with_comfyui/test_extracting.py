@@ -112,7 +112,7 @@ def test_files_in_the_names_of_diffusers_and_of_ldm_meet(in_diffusers_names, tmp
     output = tmp_path / "lora.safetensors"
     words = [str(tmp_path / f"{name}.safetensors") for name in ("tuned", "base")]
     assert main(["extract", *words, "-o", str(output), "--rank", "4096", "--dtype", "fp32"]) == 0
-    assert "1 weights are in one file only" in (said := capsys.readouterr().out)
+    assert "1 weight is in one file only" in (said := capsys.readouterr().out)
     assert "cond_proj" in said
     applied, _ = with_lora(models["base"], comfy.utils.load_torch_file(str(output)))
     got = states["base"] | {

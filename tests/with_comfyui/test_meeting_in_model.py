@@ -68,7 +68,7 @@ def test_names_that_tell_nothing_meet_by_the_models_weights(name, first, second,
     wanted = one[weight] + 0.8 * two[weight]
     assert relative(ours[weight], wanted) <= 1e-5
     text = CompareLoRA.execute(rank=0, model=patcher(name), **slots(*states)).result[1]
-    assert "1 modules shared" in text
+    assert "1 module shared" in text
     assert "Note" not in text
 
 
@@ -84,7 +84,7 @@ def test_a_model_changes_nothing_where_names_tell_all():
 def test_a_model_that_a_lora_is_not_for_is_named():
     style = LoraWeights(lora("transformer.transformer_blocks.0.attn.to_q", (16, 16)), name="style.safetensors")
     with pytest.raises(
-        ValueError, match=r"style\.safetensors: none of its 1 modules has a place in the connected model"
+        ValueError, match=r"style\.safetensors: none of its 1 module has a place in the connected model"
     ):
         merged(tiny.tiny_model(), style, style)
 

@@ -83,7 +83,7 @@ def test_a_few_modules_without_a_place_are_named_by_apply(model, caplog):
     report = applied(model, stray)[2]
     total = len(tiny.modules(model))
     assert f"{total - 1} of {total} modules applied" in report
-    assert "1 have no place in this model: lora_unet_stray." in report
+    assert "1 has no place in this model: lora_unet_stray." in report
     assert "lora_unet_stray" in caplog.text
 
 
@@ -92,9 +92,7 @@ def test_a_lora_for_something_else_is_refused_by_apply(model):
         "transformer.blocks.0.attn.lora_up.weight": torch.ones(8, 1),
         "transformer.blocks.0.attn.lora_down.weight": torch.ones(1, 8),
     }
-    with pytest.raises(
-        ValueError, match=r"of its 1 modules 0 fit, 1 have no place in it .*transformer\.blocks\.0\.attn"
-    ):
+    with pytest.raises(ValueError, match=r"of its 1 module 0 fit, 1 has no place in it .*transformer\.blocks\.0\.attn"):
         applied(model, lora)
 
 
@@ -103,13 +101,13 @@ def test_a_bias_that_the_model_lacks_has_no_place(model, module, has_bias):
     name = f"diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.{module}"
     lora = tiny.lora(model, "generic") | {f"{name}.diff_b": torch.ones(32)}
     changed, _, report = applied(model, lora)
-    assert (f"1 have no place in this model: {name}." in report) is not has_bias
+    assert (f"1 has no place in this model: {name}." in report) is not has_bias
     assert (f"{name}.bias" in changed.patches) is has_bias
 
 
 def test_one_weight_named_by_two_modules_is_refused(model):
     lora = tiny.lora(model, "kohya") | tiny.lora(model, "kohya on ldm")
-    with pytest.raises(ValueError, match=r"names a weight twice: .* and .*, and \d+ pairs more"):
+    with pytest.raises(ValueError, match=r"names a weight twice: .* and .*, and \d+ pairs? more"):
         applied(model, lora)
 
 

@@ -388,7 +388,7 @@ def test_regional_attention_of_another_node_is_refused(model):
 
     patched = guided(model).clone()
     patched.set_model_attn2_patch(split)
-    with pytest.raises(ValueError, match=r"expects 1 images .* got 2 with 2: another node"):
+    with pytest.raises(ValueError, match=r"expects 1 image .* got 2 with 2: another node"):
         lcm(patched)
 
 

@@ -319,4 +319,4 @@ def test_apply_names_both_spellings_and_blames_no_other_model():
         patches.apply(model, None, both, 1.0, 1.0)
     assert "another base model" not in str(refused.value)
     report = patches.apply(model, None, both, 1.0, 1.0, allow_misfit=True).report
-    assert f"1 pairs name one weight twice, and one of the two is left out: {' and '.join(pair)}." in report
+    assert f"1 pair names one weight twice, and one of the two is left out: {' and '.join(pair)}." in report

@@ -95,7 +95,7 @@ def test_every_preset_samples_and_its_nodes_agree(model, flow_model, name):
     chosen, steps, cfg, report = LCMPreset.execute(name, 0).result
     sigmas = scheduled(model, steps=9, preset=chosen)
     assert len(sigmas) == steps + 1
-    assert report.startswith(f"{name}: {steps} steps, cfg {cfg:g}, gamma ")
+    assert report.startswith(f"{name}: {steps} step{'s' * (steps > 1)}, cfg {cfg:g}, gamma ")
     assert f"From {PRESETS[name].source}, {PRESETS[name].date}." in report
     assert f"Made for {PRESETS[name].models}; there sampled with {PRESETS[name].sampler}." in report
     picture = lcm(model, preset=chosen)

@@ -104,7 +104,8 @@ def test_all_that_comfyui_reads_is_applied_and_the_rest_is_listed(file):
     for given in (from_lora(lora), raw, from_lora(Lora.from_state_dict(from_lora(lora)))):
         found = fit(given, model)
         assert found.clashing == found.twice == ()
-        ours = patched(found.patches(), weights)
+        (patches,) = found.patches()
+        ours = patched(patches, weights)
         if file == "rank 0":  # core adds zeros
             ours = {QKV + ".weight": rand(48, 16)} | ours
         assert ours.keys() == theirs.keys() != set()
@@ -119,8 +120,8 @@ def test_apply_lists_what_has_no_effect_and_refuses_nothing_for_it():
     plain_report = patches.apply(model, None, lora, 1.0, 1.0, demand_all=True).report
     report = patches.apply(model, None, dict(lora) | extra, 1.0, 1.0, demand_all=True).report
     listed = (
-        "Without effect in ComfyUI: difference that is no weight's or bias's (1 keys: diffusion_model.blocks.0.diff_m); "
-        "scale of nothing (1 keys: lora_unet_out_2.alpha)."
+        "Without effect in ComfyUI: difference that is no weight's or bias's (1 key: diffusion_model.blocks.0.diff_m); "
+        "scale of nothing (1 key: lora_unet_out_2.alpha)."
     )
     assert report.splitlines()[0] == plain_report.splitlines()[0]
     assert report.splitlines()[-1] == listed

@@ -185,7 +185,7 @@ def test_a_training_grid_gives_the_steps_it_has_and_one_line_of_warning(steps, d
     assert len(levels) == left + 1
     (warning,) = warnings_of(caplog)
     assert warning.startswith(f"denoise {denoise:g} leaves {left} of the 50 timesteps")
-    assert f"{left} model calls in place of {steps}" in warning
+    assert f"{left} model call{'s' * (left > 1)} in place of {steps}" in warning
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 20, 50])

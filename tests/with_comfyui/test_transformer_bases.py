@@ -86,7 +86,7 @@ def test_a_lora_of_a_model_is_for_its_base(name, which):
 
 
 def test_packed_weights_tell_the_base_by_their_names():
-    """Of a quantised file: the shapes are of bytes."""
+    """Of a quantised file: the shapes are of bytes. Where two bases have the same names it may be either, and is neither."""
     for name in ("Wan 2.1 T2V 1.3B", "Wan 2.1 I2V 14B", "Flux.1 dev", "Qwen-Image"):
         if name not in KNOWN:
             continue
@@ -96,9 +96,11 @@ def test_packed_weights_tell_the_base_by_their_names():
                 module = model.model.get_submodule(key.removesuffix(".weight"))
                 bytes_of = torch.empty(weight.numel() // 2, 1, dtype=torch.uint8, device="meta")
                 module.weight = torch.nn.Parameter(bytes_of, requires_grad=False)
-        found = base_of(model).base
-        assert found is not None
-        assert BY_NAME[found].stacks.keys() == BY_NAME[MODELS[name][0]].stacks.keys()
+        wanted = BY_NAME[MODELS[name][0]]
+        alike = [base for base in BY_NAME.values() if base.modules.keys() == wanted.modules.keys()]
+        found = base_of(model)
+        assert found.base == (wanted.name if alike == [wanted] else None)
+        assert found.make.stacks.keys() == wanted.stacks.keys()
 
 
 # ---- really another base

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from ....lora_merge.words import many
 from ....samplers.attention_guidance import normalized_attention_guidance
 from .rows import of_chunks
 from .texts import CONTEXT, MASK, check_parts, masks_of
@@ -50,9 +51,9 @@ class PairRoad:
         room = positive.shape[1]
         if negative.shape[1] > room and first():
             logger.warning(
-                "The negative prompt is longer than the prompt (%d tokens against %d) and %s has no room for more: its "
+                "The negative prompt is longer than the prompt (%s against %d) and %s has no room for more: its "
                 "end is left out. Make it shorter, or the prompt longer.",
-                negative.shape[1],
+                many(negative.shape[1], "tokens"),
                 room,
                 self.family.name,
             )

@@ -4,6 +4,8 @@ import logging
 
 import torch
 
+from ....lora_merge.words import many
+
 logger = logging.getLogger(__name__)
 
 CONTEXT, MASK, LLAMA = "c_crossattn", "attention_mask", "encoder_hidden_states_llama3"  # core's names for model inputs
@@ -13,7 +15,7 @@ def text_of(negative) -> tuple[torch.Tensor, dict]:
     """(text, what comes with it) of a CONDITIONING of one entry, or a ValueError."""
     if len(negative) != 1:
         raise ValueError(
-            f"negative has {len(negative)} entries; it must have one. Join several texts with ConditioningConcat in "
+            f"negative has {many(len(negative), 'entries', 'entry')}; it must have one. Join several texts with ConditioningConcat in "
             "place of ConditioningCombine, and leave prompt schedules to the positive prompt."
         )
     context, options = negative[0]

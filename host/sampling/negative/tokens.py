@@ -10,6 +10,7 @@ import functools
 
 import torch
 
+from ....lora_merge.words import many
 from ....samplers.attention_guidance import normalized_attention_guidance
 from .texts import CONTEXT, MASK, check_parts, masks_of, neutral
 
@@ -92,7 +93,7 @@ def own_positions(lengths, args):
     ids = args["txt_ids"]
     if ids.shape[1] != positive + negative:
         raise ValueError(
-            f"LCM Negative Prompt expects a text of {positive} tokens in this model and got "
+            f"LCM Negative Prompt expects a text of {many(positive, 'tokens')} in this model and got "
             f"{ids.shape[1] - negative}: another node lengthens it. Remove one of the two."
         )
     return args | {"txt_ids": torch.cat([ids[:, :positive], ids[:, :negative]], dim=1)}

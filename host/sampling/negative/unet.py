@@ -7,6 +7,7 @@ goes along as further rows that only to_k and to_v see.
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer, SpatialVideoTransformer, optimized_attention
 
+from ....lora_merge.words import many
 from ....samplers.attention_guidance import normalized_attention_guidance
 
 
@@ -76,7 +77,7 @@ class UNetRoad:
             texts = len(k) - len(self.context)
             if len(q) != rows.all or texts != rows.all:
                 raise ValueError(
-                    f"LCM Negative Prompt expects {rows.all} images with a text each in cross-attention and got "
+                    f"LCM Negative Prompt expects {many(rows.all, 'images')} with a text each in cross-attention and got "
                     f"{len(q)} with {texts}: another node on this model splits the prompt by regions. Remove one of "
                     "the two."
                 )
