@@ -97,7 +97,8 @@ def starts_of_lcm(original_steps=50):
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("steps", STEPS)
 def test_the_picture_is_that_of_lcm_ksampler_from_the_nearest_level(model, scheduler, steps):
-    for denoise in DENOISE:
+    # Every other one, the rest with the next scheduler and the next number of steps: all pairs of the three.
+    for denoise in DENOISE[(SCHEDULERS.index(scheduler) + STEPS.index(steps)) % 2 :: 2]:
         if scheduler == "kl_optimal" and steps == 1:
             continue  # core divides by steps - 1 there
         plain, changed = Levels(model), Levels(model)

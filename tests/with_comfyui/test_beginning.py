@@ -32,7 +32,7 @@ def updates(model, patches_of):
 
 @pytest.fixture
 def model():
-    return calm_model()
+    return calm_model(**tiny.SMALL)
 
 
 @pytest.mark.parametrize("spelling", tiny.SPELLINGS)

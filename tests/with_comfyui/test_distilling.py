@@ -71,6 +71,11 @@ def calm_model(model_type=ModelType.EPS, **options):
 
 @pytest.fixture
 def model():
+    return calm_model(**tiny.SMALL)
+
+
+@pytest.fixture
+def with_middle():
     return calm_model()
 
 
@@ -375,7 +380,8 @@ def test_there_is_no_second_copy_of_the_network(dtype, checkpointing, patched, m
 # ---- a MODEL with a LoRA on it
 
 
-def test_a_patched_model_is_distilled_as_if_the_patch_were_its_weights(model):
+def test_a_patched_model_is_distilled_as_if_the_patch_were_its_weights(with_middle):
+    model = with_middle
     patched, _ = comfy.sd.load_lora_for_models(model, None, tiny.lora(model), 0.5, 0)
     baked = calm_model()
     for key, weight in tiny.patched_weights(patched).items():
@@ -468,8 +474,9 @@ def test_the_name_of_a_run_is_made_of_model_and_inputs(model, comfy_home):
     ])["steps"] == 1  # fmt: skip
 
 
-def test_a_divergence_under_a_made_name_says_how_to_go_on(model, comfy_home):
+def test_a_divergence_under_a_made_name_says_how_to_go_on(with_middle, comfy_home):
     """The rate rises over the first steps, of which the earliest are sound."""
+    model = with_middle
     wild = {"steps": 40, "learning_rate": 1.0, "save_every": 5, "resume": "auto"}
     with pytest.raises(
         Diverged, match=r"Lower learning_rate.*For that, write (auto-TinyConfig-\w+) into resume"
@@ -576,7 +583,8 @@ def test_prompts_that_a_model_counts_together_are_not_joined(model, monkeypatch)
     assert chunks(model, prompts, tiny.latent()["samples"], 4) == [[0, 2], [1, 3]]
 
 
-def test_what_a_model_is_does_not_hang_on_being_loaded(model):
+def test_what_a_model_is_does_not_hang_on_being_loaded(with_middle):
+    model = with_middle
     patched, _ = comfy.sd.load_lora_for_models(model, None, tiny.lora(model), 0.5, 0)
     again, _ = comfy.sd.load_lora_for_models(calm_model(), None, tiny.lora(model), 0.5, 0)
     weaker, _ = comfy.sd.load_lora_for_models(model, None, tiny.lora(model), 0.25, 0)
@@ -754,8 +762,9 @@ def test_few_pictures_and_another_familys_guidance_are_told(model):
 # ---- resuming: another model
 
 
-def test_any_patch_makes_another_model_for_a_run_to_be_resumed(model):
+def test_any_patch_makes_another_model_for_a_run_to_be_resumed(with_middle):
     """Also one on a bias, a norm, or the last rows of a layer that the LoRA does not touch."""
+    model = with_middle
 
     def identity(patches):
         patched = model.clone()

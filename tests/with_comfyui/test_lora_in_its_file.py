@@ -31,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.tiny_model(**tiny.WITH_MIDDLE)
+    return tiny.small_model()
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_every_node_makes_of_it_what_it_makes_of_the_plain_dict(model, pair, tmp
 
 def test_who_applies_it_twice_has_its_tensors_once(model, pair):
     lora = exact(pair)
-    other = tiny.tiny_model(seed=7, **tiny.WITH_MIDDLE)
+    other = tiny.small_model(seed=7)
     first, second = (applied(one, lora)[0].patches for one in (model, other))
     assert first.keys() == second.keys() != set()
     for key, entries in first.items():
