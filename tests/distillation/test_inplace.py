@@ -228,6 +228,16 @@ def test_without_gradients_nothing_is_kept(monkeypatch):
     assert kept == []
 
 
+def test_what_is_kept_is_the_memory_without_its_gradient():
+    """Else a result that its own gradient needs would hold itself."""
+    x = torch.ones(3, requires_grad=True)
+    y = x.exp()
+    kept = Keeping().keep(y).tensor
+    assert kept.grad_fn is None
+    assert not kept.requires_grad
+    assert kept.data_ptr() == y.data_ptr()
+
+
 def test_nothing_is_computed_again_unless_told():
     network = Network(after_a_norm)
     with adapters_on(network, 2):

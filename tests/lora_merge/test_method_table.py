@@ -178,6 +178,19 @@ def test_the_methods_that_have_a_parameter_are_named_where_they_are_few(monkeypa
     assert methods_with("spread") == "methods that have it"
 
 
+@pytest.mark.parametrize("power", [-60, -20, 20, 60])
+def test_slerp_of_the_same_updates_does_not_depend_on_the_size_of_both_strengths(power):
+    """With the strengths multiplied in, they count by their ratio."""
+    deltas = [torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    usual, other = (
+        METHODS["slerp"].combine(
+            deltas, Situation(strengths=(0.75 * by, 2.0 * by), inputs=(0, 1), values={}, module="x", seed=0)
+        )
+        for by in (1.0, 2.0**power)
+    )
+    torch.testing.assert_close(other, usual)
+
+
 @pytest.mark.parametrize("strengths", [(2.0**130, 1.0), (1.0, 2.0**130), (2.0**-130, 1.0), (1.0, 2.0**-130)])
 def test_slerp_of_strengths_that_are_far_apart_is_the_stronger_update(strengths):
     """Beyond float32's own range between them: of the other one not a digit is left."""
