@@ -144,14 +144,16 @@ def compared(name, cls, kind, cfg):
     """How far the node moves the picture, which is held against core's; 0 for a model that the node is not for."""
     model, positive, negative, other, latent = made(kind)
     inputs, state = filled(name, cls, model, other), torch.get_rng_state()
+    # A MODEL for each side: whoever runs a prompt again samples with the one that the node made before.
+    made_for = cache(lambda whom: patched(cls, inputs))
 
     def by_core(sampler):
-        node = patched(cls, inputs)
+        node = made_for("core")
         arguments = (node, True, SEED, cfg, positive, negative, sampler, scheduled(node), latent)
         return custom.SamplerCustom.execute(*arguments).result[0]["samples"]
 
     def by_us():
-        return ksampler(patched(cls, inputs), latent, positive=positive, negative=negative, cfg=cfg)
+        return ksampler(made_for("us"), latent, positive=positive, negative=negative, cfg=cfg)
 
     theirs, error = attempted(lambda: by_core(cores_sampler()))
     if error:  # ours says what core says
