@@ -18,7 +18,7 @@ from types import CodeType, FunctionType
 from mutant_calls import BUILD, FOLDERS
 from mutations import ROOT, Mutant, inside
 
-WALL_SECONDS = 1800  # what waits for ever takes no processor time
+WALL_SECONDS = 600  # what waits for ever takes no processor time
 TEST_SECONDS = 12  # of processor time, several times what the slowest takes: longer is an endless loop
 MEMORY = 8 << 30  # a changed size may ask for any
 ENDLESS = "endless"
