@@ -245,7 +245,7 @@ def test_repeated_images_of_a_batch_are_equal_where_their_index_is():
 def test_a_latent_whose_batch_index_is_too_short_counts_from_zero(caplog):
     model = tiny.small_model()
     images = lcm(model, tiny.latent(2) | {"batch_index": [7]})
-    assert "2 images but 1 batch indices" in caplog.text
+    assert "2 images but 1 batch index;" in caplog.text
     assert torch.equal(images, lcm(model, tiny.latent(2)))
 
 
