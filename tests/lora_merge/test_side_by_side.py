@@ -15,7 +15,7 @@ from lcm_kit.lora_merge.algebra.precision import holds
 from lcm_kit.lora_merge.algebra.sums import weighted_sum
 from lcm_kit.lora_merge.disk.garbage import uncollected
 from lcm_kit.lora_merge.updates.layer import Share, shaped
-from lcm_kit.lora_merge.updates.side_by_side import Sum, put, side_by_side, stored
+from lcm_kit.lora_merge.updates.side_by_side import Sum, put, shares_of, side_by_side, stored
 from lcm_kit.lora_merge.updates.unmade import Unmade
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
@@ -264,3 +264,38 @@ def test_who_asks_together_shares_one_tensor_and_it_is_known_again():
     del first
     assert not one.gave(None)  # nobody has it any more
     assert torch.equal(one.shared(), before)
+
+
+@pytest.mark.parametrize("dtype", [HALF, FULL])
+def test_a_sum_of_sums_is_told_as_the_updates_that_it_is_made_of(dtype):
+    """Unless its numbers were rounded: what was rounded is not their sum."""
+    layers = [layer(rank, None, HALF, rank) for rank in (2, 3, 4)]
+    inner = side_by_side(
+        [Share(one.up, one.down, above, 0.5) for one, above in zip(layers, (0.3, -2.0), strict=False)], (12, 8), dtype
+    )
+    up, down = inner.stored_factors()
+    outer = side_by_side([Share(up, down, 0.7, 3.0), Share(layers[2].up, layers[2].down)], (12, 8), FULL)
+    shares = shares_of(*outer.stored_factors())
+    if dtype == HALF:
+        assert [share.up for share in shares] == [up, layers[2].up]
+        return
+    assert [(share.up, share.down) for share in shares] == [(one.up, one.down) for one in layers]
+    assert [share.above * share.below for share in shares] == pytest.approx(
+        [0.3 * 0.5 * 0.7 * 3, -2 * 0.5 * 0.7 * 3, 1]
+    )
+    sums = sum(share.above * share.below * share.up.double() @ share.down.double() for share in shares)
+    torch.testing.assert_close(sums, outer.delta().double(), rtol=1e-5, atol=1e-6)
+
+
+def test_factors_that_are_not_side_by_side_of_the_same_ranks_are_themselves():
+    first, second = (
+        side_by_side([Share(one.up, one.down) for one in layers], (12, 8), FULL).stored_factors()
+        for layers in (
+            [layer(2, None, HALF, 1), layer(3, None, HALF, 2)],
+            [layer(3, None, HALF, 3), layer(2, None, HALF, 4)],
+        )
+    )
+    (only,) = shares_of(first[0], second[1])
+    assert (only.up, only.down) == (first[0], second[1])
+    (only,) = shares_of(torch.ones(3, 2), torch.ones(2, 4))
+    assert (only.above, only.below) == (1, 1)
