@@ -106,17 +106,20 @@ class Sum(LoraLayer):
 
     @property
     def _up(self) -> Unmade:
-        only = self._shares[0].up
-        if isinstance(only, Unmade) and len(self._shares) == 1 and self._is_whole:
+        if (only := self._only(self._shares[0].up, self._up_shape)) is not None:
             return only
         return self._unmade(self._up_shape, self._fill_up, [(share.up, share.above) for share in self._shares])
 
     @property
     def _down(self) -> Unmade:
-        only = self._shares[0].down
-        if isinstance(only, Unmade) and len(self._shares) == 1 and self._is_whole:
+        if (only := self._only(self._shares[0].down, self._down_shape)) is not None:
             return only
         return self._unmade(self._down_shape, self._fill_down, [(share.down, share.below) for share in self._shares])
+
+    def _only(self, factor: Tensor | Unmade, shape: torch.Size) -> Unmade | None:
+        """The factor of the first share, where that is the sum's own."""
+        is_own = len(self._shares) == 1 and self._is_whole and factor.shape == shape
+        return factor if is_own and isinstance(factor, Unmade) else None
 
     def _unmade(
         self, shape: torch.Size, fill: Callable[[Tensor], None], of: Sequence[tuple[Tensor | Unmade, float]]

@@ -196,7 +196,9 @@ def test_a_factor_is_put_as_its_product_in_float32_whether_it_is_there_or_in_a_f
 
 def in_a_file(tensor, *, of_file=True):
     """As a factor that lies in a file is."""
-    return Unmade(tensor.dtype, tensor.shape, lambda place: place.copy_(tensor), tensor.device, of_file)
+    return Unmade(
+        tensor.dtype, tensor.shape, lambda place: place.copy_(tensor.view(place.shape)), tensor.device, of_file
+    )
 
 
 @pytest.mark.parametrize("dtype", [HALF, FULL])
@@ -299,3 +301,15 @@ def test_factors_that_are_not_side_by_side_of_the_same_ranks_are_themselves():
     assert (only.up, only.down) == (first[0], second[1])
     (only,) = shares_of(torch.ones(3, 2), torch.ones(2, 4))
     assert (only.above, only.below) == (1, 1)
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("count", [1, 2])
+def test_factors_have_the_shape_that_was_asked_for_wherever_they_lie(count, there):
+    """A convolution's update as that of a matrix."""
+    layers = [layer(rank, None, FULL, rank, (3, 3)) for rank in range(2, 2 + count)]
+    shares = [Share(*(one.stored_factors() if there else map(in_a_file, (one.up, one.down)))) for one in layers]
+    total = side_by_side(shares, (12, 72), FULL)
+    assert torch.equal(total.up, torch.cat([one.up.flatten(1) for one in layers], dim=1))
+    assert torch.equal(total.down, torch.cat([one.down.flatten(1) for one in layers]))
+    assert [piece.shape for piece in total.pieces().values()] == [total.up.shape, total.down.shape]
