@@ -23,7 +23,8 @@ class Truncated:
     """A layer and what the cut to its rank did. Energies are squared Frobenius norms.
 
     energy: of the exact sum; lost_energy: of exact sum minus layer.
-    source_energy, kept_energy: for each term, of strength * delta and of the part of it inside the kept subspaces.
+    source_energy, kept_energy: for each term, of strength * delta and of the part of it inside the kept subspaces; all of it
+        where the whole sum is kept.
     """
 
     layer: Layer

@@ -65,8 +65,8 @@ class Order:
         of_sum = self.worth.cumsum(0) if self.total is None else _corners(self.u.T @ self.total @ self.vh.T)
         of_terms = [of_sum] if self.alone else [_corners(one.along(self.u, self.vh)) for one in self.products]
         kept = torch.nn.functional.pad(torch.stack([of_sum, *of_terms]), (1, 0))
-        if self._holding_all is not None:
-            kept[:, -1] = self._holding_all.kept[:, -1]
+        # Where nothing is cut nothing is lost, also of what one term has beyond the sum's directions and another takes back.
+        kept[:, -1] = kept.new_tensor([self.energy, *self.source_energy])
         return kept
 
     @cached_property
@@ -78,24 +78,20 @@ class Order:
         u, s, vh = _singular(self.total)
         return replace(self, u=u, vh=vh, worth=s.double().square(), total=None)
 
-    def _at(self, rank: int) -> Order:
-        """Directions whose first ones make the best of that rank."""
-        return self._holding_all or self if rank >= len(self.worth) else self
-
     def kept_at(self, rank: int) -> tuple[float, ...]:
-        """The energy of each term inside the first directions."""
-        if (best := self._at(rank)) is not self:
-            return best.kept_at(rank)
+        """The energy of each term inside the first directions; all of it where that is the whole sum."""
+        if rank >= len(self.worth):
+            return self.source_energy
         if self.alone:
             return (float(self.worth[:rank].sum()),)
         if "kept" in vars(self):
-            return tuple(self.kept[1:, min(rank, len(self.worth))].tolist())
+            return tuple(self.kept[1:, rank].tolist())
         u, vh = self.u[:, :rank], self.vh[:rank]
         return tuple(squared_norm(one.along(u, vh)) for one in self.products)
 
     def shared(self, rank: int) -> tuple[Tensor, Tensor, float]:
         """((p, r), (r, q), energy of what is lost): the nearest to the sum inside the first directions, in even shares."""
-        if (best := self._at(rank)) is not self:
+        if rank >= len(self.worth) and (best := self._holding_all) is not None:
             return best.shared(rank)
         u, vh = self.u[:, :rank], self.vh[:rank]
         if self.total is None:

@@ -94,6 +94,26 @@ def test_ranks_beyond_the_weight_are_no_trouble(shape, balanced):
 
 
 @pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("shape", [(4, 5), (5, 4), (3, 40), (40, 3), (6, 6), (3, 5, 3, 3), (30, 2, 3, 3)])
+@pytest.mark.parametrize("strengths", [(1.0, 1.0), (1.0, -0.01), (0.8, 1.0, -0.5)])
+def test_a_cut_that_cuts_nothing_keeps_all_of_each_term(shape, strengths, balanced):
+    """Also where terms take more ranks than the weight has, and what one has beyond the sum is taken back by another."""
+    out, inside, *kernel = shape
+    terms = [(layer(out, 5, inside, tuple(kernel), seed=n), strength) for n, strength in enumerate(strengths)]
+    energies = [float(exact([term]).square().sum()) for term in terms]
+    whole = min(out, math.prod(shape[1:]), 5 * len(terms))
+    for rank in (whole, whole + 1, 100):
+        result = truncated_sum(terms, rank, balanced=balanced)
+        assert result.source_energy == pytest.approx(energies, rel=1e-5)
+        assert result.kept_energy == pytest.approx(result.source_energy, rel=1e-6)
+    found = directions(terms, balanced=balanced)
+    assert found.prospect().kept[1:, -1].tolist() == pytest.approx(energies, rel=1e-5)
+    less = found.cut(whole - 1)
+    assert less.lost_energy > 0
+    assert less.kept_energy[0] < less.source_energy[0]
+
+
+@pytest.mark.parametrize("balanced", [False, True])
 def test_an_update_of_zeros_beside_others_changes_nothing_and_one_of_scale_0_takes_no_rank(balanced):
     one, zeros = layer(14, 5, 11, seed=1), LoraLayer(torch.zeros(14, 2), torch.ones(2, 11))
     scaled_away = layer(14, 4, 11, alpha=0.0, seed=2)
@@ -196,7 +216,7 @@ def test_the_plain_cut_loses_the_weak_term_and_the_balanced_one_shares_the_loss(
 @pytest.mark.parametrize("kernel", [(), (3, 3)])
 def test_figures_are_those_of_the_dense_matrices(balanced, kernel):
     """Error and retention from the finished layer and full-size float64 projections."""
-    terms = [(layer(14, 5, 6, kernel, seed=1), 1.0), (layer(14, 4, 6, kernel, alpha=3.0, seed=2), -0.4)]
+    terms = [(layer(14, 5, 8, kernel, seed=1), 1.0), (layer(14, 4, 8, kernel, alpha=3.0, seed=2), -0.4)]
     result = truncated_sum(terms, 6, balanced=balanced)
     wanted = exact(terms).flatten(1)
     got = result.layer.delta().double().flatten(1)
