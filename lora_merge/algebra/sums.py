@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..updates.layer import Layer, LoraLayer, Share, Term, exponent, is_safe, largest, shape_of_both, shaped
 from ..updates.side_by_side import side_by_side
+from ..updates.unmade import Unmade
 from .precision import holds, is_finite
 from .scaling import level, raised
 
@@ -111,17 +113,26 @@ def stacked(terms: Sequence[Term], dtype: torch.dtype = torch.float32) -> Stack:
     return _stack(terms, *_shares(terms), dtype)
 
 
-def side_by_side_as_they_are(terms: Sequence[Term]) -> tuple[Stack, Tensor]:
+def side_by_side_as_they_are(terms: Sequence[Term], until: ExitStack | None = None) -> tuple[Stack, Tensor]:
     """The terms without strengths and scales, float32, and these for each rank, (sum of ranks,) float64: the sum is
-    up * numbers @ down. What has the size of the ranks only is multiplied in no time, and rounds nothing."""
+    up * numbers @ down. What has the size of the ranks only is multiplied in no time, and rounds nothing.
+
+    until: they lie in memory that serves others once that is closed; in memory of their own without it.
+    """
     shape, shares = _shares(terms)
     numbers = [share.above * share.below for share in shares if share is not None for _ in range(share.rank)] or [1.0]
     bare = [share and replace(share, above=1.0, below=1.0) for share in shares]
-    whole = _stack(terms, shape, bare, torch.float32)
+    whole = _stack(terms, shape, bare, torch.float32, until)
     return whole, torch.tensor(numbers, dtype=torch.float64, device=whole.up.device)
 
 
-def _stack(terms: Sequence[Term], shape: tuple[int, ...], shares: Sequence[Share | None], dtype: torch.dtype) -> Stack:
+def _stack(
+    terms: Sequence[Term],
+    shape: tuple[int, ...],
+    shares: Sequence[Share | None],
+    dtype: torch.dtype,
+    until: ExitStack | None = None,
+) -> Stack:
     used = [share for share in shares if share is not None]
     ranks = tuple(0 if share is None else share.rank for share in shares)
     if not used:
@@ -129,7 +140,14 @@ def _stack(terms: Sequence[Term], shape: tuple[int, ...], shares: Sequence[Share
         up, down = (torch.zeros(size, dtype=dtype, device=device) for size in ((shape[0], 1), (1, prod(shape[1:]))))
         return Stack(up, down, (1, *ranks[1:]), shape)
     total = side_by_side(used, shape, dtype)
-    return Stack(total.up.flatten(1), total.down.flatten(1), ranks, shape)
+    up, down = (_made(factor, until if total.device.type == "cpu" else None) for factor in total.stored_factors())
+    return Stack(up.flatten(1), down.flatten(1), ranks, shape)
+
+
+def _made(factor: Tensor | Unmade, until: ExitStack | None) -> Tensor:
+    if isinstance(factor, Tensor):
+        return factor
+    return factor.made() if until is None else until.enter_context(factor.borrowed())
 
 
 def _shares(terms: Sequence[Term]) -> tuple[tuple[int, ...], list[Share | None]]:

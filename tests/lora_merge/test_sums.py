@@ -1,3 +1,5 @@
+from contextlib import ExitStack
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -202,6 +204,21 @@ def test_side_by_side_as_they_are_factors_keep_their_numbers_and_the_sum_takes_i
         assert torch.equal(whole.down, torch.cat([one.down.float() for one, _ in used]))
     wanted = sum((strength * dense(one.up, one.down, one.scale) for one, strength in used), torch.zeros(6, 5))
     torch.testing.assert_close((whole.up.double() * numbers) @ whole.down.double(), wanted.double())
+
+
+def test_factors_in_borrowed_memory_are_the_same_and_serve_the_next_ones_afterwards():
+    terms = [(layer(6, 4, 5), 1.0), (layer(6, 2, 5, seed=1), -0.5)]
+    places = []
+    for _ in range(2):
+        with ExitStack() as until:
+            whole, numbers = side_by_side_as_they_are(terms, until)
+            own, same_numbers = side_by_side_as_they_are(terms)
+            assert torch.equal(whole.up, own.up)
+            assert torch.equal(whole.down, own.down)
+            assert torch.equal(numbers, same_numbers)
+            places.append({whole.up.data_ptr(), whole.down.data_ptr()})
+    assert len(places[0]) == 2
+    assert places[0] == places[1]
 
 
 def test_a_sum_of_plain_loras_is_made_when_it_is_asked_for_whatever_their_strengths():
