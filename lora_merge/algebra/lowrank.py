@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from torch import Tensor
 from ..updates.layer import Layer, Term, shaped
 from .core_space import CoreSpace
 from .order import Order, Product, order, squared_norm
-from .orthonormal import Basis, basis
+from .orthonormal import Basis, basis, gram
 from .scaling import levelled
+from .singular import Singular, energies, singular
 from .sums import side_by_side_as_they_are, weighted_sum
 
 
@@ -58,46 +59,46 @@ class Prospect:
         return len(self.priority)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class Known:
     """The part of Directions that has the size of the ranks: the bases' factors, as large as the updates', stand in the
     inputs already. r_up, r_down: as the bases have them."""
 
-    r_up: Tensor
-    r_down: Tensor
-    order: Order
+    order: Order | Singular
+    r_up: Tensor | None = None
+    r_down: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """Orthonormal directions of a sum of updates, and of its terms: with q the columns of the bases, q_up @ u and
-    vh @ q_down^T, most important first. shape: of the weight."""
+    """Directions of a sum of updates, and of its terms, most important first, in coordinates of the bases' columns.
+    shape: of the weight."""
 
     up: Basis
     down: Basis
-    order: Order
+    order: Order | Singular
     shape: tuple[int, ...]
 
     def known(self) -> Known | None:
         """What need not be computed again for the same terms; None where the bases are no combinations of their factors."""
-        if self.up.r is None or self.down.r is None:
+        if isinstance(self.order, Order) and (self.up.r is None or self.down.r is None):
             return None
-        return Known(r_up=self.up.r, r_down=self.down.r, order=self.order)
+        return Known(self.order, self.up.r, self.down.r)
 
     def prospect(self) -> Prospect:
         cost = self.up.vectors.shape[0] + self.down.vectors.shape[0]
         return Prospect(self.order.kept, self.order.worth, cost)
 
     def cut(self, rank: int) -> Truncated:
-        left, right, lost = self.order.shared(rank)
-        up = self.up.vectors @ self.up.coefficients(left)
-        down = self.down.coefficients(right.T).T @ self.down.vectors.T
+        found = self.order.cut(rank)
+        up = self.up.vectors @ self.up.coefficients(found.left)
+        down = self.down.coefficients(found.right.T).T @ self.down.vectors.T
         return Truncated(
             layer=shaped(up, down, self.shape),
             energy=self.order.energy,
-            lost_energy=lost,
+            lost_energy=found.lost,
             source_energy=self.order.source_energy,
-            kept_energy=self.order.kept_at(rank),
+            kept_energy=found.kept,
         )
 
 
@@ -114,17 +115,28 @@ def directions(terms: Sequence[Term], *, balanced: bool = False) -> Directions:
     return _directions(terms, balanced)
 
 
-def _directions(terms: Sequence[Term], balanced: bool, known: Known | None = None) -> Directions:
-    whole, numbers = side_by_side_as_they_are(terms)
+def prospect_and_known(terms: Sequence[Term], *, balanced: bool = False) -> tuple[Prospect, Known | None]:
+    """Of `directions`, which take no new memory of the size of the updates here."""
+    with ExitStack() as until:
+        found = _directions(terms, balanced, until=until)
+        return found.prospect(), found.known()
+
+
+def _directions(
+    terms: Sequence[Term], balanced: bool, known: Known | None = None, until: ExitStack | None = None
+) -> Directions:
+    """known: of the same terms.   until: see side_by_side_as_they_are."""
+    whole, numbers = side_by_side_as_they_are(terms, until)
     if known is not None:
-        up, down = Basis(whole.up, known.r_up), Basis(whole.down.T, known.r_down)
-        return Directions(up, down, known.order, whole.shape)
+        return Directions(Basis(whole.up, known.r_up), Basis(whole.down.T, known.r_down), known.order, whole.shape)
+    if not balanced and (found := singular(whole.up, whole.down, numbers, whole.ranks)) is not None:
+        return Directions(Basis(whole.up), Basis(whole.down.T), found, whole.shape)
     (up, r_up), (down, r_down) = basis(whole.up), basis(whole.down.T)
     ranks = list(whole.ranks)
     r_up = r_up * numbers
     products = tuple(map(Product, torch.split(r_up, ranks, 1), torch.split(r_down, ranks, 1)))
-    found = order(r_up @ r_down.T, products, balanced=balanced, alone=len(ranks) == 1)
-    return Directions(up, down, found, whole.shape)
+    in_order = order(r_up @ r_down.T, products, balanced=balanced, alone=len(ranks) == 1)
+    return Directions(up, down, in_order, whole.shape)
 
 
 def directions_in(space: CoreSpace, core: Tensor, *, balanced: bool = False) -> Directions:
@@ -153,22 +165,21 @@ def truncated_sum(
     if rank < 1:
         raise ValueError(f"rank is {rank}, but the smallest rank is 1")
     if sum(layer.rank for layer, strength in terms if strength * layer.scale) <= rank:
-        energy, energies = _energies(terms) if known is None else (known.order.energy, known.order.source_energy)
+        energy, parts = _energies(terms) if known is None else (known.order.energy, known.order.source_energy)
         layer = weighted_sum(terms, dtype)
-        return Truncated(layer=layer, energy=energy, lost_energy=0.0, source_energy=energies, kept_energy=energies)
-    return _directions(terms, balanced, known).cut(rank)
+        return Truncated(layer=layer, energy=energy, lost_energy=0.0, source_energy=parts, kept_energy=parts)
+    with ExitStack() as until:
+        return _directions(terms, balanced, known, until).cut(rank)
 
 
 def _energies(terms: Sequence[Term]) -> tuple[float, tuple[float, ...]]:
     """Energy of the sum of the terms, and of each, from the two (rank, rank) Gram matrices."""
-    whole, numbers = side_by_side_as_they_are(terms)
-    products = (whole.up.T @ whole.up).double().mul_((whole.down @ whole.down.T).double())
+    with ExitStack() as until:
+        whole, numbers = side_by_side_as_they_are(terms, until)
+        products = gram(whole.up).double().mul_(gram(whole.down.T).double())
     products.mul_(numbers).mul_(numbers[:, None])
     energy = max(0.0, float(products.sum()))
-    if len(whole.ranks) == 1:
-        return energy, (energy,)
-    ends = list(accumulate(whole.ranks, initial=0))
-    return energy, tuple(max(0.0, float(products[a:b, a:b].sum())) for a, b in pairwise(ends))
+    return energy, (energy,) if len(whole.ranks) == 1 else energies(products, whole.ranks)
 
 
 def truncated_matrix(total: Tensor, deltas: Sequence[Tensor], rank: int) -> Truncated:
@@ -208,4 +219,4 @@ def energy_of(term: Term) -> float:
 
 def _product_energy(up: Tensor, down: Tensor) -> float:
     """Energy of up @ down from the two (rank, rank) Gram matrices."""
-    return max(0.0, float(((up.T @ up).double() * (down @ down.T).double()).sum()))
+    return max(0.0, float((gram(up).double() * gram(down.T).double()).sum()))

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 # Least ratio of eigenvalues from which singular vectors are computed.
-_CLEAR = 1e-10
+CLEAR = 1e-10
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """left (p, r) @ right (r, q): what is left of a sum, in coordinates.   lost: its energy that is not.   kept: of each term."""
+
+    left: Tensor
+    right: Tensor
+    lost: float
+    kept: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +88,11 @@ class Order:
         u, s, vh = _singular(self.total)
         return replace(self, u=u, vh=vh, worth=s.double().square(), total=None)
 
-    def kept_at(self, rank: int) -> tuple[float, ...]:
-        """The energy of each term inside the first directions; all of it where that is the whole sum."""
+    def cut(self, rank: int) -> Cut:
+        """The nearest to the sum inside the first directions."""
+        return Cut(*self._shared(rank), self._kept_at(rank))
+
+    def _kept_at(self, rank: int) -> tuple[float, ...]:
         if rank >= len(self.worth):
             return self.source_energy
         if self.alone:
@@ -89,10 +102,10 @@ class Order:
         u, vh = self.u[:, :rank], self.vh[:rank]
         return tuple(squared_norm(one.along(u, vh)) for one in self.products)
 
-    def shared(self, rank: int) -> tuple[Tensor, Tensor, float]:
-        """((p, r), (r, q), energy of what is lost): the nearest to the sum inside the first directions, in even shares."""
+    def _shared(self, rank: int) -> tuple[Tensor, Tensor, float]:
+        """left and right of `cut`, in even shares, and lost."""
         if rank >= len(self.worth) and (best := self._holding_all) is not None:
-            return best.shared(rank)
+            return best._shared(rank)
         u, vh = self.u[:, :rank], self.vh[:rank]
         if self.total is None:
             root = self.worth[:rank].to(u.dtype).sqrt().sqrt()
@@ -139,7 +152,7 @@ def _singular(total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     if total.dtype == torch.float64 and total.shape[0] >= total.shape[1]:
         values, v = torch.linalg.eigh(total.T @ total)
-        if bool(values[0] > _CLEAR * values[-1]):
+        if bool(values[0] > CLEAR * values[-1]):
             s, v = values.flip(0).sqrt(), v.flip(1)
             return (total @ v) / s, s, v.T
     u, s, vh = torch.linalg.svd(total, full_matrices=False)
@@ -148,7 +161,12 @@ def _singular(total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _corners(inner: Tensor) -> Tensor:
     """(k,) float64, the energy of a (k, k) matrix inside its first 1, 2, ... rows and columns."""
-    return inner.double().square().cumsum(0).cumsum(1).diagonal()
+    return corners(inner.double().square())
+
+
+def corners(squares: Tensor) -> Tensor:
+    """(k,) the sums of a (k, k) matrix over its first 1, 2, ... rows and columns."""
+    return squares.cumsum(0).cumsum(1).diagonal()
 
 
 def squared_norm(matrix: Tensor) -> float:

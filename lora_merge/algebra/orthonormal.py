@@ -15,6 +15,8 @@ from torch import Tensor
 # Least distance of a column from the span of those before it, its own norm being 1. Below, the next finer way takes over:
 # errors of the Gram matrix grow by the inverse's square, those of QR by the inverse.
 _FAR, _INDEPENDENT = 0.1, 1e-3
+# Multiplications from which leaving out a quarter of a symmetric product takes less time than asking for its parts.
+_HALVED = 1 << 22
 # Squared norms between which float32's products neither overflow nor lose digits.
 _LEAST, _MOST = 1e-20, 1e30
 
@@ -33,40 +35,65 @@ class Basis:
         return inner.float()
 
 
+@dataclass(frozen=True, eq=False)
+class Independent:
+    """Of columns far enough apart: gram = factor^T factor = r^T r, r upper triangular; (k, k), float64."""
+
+    gram: Tensor
+    r: Tensor
+
+
 def basis(factor: Tensor) -> tuple[Basis, Tensor]:
     """(orthonormal basis, r in float64) with factor = q @ r. factor: (n, k) float32, which the basis shares."""
-    r = _cholesky(factor)
-    if r is not None:
-        return Basis(factor, r), r
+    found = independent(factor)
+    if found is not None:
+        return Basis(factor, found.r), found.r
     q, r = torch.linalg.qr(factor.double())
     return Basis(q.float()), r
 
 
 def triangle(factor: Tensor) -> Tensor:
     """r in float64 with factor = q @ r for some orthonormal columns q. factor: (n, k)."""
-    r = _cholesky(factor)
-    return torch.linalg.qr(factor.double(), mode="r").R if r is None else r
+    found = independent(factor)
+    return torch.linalg.qr(factor.double(), mode="r").R if found is None else found.r
 
 
-def _cholesky(factor: Tensor) -> Tensor | None:
-    """Upper triangular r in float64 with r^T r = factor^T factor; None if the columns are too near to dependent ones.
+def gram(factor: Tensor) -> Tensor:
+    """factor^T factor, (k, k), in the factor's dtype."""
+    k = factor.shape[1]
+    if factor.numel() * k < _HALVED:
+        return factor.T @ factor
+    # torch has no product that knows that the result is symmetric: one corner is the other one's mirror.
+    first, last = factor[:, : k // 2], factor[:, k // 2 :]
+    result = factor.new_empty(k, k)
+    torch.mm(first.T, factor, out=result[: k // 2])
+    torch.mm(last.T, last, out=result[k // 2 :, k // 2 :])
+    result[k // 2 :, : k // 2] = result[: k // 2, k // 2 :].T
+    return result
+
+
+def independent(factor: Tensor) -> Independent | None:
+    """Of the factor's columns; None if they are too near to dependent ones.
 
     The products are summed in float32 where that leaves six digits of each inner product, relative to the norms, and
     columns are far enough apart for it; it halves the time. On other devices float32 may mean less.
     """
     if factor.dtype != torch.float64 and factor.device.type == "cpu":
         single = factor.float()
-        r = _factored((single.T @ single).double(), _FAR, _LEAST, _MOST)
-        if r is not None:
-            return r
-    tall = factor.double()
-    return _factored(tall.T @ tall, _INDEPENDENT)
+        found = _factored(gram(single).double(), _FAR, _LEAST, _MOST)
+        if found is not None:
+            return found
+    return _factored(gram(factor.double()), _INDEPENDENT)
 
 
-def _factored(gram: Tensor, far: float, least: float = 0.0, most: float = math.inf) -> Tensor | None:
-    """The Cholesky factor, where squared norms are within the bounds and columns as far apart as that."""
-    squares = gram.diagonal()
+def _factored(squares: Tensor, far: float, least: float = 0.0, most: float = math.inf) -> Independent | None:
+    """By Cholesky, where squared norms are within the bounds and columns as far apart as that."""
+    norms = squares.diagonal()
     r: Tensor
-    r, failed = torch.linalg.cholesky_ex(gram, upper=True)
-    good = (r.diagonal() >= far * squares.sqrt()) & (squares >= least) & (squares <= most)
-    return None if int(failed) or not bool(good.all()) else r
+    r, failed = torch.linalg.cholesky_ex(squares, upper=True)
+    if int(failed):
+        return None
+    low, high = norms.aminmax()
+    if not (float(low) >= least and float(high) <= most):
+        return None
+    return Independent(squares, r) if float((r.diagonal().square() / norms).min()) >= far**2 else None

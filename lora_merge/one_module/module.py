@@ -16,9 +16,9 @@ from ..algebra.lowrank import (
     Directions,
     Known,
     Prospect,
-    directions,
     directions_in,
     energy_of,
+    prospect_and_known,
     truncated_matrix,
     truncated_sum,
 )
@@ -73,10 +73,10 @@ class ModuleMerger:
         """What each rank of the module would keep, of all inputs: 0 of those that do not have the module."""
         with self._in_words(module):
             owners, terms, _, power = self._terms(module)
-            all_found = self._directions(module, owners, terms)[0]
             if self.method.combine is None:
-                self.known[module] = all_found.known()
-            found = all_found.prospect()
+                found, self.known[module] = prospect_and_known(terms, balanced=self.options.balanced)
+            else:
+                found = self._directions(module, owners, terms)[0].prospect()
             kept = found.kept.new_zeros(1 + len(self.loras), found.kept.shape[1])
             kept[[0, *(1 + index for index in owners)]] = found.kept
             energy = 4.0**power
@@ -156,14 +156,12 @@ class ModuleMerger:
 
     def _directions(
         self, module: str, owners: tuple[int, ...], terms: list[Term]
-    ) -> tuple[Directions, tuple[Tensor, Tensor] | None]:
-        """Directions of what the method makes, and the products of Finished."""
-        balanced = self.options.balanced
-        if self.method.combine is None:
-            return directions(terms, balanced=balanced), None
+    ) -> tuple[Directions, tuple[Tensor, Tensor]]:
+        """Directions of what a method other than the sum makes, and the products of Finished."""
+        assert self.method.combine is not None
         space = core_space(terms)
         core = self.method.combine(space.cores, self._situation(module, owners))
-        return directions_in(space, core, balanced=balanced), _products(space.cores, core)
+        return directions_in(space, core, balanced=self.options.balanced), _products(space.cores, core)
 
     def _low_rank(self, module: str, rank: int) -> Finished:
         adds = self._adds_up(module)

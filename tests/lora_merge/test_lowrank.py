@@ -14,7 +14,10 @@ from lcm_kit.lora_merge.algebra.lowrank import (
     truncated_matrix,
     truncated_sum,
 )
-from lcm_kit.lora_merge.algebra.order import _singular
+from lcm_kit.lora_merge.algebra.order import Product, _singular, order
+from lcm_kit.lora_merge.algebra.orthonormal import basis
+from lcm_kit.lora_merge.algebra.singular import singular
+from lcm_kit.lora_merge.algebra.sums import side_by_side_as_they_are
 from lcm_kit.tests.lora_merge.make import dense, factors, layer, relative
 
 
@@ -266,7 +269,7 @@ def test_what_is_known_of_the_directions_makes_the_same_cut_bit_for_bit(count, b
     terms = [(layer(40, 5 + n, 30, kernel, alpha=2.0, seed=n), 0.5 + n) for n in range(count)]
     known = directions(terms, balanced=balanced).known()
     assert known is not None
-    kept = [part for part in vars(known).values() if isinstance(part, torch.Tensor)]
+    kept = [part for of in (known, known.order) for part in vars(of).values() if isinstance(part, torch.Tensor)]
     assert {max(part.shape) for part in kept} == {sum(one.rank for one, _ in terms)}
     for rank in (1, 3, 4):
         anew, again = (
@@ -306,6 +309,44 @@ def test_singular_values_are_as_exact_whatever_the_size_of_the_update_and_in_flo
         torch.testing.assert_close(s.double(), singular, rtol=tolerance, atol=0)
         for vectors in (u.T @ u, vh @ vh.T):
             torch.testing.assert_close(vectors.double(), torch.eye(3).double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("strengths", [(1.0,), (-0.7,), (0.9, -0.4), (1.0, 1e-2, -3.0)])
+def test_gram_matrices_tell_the_singular_directions_that_a_decomposition_tells(strengths):
+    """To what float32 leaves of inner products."""
+    terms = [(layer(40, 5 + n, 30, alpha=2.0, seed=n), strength) for n, strength in enumerate(strengths)]
+    whole, numbers = side_by_side_as_they_are(terms)
+    one = singular(whole.up, whole.down, numbers, whole.ranks)
+    (up, r_up), (down, r_down) = basis(whole.up), basis(whole.down.T)
+    ranks = list(whole.ranks)
+    products = tuple(map(Product, torch.split(r_up * numbers, ranks, 1), torch.split(r_down, ranks, 1)))
+    other = order(r_up * numbers @ r_down.T, products, alone=len(ranks) == 1)
+    torch.testing.assert_close(one.kept, other.kept, rtol=1e-6, atol=0)
+    torch.testing.assert_close(one.worth, other.worth, rtol=1e-6, atol=0)
+    assert one.energy == pytest.approx(other.energy, rel=1e-6)
+    assert one.source_energy == pytest.approx(other.source_energy, rel=1e-6)
+    for rank in (1, 4, sum(ranks), 100):
+        first, second = one.cut(rank), other.cut(rank)
+        assert first.lost == pytest.approx(second.lost, rel=1e-6)
+        assert first.kept == pytest.approx(second.kept, rel=1e-6)
+        in_factors = up.coefficients(second.left).double() @ down.coefficients(second.right.T).double().T
+        scale = float(in_factors.abs().max())
+        torch.testing.assert_close(first.left @ first.right, in_factors, rtol=0, atol=1e-5 * scale)
+
+
+def test_squares_are_left_alone_where_they_could_not_tell():
+    """Singular values of which float64 loses the square beside the largest, and factors that depend on one another."""
+    one, tiny, zeros = (
+        layer(40, 5, 30, seed=1),
+        layer(40, 5, 30, seed=2),
+        LoraLayer(torch.zeros(40, 2), torch.ones(2, 30)),
+    )
+    for terms in ([(one, 1.0), (tiny, 1e-6)], [(one, 1.0), (one, 0.5)], [(one, 1.0), (zeros, 1.0)]):
+        whole, numbers = side_by_side_as_they_are(terms)
+        assert singular(whole.up, whole.down, numbers, whole.ranks) is None
+        result = truncated_sum(terms, 3)
+        best = torch.linalg.svdvals(exact(terms).double())[3:].norm() / exact(terms).double().norm()
+        assert result.error == pytest.approx(float(best), rel=1e-5)
 
 
 @pytest.mark.parametrize("strengths", [(1.0,), (-0.7,), (0.0, 1.3), (0.9, -0.4)])

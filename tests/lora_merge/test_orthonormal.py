@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lcm_kit.lora_merge.algebra.orthonormal import basis, triangle
+from lcm_kit.lora_merge.algebra.orthonormal import basis, gram, triangle
 
 
 def random(rows, columns, seed=0):
@@ -70,6 +70,17 @@ def test_singular_values_lose_no_digit_that_matters_as_columns_come_nearer(far):
     actual, expected = (torch.linalg.svdvals(matrix) for matrix in (triangle(factor.float()), factor.float().double()))
     assert (actual - expected).abs().max() < 2e-6 * expected[0]
     assert ((actual - expected).abs() / expected).max() < 3e-5
+
+
+@pytest.mark.parametrize("rows", [3, 700, 3000])
+@pytest.mark.parametrize("columns", [1, 7, 64, 97])
+def test_a_gram_matrix_has_all_inner_products_of_columns_however_they_lie(rows, columns):
+    factor = random(rows, columns).double()
+    for tall in (factor, factor.T.contiguous().T, factor.float()):
+        found = gram(tall)
+        assert found.dtype == tall.dtype
+        expected = torch.einsum("ni,nj->ij", tall.double(), tall.double())
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=100 * rows * torch.finfo(tall.dtype).eps)
 
 
 def test_only_what_is_near_to_dependent_takes_the_slow_way():
