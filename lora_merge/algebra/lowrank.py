@@ -6,14 +6,17 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
-from ..updates.layer import Layer, Term, shaped
+from ..updates.layer import Layer, LoraLayer, Term, shaped
+from ..updates.unmade import borrowed_bytes
 from .core_space import CoreSpace
 from .order import Order, Product, order, squared_norm
 from .orthonormal import Basis, basis, gram
+from .precision import holds
 from .scaling import levelled
 from .singular import Singular, energies, singular
 from .sums import side_by_side_as_they_are, weighted_sum
@@ -89,17 +92,33 @@ class Directions:
         cost = self.up.vectors.shape[0] + self.down.vectors.shape[0]
         return Prospect(self.order.kept, self.order.worth, cost)
 
-    def cut(self, rank: int) -> Truncated:
+    def cut(self, rank: int, dtype: torch.dtype = torch.float32) -> Truncated:
+        """dtype: of the layer, rounded once from float32; float32 all the same where that would take more (precision.holds)."""
         found = self.order.cut(rank)
-        up = self.up.vectors @ self.up.coefficients(found.left)
-        down = self.down.coefficients(found.right.T).T @ self.down.vectors.T
+        left, right = self.up.coefficients(found.left), self.down.coefficients(found.right.T).T
+        layer = self._layer(left, right, dtype)
+        if dtype != torch.float32 and not holds(layer):
+            layer = self._layer(left, right, torch.float32)
         return Truncated(
-            layer=shaped(up, down, self.shape),
+            layer=layer,
             energy=self.order.energy,
             lost_energy=found.lost,
             source_energy=self.order.source_energy,
             kept_energy=found.kept,
         )
+
+    def _layer(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> LoraLayer:
+        up, down = _product(self.up.vectors, left, dtype), _product(right, self.down.vectors.T, dtype)
+        return shaped(up, down, self.shape)
+
+
+def _product(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of float32 matrices, in a dtype. What is rounded takes no new memory of its own before."""
+    if dtype == torch.float32:
+        return first @ second
+    shape = (first.shape[0], second.shape[1])
+    with borrowed_bytes(prod(shape) * first.itemsize, first.device) as memory:
+        return torch.mm(first, second, out=memory.view(first.dtype).view(shape)).to(dtype)
 
 
 def directions(terms: Sequence[Term], *, balanced: bool = False) -> Directions:
@@ -156,7 +175,8 @@ def truncated_sum(
 ) -> Truncated:
     """The weighted sum of (layer, strength) terms in at most the given rank, see `directions`.
 
-    A sum whose ranks add up to no more than `rank` stays exact: `weighted_sum`, in that dtype where it can be.
+    A sum whose ranks add up to no more than `rank` stays exact: `weighted_sum`.
+    dtype: of the layer, where it can be: see there and Directions.cut.
     known: of `directions` of the same terms, if somebody has computed them.
     Since the kept part is U U^T (sum) V V^T it is the sum of each term projected so, which is what `kept_energy`
     measures: plain truncation keeps the strong terms and may drop most of a weak one.
@@ -169,7 +189,7 @@ def truncated_sum(
         layer = weighted_sum(terms, dtype)
         return Truncated(layer=layer, energy=energy, lost_energy=0.0, source_energy=parts, kept_energy=parts)
     with ExitStack() as until:
-        return _directions(terms, balanced, known, until).cut(rank)
+        return _directions(terms, balanced, known, until).cut(rank, dtype)
 
 
 def _energies(terms: Sequence[Term]) -> tuple[float, tuple[float, ...]]:

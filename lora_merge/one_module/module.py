@@ -77,10 +77,12 @@ class ModuleMerger:
                 found, self.known[module] = prospect_and_known(terms, balanced=self.options.balanced)
             else:
                 found = self._directions(module, owners, terms)[0].prospect()
-            kept = found.kept.new_zeros(1 + len(self.loras), found.kept.shape[1])
-            kept[[0, *(1 + index for index in owners)]] = found.kept
+            kept = found.kept.cpu()
+            if len(owners) < len(self.loras):
+                kept = kept.new_zeros(1 + len(self.loras), kept.shape[1])
+                kept[[0, *(1 + index for index in owners)]] = found.kept.cpu()
             energy = 4.0**power
-            return replace(found, kept=kept.cpu() * energy, priority=found.priority.cpu() * energy)
+            return replace(found, kept=kept * energy, priority=found.priority.cpu() * energy)
 
     def finish(self, module: str, rank: int) -> Finished:
         """The module of the result, in the result's dtype. rank: the largest that it may have, 0 for any."""
@@ -89,6 +91,8 @@ class ModuleMerger:
             dtype = self.options.out_dtype
             if done.layer is not None:
                 in_dtype = cast(_moved(done.layer, torch.device("cpu")), dtype or torch.float32)
+                if in_dtype.layer is done.layer:
+                    return done
                 # The cut's layer as well: it would keep a float32 copy alive.
                 cut = done.cut and replace(done.cut, layer=in_dtype.layer)
                 done = replace(
@@ -175,7 +179,8 @@ class ModuleMerger:
             cut = uncut(whole, terms) if rank else None
             # In its own size already.
             return replace(_raised(replace(done, cut=cut), power), layer=whole)
-        dtype = self.options.out_dtype or torch.float32
+        # What is multiplied by a power of two afterwards is rounded afterwards.
+        dtype = torch.float32 if power else self.options.out_dtype or torch.float32
         if not rank:
             return _raised(replace(done, layer=weighted_sum(terms, dtype)), power)
         known = self.known.pop(module, None)
