@@ -36,11 +36,12 @@ class Basis:
 
 
 @dataclass(frozen=True, eq=False)
-class Independent:
-    """Of columns far enough apart: gram = factor^T factor = r^T r, r upper triangular; (k, k), float64."""
+class Triangle:
+    """Upper triangular r with factor = q @ r for some orthonormal columns q.   gram: r^T r, of columns far enough apart for
+    it to tell all of them; None for others. Both (., k) in float64."""
 
-    gram: Tensor
     r: Tensor
+    gram: Tensor | None = None
 
 
 def basis(factor: Tensor) -> tuple[Basis, Tensor]:
@@ -52,10 +53,10 @@ def basis(factor: Tensor) -> tuple[Basis, Tensor]:
     return Basis(q.float()), r
 
 
-def triangle(factor: Tensor) -> Tensor:
-    """r in float64 with factor = q @ r for some orthonormal columns q. factor: (n, k)."""
+def triangle(factor: Tensor) -> Triangle:
+    """factor: (n, k)."""
     found = independent(factor)
-    return torch.linalg.qr(factor.double(), mode="r").R if found is None else found.r
+    return Triangle(torch.linalg.qr(factor.double(), mode="r").R) if found is None else found
 
 
 def gram(factor: Tensor) -> Tensor:
@@ -72,8 +73,8 @@ def gram(factor: Tensor) -> Tensor:
     return result
 
 
-def independent(factor: Tensor) -> Independent | None:
-    """Of the factor's columns; None if they are too near to dependent ones.
+def independent(factor: Tensor) -> Triangle | None:
+    """With the Gram matrix; None if the factor's columns are too near to dependent ones.
 
     The products are summed in float32 where that leaves six digits of each inner product, relative to the norms, and
     columns are far enough apart for it; it halves the time. On other devices float32 may mean less.
@@ -86,7 +87,7 @@ def independent(factor: Tensor) -> Independent | None:
     return _factored(gram(factor.double()), _INDEPENDENT)
 
 
-def _factored(squares: Tensor, far: float, least: float = 0.0, most: float = math.inf) -> Independent | None:
+def _factored(squares: Tensor, far: float, least: float = 0.0, most: float = math.inf) -> Triangle | None:
     """By Cholesky, where squared norms are within the bounds and columns as far apart as that."""
     norms = squares.diagonal()
     r: Tensor
@@ -96,4 +97,4 @@ def _factored(squares: Tensor, far: float, least: float = 0.0, most: float = mat
     low, high = norms.aminmax()
     if not (float(low) >= least and float(high) <= most):
         return None
-    return Independent(squares, r) if float((r.diagonal().square() / norms).min()) >= far**2 else None
+    return Triangle(r, squares) if float((r.diagonal().square() / norms).min()) >= far**2 else None

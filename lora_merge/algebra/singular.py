@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .order import CLEAR, Cut, corners
-from .orthonormal import independent
+from .orthonormal import Triangle, independent
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -75,23 +75,29 @@ class Singular:
 
 
 def singular(up: Tensor, down: Tensor, numbers: Tensor, ranks: Sequence[int]) -> Singular | None:
-    """Of up (out, R) and down (R, in), whose factors are far enough apart and whose singular values are near enough to one another
-    for squares to tell them as exactly as float32 needs; None for others."""
-    of_up, of_down = independent(up), independent(down.T)
-    if of_up is None or of_down is None:
+    """Of up (out, R) and down (R, in); None where `singular_of` has none."""
+    of_up = independent(up)
+    of_down = None if of_up is None else independent(down.T)
+    return None if of_up is None or of_down is None else singular_of(of_up, of_down, numbers, ranks)
+
+
+def singular_of(up: Triangle, down: Triangle, numbers: Tensor, ranks: Sequence[int]) -> Singular | None:
+    """up, down: triangles of up and down^T. None where they have no Gram matrices, or where singular values are too far apart for
+    squares to tell them as exactly as float32 needs."""
+    if up.gram is None or down.gram is None:
         return None
-    gram, r = of_up.gram * numbers * numbers[:, None], of_down.r
-    values, v = torch.linalg.eigh(r @ gram @ r.T)
+    gram = up.gram * numbers * numbers[:, None]
+    values, v = torch.linalg.eigh(down.r @ gram @ down.r.T)
     if not float(values[0]) > CLEAR * float(values[-1]):
         return None
     return Singular(
         numbers=numbers,
         ranks=tuple(ranks),
         gram=gram,
-        r=r,
+        r=down.r,
         v=v.flip(1),
         worth=values.flip(0),
-        source_energy=energies(gram * of_down.gram, ranks),
+        source_energy=energies(gram * down.gram, ranks),
     )
 
 

@@ -140,14 +140,15 @@ def _stack(
         up, down = (torch.zeros(size, dtype=dtype, device=device) for size in ((shape[0], 1), (1, prod(shape[1:]))))
         return Stack(up, down, (1, *ranks[1:]), shape)
     total = side_by_side(used, shape, dtype)
-    up, down = (_made(factor, until if total.device.type == "cpu" else None) for factor in total.stored_factors())
+    up, down = (lying(factor, until) for factor in total.stored_factors())
     return Stack(up.flatten(1), down.flatten(1), ranks, shape)
 
 
-def _made(factor: Tensor | Unmade, until: ExitStack | None) -> Tensor:
+def lying(factor: Tensor | Unmade, until: ExitStack | None) -> Tensor:
+    """The factor, on the CPU in memory that serves others once `until` is closed, if there is one and it is unmade."""
     if isinstance(factor, Tensor):
         return factor
-    return factor.made() if until is None else until.enter_context(factor.borrowed())
+    return factor.made() if until is None or factor.device.type != "cpu" else until.enter_context(factor.borrowed())
 
 
 def _shares(terms: Sequence[Term]) -> tuple[tuple[int, ...], list[Share | None]]:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
 
 import torch
-from torch import Tensor
 
-from ..algebra.orthonormal import triangle
+from ..algebra.orthonormal import Triangle, triangle
+from ..algebra.singular import Singular, singular_of
+from ..algebra.sums import lying
 from ..algebra.threads import in_order
 from ..disk.garbage import uncollected
 from ..files.keys import BIAS_PARTS, WEIGHT_PARTS
@@ -144,13 +146,14 @@ def _shares(lora: Lora, module: str) -> list[Share]:
     return found
 
 
-def _triangles(shares: Sequence[Share], rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """R_u, with the scales in its columns, and R_d of all shares side by side, both (., sum of ranks) in float64."""
+def _triangles(shares: Sequence[Share], rows: int, columns: int) -> tuple[Triangle, Triangle]:
+    """Of the ups and the downs^T of all shares side by side, without scales."""
     wide = any(factor.dtype == torch.float64 for share in shares for factor in (share.up, share.down))
     bare = [replace(share, above=1.0) for share in shares]
     whole = side_by_side(bare, (rows, columns), torch.float64 if wide else torch.float32)
-    scales = torch.tensor([share.above for share in shares for _ in range(share.rank)], dtype=torch.float64)
-    return triangle(whole.up) * scales, triangle(whole.down.T)
+    with ExitStack() as until:
+        up, down = (lying(factor, until) for factor in whole.stored_factors())
+        return triangle(up), triangle(down.T)
 
 
 def _module(
@@ -164,7 +167,9 @@ def _module(
     every = [one for index in order for one in found[index]]
     rows, columns = every[0].up.shape[0], math.prod(every[0].down.shape[1:])
     sizes = [ranks[index] for index in order]
-    r_up, r_down = (torch.split(r, sizes, dim=1) for r in _triangles(every, rows, columns))
+    up, down = _triangles(every, rows, columns)
+    scales = torch.tensor([one.above for one in every for _ in range(one.rank)], dtype=torch.float64)
+    r_up, r_down = torch.split(up.r * scales, sizes, dim=1), torch.split(down.r, sizes, dim=1)
     owns = {
         index: own_of(a, b, share, is_triangle=index == order[0], alone=len(order) == 1)
         for index, a, b in zip(order, r_up, r_down, strict=True)
@@ -181,7 +186,12 @@ def _module(
 
     is_dense = any((name, part) in lora.diffs for lora in loras for part in WEIGHT_PARTS)
     counted = sum(rank for index, rank in ranks.items() if strengths[index])
-    curve = curve_of(owns, strengths, (rows, columns), counted, is_dense)
+
+    def singular() -> Singular | None:
+        at = torch.tensor([strengths[index] for index in order for _ in range(ranks[index])], dtype=torch.float64)
+        return singular_of(up, down, scales * at, sizes)
+
+    curve = curve_of(owns, strengths, (rows, columns), counted, is_dense, singular)
     compared = Module(
         name=name,
         block=block,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..algebra.order import Product, order
+from ..algebra.order import Order, Product, order, squared_norm
+from ..algebra.singular import Singular
 from .own import Own
 
 
@@ -36,32 +37,46 @@ class Curve:
 
 
 def curve_of(
-    owns: Mapping[int, Own], strengths: Sequence[float], shape: tuple[int, int], rank: int, is_dense: bool
+    owns: Mapping[int, Own],
+    strengths: Sequence[float],
+    shape: tuple[int, int],
+    rank: int,
+    is_dense: bool,
+    singular: Callable[[], Singular | None] = lambda: None,
 ) -> Curve:
-    """rank: what an exact merge of this module takes."""
+    """rank: what an exact merge of this module takes.   singular: directions of the weighted sum of the owns, in their order, if
+    somebody can tell them faster."""
     rows, columns = shape
-    products = tuple(Product(strengths[index] * own.up, own.down) for index, own in owns.items())
-    energies = torch.zeros(1 + len(strengths), 1, dtype=torch.float64)
+    whole = [0.0] * (1 + len(strengths))
     for index, own in owns.items():
-        energies[1 + index] = strengths[index] ** 2 * own.energy
-    alone = len(owns) == 1
-    total = torch.zeros((), dtype=torch.float64) if alone else torch.stack([one.core for one in products]).sum(0)
-    energies[0] = energies.sum() if alone else total.square().sum()
+        whole[1 + index] = strengths[index] ** 2 * own.energy
     if is_dense:  # a difference of whole weights stays whole at any rank
-        return Curve(energies, torch.full((1,), float(rows * columns), dtype=torch.float64))
-    if alone:
+        whole[0] = sum(whole) if len(owns) == 1 else squared_norm(_sum(_products(owns, strengths)))
+        numbers = torch.full((1,), float(rows * columns), dtype=torch.float64)
+        return Curve(torch.tensor(whole, dtype=torch.float64)[:, None], numbers)
+    if len(owns) == 1:
         ((index, own),) = owns.items()
-        kept_of_one = strengths[index] ** 2 * torch.cat([own.values.new_zeros(1), own.values.cumsum(0)])
-        known = kept_of_one.expand(2, -1)
+        whole[0] = whole[1 + index]
+        known = torch.nn.functional.pad(strengths[index] ** 2 * own.values.cumsum(0), (1, 0)).expand(2, -1)
     else:
-        known = order(total, products).kept
+        found: Order | Singular | None = singular()
+        if found is None:
+            products = _products(owns, strengths)
+            found = order(_sum(products), products)
+        whole[0], known = found.energy, found.kept
     # An exact merge takes no rank for strength 0, but one rank of zeros where nothing is left.
     rank = max(rank, 1)
-    kept = energies.expand(-1, 1 + rank).clone()
+    kept = torch.tensor(whole, dtype=torch.float64)[:, None].repeat(1, 1 + rank)
     # Where all that an exact merge takes fits, nothing is cut.
     shown = min(rank, known.shape[1])
-    kept[0, :shown] = known[0, :shown]
-    for row, index in enumerate(owns, start=1):
-        kept[1 + index, :shown] = known[row, :shown]
-    numbers = (rows + columns) * torch.arange(1 + rank, dtype=torch.float64)
-    return Curve(kept, numbers)
+    for row, part in zip((0, *(1 + index for index in owns)), known, strict=True):
+        kept[row, :shown] = part[:shown]
+    return Curve(kept, (rows + columns) * torch.arange(1 + rank, dtype=torch.float64))
+
+
+def _products(owns: Mapping[int, Own], strengths: Sequence[float]) -> tuple[Product, ...]:
+    return tuple(Product(strengths[index] * own.up, own.down) for index, own in owns.items())
+
+
+def _sum(products: Sequence[Product]) -> Tensor:
+    return torch.stack([one.core for one in products]).sum(0)
