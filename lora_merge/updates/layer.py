@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .unmade import Unmade
+from .unmade import Unmade, magnitude
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,10 +259,7 @@ def largest(tensor: Tensor | Unmade) -> float:
         return tensor.extremes.largest
     if tensor.numel() == 0:
         return 0.0
-    # 8-bit floats have no aminmax.
-    tensor = tensor.detach().half() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor.detach()
-    low, high = torch.aminmax(tensor)
-    return max(-float(low), float(high))
+    return magnitude(tensor)
 
 
 def unfolded(shape: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
