@@ -219,12 +219,13 @@ def is_safe(layer: Layer, strength: float = 1.0, *, part: int = 0, low: int = -1
     part: powers of two, of either sign, that every part and the product of all keep within; 0 is what `factors` bears.
     low, high: powers of two that strength * update keeps within.
     """
+    size = exponent(strength * layer.scale)
+    plain = isinstance(layer, LoraLayer) and layer.mid is None
+    if plain and layer.dtypes == {torch.float16} and low + 48 <= size <= high - 32:
+        return True  # no need to look: float16 holds 2**-24 to 2**16
     parts = list(layer.pieces().values())
     # `factors` multiplies parts with one another where there are more than two.
     part = part or (100 if len(parts) == 2 else 36)
-    size = exponent(strength * layer.scale)
-    if len(parts) == 2 and all(tensor.dtype == torch.float16 for tensor in parts) and low + 48 <= size <= high - 32:
-        return True  # no need to look: float16 holds 2**-24 to 2**16
     sizes = [exponent(largest(tensor)) for tensor in parts]
     if max(sizes) > part or size > part:
         return False
