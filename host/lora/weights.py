@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from ...lora_merge import Lora
+from ...lora_merge.files.keys import suffix
 from ...lora_merge.files.lora import Pieces, in_memory
+from ...lora_merge.updates.side_by_side import Sum
 from ...lora_merge.updates.unmade import Unmade
 from ...lora_merge.words import many
 from ..door.rules import shown
@@ -106,9 +108,19 @@ def from_lora(lora: Lora) -> LoraWeights:
     the file had it in metadata only. Tensors are shared with the Lora, as ComfyUI shares those of a file; what needs more than
     files is made now, for others may write into tensors.
     """
-    pieces = lora.pieces(copy=False)
+    pieces = lora.pieces(copy=False) | _alphas(lora)
     now = {key: piece for key, piece in pieces.items() if not (isinstance(piece, Unmade) and piece.of_file)}
     return LoraWeights(pieces | in_memory(now), name=lora.source, metadata=lora.metadata)
+
+
+def _alphas(lora: Lora) -> Pieces:
+    """Those that float32 would round, as a strength in it does, in float64: ComfyUI multiplies by the number it finds."""
+    wide = {
+        f"{lora.spellings[module]}{suffix('alpha')}": torch.tensor(layer.written_alpha, dtype=torch.float64)
+        for module, layer in lora.modules.items()
+        if isinstance(layer, Sum)
+    }
+    return {key: alpha for key, alpha in wide.items() if alpha.float() != alpha}
 
 
 def to_lora(weights: Mapping[str, torch.Tensor], fallback: str = "The LoRA") -> Lora:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..updates.layer import Layer, LoraLayer, exponent, largest
-from ..updates.side_by_side import put
-from ..updates.unmade import Unmade, extremes, made
+from ..updates.side_by_side import Sum, put
+from ..updates.unmade import Unmade, extremes, made, magnitude
 from .threads import in_order, on_one_core
 
 # Largest entry of a tensor, in the dtype's smallest normal numbers, below which rounding is coarser than the dtype's bits.
@@ -128,13 +128,11 @@ def rounding(part: Tensor, rounded: Tensor) -> float:
     return float((rounded.double() - exact).norm() / exact.norm())
 
 
-def all_finite(tensors: Iterable[Tensor | Unmade]) -> bool:
-    """Whether all values of all tensors are numbers. Neighbours in one memory, as those of a file are, count as one; what is
-    unmade is read in the given order."""
-    tensors = list(tensors)
-    apart: list[Tensor | Unmade] = [tensor for tensor in tensors if isinstance(tensor, Unmade)]
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all values of all tensors are numbers. Neighbours in one memory, as those of a file are, count as one."""
+    apart: list[Tensor] = []
     runs: list[tuple[Tensor, int, int]] = []  # first tensor, its storage, numbers
-    for tensor in sorted((tensor for tensor in tensors if isinstance(tensor, Tensor)), key=Tensor.data_ptr):
+    for tensor in sorted(tensors, key=Tensor.data_ptr):
         if not tensor.is_contiguous():
             apart.append(tensor)
             continue
@@ -154,33 +152,35 @@ def all_finite(tensors: Iterable[Tensor | Unmade]) -> bool:
         return all(found)
 
 
-def is_finite(tensor: Tensor | Unmade) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether all values are numbers; true for a tensor without values (a meta tensor too), and for integers."""
-    if isinstance(tensor, Unmade):
-        return math.isfinite(tensor.extremes.low) and math.isfinite(tensor.extremes.high)
     if tensor.numel() == 0 or tensor.is_meta or not tensor.dtype.is_floating_point:
         return True
-    tensor = tensor.detach()
-    # aminmax hands NaN on and needs no memory: 20 times the speed of isfinite().all(). 8-bit floats have none.
-    low, high = torch.aminmax(tensor.half() if tensor.dtype.itemsize == 1 else tensor)
-    return math.isfinite(float(low)) and math.isfinite(float(high))
+    # Needs no memory of its own: 60 times the speed of isfinite().all().
+    return math.isfinite(magnitude(tensor))
 
 
 def holds(layer: LoraLayer) -> bool:
     """Whether factors that were rounded to this dtype lost nothing but the rounding: `cast` would have left them so.
 
-    Told from the layer's shares, since what is largest before it is multiplied and rounded is so afterwards.
+    Told from the layer's shares, since what is largest before it is multiplied and rounded is so afterwards. What a Sum has
+    as it came has lost nothing, and may not have been read yet.
     """
     (dtype,) = layer.dtypes
     sides = [
         [(share.up, share.above, 1) for share in layer.shares],
         [(share.down, share.below, 0) for share in layer.shares],
     ]
+    if isinstance(layer, Sum):
+        as_it_came = [one for side in sides for one, by, _ in side if by == 1 and one.dtype == dtype]
+        if not all(is_finite(one) for one in as_it_came if isinstance(one, Tensor)):
+            return False
+        sides = [[(one, by, dim) for one, by, dim in side if by != 1 or one.dtype != dtype] for side in sides]
     if dtype == torch.float16:
         return all(_holds_components(*factor) for side in sides for factor in side)
     for side in sides:
         sizes = [float(_rounded(_largest(factor), by, dtype)) for factor, by, _ in side]
-        if not all(size < math.inf for size in sizes) or max(sizes) <= _NOTHING:
+        if not all(size < math.inf for size in sizes) or max(sizes, default=1.0) <= _NOTHING:
             return False
     return True
 

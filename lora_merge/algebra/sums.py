@@ -12,19 +12,23 @@ import torch
 from torch import Tensor
 
 from ..updates.layer import Layer, LoraLayer, Share, Term, exponent, is_safe, largest, shape_of_both, shaped
-from ..updates.side_by_side import side_by_side
+from ..updates.side_by_side import Sum, side_by_side, split
 from ..updates.unmade import Unmade
 from .precision import holds, is_finite
 from .scaling import level, raised
+
+# Powers of two within which a scale may go into alpha.
+_ORDINARY = 32
 
 
 def weighted_sum(terms: Sequence[Term], dtype: torch.dtype = torch.float32) -> LoraLayer:
     """The layer with delta = sum of strength * delta over (layer, strength) terms: tau' of arXiv 2311.05556, eq. 3.
 
-    Exact: up = [a_1 up_1, a_2 up_2, ...] and down = [b_1 down_1; b_2 down_2; ...] with
-    a_i * b_i = strength_i * scale_i, so the rank is the sum of ranks. b_i is the power of two nearest to an even split,
-    which keeps both factors within float16 and costs down no rounding, nor up where a_i is a power of two as well: an
-    LCM-LoRA of alpha 8 and rank 64 goes through at strength 1 bit for bit. The result has alpha = rank (scale 1), no `mid`.
+    Exact: up = [a_1 up_1, a_2 up_2, ...] and down = [b_1 down_1; b_2 down_2; ...], so the rank is the sum of ranks. The term
+    of the largest rank keeps its numbers (a = b = 1) whatever its alpha and strength are, and alpha is rank * strength *
+    scale of it; the others have a_i * b_i = strength_i * scale_i relative to that, b_i the power of two nearest to an even
+    split, which keeps both factors within float16 and costs down no rounding. Of plain LoRAs, that is, one with a strength
+    above 0; otherwise alpha is the rank (scale 1) and no term keeps its numbers. There is no `mid`.
     LoHa and LoKr enter by their exact factors.
     A term with strength 0 takes no rank; if all are 0 one rank of zeros is left, so that the module stays.
     dtype: of the result, rounded once from float32. Where float16 would take more than that (precision.holds), the
@@ -37,13 +41,32 @@ def weighted_sum(terms: Sequence[Term], dtype: torch.dtype = torch.float32) -> L
     if not all(is_safe(layer, strength) for layer, strength in terms):
         middling, power = level(terms)
         return raised(stacked(middling).layer(), power)
-    shape, shares = _shares(terms)
-    if all(isinstance(layer, LoraLayer) and layer.mid is None for layer, _ in terms) and any(shares):
-        total = side_by_side([share for share in shares if share is not None], shape, dtype)
-        if total.device.type == "cpu" and holds(total):
-            return total
-    made = stacked(terms, dtype).layer()
-    return made if dtype == torch.float32 or holds(made) else stacked(terms).layer()
+    plain = all(isinstance(layer, LoraLayer) and layer.mid is None for layer, _ in terms)
+
+    def made_in(dtype: torch.dtype) -> LoraLayer:
+        total = _beside_the_largest(terms, dtype) if plain else None
+        return stacked(terms, dtype).layer() if total is None else total
+
+    total = made_in(dtype)
+    return total if dtype == torch.float32 or holds(total) else made_in(torch.float32)
+
+
+def _beside_the_largest(terms: Sequence[Term], dtype: torch.dtype) -> Sum | None:
+    """The sum with the numbers of the term of the largest rank as they are; None where nothing is in it."""
+    shape, scales = common_shape([layer for layer, _ in terms]), _scales(terms)
+    used = [(layer, scale) for (layer, _), scale in zip(terms, scales, strict=True) if scale]
+    if not used:
+        return None
+    # Some readers may not expect an alpha below 0.
+    largest_one, by = max(used, key=lambda term: (term[1] > 0, term[0].rank))
+    if not (
+        by > 0 and abs(exponent(by)) <= _ORDINARY and all(is_safe(layer, strength / by) for layer, strength in terms)
+    ):
+        return side_by_side([_share(layer, scale) for layer, scale in used], shape, dtype)
+    shares = [
+        Share(*layer.stored_factors()) if layer is largest_one else _share(layer, scale / by) for layer, scale in used
+    ]
+    return side_by_side(shares, shape, dtype, by)
 
 
 def dense_sum(terms: Sequence[Term], diffs: Sequence[tuple[Tensor, float]]) -> Tensor:
@@ -153,18 +176,21 @@ def lying(factor: Tensor | Unmade, until: ExitStack | None) -> Tensor:
 
 def _shares(terms: Sequence[Term]) -> tuple[tuple[int, ...], list[Share | None]]:
     """(shape of the weight, what each term is in the sum: None where strength or scale is 0)."""
-    shape = common_shape([layer for layer, _ in terms])
-    scales = []
-    for layer, strength in terms:
-        if not math.isfinite(strength):
-            raise ValueError(f"strength is {strength}, but it has to be a finite number")
-        scales.append(strength * layer.scale)
+    shape, scales = common_shape([layer for layer, _ in terms]), _scales(terms)
     return shape, [_share(layer, scale) if scale else None for (layer, _), scale in zip(terms, scales, strict=True)]
 
 
+def _scales(terms: Sequence[Term]) -> list[float]:
+    """strength * scale of each. Raises ValueError for a strength that is not finite."""
+    for _, strength in terms:
+        if not math.isfinite(strength):
+            raise ValueError(f"strength is {strength}, but it has to be a finite number")
+    return [strength * layer.scale for layer, strength in terms]
+
+
 def _share(layer: Layer, scale: float) -> Share:
-    half = 2.0 ** round(math.log2(abs(scale)) / 2)
-    return Share(*layer.stored_factors(), above=scale / half, below=half)
+    above, below = split(scale)
+    return Share(*layer.stored_factors(), above=above, below=below)
 
 
 def common_shape(layers: Sequence[Layer]) -> tuple[int, ...]:

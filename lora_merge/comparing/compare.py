@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -161,20 +161,9 @@ def _module(
 ) -> tuple[Module, Curve, Products]:
     """Its figures, its part of the curve of cuts, and the inner products of the updates at strength 1."""
     found = {index: shares for index, lora in enumerate(loras) if (shares := _shares(lora, name))}
-    ranks = {index: sum(one.rank for one in shares) for index, shares in found.items()}
-    # The first is spared a decomposition.
-    order = sorted(found, key=lambda index: -ranks[index])
-    every = [one for index in order for one in found[index]]
-    rows, columns = every[0].up.shape[0], math.prod(every[0].down.shape[1:])
-    sizes = [ranks[index] for index in order]
-    up, down = _triangles(every, rows, columns)
-    scales = torch.tensor([one.above for one in every for _ in range(one.rank)], dtype=torch.float64)
-    r_up, r_down = torch.split(up.r * scales, sizes, dim=1), torch.split(down.r, sizes, dim=1)
-    owns = {
-        index: own_of(a, b, share, is_triangle=index == order[0], alone=len(order) == 1)
-        for index, a, b in zip(order, r_up, r_down, strict=True)
-    }
-
+    first = next(iter(found.values()))[0]
+    rows, columns = first.up.shape[0], math.prod(first.down.shape[1:])
+    owns, singular = _owns(found, (rows, columns), strengths, share)
     parts = [_part(lora, name, owns[index]) if index in owns else None for index, lora in enumerate(loras)]
     dots = {(index, index): own.energy for index, own in owns.items()}
     pairs = []
@@ -185,12 +174,7 @@ def _module(
             pairs.append(_pair((i, j), owns[i], owns[j], sign * dots[i, j], (rows, columns)))
 
     is_dense = any((name, part) in lora.diffs for lora in loras for part in WEIGHT_PARTS)
-    counted = sum(rank for index, rank in ranks.items() if strengths[index])
-
-    def singular() -> Singular | None:
-        at = torch.tensor([strengths[index] for index in order for _ in range(ranks[index])], dtype=torch.float64)
-        return singular_of(up, down, scales * at, sizes)
-
+    counted = sum(own.up.shape[1] for index, own in owns.items() if strengths[index])
     curve = curve_of(owns, strengths, (rows, columns), counted, is_dense, singular)
     compared = Module(
         name=name,
@@ -201,6 +185,30 @@ def _module(
         pairs=tuple(pairs),
     )
     return compared, curve, dots
+
+
+def _owns(
+    found: Mapping[int, Sequence[Share]], shape: tuple[int, int], strengths: Sequence[float], share: float
+) -> tuple[dict[int, Own], Callable[[], Singular | None]]:
+    """The updates in the small space that they share, and the directions of their weighted sum, in that order."""
+    ranks = {index: sum(one.rank for one in shares) for index, shares in found.items()}
+    # The first is spared a decomposition.
+    order = sorted(found, key=lambda index: -ranks[index])
+    every = [one for index in order for one in found[index]]
+    sizes = [ranks[index] for index in order]
+    up, down = _triangles(every, *shape)
+    scales = torch.tensor([one.above for one in every for _ in range(one.rank)], dtype=torch.float64)
+    r_up, r_down = torch.split(up.r * scales, sizes, dim=1), torch.split(down.r, sizes, dim=1)
+    owns = {
+        index: own_of(a, b, share, is_triangle=index == order[0], alone=len(order) == 1)
+        for index, a, b in zip(order, r_up, r_down, strict=True)
+    }
+
+    def singular() -> Singular | None:
+        at = torch.tensor([strengths[index] for index in order for _ in range(ranks[index])], dtype=torch.float64)
+        return singular_of(up, down, scales * at, sizes)
+
+    return owns, singular
 
 
 def _part(lora: Lora, module: str, own: Own) -> Part:

@@ -26,6 +26,8 @@ _SETTLED = 2 * 10**9
 _digests: dict[Key, str] = {}
 _kept_in: Path | None = None
 _lock = threading.Lock()
+# Whoever is computing a hash has the lock of it; who asks meanwhile waits.
+_turns: dict[Key, threading.Lock] = {}
 
 
 def sha256_of(path: str | os.PathLike[str], stopped: Callable[[], bool] = lambda: False) -> str:
@@ -36,15 +38,24 @@ def sha256_of(path: str | os.PathLike[str], stopped: Callable[[], bool] = lambda
     path = os.path.abspath(path)
     state = os.stat(path)
     key = (path, state.st_size, state.st_mtime_ns, state.st_ino)
-    if key not in _digests:
-        digest = _computed(path, state.st_size, stopped)
-        with _lock:
-            while len(_digests) >= _MANY:
-                _digests.pop(next(iter(_digests)))
-            _digests[key] = digest
-            _keep()
+    if (known := _digests.get(key)) is not None:
+        return known
+    with _lock:
+        turn = _turns.setdefault(key, threading.Lock())
+    with turn:
+        if (known := _digests.get(key)) is not None:
+            return known
+        try:
+            digest = _computed(path, state.st_size, stopped)
+            with _lock:
+                while len(_digests) >= _MANY:
+                    _digests.pop(next(iter(_digests)))
+                _digests[key] = digest
+                _keep()
+        finally:
+            with _lock:
+                _turns.pop(key, None)
         return digest
-    return _digests[key]
 
 
 def keep_in(file: Path) -> None:

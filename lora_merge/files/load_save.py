@@ -47,9 +47,9 @@ _MAPS = os.name != "posix"
 def load(path: str | os.PathLike[str], *, in_memory: bool = False, mapping: bool = True) -> Lora:
     """The LoRA in a safetensors file, in any spelling that naming/names.py and keys.py know.
 
-    All values are looked at. Those of a large file's LoRA factors are read once more whenever they are needed, into memory
-    that is used again: the file stays open as long as the LoRA is known, may be replaced and deleted, and is refused from
-    then on if it was written to. Windows replaces no open file, so that there all is in memory.
+    The LoRA factors of a large file are read whenever they are needed, into memory that is used again, and looked at the
+    first time: the file stays open as long as the LoRA is known, may be replaced and deleted, and is refused from then on if
+    it was written to. All other values are looked at now. Windows replaces no open file, so that there all is in memory.
     in_memory: for who wants all values at once: they are read once, and whatever becomes of the file does not matter.
     mapping: whether a very large one may be mapped where all is in memory.
     For a PEFT folder's `adapter_model.safetensors` the scale is taken from `adapter_config.json` beside it, also for a
@@ -90,8 +90,10 @@ def _is_factor(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
 
 def _unmade(file: TensorFile, name: str) -> Unmade:
     dtype, shape, *_ = file.header.entries[name]
-    fill = partial(file.fill, name)
-    return Unmade(dtype=dtype, shape=torch.Size(shape), fill=fill, device=CPU, of_file=True)
+    write = partial(file.fill, name)
+    return Unmade(
+        dtype=dtype, shape=torch.Size(shape), write=write, device=CPU, of_file=True, called=(file.path.name, name)
+    )
 
 
 def outline(path: str | os.PathLike[str]) -> Lora:

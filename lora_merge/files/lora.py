@@ -22,6 +22,7 @@ from ..naming import names
 from ..naming.aliases import sites
 from ..naming.unet import infer_layout
 from ..updates.layer import Layer, LoraLayer
+from ..updates.side_by_side import Sum
 from ..updates.unmade import Unmade
 from ..updates.weight_dependent import Carried
 from ..words import many
@@ -304,6 +305,8 @@ def _without_scale(layer: Layer) -> LoraLayer:
     exact."""
     if isinstance(layer, LoraLayer) and layer.scale == 1 and layer.mid is None:
         return layer
+    if isinstance(layer, Sum):
+        return layer.without_scale()
     up, down = layer.factors()
     kernel = (1 for _ in layer.kernel)
     if abs(math.frexp(layer.scale)[0]) == 0.5:  # a power of two: exact in one factor

@@ -14,7 +14,7 @@ from ..naming import names
 from ..naming.unet import infer_layout
 from ..updates.build import build, idle, ignores_alpha, is_carried, problem
 from ..updates.layer import Layer
-from ..updates.unmade import Unmade, made
+from ..updates.unmade import Unmade, made, not_finite
 from ..updates.weight_dependent import Carried
 from ..words import many
 from . import dialects, keys
@@ -94,7 +94,7 @@ def _without_effect(
         up, down = (state_dict[parts[part]] if part in parts else None for part in ("up", "down"))
         if up is not None and down is not None and _no_rank(up, down):
             found |= {key for part, key in parts.items() if part not in DIFF_PARTS}
-        elif "alpha" in parts and ignores_alpha(parts) and not is_finite(state_dict[parts["alpha"]]):
+        elif "alpha" in parts and ignores_alpha(parts) and not is_finite(made(state_dict[parts["alpha"]])):
             found.add(parts["alpha"])
     return found
 
@@ -240,11 +240,9 @@ def _check_values(tensors: Mapping[str, Tensor | Unmade], source: str) -> None:
         raise ValueError(
             f"{source}: {many(len(empty), 'tensors have', 'tensor has')} no values, {', '.join(empty[:3])}; the file is damaged."
         )
-    tensors = {key: tensor for key, tensor in tensors.items() if not tensor.is_meta}  # an outline has no values
-    if not all_finite(tensors.values()):
-        broken = sorted(key for key, tensor in tensors.items() if not is_finite(tensor))
+    # An outline has no values, and what is unmade is looked at when it is read.
+    there = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, Tensor) and not tensor.is_meta}
+    if not all_finite(there.values()):
+        broken = sorted(key for key, tensor in there.items() if not is_finite(tensor))
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        raise ValueError(
-            f"{source}: NaN or infinite values in {', '.join(broken[:3])}{more}; the training diverged or the file was "
-            "saved in too small a dtype, so use another copy."
-        )
+        raise ValueError(not_finite(source, f"{', '.join(broken[:3])}{more}"))

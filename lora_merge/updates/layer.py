@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .unmade import Unmade
+from .unmade import Unmade, magnitude
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,12 +219,13 @@ def is_safe(layer: Layer, strength: float = 1.0, *, part: int = 0, low: int = -1
     part: powers of two, of either sign, that every part and the product of all keep within; 0 is what `factors` bears.
     low, high: powers of two that strength * update keeps within.
     """
+    size = exponent(strength * layer.scale)
+    plain = isinstance(layer, LoraLayer) and layer.mid is None
+    if plain and layer.dtypes == {torch.float16} and low + 48 <= size <= high - 32:
+        return True  # no need to look: float16 holds 2**-24 to 2**16
     parts = list(layer.pieces().values())
     # `factors` multiplies parts with one another where there are more than two.
     part = part or (100 if len(parts) == 2 else 36)
-    size = exponent(strength * layer.scale)
-    if len(parts) == 2 and all(tensor.dtype == torch.float16 for tensor in parts) and low + 48 <= size <= high - 32:
-        return True  # no need to look: float16 holds 2**-24 to 2**16
     sizes = [exponent(largest(tensor)) for tensor in parts]
     if max(sizes) > part or size > part:
         return False
@@ -259,10 +260,7 @@ def largest(tensor: Tensor | Unmade) -> float:
         return tensor.extremes.largest
     if tensor.numel() == 0:
         return 0.0
-    # 8-bit floats have no aminmax.
-    tensor = tensor.detach().half() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor.detach()
-    low, high = torch.aminmax(tensor)
-    return max(-float(low), float(high))
+    return magnitude(tensor)
 
 
 def unfolded(shape: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:

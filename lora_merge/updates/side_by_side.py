@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -16,7 +17,7 @@ from .unmade import Unmade, borrowed_bytes, made
 
 
 class Sum(LoraLayer):
-    """up = [a_1 up_1, a_2 up_2, ...] and down = [b_1 down_1; b_2 down_2; ...] of its shares, alpha = rank.
+    """up = [a_1 up_1, a_2 up_2, ...] and down = [b_1 down_1; b_2 down_2; ...] of its shares.
 
     Numbers are multiplied in float32 and rounded to the dtype once, each on its way to its place. Made by `side_by_side`, or
     by `stored` of one share with an alpha of its own; as a layer it is a LoraLayer, whose `up` and `down` are made when they
@@ -85,6 +86,12 @@ class Sum(LoraLayer):
         kept = vars(self)
         return {"up": kept.get("up", self._up), "down": kept.get("down", self._down)}
 
+    def without_scale(self) -> Sum:
+        """The update with its scale in the factors and scale 1, in float32: to be rounded once."""
+        above, below = split(self.scale)
+        shares = [replace(one, above=one.above * above, below=one.below * below) for one in self.shares]
+        return side_by_side(shares, self.shape, torch.float32)
+
     def in_dtype(self, dtype: torch.dtype) -> LoraLayer:
         if dtype == self.dtype:
             return self
@@ -108,13 +115,13 @@ class Sum(LoraLayer):
     def _up(self) -> Unmade:
         if (only := self._only(self._shares[0].up, self._up_shape)) is not None:
             return only
-        return self._unmade(self._up_shape, self._fill_up, [(share.up, share.above) for share in self._shares])
+        return self._unmade(self._up_shape, self._write_up, [(share.up, share.above) for share in self._shares])
 
     @property
     def _down(self) -> Unmade:
         if (only := self._only(self._shares[0].down, self._down_shape)) is not None:
             return only
-        return self._unmade(self._down_shape, self._fill_down, [(share.down, share.below) for share in self._shares])
+        return self._unmade(self._down_shape, self._write_down, [(share.down, share.below) for share in self._shares])
 
     def _only(self, factor: Tensor | Unmade, shape: torch.Size) -> Unmade | None:
         """The factor of the first share, where that is the sum's own."""
@@ -122,12 +129,12 @@ class Sum(LoraLayer):
         return factor if is_own and isinstance(factor, Unmade) else None
 
     def _unmade(
-        self, shape: torch.Size, fill: Callable[[Tensor], None], of: Sequence[tuple[Tensor | Unmade, float]]
+        self, shape: torch.Size, write: Callable[[Tensor], None], of: Sequence[tuple[Tensor | Unmade, float]]
     ) -> Unmade:
         factors = [factor for share in self.shares for factor in (share.up, share.down)]
         of_file = all(isinstance(factor, Unmade) and factor.of_file for factor in factors)
         shares = tuple(of) if self.dtype == torch.float32 or self._is_whole else ()
-        return Unmade(dtype=self.dtype, shape=shape, fill=fill, device=self.device, of_file=of_file, shares=shares)
+        return Unmade(dtype=self.dtype, shape=shape, write=write, device=self.device, of_file=of_file, shares=shares)
 
     def _piece(self, name: str, unmade: Unmade) -> Tensor | Unmade:
         kept = vars(self).get(name)
@@ -143,22 +150,31 @@ class Sum(LoraLayer):
             known[name] = result
         return result
 
-    def _fill_up(self, place: Tensor) -> None:
+    def _write_up(self, place: Tensor) -> None:
         places = torch.split(place.view(self.shape[0], -1), [share.rank for share in self.shares], dim=1)
         for share, part in zip(self.shares, places, strict=True):
             put(share.up, share.above, part)
 
-    def _fill_down(self, place: Tensor) -> None:
+    def _write_down(self, place: Tensor) -> None:
         places = torch.split(place.view(self.rank, -1), [share.rank for share in self.shares])
         for share, part in zip(self.shares, places, strict=True):
             put(share.down, share.below, part)
 
 
-def side_by_side(shares: Sequence[Share], shape: tuple[int, ...], dtype: torch.dtype) -> Sum:
-    """The sum of shares of one weight. shares: one or more, of matrices.   shape: of the weight.   dtype: of the result."""
+def side_by_side(shares: Sequence[Share], shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> Sum:
+    """scale * the sum of shares of one weight; the scale becomes alpha / rank.
+
+    shares: one or more, of matrices.   shape: of the weight.   dtype: of the result.
+    """
     rank = sum(share.rank for share in shares)
     up, down = torch.Size((shape[0], rank, *(1 for _ in shape[2:]))), torch.Size((rank, *shape[1:]))
-    return _sum(shares, shape, dtype, (up, down), float(rank))
+    return _sum(shares, shape, dtype, (up, down), scale * rank)
+
+
+def split(scale: float) -> tuple[float, float]:
+    """(a, b) with a * b = scale, b the power of two nearest to an even split, by which nothing is rounded."""
+    half = 2.0 ** round(math.log2(abs(scale)) / 2) if scale else 1.0
+    return scale / half, half
 
 
 def stored(up: Tensor | Unmade, down: Tensor | Unmade, alpha: float | None) -> LoraLayer:

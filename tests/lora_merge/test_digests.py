@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -44,6 +46,38 @@ def test_a_hash_is_computed_once_for_each_state_of_a_file(tmp_path, computed):
     put(file, b"others!", LONG_AGO + 1)
     assert sha256_of(file) == hashlib.sha256(b"others!").hexdigest()
     assert len(computed) == 2
+
+
+def test_who_asks_for_a_hash_that_is_being_computed_waits_for_it(tmp_path, computed, monkeypatch):
+    """A merge hashes its inputs beside the work, which may have to know what an input is."""
+    file, begun, others = put(tmp_path / "x"), threading.Event(), threading.Barrier(4)
+    slow = digests._computed
+
+    def computing(*given):
+        begun.set()
+        others.wait(10)
+        return slow(*given)
+
+    monkeypatch.setattr(digests, "_computed", computing)
+
+    def ask(_):
+        begun.wait(10)
+        others.wait(10)
+        return sha256_of(file)
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *rest = pool.submit(sha256_of, file), *(pool.submit(ask, n) for n in range(3))
+        assert {one.result(10) for one in (first, *rest)} == {hashlib.sha256(b"weights").hexdigest()}
+    assert len(computed) == 1
+    assert not digests._turns
+
+
+def test_who_waits_for_a_hash_that_is_given_up_computes_it(tmp_path, computed):
+    file = put(tmp_path / "x")
+    with pytest.raises(InterruptedError):
+        sha256_of(file, lambda: True)
+    assert sha256_of(file) == hashlib.sha256(b"weights").hexdigest()
+    assert not digests._turns
 
 
 def test_a_file_larger_than_a_block_is_hashed_whole(tmp_path):

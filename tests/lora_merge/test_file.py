@@ -106,8 +106,10 @@ def test_a_merge_tells_other_tools_and_its_own_story(tmp_path):
     save(merge([(style, 0.8), (lcm, 1.0)]), tmp_path / "both.safetensors")
     notes = metadata(tmp_path / "both.safetensors")
     assert notes["ss_network_module"] == "networks.lora"
-    assert notes["ss_network_dim"] == notes["ss_network_alpha"] == "12"
-    assert json.loads(notes["ss_network_args"]) == {"conv_dim": "12", "conv_alpha": "12"}
+    # The larger one keeps its numbers, and its scale goes into alpha.
+    (scale,) = {layer.scale for layer in lcm.modules.values()}
+    assert (notes["ss_network_dim"], notes["ss_network_alpha"]) == ("12", f"{12 * scale:g}")
+    assert json.loads(notes["ss_network_args"]) == {"conv_dim": "12", "conv_alpha": f"{12 * scale:g}"}
     assert notes["modelspec.title"] == "both"
     assert notes["modelspec.merged_from"] == "4.safetensors, 8.safetensors"
     assert json.loads(notes["lcm_kit.merge"])["inputs"][0]["strength"] == 0.8
@@ -307,7 +309,7 @@ def test_a_state_dicts_tensor_is_copied_where_it_is_the_loras_own_and_nowhere_el
     assert copied.data_ptr() != mine.data_ptr()
     assert torch.equal(copied, mine)
     assert _own(mine.T, mine).is_contiguous()
-    unmade = Unmade(dtype=mine.dtype, shape=mine.shape, fill=lambda place: place.copy_(mine), device=mine.device)
+    unmade = Unmade(dtype=mine.dtype, shape=mine.shape, write=lambda place: place.copy_(mine), device=mine.device)
     for original in (mine, unmade, None):
         assert _own(new, original) is new
         assert _own(unmade, original) is unmade

@@ -62,10 +62,11 @@ def test_a_file_is_written_from_a_sum_that_nobody_makes(tmp_path, dtype, format)
 def test_a_sum_is_its_shares_side_by_side_rounded_once(dtype, kernel):
     one, other = layer(4, 2.0, HALF, 1, kernel), layer(3, None, FULL, 2, kernel)
     total = weighted_sum([(one, 0.8), (other, -1.5)], dtype)
-    # 0.8 * 2 / 4 = 0.4 is shared as 0.8 and 0.5, -1.5 as -1.5 and 1 (2 ** round(log2(1.5) / 2)).
-    up = torch.cat([one.up.float() * (0.4 / 0.5), other.up * -1.5], dim=1).to(dtype)
-    down = torch.cat([one.down.float() * 0.5, other.down]).to(dtype)
-    assert (total.rank, total.dim, total.alpha, total.shape) == (7, 7, 7.0, (12, 8, *kernel))
+    # 0.8 * 2 / 4 = 0.4 goes into alpha; -1.5 / 0.4 = -3.75 is shared as -1.875 and 2 (2 ** round(log2(3.75) / 2)).
+    up = torch.cat([one.up.float(), other.up * (-1.5 / 0.4 / 2)], dim=1).to(dtype)
+    down = torch.cat([one.down.float(), other.down * 2.0]).to(dtype)
+    assert (total.rank, total.dim, total.shape) == (7, 7, (12, 8, *kernel))
+    assert total.alpha == pytest.approx(0.4 * 7, rel=1e-15)
     assert total.parameters == up.numel() + down.numel()
     assert total.dtypes == {dtype}
     assert torch.equal(total.up, up)
@@ -93,8 +94,13 @@ def test_what_a_sum_holds_is_told_from_its_shares_as_from_what_they_make(dtype, 
     one, other = layer(4, None, given, 3, by=0.5), layer(2, None, HALF, 4)
     up = one.up.clone()
     up[:, 2] *= column
-    total = side_by_side([Share(up, one.down, by, 1.0), Share(other.up, other.down)], (12, 8), dtype)
-    assert holds(total) == holds(shaped(total.up, total.down, (12, 8)))
+    shares = [Share(up, one.down, by, 1.0), Share(other.up, other.down)]
+    total = side_by_side(shares, (12, 8), dtype)
+    # What goes in as it came has lost nothing, whatever there is of it.
+    looked_at = shares[:1] if by != 1 or given != dtype else []
+    made = [side_by_side([share], (12, 8), dtype) for share in looked_at]
+    alive = bool(total.up.isfinite().all())
+    assert holds(total) == (alive and all(holds(shaped(one.up, one.down, (12, 8))) for one in made))
 
 
 def test_a_row_far_down_that_is_large_enough_counts():
@@ -187,7 +193,7 @@ def test_who_leaves_looks_at_what_is_new_and_not_at_everything():
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_factor_is_put_as_its_product_in_float32_whether_it_is_there_or_in_a_file(number, given, wanted, turned):
     factor = layer(4, None, given, 3).up
-    unmade = Unmade(dtype=given, shape=factor.shape, fill=lambda place: place.copy_(factor), device=factor.device)
+    unmade = Unmade(dtype=given, shape=factor.shape, write=lambda place: place.copy_(factor), device=factor.device)
     for one in (factor, unmade):
         place = torch.zeros(factor.shape[::-1], dtype=wanted).T if turned else torch.zeros(factor.shape, dtype=wanted)
         put(one, number, place)

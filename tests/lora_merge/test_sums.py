@@ -34,6 +34,15 @@ strengths = st.one_of(st.floats(-4, 4, allow_subnormal=False), st.sampled_from([
 terms = st.lists(st.tuples(ranks, alphas, strengths), min_size=1, max_size=4)
 
 
+def scale_of_the_largest(layers, strengths):
+    """strength * scale of the largest rank that enters with more than 0; 1 where there is none, and where it is no ordinary
+    number."""
+    scales = [(one.rank, strength * one.scale) for one, strength in zip(layers, strengths, strict=True)]
+    rank = max((rank for rank, scale in scales if scale > 0), default=0)
+    found = next((scale for of_rank, scale in scales if of_rank == rank and scale > 0), 1.0)
+    return found if 2.0**-32 <= found < 2.0**32 else 1.0
+
+
 @settings(max_examples=60, deadline=None)
 @given(terms, st.sampled_from([(), (1, 1), (3, 3)]))
 def test_delta_of_the_sum_is_the_sum_of_deltas(terms, kernel):
@@ -44,9 +53,13 @@ def test_delta_of_the_sum_is_the_sum_of_deltas(terms, kernel):
     assert (
         float((total.delta().double() - sum(parts)).norm()) <= 1e-6 * size + 1e-36
     )  # float32 has nothing finer near zero
-    assert total.alpha == total.rank or size < 1e-30  # alpha takes what the factors have no room for
-    assert total.scale == 1.0 or size < 1e-30
     assert total.mid is None
+    if all(
+        strength == 0 or abs(strength) > 1e-9 for *_, strength in terms
+    ):  # else alpha takes what is beyond the factors
+        assert total.scale == pytest.approx(
+            scale_of_the_largest(layers, [strength for *_, strength in terms]), rel=1e-12
+        )
 
 
 @settings(max_examples=20, deadline=None)
@@ -239,8 +252,38 @@ def test_a_sum_is_rounded_once_to_the_dtype_that_was_asked_for_whatever_it_is_ma
     assert total.dtypes == {dtype}
     assert torch.equal(total.up, exact.up.to(dtype))
     assert torch.equal(total.down, exact.down.to(dtype))
-    if dtype == torch.float16:  # what it would lose stays in float32, to be balanced
-        assert weighted_sum([(one, 1e-9)], dtype).dtypes == {torch.float32}
+    if dtype == torch.float16:  # what it would lose stays in float32, to be balanced; a plain LoRA has alpha for it
+        small = weighted_sum([(one, 1e-9)], dtype)
+        assert small.dtypes == {dtype if isinstance(small, Sum) else torch.float32}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(ranks, alphas, strengths, sizes), min_size=1, max_size=4),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    dtypes,
+)
+def test_the_largest_of_a_sum_keeps_its_numbers_bit_for_bit_at_any_alpha_and_strength(terms, given_dtype, dtype):
+    """The first of those of the largest rank that enter with more than 0. The others are what they are relative to it."""
+    layers = [
+        LoraLayer(*((factor * size).to(given_dtype) for factor in factors(6, rank, 5, seed=number)), alpha)
+        for number, (rank, alpha, _, size) in enumerate(terms)
+    ]
+    strengths = [strength for _, _, strength, _ in terms]
+    assume(all(factor.isfinite().all() for layer in layers for factor in (layer.up, layer.down)))
+    wanted = scale_of_the_largest(layers, strengths)
+    total = weighted_sum(list(zip(layers, strengths, strict=True)), dtype)
+    used = [one for one, strength in zip(layers, strengths, strict=True) if strength * one.scale]
+    kept = max(
+        (one for one in used if strengths[layers.index(one)] * one.scale > 0), key=lambda one: one.rank, default=None
+    )
+    assume(
+        kept is not None and isinstance(total, Sum) and total.scale == pytest.approx(wanted, rel=1e-12) and wanted != 1
+    )
+    before = sum(one.rank for one in used[: used.index(kept)])
+    up, down = total.up[:, before : before + kept.rank], total.down[before : before + kept.rank]
+    assert torch.equal(up, kept.up.to(total.dtype))
+    assert torch.equal(down, kept.down.to(total.dtype))
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -301,7 +301,7 @@ def test_what_is_made_ahead_of_a_slow_disk_stands_in_the_file_as_it_was_made(tmp
     monkeypatch.setattr(module, "_BATCH", 1)
     tensors = {f"{n:02}": torch.full((3,), float(n)) for n in range(24)}
     later = {
-        name: Unmade(dtype=one.dtype, shape=one.shape, fill=lambda place, one=one: place.copy_(one), device=one.device)
+        name: Unmade(dtype=one.dtype, shape=one.shape, write=lambda place, one=one: place.copy_(one), device=one.device)
         for name, one in tensors.items()
     }
     with open(tmp_path / "x.safetensors", "wb") as file:
