@@ -6,15 +6,14 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 
 from ..updates.layer import Layer, LoraLayer, Term, shaped
-from ..updates.unmade import borrowed_bytes
 from .core_space import CoreSpace
-from .order import Order, Product, order, squared_norm
+from .later import made_later, write_product
+from .order import Cut, Order, Product, order, squared_norm
 from .orthonormal import Basis, basis, gram
 from .precision import holds
 from .scaling import levelled
@@ -86,7 +85,8 @@ class Directions:
         """What need not be computed again for the same terms; None where the bases are no combinations of their factors."""
         if isinstance(self.order, Order) and (self.up.r is None or self.down.r is None):
             return None
-        return Known(self.order, self.up.r, self.down.r)
+        order = self.order if isinstance(self.order, Order) else self.order.for_later()
+        return Known(order, self.up.r, self.down.r)
 
     def prospect(self) -> Prospect:
         cost = self.up.vectors.shape[0] + self.down.vectors.shape[0]
@@ -99,26 +99,28 @@ class Directions:
         layer = self._layer(left, right, dtype)
         if dtype != torch.float32 and not holds(layer):
             layer = self._layer(left, right, torch.float32)
-        return Truncated(
-            layer=layer,
-            energy=self.order.energy,
-            lost_energy=found.lost,
-            source_energy=self.order.source_energy,
-            kept_energy=found.kept,
-        )
+        return _truncated(layer, self.order, found)
 
     def _layer(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> LoraLayer:
         up, down = _product(self.up.vectors, left, dtype), _product(right, self.down.vectors.T, dtype)
         return shaped(up, down, self.shape)
 
 
+def _truncated(layer: LoraLayer, order: Order | Singular, found: Cut) -> Truncated:
+    return Truncated(
+        layer=layer,
+        energy=order.energy,
+        lost_energy=found.lost,
+        source_energy=order.source_energy,
+        kept_energy=found.kept,
+    )
+
+
 def _product(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of float32 matrices, in a dtype. What is rounded takes no new memory of its own before."""
-    if dtype == torch.float32:
-        return first @ second
-    shape = (first.shape[0], second.shape[1])
-    with borrowed_bytes(prod(shape) * first.itemsize, first.device) as memory:
-        return torch.mm(first, second, out=memory.view(first.dtype).view(shape)).to(dtype)
+    """Of float32 matrices, in a dtype."""
+    result = first.new_empty((first.shape[0], second.shape[1]), dtype=dtype)
+    write_product(first, second, result)
+    return result
 
 
 def directions(terms: Sequence[Term], *, balanced: bool = False) -> Directions:
@@ -188,8 +190,20 @@ def truncated_sum(
         energy, parts = _energies(terms) if known is None else (known.order.energy, known.order.source_energy)
         layer = weighted_sum(terms, dtype)
         return Truncated(layer=layer, energy=energy, lost_energy=0.0, source_energy=parts, kept_energy=parts)
+    if known is not None and (later := _cut_later(terms, known.order, rank, dtype)) is not None:
+        return later
     with ExitStack() as until:
         return _directions(terms, balanced, known, until).cut(rank, dtype)
+
+
+def _cut_later(terms: Sequence[Term], order: Order | Singular, rank: int, dtype: torch.dtype) -> Truncated | None:
+    """What is known needs the updates for nothing but the result, which may be made when somebody writes it to a file."""
+    if isinstance(order, Order):
+        return None
+    found = order.cut(rank)
+    norms = order.worth[:rank].sqrt().sqrt()
+    layer = made_later(terms, found.left.float(), found.right.float(), norms, dtype)
+    return None if layer is None else _truncated(layer, order, found)
 
 
 def _energies(terms: Sequence[Term]) -> tuple[float, tuple[float, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -21,11 +21,12 @@ class Singular:
     With down^T = q r (r upper, q orthonormal columns) and gram = diag(numbers) up^T up diag(numbers), the squared singular
     values `worth` are the eigenvalues of r gram r^T, v their vectors, and q v the right singular vectors; all (R, R) float64.
     The left ones are up diag(numbers) r^T v / s, so that of up neither a basis is needed nor anything to be solved.
+    gram: None where `kept` is known, which is all that it is for.
     """
 
     numbers: Tensor
     ranks: tuple[int, ...]
-    gram: Tensor
+    gram: Tensor | None
     r: Tensor
     v: Tensor
     worth: Tensor
@@ -45,6 +46,12 @@ class Singular:
         kept = torch.nn.functional.pad(torch.stack([of_sum, *map(corners, squares)]), (1, 0))
         kept[:, -1] = kept.new_tensor([self.energy, *self.source_energy])
         return kept
+
+    def for_later(self) -> Singular:
+        """The same in the least memory: for many modules at once."""
+        result = replace(self, gram=None)
+        vars(result)["kept"] = self.kept
+        return result
 
     def cut(self, rank: int) -> Cut:
         """The best of that rank; left and right are of up and down themselves."""
@@ -67,6 +74,7 @@ class Singular:
 
     def _squares(self, along: Tensor, rank: int) -> list[Tensor]:
         """(rank, rank) for each term, the squared entries of u^T term v.   along: (R, rank), r^T v."""
+        assert self.gram is not None
         ranks = list(self.ranks)
         # u^T up_i = (r^T v / s)^T gram_i, and down_i v = (r^T v)_i.
         lefts, rights = torch.split(along.T @ self.gram, ranks, dim=1), torch.split(along, ranks)

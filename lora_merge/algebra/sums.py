@@ -144,9 +144,19 @@ def side_by_side_as_they_are(terms: Sequence[Term], until: ExitStack | None = No
     """
     shape, shares = _shares(terms)
     numbers = [share.above * share.below for share in shares if share is not None for _ in range(share.rank)] or [1.0]
-    bare = [share and replace(share, above=1.0, below=1.0) for share in shares]
-    whole = _stack(terms, shape, bare, torch.float32, until)
+    whole = _stack(terms, shape, [share and _bare(share) for share in shares], torch.float32, until)
     return whole, torch.tensor(numbers, dtype=torch.float64, device=whole.up.device)
+
+
+def as_they_are(terms: Sequence[Term]) -> Sum | None:
+    """`side_by_side_as_they_are`, unmade; None where no term is in the sum."""
+    shape, shares = _shares(terms)
+    used = [_bare(share) for share in shares if share is not None]
+    return side_by_side(used, shape, torch.float32) if used else None
+
+
+def _bare(share: Share) -> Share:
+    return replace(share, above=1.0, below=1.0)
 
 
 def _stack(

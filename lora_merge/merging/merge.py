@@ -68,7 +68,7 @@ def merge(
     Strengths are multiplied into the updates before a method looks at them, and never normalised. Biases and norms are
     added up by every method.
     Exact sums of plain LoRAs are made when their factors are read or saved: until then the inputs' tensors have to stay as
-    they are.
+    they are. So is what keep, retain and max_mb cut of LoRAs in files, which are refused if they are written to before.
     Options: see `MergeOptions` and `merge_with_account`.
     """
     return merge_with_account(
