@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..updates.layer import Layer, LoraLayer, Term, shaped
 from .core_space import CoreSpace
-from .later import made_later, write_product
+from .later import made_later, surely_holds, write_product
 from .order import Cut, Order, Product, order, squared_norm
 from .orthonormal import Basis, basis, gram
 from .precision import holds
@@ -97,7 +97,9 @@ class Directions:
         found = self.order.cut(rank)
         left, right = self.up.coefficients(found.left), self.down.coefficients(found.right.T).T
         layer = self._layer(left, right, dtype)
-        if dtype != torch.float32 and not holds(layer):
+        length = max(self.up.vectors.shape[0], self.down.vectors.shape[0])
+        sure = isinstance(self.order, Singular) and surely_holds(self.order.norms(rank), length, dtype)
+        if not (sure or dtype == torch.float32 or holds(layer)):
             layer = self._layer(left, right, torch.float32)
         return _truncated(layer, self.order, found)
 
@@ -201,8 +203,7 @@ def _cut_later(terms: Sequence[Term], order: Order | Singular, rank: int, dtype:
     if isinstance(order, Order):
         return None
     found = order.cut(rank)
-    norms = order.worth[:rank].sqrt().sqrt()
-    layer = made_later(terms, found.left.float(), found.right.float(), norms, dtype)
+    layer = made_later(terms, found.left.float(), found.right.float(), order.norms(rank), dtype)
     return None if layer is None else _truncated(layer, order, found)
 
 

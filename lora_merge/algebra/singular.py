@@ -53,11 +53,14 @@ class Singular:
         vars(result)["kept"] = self.kept
         return result
 
+    def norms(self, rank: int) -> Tensor:
+        """Of the components of the best of that rank, the columns of up and the rows of down alike."""
+        return self.worth[:rank].sqrt().sqrt()
+
     def cut(self, rank: int) -> Cut:
         """The best of that rank; left and right are of up and down themselves."""
         rank = min(rank, len(self.worth))
-        v, worth = self.v[:, :rank], self.worth[:rank]
-        root = worth.sqrt().sqrt()
+        v, root = self.v[:, :rank], self.norms(rank)
         along = self.r.T @ v
         right = torch.linalg.solve_triangular(self.r, v * root, upper=True).T
         lost = float(self.worth[rank:].sum())

@@ -77,7 +77,7 @@ def _is_norm(loras: Sequence[Lora], module: str) -> bool:
 
 def _allocated(plan: Plan, merger: ModuleMerger, biases: Diffs, threads: int | None, steps: _Steps) -> dict[str, int]:
     """The first of two passes, where ranks are shared out: by what each would keep. Of the directions that it finds only
-    what has the size of the ranks is kept for the second, a fifth of the inputs in float32 for an LCM-LoRA and a style."""
+    what has the size of the ranks is kept for the second, a tenth of the inputs in float32 for an LCM-LoRA and a style."""
     options = plan.options
     if options.aim is None:
         return {}
