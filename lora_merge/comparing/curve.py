@@ -50,13 +50,16 @@ def curve_of(
     whole = [0.0] * (1 + len(strengths))
     for index, own in owns.items():
         whole[1 + index] = strengths[index] ** 2 * own.energy
+    alone = len(owns) == 1
+    if alone:
+        whole[0] = sum(whole)
     if is_dense:  # a difference of whole weights stays whole at any rank
-        whole[0] = sum(whole) if len(owns) == 1 else squared_norm(_sum(_products(owns, strengths)))
+        if not alone:
+            whole[0] = squared_norm(_sum(_products(owns, strengths)))
         numbers = torch.full((1,), float(rows * columns), dtype=torch.float64)
         return Curve(torch.tensor(whole, dtype=torch.float64)[:, None], numbers)
-    if len(owns) == 1:
+    if alone:
         ((index, own),) = owns.items()
-        whole[0] = whole[1 + index]
         known = torch.nn.functional.pad(strengths[index] ** 2 * own.values.cumsum(0), (1, 0)).expand(2, -1)
     else:
         found: Order | Singular | None = singular()

@@ -129,6 +129,24 @@ def test_what_is_inside_is_what_full_protection_takes():
     assert 1 - left / pair.first_inside.whole == pytest.approx(pair.first_inside.share, abs=1e-4)  # mu / (1 + mu)
 
 
+@pytest.mark.parametrize("inputs", [1, 2, 3])
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_curve_ends_with_the_energies_themselves(inputs, dense):
+    """In float64, whichever way they were found: of a LoRA beside others, alone, and of a whole difference."""
+    one = lora(seed=1)
+    if dense:
+        diff = torch.randn(24, 20, generator=generator(5))
+        one = Lora.from_state_dict({f"{ATTENTION}.diff": diff, **lora(modules={TEXT: SHAPES[TEXT]}).to_state_dict()})
+    found = compare([(one, 0.7), (lora(rank=3, seed=2), -1.3), (lora(rank=5, seed=3), 0.4)][:inputs])
+    for index, (part, strength) in enumerate(zip(found.kept[1:], (0.7, -1.3, 0.4), strict=False)):
+        assert part[-1] == pytest.approx(strength**2 * found.products[index][index], rel=1e-12)
+    assert found.kept[0][-1] == pytest.approx(found.whole.energy, rel=1e-12)
+    strengths = (0.7, -1.3, 0.4)[:inputs]
+    rows = zip(strengths, found.products, strict=True)
+    exact = sum(a * b * product for a, row in rows for b, product in zip(strengths, row, strict=True))
+    assert found.whole.energy == pytest.approx(exact, rel=1e-6)
+
+
 @pytest.mark.parametrize("rank", [1, 3, 6, 8, 99])
 def test_a_cut_loses_what_truncated_sum_loses(rank):
     inputs = [(lora(rank=4, seed=1), 0.8), (lora(rank=5, seed=2), 1.0)]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lcm_kit.lora_merge import load, merge, save
-from lcm_kit.lora_merge.algebra.later import write_product
+from lcm_kit.lora_merge import LoraLayer, load, merge, save
+from lcm_kit.lora_merge.algebra.later import made_later, surely_holds, write_product
+from lcm_kit.lora_merge.algebra.precision import holds
 from lcm_kit.lora_merge.files import load_save
 from lcm_kit.lora_merge.updates.unmade import Unmade
 
@@ -105,6 +106,29 @@ def test_a_file_that_is_written_to_before_the_cut_is_made_is_refused(tmp_path, p
     with pytest.raises(ValueError, match=r"0\.safetensors: was changed by another program"):
         save(result, tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, FULL])
+@pytest.mark.parametrize("power", [-105, -80, -12, -8, 0, 13, 15, 30, 126, 127])
+def test_what_is_sure_to_fit_does_fit(power, dtype):
+    """float16 of components that have one large number, or many of one size."""
+    one, even = torch.zeros(40, 1), torch.full((40, 1), 40**-0.5)
+    sure = surely_holds(torch.tensor([2.0**power, 1.0], dtype=torch.float64), 40, dtype)
+    for up in (one.index_fill(0, torch.tensor([3]), 1.0), even):
+        both = torch.cat([up * 2.0**power, even], dim=1)
+        assert holds(LoraLayer(both.to(dtype), both.T.contiguous().to(dtype))) or not sure
+    assert sure is {HALF: -8 <= power <= 13, BRAIN: -80 <= power <= 126, FULL: -80 <= power <= 126}[dtype]
+
+
+def test_components_are_taken_to_be_as_long_as_the_longer_side(pair):
+    terms = [(pair[0][0].modules[pair[0][0].find(NAMES[2])], 1.0)]  # 24 by 16
+    assert terms[0][0].shape == (24, 16)
+    left, right = torch.eye(6), torch.eye(6)
+    for length, is_made_now in ((30, False), (20, True)):
+        norms = torch.full((6,), 2.0**-11 * length**0.5)
+        assert (made_later(terms, left, right, norms, HALF) is None) is is_made_now
+    turned = [(LoraLayer(terms[0][0].down.T, terms[0][0].up.T), 1.0)]
+    assert made_later(turned, left, right, torch.ones(6), HALF) is None  # in memory
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, FULL])

@@ -15,8 +15,8 @@ from lcm_kit.lora_merge.algebra.lowrank import (
     truncated_sum,
 )
 from lcm_kit.lora_merge.algebra.order import Product, _singular, order
-from lcm_kit.lora_merge.algebra.orthonormal import basis
-from lcm_kit.lora_merge.algebra.singular import singular
+from lcm_kit.lora_merge.algebra.orthonormal import Triangle, basis, triangle
+from lcm_kit.lora_merge.algebra.singular import Singular, singular, singular_of
 from lcm_kit.lora_merge.algebra.sums import side_by_side_as_they_are
 from lcm_kit.tests.lora_merge.make import dense, factors, layer, relative
 
@@ -270,6 +270,8 @@ def test_what_is_known_of_the_directions_makes_the_same_cut_bit_for_bit(count, b
     known = directions(terms, balanced=balanced).known()
     assert known is not None
     kept = [part for of in (known, known.order) for part in vars(of).values() if isinstance(part, torch.Tensor)]
+    assert isinstance(known.order, Singular) is not balanced
+    assert getattr(known.order, "gram", None) is None
     # A table of what is kept begins with rank 0.
     assert {max(part.shape) for part in kept} <= {(rank := sum(one.rank for one, _ in terms)), rank + 1}
     for rank in (1, 3, 4):
@@ -340,19 +342,26 @@ def test_gram_matrices_tell_the_singular_directions_that_a_decomposition_tells(s
         torch.testing.assert_close(first.left @ first.right, in_factors, rtol=0, atol=1e-5 * scale)
 
 
-def test_squares_are_left_alone_where_they_could_not_tell():
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_squares_are_left_alone_where_they_could_not_tell(size):
     """Singular values of which float64 loses the square beside the largest, and factors that depend on one another."""
     one, tiny, zeros = (
         layer(40, 5, 30, seed=1),
         layer(40, 5, 30, seed=2),
         LoraLayer(torch.zeros(40, 2), torch.ones(2, 30)),
     )
-    for terms in ([(one, 1.0), (tiny, 1e-6)], [(one, 1.0), (one, 0.5)], [(one, 1.0), (zeros, 1.0)]):
+    for terms in ([(one, size), (tiny, 1e-6 * size)], [(one, size), (one, 0.5)], [(one, size), (zeros, 1.0)]):
         whole, numbers = side_by_side_as_they_are(terms)
         assert singular(whole.up, whole.down, numbers, whole.ranks) is None
         result = truncated_sum(terms, 3)
         best = torch.linalg.svdvals(exact(terms).double())[3:].norm() / exact(terms).double().norm()
         assert result.error == pytest.approx(float(best), rel=1e-5)
+    whole, numbers = side_by_side_as_they_are([(one, 1.0), (tiny, 1.0)])
+    sides = triangle(whole.up), triangle(whole.down.T)
+    assert singular_of(*sides, numbers, whole.ranks) is not None
+    for which in range(2):
+        without = [Triangle(one.r) if index == which else one for index, one in enumerate(sides)]
+        assert singular_of(*without, numbers, whole.ranks) is None
 
 
 @pytest.mark.parametrize("strengths", [(1.0,), (-0.7,), (0.0, 1.3), (0.9, -0.4)])

@@ -31,6 +31,7 @@ FACTORS = {
     "nearly dependent": nearly_dependent(40, 7),
     "a column of zeros": torch.cat([random(40, 3), torch.zeros(40, 1), random(40, 2, seed=1)], dim=1),
     "zero": torch.zeros(40, 3),
+    "a column next to nothing": torch.cat([random(40, 3), 1e-21 * random(40, 1, seed=1)], dim=1),
     "columns of very different size": random(40, 6) * 10.0 ** torch.arange(-12, 12, 4),
 }
 
@@ -83,6 +84,17 @@ def test_a_gram_matrix_has_all_inner_products_of_columns_however_they_lie(rows, 
         assert found.dtype == tall.dtype
         expected = torch.einsum("ni,nj->ij", tall.double(), tall.double())
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=100 * rows * torch.finfo(tall.dtype).eps)
+
+
+@pytest.mark.parametrize(("far", "single"), [(0.3, True), (0.11, True), (0.09, False), (0.01, False)])
+def test_inner_products_are_summed_in_float32_where_columns_are_far_apart(far, single):
+    """Of float32's own length, which squares must tell from the bound."""
+    q = torch.linalg.qr(random(500, 6).double()).Q
+    q[:, -1] = math.sqrt(1 - far**2) * q[:, 0] + far * q[:, -1]
+    factor = (7 * q).float()
+    found, wide = triangle(factor).gram, gram(factor.double())
+    assert torch.equal(found, gram(factor).double()) is single
+    assert torch.equal(found, wide) is not single
 
 
 def test_only_what_is_near_to_dependent_takes_the_slow_way():
