@@ -62,7 +62,7 @@ def made_later(
     it (precision.holds), which only the numbers themselves would tell.
     """
     total = as_they_are(terms)
-    if total is None or not surely_holds(norms, max(total.shape[0], prod(total.shape[1:])), dtype):
+    if total is None or not surely_holds(norms, total.shape, dtype):
         return None
     up, down = total.stored_factors()
     if not (isinstance(up, Unmade) and isinstance(down, Unmade) and up.of_file and down.of_file):
@@ -76,9 +76,9 @@ def made_later(
     return stored(new_up, new_down, float(rank))
 
 
-def surely_holds(norms: Tensor, length: int, dtype: torch.dtype) -> bool:
-    """Whether the dtype holds components of these norms and of no more numbers than that, whatever they are: the largest number
-    of a component is between the norm over the root of their count and the norm itself."""
-    bounds = torch.finfo(dtype)
+def surely_holds(norms: Tensor, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether the dtype holds components of these norms for a weight of that shape, whatever their numbers are: the largest of
+    them is between the norm over the root of their count and the norm itself."""
+    bounds, length = torch.finfo(dtype), max(shape[0], prod(shape[1:]))
     least, most = float(norms.min()) / sqrt(length), float(norms.max())
     return max(_FINE * bounds.tiny, _SOME) < least and most < bounds.max / 2

@@ -97,8 +97,7 @@ class Directions:
         found = self.order.cut(rank)
         left, right = self.up.coefficients(found.left), self.down.coefficients(found.right.T).T
         layer = self._layer(left, right, dtype)
-        length = max(self.up.vectors.shape[0], self.down.vectors.shape[0])
-        sure = isinstance(self.order, Singular) and surely_holds(self.order.norms(rank), length, dtype)
+        sure = isinstance(self.order, Singular) and surely_holds(self.order.norms(rank), self.shape, dtype)
         if not (sure or dtype == torch.float32 or holds(layer)):
             layer = self._layer(left, right, torch.float32)
         return _truncated(layer, self.order, found)
@@ -138,7 +137,7 @@ def directions(terms: Sequence[Term], *, balanced: bool = False) -> Directions:
     return _directions(terms, balanced)
 
 
-def prospect_and_known(terms: Sequence[Term], *, balanced: bool = False) -> tuple[Prospect, Known | None]:
+def prospect_and_known(terms: Sequence[Term], *, balanced: bool) -> tuple[Prospect, Known | None]:
     """Of `directions`, which take no new memory of the size of the updates here."""
     with ExitStack() as until:
         found = _directions(terms, balanced, until=until)
@@ -158,14 +157,13 @@ def _directions(
     ranks = list(whole.ranks)
     r_up = r_up * numbers
     products = tuple(map(Product, torch.split(r_up, ranks, 1), torch.split(r_down, ranks, 1)))
-    in_order = order(r_up @ r_down.T, products, balanced=balanced, alone=len(ranks) == 1)
+    in_order = order(r_up @ r_down.T, products, balanced=balanced)
     return Directions(up, down, in_order, whole.shape)
 
 
 def directions_in(space: CoreSpace, core: Tensor, *, balanced: bool = False) -> Directions:
     """`directions` of left @ core @ right, where core is a merge method's result in a CoreSpace."""
-    alone = len(space.cores) == 1 and space.cores[0] is core
-    found = order(core, tuple(map(Product, space.cores)), balanced=balanced, alone=alone)
+    found = order(core, tuple(map(Product, space.cores)), balanced=balanced)
     return Directions(Basis(space.left), Basis(space.right.T), found, space.shape)
 
 

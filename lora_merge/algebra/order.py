@@ -51,7 +51,6 @@ class Order:
 
     u (p, k), vh (k, q): orthonormal, in the coordinates of two bases.   worth: (k,), how important each is.
     total: the sum; None where the directions are its singular vectors, worth its squared singular values.
-    alone: whether the sum is its one term, in its own directions: what is kept of either is what they are worth.
     """
 
     u: Tensor
@@ -59,7 +58,6 @@ class Order:
     worth: Tensor
     products: tuple[Product, ...]
     total: Tensor | None = None
-    alone: bool = False
 
     @cached_property
     def energy(self) -> float:
@@ -67,13 +65,13 @@ class Order:
 
     @cached_property
     def source_energy(self) -> tuple[float, ...]:
-        return (self.energy,) if self.alone else tuple(product.energy for product in self.products)
+        return tuple(product.energy for product in self.products)
 
     @cached_property
     def kept(self) -> Tensor:
         """(1 + terms, k + 1), as in Prospect."""
         of_sum = self.worth.cumsum(0) if self.total is None else _corners(self.u.T @ self.total @ self.vh.T)
-        of_terms = [of_sum] if self.alone else [_corners(one.along(self.u, self.vh)) for one in self.products]
+        of_terms = [_corners(one.along(self.u, self.vh)) for one in self.products]
         kept = torch.nn.functional.pad(torch.stack([of_sum, *of_terms]), (1, 0))
         # Where nothing is cut nothing is lost, also of what one term has beyond the sum's directions and another takes back.
         kept[:, -1] = kept.new_tensor([self.energy, *self.source_energy])
@@ -95,8 +93,6 @@ class Order:
     def _kept_at(self, rank: int) -> tuple[float, ...]:
         if rank >= len(self.worth):
             return self.source_energy
-        if self.alone:
-            return (float(self.worth[:rank].sum()),)
         if "kept" in vars(self):
             return tuple(self.kept[1:, rank].tolist())
         u, vh = self.u[:, :rank], self.vh[:rank]
@@ -117,18 +113,10 @@ class Order:
         return (u @ inner) * root, root[:, None] * (outer @ vh), squared_norm(self.total - u @ core @ vh)
 
 
-def order(total: Tensor, products: tuple[Product, ...], *, balanced: bool = False, alone: bool = False) -> Order:
-    """`directions` in the coordinates of two bases. total: the products' sum, or what a method makes of them.   alone: whether
-    the total is the one product."""
+def order(total: Tensor, products: tuple[Product, ...], *, balanced: bool = False) -> Order:
+    """`directions` in the coordinates of two bases. total: the products' sum, or what a method makes of them."""
     u, vh, worth = _by_importance(total, products, balanced)
-    return Order(
-        u=u,
-        vh=vh,
-        worth=worth,
-        products=products,
-        total=total if balanced else None,
-        alone=alone and not balanced,
-    )
+    return Order(u=u, vh=vh, worth=worth, products=products, total=total if balanced else None)
 
 
 def _by_importance(total: Tensor, products: Sequence[Product], balanced: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -113,10 +113,11 @@ def test_a_file_that_is_written_to_before_the_cut_is_made_is_refused(tmp_path, p
 def test_what_is_sure_to_fit_does_fit(power, dtype):
     """float16 of components that have one large number, or many of one size."""
     one, even = torch.zeros(40, 1), torch.full((40, 1), 40**-0.5)
-    sure = surely_holds(torch.tensor([2.0**power, 1.0], dtype=torch.float64), 40, dtype)
+    sure = surely_holds(torch.tensor([2.0**power, 1.0], dtype=torch.float64), (40, 3), dtype)
     for up in (one.index_fill(0, torch.tensor([3]), 1.0), even):
         both = torch.cat([up * 2.0**power, even], dim=1)
         assert holds(LoraLayer(both.to(dtype), both.T.contiguous().to(dtype))) or not sure
+    assert sure is surely_holds(torch.tensor([2.0**power, 1.0], dtype=torch.float64), (3, 10, 2, 2), dtype)
     assert sure is {HALF: -8 <= power <= 13, BRAIN: -80 <= power <= 126, FULL: -80 <= power <= 126}[dtype]
 
 

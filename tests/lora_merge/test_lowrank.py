@@ -328,7 +328,7 @@ def test_gram_matrices_tell_the_singular_directions_that_a_decomposition_tells(s
     (up, r_up), (down, r_down) = basis(whole.up), basis(whole.down.T)
     ranks = list(whole.ranks)
     products = tuple(map(Product, torch.split(r_up * numbers, ranks, 1), torch.split(r_down, ranks, 1)))
-    other = order(r_up * numbers @ r_down.T, products, alone=len(ranks) == 1)
+    other = order(r_up * numbers @ r_down.T, products)
     torch.testing.assert_close(one.kept, other.kept, rtol=1e-6, atol=0)
     torch.testing.assert_close(one.worth, other.worth, rtol=1e-6, atol=0)
     assert one.energy == pytest.approx(other.energy, rel=1e-6)
@@ -340,6 +340,19 @@ def test_gram_matrices_tell_the_singular_directions_that_a_decomposition_tells(s
         in_factors = up.coefficients(second.left).double() @ down.coefficients(second.right.T).double().T
         scale = float(in_factors.abs().max())
         torch.testing.assert_close(first.left @ first.right, in_factors, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_cut_is_rounded_once_where_the_dtype_holds_it(dtype, balanced):
+    terms = [(layer(40, 5 + n, 30, seed=n), 1.0) for n in range(2)]
+    exact_one, rounded = (directions(terms, balanced=balanced).cut(4, to).layer for to in (torch.float32, dtype))
+    assert rounded.dtypes == {dtype}
+    assert torch.equal(rounded.up, exact_one.up.to(dtype))
+    assert torch.equal(rounded.down, exact_one.down.to(dtype))
+    # What float16 would lose comes as it is, for precision.cast to balance.
+    small = directions([(one, 1e-9) for one, _ in terms], balanced=balanced).cut(4, dtype).layer
+    assert small.dtypes == {torch.float32 if dtype == torch.float16 else dtype}
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
