@@ -153,8 +153,9 @@ class Unmade:
             with borrowed_bytes(self.nbytes) as memory:
                 place = memory.view(self.dtype).view(self.shape)
                 self.write(place)
-                vars(self)["_extremes"] = known = extremes(place)
+                known = extremes(place)
             self._refuse(known.largest)
+            vars(self)["_extremes"] = known
         return known
 
     def _refuse(self, largest: float) -> None:
