@@ -202,7 +202,7 @@ def _comparable(tensor: Tensor) -> Tensor:
 
 
 def _bits(tensor: Tensor) -> _Bits | None:
-    return _BITS.get(tensor.dtype) if tensor.is_cpu and tensor.is_contiguous() else None
+    return _BITS.get(tensor.dtype) if tensor.is_cpu else None
 
 
 def made(tensor: Tensor | Unmade) -> Tensor:
