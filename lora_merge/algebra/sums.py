@@ -58,15 +58,12 @@ def _beside_the_largest(terms: Sequence[Term], dtype: torch.dtype) -> Sum | None
     if not used:
         return None
     # Some readers may not expect an alpha below 0.
-    largest_one, by = max(used, key=lambda term: (term[1] > 0, term[0].rank))
+    _, by = max(used, key=lambda term: (term[1] > 0, term[0].rank))
     if not (
         by > 0 and abs(exponent(by)) <= _ORDINARY and all(is_safe(layer, strength / by) for layer, strength in terms)
     ):
-        return side_by_side([_share(layer, scale) for layer, scale in used], shape, dtype)
-    shares = [
-        Share(*layer.stored_factors()) if layer is largest_one else _share(layer, scale / by) for layer, scale in used
-    ]
-    return side_by_side(shares, shape, dtype, by)
+        by = 1.0
+    return side_by_side([_share(layer, scale / by) for layer, scale in used], shape, dtype, by)
 
 
 def dense_sum(terms: Sequence[Term], diffs: Sequence[tuple[Tensor, float]]) -> Tensor:

@@ -28,7 +28,7 @@ from .formats import SAVE_FORMATS, SaveFormat, named_for
 from .keys import parse
 from .lora import Lora
 from .new_metadata import for_file
-from .readable import check_readable, stand_ins
+from .readable import check_readable
 
 # As PEFT itself names them; the scale is nowhere in such a file.
 _PEFT = re.compile(r"base_model\.model\.(.+)\.lora_A(?:\.[^.]+)?\.weight")
@@ -156,7 +156,7 @@ def save(
     # Nobody else sees these tensors, so what needs no conversion needs no copy.
     pieces = on_one_core(lambda: lora.pieces(dtype, format=written_in, copy=False))
     notes = for_file(lora, path.stem, written_in)
-    check_readable(lora, stand_ins(pieces), notes, _peft_config(path, stand_ins(pieces)))
+    check_readable(lora, pieces, notes, _peft_config(path, pieces))
     try:
         fields.check(notes)
         write_whole(

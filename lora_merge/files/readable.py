@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
 from ..updates.layer import shape_of_both
-from ..updates.unmade import Unmade
-from .lora import Lora
+from .lora import Lora, Pieces
 
 _SHOWN = 3
 
 
-def check_readable(
-    lora: Lora, tensors: Mapping[str, Tensor], notes: Mapping[str, str], beside: Mapping[str, str]
-) -> None:
-    """notes: the metadata to be written.   beside: what a reader finds in files of the same folder.
+def check_readable(lora: Lora, pieces: Pieces, notes: Mapping[str, str], beside: Mapping[str, str]) -> None:
+    """pieces, notes: what is to be written and its metadata; what is unmade stays so, since names and shapes are what counts.
+    beside: what a reader finds in files of the same folder.
 
     The header is checked where it is written (tensor_file.write).
     Raises ValueError, naming what is wrong, if `load` would refuse the file or read another LoRA from it.
@@ -27,7 +22,7 @@ def check_readable(
         raise ValueError(f"{lora.source}: there is nothing to save: it changes no module.")
     _check_names(lora)
     try:
-        again = Lora.from_state_dict(tensors, metadata={**notes, **beside}, source=lora.source)
+        again = Lora.from_state_dict(pieces, metadata={**notes, **beside}, source=lora.source)
     except ValueError as error:
         raise ValueError(f"{error} It cannot be saved, since no loader could read the file.") from None
     lost = [f"{key} would not be read" for key in again.keys.unread if key not in lora.unread]
@@ -37,14 +32,6 @@ def check_readable(
             f"{lora.source}: cannot be saved, since a loader would read something else: {'; '.join(changed[:_SHOWN])}{more}. "
             "Rename these modules."
         )
-
-
-def stand_ins(pieces: Mapping[str, Tensor | Unmade]) -> dict[str, Tensor]:
-    """Tensors of no values for those that are unmade, which are finite floats: names and shapes are what counts."""
-    return {
-        key: torch.empty(piece.shape, device="meta") if isinstance(piece, Unmade) else piece
-        for key, piece in pieces.items()
-    }
 
 
 def _check_names(lora: Lora) -> None:

@@ -153,8 +153,9 @@ class Unmade:
             with borrowed_bytes(self.nbytes) as memory:
                 place = memory.view(self.dtype).view(self.shape)
                 self.write(place)
-                vars(self)["_extremes"] = known = extremes(place)
+                known = extremes(place)
             self._refuse(known.largest)
+            vars(self)["_extremes"] = known
         return known
 
     def _refuse(self, largest: float) -> None:
@@ -201,7 +202,7 @@ def _comparable(tensor: Tensor) -> Tensor:
 
 
 def _bits(tensor: Tensor) -> _Bits | None:
-    return _BITS.get(tensor.dtype) if tensor.is_cpu and tensor.is_contiguous() else None
+    return _BITS.get(tensor.dtype) if tensor.is_cpu else None
 
 
 def made(tensor: Tensor | Unmade) -> Tensor:

@@ -1,3 +1,4 @@
+import math
 from contextlib import ExitStack
 
 import pytest
@@ -15,7 +16,7 @@ from lcm_kit.lora_merge.algebra.sums import (
     stacked,
     weighted_sum,
 )
-from lcm_kit.lora_merge.updates.side_by_side import Sum
+from lcm_kit.lora_merge.updates.side_by_side import Sum, split
 from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.lora_merge.make import dense, factors, layer, relative
 
@@ -40,7 +41,40 @@ def scale_of_the_largest(layers, strengths):
     scales = [(one.rank, strength * one.scale) for one, strength in zip(layers, strengths, strict=True)]
     rank = max((rank for rank, scale in scales if scale > 0), default=0)
     found = next((scale for of_rank, scale in scales if of_rank == rank and scale > 0), 1.0)
-    return found if 2.0**-32 <= found < 2.0**32 else 1.0
+    return found if 2.0**-33 <= found < 2.0**32 else 1.0
+
+
+@pytest.mark.parametrize(
+    ("strength", "scale"),
+    [(2.0**31, 2.0**31), (2.0**32, 1.0), (2.0**-33, 2.0**-33), (2.0**-34, 1.0), (-2.0, 1.0), (0.7, 0.7)],
+)
+def test_alpha_takes_a_strength_of_ordinary_size_above_nothing(strength, scale):
+    one = LoraLayer(*factors(6, 3, 5))
+    assert weighted_sum([(one, strength)]).scale == pytest.approx(scale, rel=1e-15)
+
+
+def test_alpha_takes_no_strength_beside_which_another_lora_leaves_the_middle_of_float32s_range():
+    one, other = LoraLayer(*factors(6, 3, 5)), LoraLayer(*factors(6, 2, 5, seed=1))
+    far = LoraLayer(other.up * 2.0**90, other.down)
+    for strength, scale in ((2.0**-30, 1.0), (0.5, 0.5)):
+        total = weighted_sum([(one, strength), (far, 1.0)])
+        assert total.scale == scale
+        assert relative(total.delta(), strength * dense(one.up, one.down) + dense(far.up, far.down)) < 1e-6
+
+
+def test_beside_what_is_no_plain_lora_alpha_takes_nothing():
+    plain = LoraLayer(*factors(6, 9, 5), 3.0)
+    tucker = LoraLayer(torch.randn(6, 2, 1, 1), torch.randn(2, 5, 1, 1), mid=torch.randn(2, 2, 3, 3))
+    assert weighted_sum([(LoraLayer(*factors(6, 9, 45), 3.0), 0.7), (tucker, 1.0)]).scale == 1.0
+    assert weighted_sum([(plain, 0.7)]).scale == pytest.approx(0.7 / 3)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -1.0, 0.4, -3.75, 7e-9, 2.0**20, 3.0**30])
+def test_a_scale_is_split_as_evenly_as_a_power_of_two_allows(scale):
+    above, below = split(scale)
+    assert above * below == scale
+    assert math.frexp(below)[0] == 0.5
+    assert below == 1.0 if not scale else 2**-1.5 <= abs(above) / below <= 2**1.5
 
 
 @settings(max_examples=60, deadline=None)

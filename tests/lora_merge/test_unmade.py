@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from lcm_kit.lora_merge.comparing.compare import compare
 from lcm_kit.lora_merge.disk import tensor_file
 from lcm_kit.lora_merge.disk.tensor_file import count_open
 from lcm_kit.lora_merge.files import load_save
+from lcm_kit.lora_merge.updates import unmade as unmade_module
 from lcm_kit.lora_merge.updates.layer import LoraLayer, Share, largest
 from lcm_kit.lora_merge.updates.side_by_side import side_by_side, stored
-from lcm_kit.lora_merge.updates.unmade import Unmade, borrowed_bytes, extremes
+from lcm_kit.lora_merge.updates.unmade import Unmade, borrowed_bytes, extremes, magnitude
 from lcm_kit.tests.lora_merge import kinds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -353,18 +355,51 @@ def test_what_is_told_of_an_unmade_tensor_is_told_of_the_tensor(dtype, column, b
     assert layer.alpha == LoraLayer(up, down, 3.0).alpha
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, HALF, FULL])
-@pytest.mark.parametrize("shape", [(100, 3), (3, 100), (5, 3, 2, 2), (40, 3, 2, 2)])
-def test_extremes_are_those_of_the_values_and_of_the_components_along_the_rank(shape, dtype):
+def spread(tensor):
+    """The same values, further apart in memory."""
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.contiguous, spread])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, HALF, BRAIN, FULL, torch.float64])
+@pytest.mark.parametrize("shape", [(100, 3), (3, 100), (5, 3, 2, 2), (40, 3, 2, 2), (3, 40, 2, 2), (7, 7)])
+def test_extremes_are_those_of_the_values_and_of_the_components_along_the_rank(shape, dtype, form):
     """The rank is the shorter side, or the one that is asked for; of long components a beginning is looked at."""
-    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=FULL).to(dtype)
-    matrix = tensor.float().flatten(1)
+    tensor = form(torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=FULL).to(dtype))
+    matrix = tensor.double().flatten(1)
     for component, asked in ((int(matrix.shape[0] > matrix.shape[1]), None), (0, 0), (1, 1)):
         found = extremes(tensor, asked)
-        assert found.largest == matrix.abs().max()
+        assert found.largest == magnitude(tensor) == matrix.abs().max()
         assert found.component == component
         beginning = matrix.narrow(1 - component, 0, min(64, matrix.shape[1 - component]))
-        assert found.least == beginning.abs().amax(dim=1 - component).min()
+        assert found.least == pytest.approx(float(beginning.abs().amax(dim=1 - component).min()), rel=1e-7)
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.contiguous, spread])
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, HALF, BRAIN, FULL, torch.float64])
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.0, float("inf"), -float("inf"), float("nan"), -float("nan")])
+@pytest.mark.parametrize("beside", [0.5, -0.5, 2.0, -2.0])
+def test_the_largest_magnitude_is_that_of_the_values_whatever_their_sign(value, beside, dtype, form):
+    found = magnitude(form(torch.tensor([beside, value, beside / 4]).to(dtype)))
+    assert found == max(abs(value), abs(beside)) or (value != value and found != found)
+
+
+@pytest.mark.parametrize("first", ["fill", "extremes"])
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_factor_of_a_file_is_looked_at_once_where_it_is_whole_and_refused_whenever_it_is_not(
+    monkeypatch, first, broken
+):
+    looks, real = [], unmade_module.magnitude
+    monkeypatch.setattr(unmade_module, "magnitude", lambda tensor: looks.append(tensor.shape) or real(tensor))
+    values = torch.tensor([[1.0, float("inf") if broken else 2.0]], dtype=torch.float64)
+    factor = Unmade(
+        values.dtype, values.shape, lambda place: place.copy_(values), values.device, called=("x", "y.lora_up")
+    )
+    for way in (first, "fill", "extremes"):
+        with pytest.raises(ValueError, match=r"x: NaN or infinite values in y\.lora_up") if broken else nullcontext():
+            assert way == "fill" or factor.extremes.largest == 2.0
+            factor.fill(torch.empty(1, 2, dtype=torch.float64))
+    assert broken or len(looks) == (1 if first == "extremes" else 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
