@@ -45,8 +45,9 @@ class Hashes:
         return {MODEL: model, LEGACY: self._legacy.hexdigest()[:8], MODELSPEC: f"0x{model}"}
 
     def _add_to_legacy(self, data: memoryview) -> None:
-        start, stop = (max(0, edge - self._at) for edge in _LEGACY_BYTES)
-        self._legacy.update(data[start:stop])
+        start, stop = _LEGACY_BYTES[0] - self._at, _LEGACY_BYTES[1] - self._at
+        if start < data.nbytes and stop > 0:
+            self._legacy.update(data[max(0, start) : stop])
         self._at += data.nbytes
 
 

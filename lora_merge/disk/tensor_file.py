@@ -291,13 +291,12 @@ def _all_bytes(work: tuple[Sequence[Tensor | ToFill], _Memory]) -> list[memoryvi
     tensors, memory = work
     unmade = [tensor for tensor in tensors if not isinstance(tensor, Tensor)]
     places = iter(torch.split(memory(sum(t.nbytes for t in unmade)), [t.nbytes for t in unmade]))
-    return [_bytes(tensor if isinstance(tensor, Tensor) else _filled(tensor, next(places))) for tensor in tensors]
+    return [_bytes(tensor) if isinstance(tensor, Tensor) else _filled(tensor, next(places)) for tensor in tensors]
 
 
-def _filled(tensor: ToFill, memory: Tensor) -> Tensor:
-    place = memory.view(tensor.dtype).view(tensor.shape)
-    tensor.fill(place)
-    return place
+def _filled(tensor: ToFill, memory: Tensor) -> memoryview:
+    tensor.fill(memory.view(tensor.dtype).view(tensor.shape))
+    return memory.numpy().data
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -414,3 +414,19 @@ def test_neighbours_by_their_places_alone_are_looked_at_each_in_its_own_memory()
         other[5] = math.nan
         assert not all_finite(pieces)
         other[5] = 0.0
+
+
+def test_a_tensor_with_gaps_is_looked_at_where_its_values_are():
+    whole = torch.zeros(4, 10)
+    whole[3, 9] = math.nan
+    assert not all_finite([whole[:, 9:]])
+    assert all_finite([whole[:, :9]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_share_near_the_subnormal_numbers_is_held_beside_one_that_is_not(dtype):
+    """What it has lost is nothing beside the other."""
+    ones = torch.ones(3, 1), torch.ones(1, 3)
+    shares = [Share(*ones, 2.0**power, 1.0) for power in (-110, -1)]
+    assert holds(side_by_side(shares, (3, 3), dtype))
+    assert not holds(side_by_side(shares[:1], (3, 3), dtype))
