@@ -40,6 +40,7 @@ if "lcm_kit" not in sys.modules:  # tests/conftest.py does the same
     sys.modules["lcm_kit"] = importlib.util.module_from_spec(spec)
 
 from lcm_kit.lora_merge import METHODS, Lora, describe, describe_merge, load, merge_with_account, resize, save
+from lcm_kit.lora_merge.files import load_save
 from lcm_kit.lora_merge.files.formats import named_for
 from lcm_kit.lora_merge.naming.aliases import text_encoder
 from lcm_kit.lora_merge.recognise.identity import identify
@@ -110,6 +111,8 @@ def try_one(number: str, folder: Path, other: Lora, seen: Counter[str]) -> None:
     draw = random.Random(number)
     path = folder / "case.safetensors"
     random_file(path, draw)
+    # As a small file, of which all is in memory, and as a large one, whose factors are read when they are needed.
+    load_save._STREAMED = draw.choice((0, 1 << 40))
     try:
         lora = load(path)
     except (ValueError, OSError) as error:
@@ -181,7 +184,7 @@ def updates(lora: Lora) -> dict[str, Tensor]:
             if module not in lora.carried:
                 try:
                     found[module] = lora.delta(module)
-                except ValueError as error:  # beyond float32, in words
+                except ValueError as error:  # beyond float32, or read for the first time and no number, in words
                     check_message(error)
     return found
 
