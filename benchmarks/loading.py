@@ -4,9 +4,9 @@
 
 The file has the official one's names, shapes and size (196,751,360 values in float16), made on the fly; the model is
 ComfyUI's SDXL class without memory for its weights. Every measurement is a process of its own, both in turn; the smallest
-of all rounds counts. "node" is the node alone: core's maps the file and reads it later, LCM Kit's reads all of it, checks
-every value and hashes it; "hash known" is that where the server has hashed the file before. Garbage collections count where they
-fall; "collecting" is the CPU of those. "patched" goes on until every changed weight is computed, as before the first picture.
+of all rounds counts. "node" is the node alone: core's maps the file, LCM Kit's hashes it, both read its factors later; "hash known"
+is that where the server has hashed the file before. Garbage collections count where they fall; "collecting" is the CPU of
+those. "patched" goes on until every changed weight is computed, as before the first picture; LCM Kit looks at every value there.
 Prints Markdown, as kept in benchmarks/RESULTS.md.
 """
 
@@ -131,6 +131,7 @@ def measure(which: str, folder: str) -> dict[str, float]:
             comfy.lora.calculate_weight(patches, torch.zeros(shape), key)
         found["patched"] = found["node"] + time.perf_counter() - rest
         found["patched, CPU"] = found["node, CPU"] + time.process_time() - cpu_rest
+        found["memory after patching"] = (peak_memory() - before) / 1e6
     return found
 
 

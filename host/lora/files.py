@@ -88,7 +88,7 @@ def _state(path: str) -> tuple:
     return (path, state.st_mtime_ns, state.st_size, state.st_ino)
 
 
-def read_lora(lora_name: str, *, in_memory: bool = False) -> KnownWeights:
+def read_lora(lora_name: str) -> KnownWeights:
     """The LORA_MODEL in a file of the loras folder, see read_file.
 
     Raises FileNotFoundError or ValueError, saying what is wrong.
@@ -96,20 +96,17 @@ def read_lora(lora_name: str, *, in_memory: bool = False) -> KnownWeights:
     path = folder_paths.get_full_path("loras", lora_name)
     if path is None:
         raise FileNotFoundError(unknown(lora_name))
-    return read_file(path, in_memory=in_memory)
+    return read_file(path)
 
 
-def read_file(path: str, *, in_memory: bool = False) -> KnownWeights:
-    """The LORA_MODEL in a file that is there, wherever it lies; looked at once while it stays as it is.
-
-    in_memory: for who applies all of it at once, which a single reading makes quicker.
-    """
+def read_file(path: str) -> KnownWeights:
+    """The LORA_MODEL in a file that is there, wherever it lies; looked at once while it stays as it is."""
     key = _state(path)
     if key not in _cache:
         # What is known of an older state of the file is of no use any more.
         for old in [old for old in _cache if old[0] == path]:
             del _cache[old]
-        _cache[key] = _read(path, key[2], in_memory)
+        _cache[key] = _read(path, key[2])
     _cache.move_to_end(key)
     while len(_cache) > CACHE_FILES or (len(_cache) > 1 and sum(map(_bytes, _cache.values())) > CACHE_BYTES):
         _cache.popitem(last=False)
@@ -117,7 +114,7 @@ def read_file(path: str, *, in_memory: bool = False) -> KnownWeights:
     return _cache[key].again()
 
 
-def _read(path: str, size: int, in_memory: bool) -> KnownWeights:
+def _read(path: str, size: int) -> KnownWeights:
     # A file is hashed once: it costs as much as all else that a loader does.
     keep_in(Path(folder_paths.get_user_directory()) / "lcm_kit" / "sha256.json")
     # hashlib lets go of the interpreter lock, so a hash that will be wanted costs little beside the reading.
@@ -125,7 +122,7 @@ def _read(path: str, size: int, in_memory: bool) -> KnownWeights:
         if worth_hashing(size):
             pool.submit(sha256_of, path)
         # As core's own loader, which looks at this while it runs.
-        lora = load(path, in_memory=in_memory, mapping=not comfy.utils.DISABLE_MMAP)
+        lora = load(path, mapping=not comfy.utils.DISABLE_MMAP)
         weights = from_lora(lora)
     identity = identify(lora, path)
     return KnownWeights(weights.pieces, name=weights.name, metadata=weights.metadata, identity=identity)

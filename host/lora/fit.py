@@ -12,9 +12,10 @@ from ...lora_merge.files.keys import BIAS_PARTS, DIFF_PARTS, parse
 from ...lora_merge.files.lora import Pieces
 from ...lora_merge.files.reading import unread_keys
 from ...lora_merge.updates.build import build
+from ...lora_merge.updates.layer import check_factors
 from ...lora_merge.updates.unmade import Unmade
 from .lokr_workaround import without_cores
-from .terms import read_later, terms
+from .terms import for_one_model, terms
 from .weights import named
 
 TEXT_PREFIXES = ("lora_te", "lora_prior_te", "text_encoder", "text_model.", "te1_", "te2_")
@@ -40,6 +41,7 @@ class Fit:
     waiting: text-encoder modules while no CLIP is connected.
     unread: keys that ComfyUI's loader has no use for, whatever the model.
     pieces: of the LoRA, as ComfyUI's loader reads it.   homes: module -> its place.
+    loaded: what that makes of them: target -> ComfyUI's patch.
     """
 
     targets: Mapping
@@ -51,17 +53,18 @@ class Fit:
     unread: tuple[str, ...] = ()
     pieces: Mapping[str, torch.Tensor | Unmade] = field(default_factory=dict)
     homes: Mapping = field(default_factory=dict)
+    loaded: Mapping = field(default_factory=dict)
 
     def patches(self) -> list[dict]:
         """Target -> ComfyUI's patch, for the placed modules only; one dict for each term of a sum, and all of them add up.
         What lies in a file is read when ComfyUI patches."""
-        loaded = (
-            comfy.lora.load_lora(term, self.homes, log_missing=False)
-            for term in terms(dict(self.pieces), modules(self.pieces))
-        )
+        loaded = [self.loaded]
+        if any(isinstance(piece, Unmade) and piece.shares for piece in self.pieces.values()):
+            sums = terms(dict(self.pieces), modules(self.pieces))
+            loaded = [comfy.lora.load_lora(term, self.homes, log_missing=False) for term in sums]
         return [
             {
-                target: read_later(_in_shape(patch, self.targets[target]))
+                target: for_one_model(_in_shape(patch, self.targets[target]))
                 for target, patch in patches.items()
                 if target in self.targets
             }
@@ -78,23 +81,22 @@ class Fit:
         return len(self.placed) == self.asked > 0
 
 
-def fit(weights: Mapping[str, torch.Tensor], model, clip=None) -> Fit:
-    """Looks up every module of a LORA_MODEL; changes nothing, and reads nothing that lies in a file."""
-    shapes, homes = dict(model.model.state_dict()), comfy.lora.model_lora_keys_unet(model.model, {})
-    if clip is not None:
-        shapes |= clip.cond_stage_model.state_dict()
-        homes = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, homes)
+def fit(weights: Mapping[str, torch.Tensor], model, clip=None, state: Mapping | None = None) -> Fit:
+    """Looks up every module of a LORA_MODEL; changes nothing, and reads nothing that lies in a file.
+
+    state: of the model, where somebody has asked for it already.
+    """
+    shapes, homes = _weights_and_homes(model, clip, state)
     lora = _modulations(comfy.lora_convert.convert_lora(named(weights).pieces), homes)
     lora = without_cores(lora, modules(lora))
-    unread = unread_keys(lora)
     # A LoRA of rank 0 beside an alpha would stop load_lora.
-    lora = {key: tensor for key, tensor in lora.items() if key not in unread}
+    if unread := unread_keys(lora):
+        lora = {key: tensor for key, tensor in lora.items() if key not in unread}
     parts_of = modules(lora)
     # The key maps also name weights that this very model lacks; add_patches drops patches for them in silence. And
     # load_lora tries a dozen spellings of each name it is given, so it is given those of this file only.
     homes = {module: homes[module] for module in parts_of if module in homes and weight_of(homes[module]) in shapes}
-    hollow = {key: _hollow(piece) for key, piece in lora.items()}
-    patches = comfy.lora.load_lora(hollow, homes, log_missing=False)
+    patches = comfy.lora.load_lora(lora, homes, log_missing=False)
 
     fates: dict[str, list] = {fate: [] for fate in ("placed", "homeless", "clashing", "twice", "waiting")}
     taken: dict = {}
@@ -105,7 +107,7 @@ def fit(weights: Mapping[str, torch.Tensor], model, clip=None) -> Fit:
             fates["waiting" if waits else "homeless"].append(module)
         elif other := next((taken[target] for target in targets if target in taken), None):
             fates["twice"].append((other, module))
-        elif clash := _clash(module, targets, {part: hollow[key] for part, key in parts.items()}, shapes):
+        elif clash := _clash(module, targets, {part: lora[key] for part, key in parts.items()}, shapes):
             # ComfyUI would log an error for every picture and keep the weight as it is.
             fates["clashing"].append(clash)
         else:
@@ -117,8 +119,19 @@ def fit(weights: Mapping[str, torch.Tensor], model, clip=None) -> Fit:
         unread=tuple(sorted(unread)),
         pieces={key: lora[key] for module in homes for key in parts_of[module].values()},
         homes=homes,
+        loaded=patches,
         **sorted_out,
     )
+
+
+def _weights_and_homes(model, clip, state: Mapping | None) -> tuple[dict, dict]:
+    """Key -> weight, and ComfyUI's key map: module -> its place."""
+    shapes = dict(model.model.state_dict() if state is None else state)
+    homes = comfy.lora.model_lora_keys_unet(model.model, {})
+    if clip is not None:
+        shapes |= clip.cond_stage_model.state_dict()
+        homes = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, homes)
+    return shapes, homes
 
 
 def _hollow(piece: torch.Tensor | Unmade) -> torch.Tensor:
@@ -160,7 +173,7 @@ def _targets(home, parts: set[str]) -> list:
     return weight + ([f"{home.removesuffix('.weight')}.bias"] if parts & {*BIAS_PARTS} else [])
 
 
-def _clash(module: str, targets: list, parts: dict[str, torch.Tensor], shapes) -> Clash | None:
+def _clash(module: str, targets: list, parts: Pieces, shapes) -> Clash | None:
     """What is wrong with the shape of a module's updates, None if nothing is or if nothing is known about it."""
     for target in targets:
         shape = _shape_of(target, shapes)
@@ -195,12 +208,16 @@ def _shape_of(target, shapes) -> tuple[int, ...] | None:
     return tuple(shape)
 
 
-def _delta_shape(parts: dict[str, torch.Tensor]) -> tuple[int, ...] | None:
+def _delta_shape(parts: Pieces) -> tuple[int, ...] | None:
     """Shape of the weight that parts of one module change. Raises ValueError if they contradict one another."""
     for part in (*DIFF_PARTS, "set_weight"):
         if part in parts:
             return tuple(parts[part].shape)
-    update = build(parts, None) if parts else None
+    if parts.keys() - {"alpha"} == {"up", "down"}:
+        up, down = tuple(parts["up"].shape), tuple(parts["down"].shape)
+        check_factors(up, down)
+        return (up[0], *down[1:])
+    update = build({part: _hollow(piece) for part, piece in parts.items()}, None) if parts else None
     return None if update is None else update.shape
 
 

@@ -1,6 +1,7 @@
 """Which base model a MODEL is, and which of its weights a LoRA leaves alone."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,11 +64,14 @@ class ModelBase:
         return self.base or f"of ComfyUI's class {self.config}"
 
 
-def base_of(model) -> ModelBase:
-    """What a MODEL is, by the shapes of its weights, so that a pruned or inpainting model is still the base it was made from."""
+def base_of(model, state: Mapping | None = None) -> ModelBase:
+    """What a MODEL is, by the shapes of its weights, so that a pruned or inpainting model is still the base it was made from.
+
+    state: of the model, where somebody has asked for it already.
+    """
     config = type(model.model.model_config)
     shapes, packed = {}, set()
-    state = model.model.state_dict()
+    state = model.model.state_dict() if state is None else state
     for key, weight in state.items():
         if key.startswith(PREFIX) and key.endswith(SUFFIX) and weight.ndim > 1:
             name = key[len(PREFIX) : -len(SUFFIX)].replace(".", "_")

@@ -90,7 +90,8 @@ def case_of(weights: LoraWeights, identity: Identity | None, model, clip) -> Cas
     remembered = isinstance(weights, KnownWeights) and clip is None and weights.untouched
     if remembered and model.model in weights.cases:
         return weights.cases[model.model]
-    found, model_base = fit(weights, model, clip), base_of(model)
+    state = model.model.state_dict()
+    found, model_base = fit(weights, model, clip, state), base_of(model, state)
     kinds = identity.structure.recognised.kinds if identity else frozenset()
     left, could = uncovered(found, model_base, kinds)
     case = Case(name=weights.name, identity=identity, found=found, model=model_base, left=tuple(left), could=could)

@@ -48,9 +48,9 @@ def _read(name: str) -> LoraWeights:
     """The LoRA that an entry names: a file in the loras folder, or by its whole path, as stackers with folders of their
     own name theirs. Raises ValueError for one that is not there."""
     if os.path.isabs(name) and name.lower().endswith(files.SUFFIXES) and os.path.isfile(name):
-        return files.read_file(name, in_memory=True)
+        return files.read_file(name)
     try:
-        return files.read_lora(name, in_memory=True)
+        return files.read_lora(name)
     except FileNotFoundError as error:
         raise ValueError(
             f"lora_stack: {error} If the stacker node has a folder of its own for it, name that folder in ComfyUI's "
@@ -67,7 +67,7 @@ def load_and_apply(
     Nearly all of the LoRA has to fit, unless allow_misfit. Raises what `apply` raises.
     """
     lora_name, chosen = auto.choose(lora_name, model)
-    lora = files.read_lora(lora_name, in_memory=True)
+    lora = files.read_lora(lora_name)
     model, clip, stacked = apply(model, clip, stack)
     done = patches.apply(model, clip, lora, strength, strength, demand_all=True, allow_misfit=allow_misfit)
     return lora, replace(done, report="\n".join([done.report, *chosen, *stacked]))

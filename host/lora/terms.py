@@ -1,9 +1,10 @@
 """What ComfyUI patches a model by where a LORA_MODEL lies in files: sums as their terms, and factors read while a weight is patched."""
 
+import copy
 from collections.abc import Mapping
 
 import torch
-from comfy.weight_adapter import LoRAAdapter
+from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
 from ...lora_merge.files.lora import Pieces
 from ...lora_merge.updates.side_by_side import shares_of
@@ -70,8 +71,9 @@ class LoRAInFile(LoRAAdapter):
         return LoRAAdapter, (self.loaded_keys, self.weights)
 
 
-def read_later(patch):
-    """One of ComfyUI's patches; a LoRA with factors that are not read yet in a form that ComfyUI can take."""
+def for_one_model(patch):
+    """One of ComfyUI's patches for one MODEL alone, which may move its tensors and note things in it; a LoRA with factors
+    that are not read yet in a form that ComfyUI can take."""
     if isinstance(patch, LoRAAdapter) and any(isinstance(part, Unmade) for part in patch.weights):
         return LoRAInFile(patch.loaded_keys, patch.weights)
-    return patch
+    return copy.copy(patch) if isinstance(patch, WeightAdapterBase) else patch

@@ -4,6 +4,7 @@ they lie until somebody asks for them."""
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...lora_merge import Lora
@@ -115,12 +116,12 @@ def from_lora(lora: Lora) -> LoraWeights:
 
 def _alphas(lora: Lora) -> Pieces:
     """Those that float32 would round, as a strength in it does, in float64: ComfyUI multiplies by the number it finds."""
-    wide = {
-        f"{lora.spellings[module]}{suffix('alpha')}": torch.tensor(layer.written_alpha, dtype=torch.float64)
-        for module, layer in lora.modules.items()
-        if isinstance(layer, Sum)
+    sums = ((module, layer.written_alpha) for module, layer in lora.modules.items() if isinstance(layer, Sum))
+    return {
+        f"{lora.spellings[module]}{suffix('alpha')}": torch.tensor(alpha, dtype=torch.float64)
+        for module, alpha in sums
+        if float(np.float32(alpha)) != alpha
     }
-    return {key: alpha for key, alpha in wide.items() if alpha.float() != alpha}
 
 
 def to_lora(weights: Mapping[str, torch.Tensor], fallback: str = "The LoRA") -> Lora:

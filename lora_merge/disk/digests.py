@@ -19,7 +19,7 @@ from .whole import open_plain, write_whole
 
 Key = tuple[str, int, int, int]
 
-_BLOCK = 1 << 18
+_BLOCK = 1 << 22
 _MANY = 1024
 # A file that was changed so lately may change again within one step of its time.
 _SETTLED = 2 * 10**9

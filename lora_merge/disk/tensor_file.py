@@ -18,7 +18,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import cycle, groupby
+from itertools import cycle
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -74,7 +74,10 @@ class TensorFile:
 
     def fill(self, name: str, place: Tensor) -> None:
         """Reads a tensor into contiguous memory of its dtype and size."""
-        self._fill(self.header.entries[name][2], place)
+        # By way of numpy, which has no bfloat16 but has bytes.
+        data = place.view(-1).view(torch.uint8).numpy().data
+        _fill(self.file, self.header.begin + self.header.entries[name][2], data, self.path)
+        _check_unchanged(self.file, self.header, self.path)
 
     def tensor(self, name: str) -> Tensor:
         dtype, shape, *_ = self.header.entries[name]
@@ -83,23 +86,21 @@ class TensorFile:
         return memory
 
     def tensors(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        """Those of these names, neighbours in one memory."""
-        result: dict[str, Tensor] = {}
-        for is_wanted, run in groupby(self.header.entries.items(), lambda entry: wanted(entry[0])):
-            if is_wanted:
-                entries = dict(run)
-                start, stop = min(start for _, _, start, _ in entries.values()), 0
-                stop = max(stop for *_, stop in entries.values())
-                memory = torch.empty(stop - start, dtype=torch.uint8)
-                self._fill(start, memory)
-                result |= {
-                    n: _tensor(memory, d, shape, a - start, b - start) for n, (d, shape, a, b) in entries.items()
-                }
-        return result
-
-    def _fill(self, start: int, place: Tensor) -> None:
-        _fill(self.file, self.header.begin + start, place, self.path)
+        """Those of these names, in one memory."""
+        found = [(name, entry) for name, entry in self.header.entries.items() if wanted(name)]
+        # Wide numbers first, so that all are aligned.
+        entries = dict(sorted(found, key=lambda one: -one[1][0].itemsize))
+        memory = torch.empty(sum(stop - start for *_, start, stop in entries.values()), dtype=torch.uint8)
+        data, end, runs = memory.numpy().data, 0, _neighbours(entries.values())
+        for start, stop in runs:
+            before, end = end, end + stop - start
+            _fill(self.file, self.header.begin + start, data[before:end], self.path)
         _check_unchanged(self.file, self.header, self.path)
+        places = torch.split(memory, [stop - start for *_, start, stop in entries.values()])
+        return {
+            name: _typed(place, dtype, shape)
+            for (name, (dtype, shape, *_)), place in zip(entries.items(), places, strict=True)
+        }
 
 
 _open: weakref.WeakSet[TensorFile] = weakref.WeakSet()
@@ -122,15 +123,24 @@ def tensor_file(path: Path) -> Iterator[TensorFile]:
 
 def _bytes_at(file: BinaryIO, begin: int, size: int, path: Path) -> Tensor:
     memory = torch.empty(size, dtype=torch.uint8)
-    _fill(file, begin, memory, path)
+    _fill(file, begin, memory.numpy().data, path)
     return memory
 
 
-def _fill(file: BinaryIO, begin: int, place: Tensor, path: Path) -> None:
-    # By way of numpy, which has no bfloat16 but has bytes.
-    view, done, size = place.view(-1).view(torch.uint8).numpy().data, 0, place.nbytes
+def _neighbours(entries: Iterable[tuple[torch.dtype, tuple[int, ...], int, int]]) -> list[tuple[int, int]]:
+    """(first byte, byte behind the last) of tensors without others between them. entries: of a header, in its order."""
+    runs: list[tuple[int, int]] = []
+    for *_, start, stop in entries:
+        if runs and runs[-1][1] == start:
+            start = runs.pop()[0]
+        runs.append((start, stop))
+    return runs
+
+
+def _fill(file: BinaryIO, begin: int, place: memoryview, path: Path) -> None:
+    done, size = 0, place.nbytes
     try:
-        while done < size and (more := _read_at(file, view[done:], begin + done)):
+        while done < size and (more := _read_at(file, place[done:], begin + done)):
             done += more
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
@@ -158,9 +168,12 @@ def _changed(path: Path) -> str:
 
 
 def _tensor(memory: Tensor, dtype: torch.dtype, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-    data = memory[start:stop]
+    return _typed(memory[start:stop], dtype, shape)
+
+
+def _typed(data: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     # Nothing obliges a file to begin its tensors at multiples of their numbers' size.
-    aligned = data if (memory.storage_offset() + start) % dtype.itemsize == 0 else data.clone()
+    aligned = data if data.storage_offset() % dtype.itemsize == 0 else data.clone()
     return aligned.view(dtype).view(shape)
 
 

@@ -20,7 +20,8 @@ _FACTORS = (
     re.compile(r"(.+)\.lora_linear_layer\.(up|down)\.weight"),  # diffusers, text encoders
     re.compile(r"(.+)\.lora_([AB])(?:(?:\.[^.]+)?\.weight)?"),  # PEFT, with or without the adapter's name
 )
-_ALPHA = re.compile(r"(.+?)(?:_lora|\.lora|\.lora_linear_layer)?\.alpha")
+# What may stand between a module and `.alpha`.
+_BEFORE_ALPHA = ("_lora", ".lora", ".lora_linear_layer")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:(?:\.[^.]+)?\.weight)?")
 _BUNDLED = re.compile(r"bundle_emb\..+")
 _PART = {"B": "up", "A": "down"}
@@ -62,13 +63,13 @@ def parse(key: str) -> tuple[str, str] | None:
     """
     # By the end of the key: each pattern costs as much as the module's name is long.
     module, _, end = key.rpartition(".")
-    if end in _NATIVE:
+    if end in _NATIVE or end == "alpha":
+        if end == "alpha":
+            module = next((module[: -len(a)] for a in _BEFORE_ALPHA if module[1:].endswith(a)), module)
         return (module, end) if module and "\n" not in module else None
     for pattern in _FACTORS:
         if match := pattern.fullmatch(key):
             return match[1], _PART.get(match[2], match[2])
-    if match := _ALPHA.fullmatch(key):
-        return match[1], "alpha"
     if match := _GLORA.fullmatch(key):
         return match[1], match[2]
     if match := _MAGNITUDE.fullmatch(key):

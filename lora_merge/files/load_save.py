@@ -44,13 +44,12 @@ _MAPS = os.name != "posix"
 
 @named
 @uncollected()
-def load(path: str | os.PathLike[str], *, in_memory: bool = False, mapping: bool = True) -> Lora:
+def load(path: str | os.PathLike[str], *, mapping: bool = True) -> Lora:
     """The LoRA in a safetensors file, in any spelling that naming/names.py and keys.py know.
 
     The LoRA factors of a large file are read whenever they are needed, into memory that is used again, and looked at the
     first time: the file stays open as long as the LoRA is known, may be replaced and deleted, and is refused from then on if
     it was written to. All other values are looked at now. Windows replaces no open file, so that there all is in memory.
-    in_memory: for who wants all values at once: they are read once, and whatever becomes of the file does not matter.
     mapping: whether a very large one may be mapped where all is in memory.
     For a PEFT folder's `adapter_model.safetensors` the scale is taken from `adapter_config.json` beside it, also for a
     renamed one if ranks and modules are the same.
@@ -62,13 +61,13 @@ def load(path: str | os.PathLike[str], *, in_memory: bool = False, mapping: bool
         raise FileNotFoundError(f"{path}: there is no such file; check the name and the folder.")
     if path.is_dir():
         raise ValueError(f"{path}: this is a folder; give the .safetensors file in it.")
-    tensors, notes = _contents(path, in_memory, mapping)
+    tensors, notes = _contents(path, mapping)
     return Lora.from_state_dict(tensors, metadata=_notes(path, tensors, notes), source=path.name)
 
 
-def _contents(path: Path, in_memory: bool, mapping: bool) -> tuple[Mapping[str, Tensor | Unmade], Mapping[str, str]]:
-    """tensor_file.read, but for large files that nobody wants in memory."""
-    if in_memory or not IN_PLACE or path.stat().st_size < _STREAMED or count_open() >= _OPEN:
+def _contents(path: Path, mapping: bool) -> tuple[Mapping[str, Tensor | Unmade], Mapping[str, str]]:
+    """tensor_file.read, but for large files, whose LoRA factors stay where they are."""
+    if not IN_PLACE or path.stat().st_size < _STREAMED or count_open() >= _OPEN:
         return read(path, mapping=mapping and _MAPS)
     file = TensorFile(path)
     return _streamed(file), file.header.metadata

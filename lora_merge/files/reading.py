@@ -190,7 +190,9 @@ def _put(contents: Contents, canonical: str, tensors: dict[str, Tensor | Unmade]
             # ComfyUI reads b_norm beside w_norm only; alone it is the same as diff_b.
             name = "diff_b" if part == "b_norm" and "w_norm" not in tensors else part
             contents.diffs[canonical, name] = made(tensors[part])
-    update = build(tensors, alpha, names.kernel(canonical))
+    # Only a kind without a factor of the kernel's shape has to be told it.
+    kernel = () if "down" in tensors else names.kernel(canonical)
+    update = build(tensors, alpha, kernel)
     if isinstance(update, Layer):
         contents.modules[canonical] = update
     elif update is not None:

@@ -49,10 +49,12 @@ def _template(own: str) -> str:
 
 def _meaning(body: str) -> tuple[str, tuple[frozenset[str], frozenset[str]]]:
     """(number of the block, meanings) of a name in its families."""
+    nothing: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()
+    if body.startswith(unet.LDM_BLOCKS):
+        return "", nothing  # which no transformer has
     if ("", body) in _meanings():
         return "", _meanings()["", body]
     match = _BLOCK.fullmatch(body)
-    nothing: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()
     return (match[2], _meanings().get((match[1], match[3]), nothing)) if match else ("", nothing)
 
 

@@ -28,11 +28,15 @@ _ENDINGS = (
     (re.compile(r"attention_norm_([qk])$"), r"attention_\1_norm"),
     (re.compile(r"^all_(final_layer|x_embedder)_2-1"), r"\1"),
 )
+# One of these is there where any of them matches: most names end otherwise, and are as they are.
+_WITH_ENDING = ("_fc1", "_fc2", "_linear", "to_out_0", "_norm_scale", "attention_to_out", "_norm_q", "_norm_k")
 
 
 @lru_cache(maxsize=16384)  # every family is asked for every name of a LoRA, several times
 def alike(body: str) -> str:
     """An underscored name without prefix, endings that differ from tool to tool made alike."""
+    if not body.rstrip("\n").endswith(_WITH_ENDING) and not body.startswith("all_"):
+        return body
     for pattern, ending in _ENDINGS:
         body = pattern.sub(ending, body)
     return body

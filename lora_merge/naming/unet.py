@@ -57,6 +57,11 @@ _MID_RESNET = re.compile(r"mid_block_resnets_([01])_(.+)")
 _DOWNSAMPLER = re.compile(rf"down_blocks_{_N}_downsamplers_0_conv")
 _UPSAMPLER = re.compile(rf"up_blocks_{_N}_upsamplers_0_conv")
 
+_DIFFUSERS_BLOCKS = ("down_blocks_", "up_blocks_", "mid_block_")
+LDM_BLOCKS = ("input_blocks_", "output_blocks_", "middle_block_")
+
+_OF_LEVEL, _OF_LDM_BLOCK = re.compile(rf"(?:down|up)_blocks_{_N}_"), re.compile(rf"(?:input|output)_blocks_{_N}_")
+
 _INPUT_OP = re.compile(rf"input_blocks_{_N}_0_op")
 _INPUT_RESNET = re.compile(rf"input_blocks_{_N}_0_({_RESNET_LDM})")
 _INPUT_ATTENTION = re.compile(rf"input_blocks_{_N}_1_({_ATTENTION})")
@@ -91,16 +96,19 @@ class Layout:
         return self.upsampler_slots.get(level, default)
 
 
+_ANY = Layout()
+
+
 @lru_cache(maxsize=8192)
 def is_diffusers(name: str) -> bool:
     """Whether the name can only be a diffusers UNet's."""
-    return name == "time_embedding_cond_proj" or to_ldm(name, Layout()) is not None
+    return name == "time_embedding_cond_proj" or to_ldm(name, _ANY) is not None
 
 
 @lru_cache(maxsize=8192)
 def is_ldm(name: str) -> bool:
     """Whether the name can only be an ldm UNet's."""
-    return name in _BASIC_BACK or to_diffusers(name, Layout()) is not None
+    return name in _BASIC_BACK or to_diffusers(name, _ANY) is not None
 
 
 def is_wide_convolution(name: str) -> bool:
@@ -113,6 +121,8 @@ def to_ldm(name: str, layout: Layout) -> str | None:
     size = layout.res_blocks + 1
     if name in _BASIC or name in _BASIC_ALIASES:
         return _BASIC.get(name) or _BASIC_ALIASES[name]
+    if not name.startswith(_DIFFUSERS_BLOCKS):
+        return None
     if match := _DOWNSAMPLER.fullmatch(name):
         return f"input_blocks_{size * (int(match[1]) + 1)}_0_op"
     if match := _UPSAMPLER.fullmatch(name):
@@ -136,6 +146,8 @@ def to_diffusers(name: str, layout: Layout) -> str | None:
     size = layout.res_blocks + 1
     if name in _BASIC_BACK:
         return _BASIC_BACK[name]
+    if not name.startswith(LDM_BLOCKS):
+        return None
     if match := _INPUT_OP.fullmatch(name):
         return f"down_blocks_{int(match[1]) // size - 1}_downsamplers_0_conv"
     if match := _OUTPUT_CONV.fullmatch(name):
@@ -165,17 +177,24 @@ def twin_outside_blocks(name: str) -> str | None:
 @lru_cache(maxsize=8192)
 def _sizes(name: str) -> frozenset[int]:
     """Every R, up to MAX_RES_BLOCKS, with which a UNet can have a module of this name."""
+    if not name.startswith((*_DIFFUSERS_BLOCKS, *LDM_BLOCKS)):
+        return _EVERY
+    if match := _DOWN.fullmatch(name):
+        return _more_than(_block(match))
+    if match := _UP.fullmatch(name):
+        return _more_than(_block(match) - 1)
     if match := _INPUT_OP.fullmatch(name):
         return frozenset(size for size in _EVERY if int(match[1]) and int(match[1]) % (size + 1) == 0)
     if match := (_INPUT_RESNET.fullmatch(name) or _INPUT_ATTENTION.fullmatch(name)):
         return frozenset(size for size in _EVERY if int(match[1]) % (size + 1) != 0)
     if match := _OUTPUT_CONV.fullmatch(name):
         return frozenset(size for size in _EVERY if (int(match[1]) + 1) % (size + 1) == 0)
-    if match := _DOWN.fullmatch(name):
-        return frozenset(size for size in _EVERY if _block(match) < size)
-    if match := _UP.fullmatch(name):
-        return frozenset(size for size in _EVERY if _block(match) <= size)
     return _EVERY
+
+
+@lru_cache(maxsize=1024)
+def _more_than(block: int) -> frozenset[int]:
+    return frozenset(size for size in _EVERY if block < size)
 
 
 def _block(match: re.Match[str]) -> int:
@@ -195,7 +214,7 @@ def possible_res_blocks(names: Iterable[str]) -> list[int]:
     ways: dict[tuple[str, int], int] = {}
     for name in names:
         for way, pattern in (("down", _DOWN), ("up", _UP)):
-            if match := pattern.fullmatch(name):
+            if name.startswith(way) and (match := pattern.fullmatch(name)):
                 key = (way, int(match[1]))
                 ways[key] = max(ways.get(key, 0), _block(match))
     seen = {top + 1 if way == "down" else top for (way, _), top in ways.items()}
@@ -214,10 +233,12 @@ def infer_layout(names: Iterable[str], res_blocks: int | None = None) -> Layout:
     attention_levels: set[int] = set()
     levels = 0
     for name in names:
-        if match := re.match(rf"(?:down|up)_blocks_{_N}_", name):
+        if match := _OF_LEVEL.match(name):
             levels = max(levels, int(match[1]) + 1)
-        elif match := re.match(rf"(input|output)_blocks_{_N}_", name):
-            levels = max(levels, int(match[2]) // size + 1)
+        elif match := _OF_LDM_BLOCK.match(name):
+            levels = max(levels, int(match[1]) // size + 1)
+        if name.startswith(("input", "down")):
+            continue  # has nothing of the way up
         if match := _OUTPUT_CONV.fullmatch(name):
             slots[int(match[1]) // size] = int(match[2])
         elif (match := _UP.fullmatch(name)) and match[3]:

@@ -80,7 +80,8 @@ class Base:
 
     def shape(self, module: str) -> Shape | None:
         """Shape of the module's weight, None if this base has no such module. Either naming."""
-        return self.modules.get(module) or self.ldm_modules.get(module)
+        found = self.modules.get(module)
+        return found if found or unet.is_diffusers(module) else self.ldm_modules.get(module)
 
     def _modules(self) -> Iterable[tuple[str, Shape]]:
         first, time = self.channels[0], 4 * self.channels[0]
@@ -219,10 +220,13 @@ def base_of(modules: Mapping[str, Shape]) -> str | None:
     """
     shares: dict[str, float] = {}
     for base in BASES:
+        few, many = sorted((len(base.modules), len(modules)))
+        if few / max(many, 1) < _SAME:
+            continue  # whatever they are called
         same = sum(_same_weight(base.shape(name), shape) for name, shape in modules.items())
         shares[base.name] = same / max(len(base.modules) + len(modules) - same, 1)
-    best = max(shares, key=lambda name: shares[name])
-    return best if shares[best] >= _SAME else None
+    best = max(shares, key=lambda name: shares[name], default=None)
+    return best if best is not None and shares[best] >= _SAME else None
 
 
 def _same_weight(expected: Shape | None, shape: Shape) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from math import prod
 
 from torch import Tensor
@@ -48,6 +49,12 @@ def kinds_of(parts: Collection[str]) -> list[str]:
 
 def is_carried(parts: Collection[str]) -> bool:
     """Whether a module with these parts depends on the weight it changes."""
+    return _is_carried(frozenset(parts))
+
+
+# A file has thousands of modules, and a few sets of parts.
+@lru_cache(maxsize=1024)
+def _is_carried(parts: frozenset[str]) -> bool:
     return not _MODIFIERS.keys().isdisjoint(parts) or any(kind not in ADDITIVE for kind in kinds_of(parts))
 
 
@@ -70,19 +77,29 @@ def problem(parts: Mapping[str, str]) -> str | None:
     return None
 
 
-def idle(parts: Collection[str]) -> set[str]:
+def idle(parts: Collection[str]) -> frozenset[str]:
     """Which parts of one module have no effect in ComfyUI's loader: scales of nothing, or of what has no such scale."""
+    return _idle(frozenset(parts))
+
+
+@lru_cache(maxsize=1024)
+def _idle(parts: frozenset[str]) -> frozenset[str]:
     kinds = kinds_of(parts)
-    scales = {"alpha", *_MODIFIERS}.intersection(parts)
+    scales = parts.intersection({"alpha", *_MODIFIERS})
     if not kinds:
         return scales
     if kinds[0] not in ADDITIVE:
         return scales & {"reshape_weight", "magnitude"}
-    return scales & {"reshape_weight"} if kinds[0] != "LoRA" else set()
+    return scales & {"reshape_weight"} if kinds[0] != "LoRA" else frozenset()
 
 
 def ignores_alpha(parts: Collection[str]) -> bool:
     """Whether alpha has no effect beside these parts, so that any value of it will do."""
+    return _ignores_alpha(frozenset(parts))
+
+
+@lru_cache(maxsize=1024)
+def _ignores_alpha(parts: frozenset[str]) -> bool:
     if "alpha" in idle(parts):
         return True
     return REPLACED in kinds_of(parts) or {"lokr_w1", "lokr_w2"} <= set(parts)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from lcm_kit.lora_merge.naming import aliases, unet
 from lcm_kit.lora_merge.naming.aliases import (
     body,
     is_foreign,
@@ -148,3 +149,10 @@ def test_numbers_of_a_name_are_alike_and_digits_inside_words_are_not_numbers():
 )
 def test_namings_are_told_apart_by_their_prefix(canonical, prefix):
     assert prefix_class(canonical) == prefix
+
+
+def test_no_transformer_has_a_block_that_is_called_as_an_ldm_unets():
+    """So that such names need not be looked up among theirs."""
+    names = ["_".join(filter(None, place)) for place in aliases._meanings()]
+    assert names
+    assert not [name for name in names if name.startswith(unet.LDM_BLOCKS)]

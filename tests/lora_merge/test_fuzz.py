@@ -5,13 +5,15 @@ from random import Random
 
 import pytest
 
+from lcm_kit.lora_merge.files import load_save
 from lcm_kit.tests.soak.fuzz import fuzz
 from lcm_kit.tests.soak.lora_files import random_file
 
 
 @pytest.fixture(autouse=True)
-def quiet():
-    """Warnings about what float16 cannot hold, thousands of them."""
+def quiet(monkeypatch):
+    """Warnings about what float16 cannot hold, thousands of them; and what is a large file is as it was afterwards."""
+    monkeypatch.setattr(load_save, "_STREAMED", load_save._STREAMED)
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)

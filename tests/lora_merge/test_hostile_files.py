@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from lcm_kit.lora_merge import Lora, load
 from lcm_kit.lora_merge.__main__ import main
-from lcm_kit.lora_merge.disk import header
+from lcm_kit.lora_merge.disk import digests, header
 from lcm_kit.lora_merge.disk.digests import sha256_of
 from lcm_kit.lora_merge.disk.header import MAX_HEADER
 from lcm_kit.lora_merge.disk.json_text import MAX_CHARACTERS
@@ -313,7 +313,8 @@ def test_no_command_waits_at_what_is_no_file(tmp_path, capsys, what, command):
     assert not out.exists()
 
 
-def test_a_hash_that_nobody_waits_for_any_more_is_given_up(tmp_path):
+def test_a_hash_that_nobody_waits_for_any_more_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "_BLOCK", 1 << 20)
     path = tmp_path / "x"
     path.write_bytes(bytes(3 << 20))
     asked = []

@@ -4,9 +4,9 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from lcm_kit.lora_merge import LoraLayer, load, merge, save
+from lcm_kit.lora_merge import Lora, LoraLayer, load, merge, save
 from lcm_kit.lora_merge.algebra.later import made_later, surely_holds, write_product
 from lcm_kit.lora_merge.algebra.precision import holds
 from lcm_kit.lora_merge.files import load_save
@@ -40,7 +40,7 @@ def pair(tmp_path, monkeypatch):
     paths = [tmp_path / f"{seed}.safetensors" for seed in range(2)]
     for seed, path in enumerate(paths):
         save_file(state(6 - 2 * seed, seed), path)
-    return [(load(path), load(path, in_memory=True)) for path in paths]
+    return [(load(path), Lora.from_state_dict(load_file(path), source=path.name)) for path in paths]
 
 
 def merged(loras, **options):
@@ -66,7 +66,7 @@ def test_a_cut_that_is_made_later_has_the_bits_of_one_that_is_made_at_once(tmp_p
     files = [tmp_path / f"{name}.out.safetensors" for name in ("files", "memory")]
     for path, lora in zip(files, (in_files, in_memory), strict=True):
         save(lora, path, dtype=dtype)
-    first, second = (load(path, in_memory=True) for path in files)
+    first, second = map(load, files)
     for module, layer in first.modules.items():
         assert torch.equal(layer.up, second.modules[module].up)
         assert torch.equal(layer.down, second.modules[module].down)

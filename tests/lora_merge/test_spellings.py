@@ -1,9 +1,12 @@
 import json
+import re
+from itertools import product
 
 import pytest
 import torch
 
 from lcm_kit.lora_merge import Lora, merge
+from lcm_kit.lora_merge.files import keys
 from lcm_kit.tests.lora_merge.make import factors, kohya
 
 ATTENTION = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
@@ -141,3 +144,14 @@ def test_metadata_that_cannot_be_read_is_no_guess():
         Lora.from_state_dict(state, metadata={"lora_adapter_metadata": "{"}, source="style")
     with pytest.raises(ValueError, match="lora_alpha in the metadata is 'much', but it has to be a number"):
         Lora.from_state_dict(state, metadata={"lora_alpha": "much"}, source="style")
+
+
+def test_what_stands_before_alpha_is_the_module_without_one_word_for_lora():
+    pattern = re.compile(r"(.+?)(?:_lora|\.lora|\.lora_linear_layer)?\.alpha")
+    pieces = ["", "x", ".", "_lora", ".lora", ".lora_linear_layer", ".alpha", "\n"]
+    found = 0
+    for key in map("".join, product(pieces, pieces, pieces, [".alpha"])):
+        match = pattern.fullmatch(key)
+        assert keys.parse(key) == (match and (match[1], "alpha"))
+        found += match is not None
+    assert found > 100

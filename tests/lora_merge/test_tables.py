@@ -1,7 +1,10 @@
 """How slices share the rows of a fused weight, worked out by hand."""
 
+from itertools import product
+
 import pytest
 
+from lcm_kit.lora_merge.naming import tables
 from lcm_kit.lora_merge.naming.family import Rows
 from lcm_kit.lora_merge.naming.tables import Fused, Stack
 
@@ -61,3 +64,16 @@ def test_a_stack_lists_its_modules_with_the_names_that_others_have_for_them():
         ("b.{}.f", ["~b.{}.r", "~b.{}.u"]),
     ]
     assert dict(Stack(own="b", theirs="d", same="s", also={"s": "old"}).modules()) == {"b.{}.s": ["d.{}.s", "b.{}.old"]}
+
+
+def test_endings_are_made_alike_by_all_patterns_whatever_is_looked_at_first():
+    pieces = ["x_", "text_", "all_", "mlp_fc1", "mod_linear", "modulation_linear", "to_out_0", "attention_to_out_0", "query_norm_scale",
+              "attention_norm_k", "final_layer_2-1", "attention_to_out", "mlp", "\n"]  # fmt: skip
+    changed = 0
+    for name in map("".join, product(["", *pieces], pieces, ["", *pieces])):
+        wanted = name
+        for pattern, ending in tables._ENDINGS:
+            wanted = pattern.sub(ending, wanted)
+        assert tables.alike(name) == wanted
+        changed += wanted != name
+    assert changed > 100

@@ -432,7 +432,8 @@ def test_a_file_is_mapped_where_the_system_holds_it_and_the_caller_lets_it(
     monkeypatch.setattr(tensor_file.mmap, "mmap", lambda *a, **k: found.append(a) or mmap(*a, **k))
     assert load_save._MAPS is (os.name != "posix")
     monkeypatch.setattr(load_save, "_MAPS", maps)
-    load(path, in_memory=True, mapping=mapping)
+    monkeypatch.setattr(load_save, "_STREAMED", 1 << 40)
+    load(path, mapping=mapping)
     assert len(found) == mapped
 
 

@@ -15,11 +15,19 @@ from comfy_extras.nodes_train import LoraModelLoader
 from comfy_extras.nodes_train import SaveLoRA as CoresSaveLoRA
 from safetensors.torch import load_file, save_file
 
+from lcm_kit.host.lora import files
+from lcm_kit.host.lora.mix import NONE
+from lcm_kit.host.lora.terms import LoRAInFile
 from lcm_kit.host.lora.weights import LoraWeights
 from lcm_kit.lora_merge.disk.tensor_file import TensorFile
 from lcm_kit.lora_merge.updates.unmade import Unmade
+from lcm_kit.nodes.by_step import LoRAByStep
 from lcm_kit.nodes.comparing import CompareLoRA
+from lcm_kit.nodes.loading import LCMLoader
 from lcm_kit.nodes.merging import ResizeLoRA
+from lcm_kit.nodes.mix import LoRAMix
+from lcm_kit.nodes.sampling import LCMKSampler
+from lcm_kit.tests.lora_merge import kinds
 from lcm_kit.tests.with_comfyui import tiny
 from lcm_kit.tests.with_comfyui.lora_nodes import EXACT, applied, assert_same_weights, by_comfyui, loaded, merged, saved
 
@@ -243,6 +251,108 @@ def test_a_model_with_a_merge_has_nothing_of_it_in_memory_but_what_is_asked_for_
     del done
     gc.collect()
     assert living() - before < 0.1 * size
+
+
+# ---- files that are applied at once
+
+
+def by_the_loader(model, names):
+    """The first is a stack's."""
+    stack = [(names[0], 0.5, 0.5)]
+    return LCMLoader.execute(model, names[1], 1.0, "refuse", lora_stack=stack).result[0]
+
+
+def by_the_mix(model, names):
+    rows = {f"lora_{n}": NONE for n in range(1, 5)} | {"lora_1": names[0]}
+    rows |= {f"strength_{n}": 0.5 for n in range(1, 5)} | {f"on_{n}": True for n in range(1, 5)}
+    given = {"lcm_lora": names[1], "lcm_strength": 1.0, "block_strengths": "", "wrong_base": "refuse"}
+    return LoRAMix.execute(model=model, **given, **rows).result[0]
+
+
+AT_ONCE = {"loader and stack": by_the_loader, "mix": by_the_mix}
+
+
+@pytest.mark.parametrize("node", AT_ONCE)
+def test_who_applies_a_file_leaves_it_where_it_is_and_patches_as_cores_loader(model, put, node):
+    rank = 256
+    tensors = [tiny.lora(model, rank=rank, seed=n, dtype=torch.float16) for n in range(2)]
+    names = [put(f"{n}.safetensors", one) for n, one in enumerate(tensors)]
+    size = sum(os.path.getsize(folder_paths.get_full_path("loras", name)) for name in names)
+    AT_ONCE[node](model, names)
+    files._cache.clear()
+    gc.collect()
+    before = living()  # with what the parts of ComfyUI and of LCM Kit remember
+    done = AT_ONCE[node](model, names)
+    gc.collect()
+    assert living() - before < 0.1 * size
+    patches = [patch for entries in done.patches.values() for _, patch, *_ in entries]
+    assert {type(patch) for patch in patches} == {LoRAInFile}
+    pairs = [(tensors[0], 0.5), (tensors[1], 1.0)]
+    stacked = by_comfyui(model, *(pairs if node == "loader and stack" else reversed(pairs)))
+    ours, theirs = tiny.patched_weights(done), tiny.patched_weights(stacked)
+    assert ours.keys() == theirs.keys() != set()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def by_load_and_apply(model, names):
+    return applied(applied(model, loaded(names[0]))[0], loaded(names[1]))[0]
+
+
+def picture(model, positive):
+    settings = {"seed": 5, "steps": 2, "cfg": 1.0, "denoise": 1.0, "gamma": 1.0, "cfg_steps": -1, "original_steps": 50}
+    result = LCMKSampler.execute(model=model, positive=positive, latent_image=tiny.latent(), **settings)
+    return result[0]["samples"]
+
+
+def of_hooks(model, names):
+    positive = tiny.cond(1)
+    for name in names:
+        positive = LoRAByStep.execute(model=model, lora=loaded(name), positive=positive, strengths="1, 0.5").result[0]
+    return picture(model, positive)
+
+
+RUNS = {
+    name: lambda model, names, node=node: picture(node(model, names), tiny.cond(1)) for name, node in AT_ONCE.items()
+}
+RUNS |= {
+    "Load and Apply": lambda model, names: picture(by_load_and_apply(model, names), tiny.cond(1)),
+    "hooks": of_hooks,
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("broken", range(2))
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_value_that_is_no_number_stops_the_run_with_its_file_and_key_and_leaves_the_model(put, run, broken, value):
+    model, names = tiny.tiny_model(), []
+    before = {key: weight.clone() for key, weight in model.model.state_dict().items()}
+    plain = picture(model, tiny.cond(1))
+    for n in range(2):
+        tensors = tiny.lora(model, seed=n, dtype=torch.float16)
+        if n == broken:
+            wanted = [key for key in tensors if key.endswith(".weight")][7]
+            tensors[wanted].view(-1)[-1] = value
+        names.append(put(f"{n}.safetensors", tensors))
+    for _ in range(2):  # whoever presses the button again is told again
+        with pytest.raises(ValueError, match=rf"{broken}\.safetensors: NaN or infinite values in {wanted}") as failure:
+            RUNS[run](model, names)
+        assert "/" not in str(failure.value)
+    assert torch.equal(picture(model, tiny.cond(1)), plain)
+    assert all(torch.equal(weight, before[key]) for key, weight in model.model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr, both whole"])
+def test_two_models_share_no_patch_that_one_of_them_may_change(model, put, kind):
+    """Bypass moves an adapter's tensors and notes its module in it."""
+    _, layer, (rows, columns) = next(one for one in tiny.modules(model, (".time_emb_proj",)))
+    tensors = kinds.state_dict(kind, f"lora_unet_{layer.replace('.', '_')}", rows, columns)
+    lora = loaded(put("x.safetensors", tensors))
+    first, second = (applied(model, lora)[0].patches for _ in range(2))
+    assert first.keys() == second.keys() != set()
+    for key, ((_, one, *_),) in first.items():
+        ((_, other, *_),) = second[key]
+        assert one is not other
+        assert all(a is b for a, b in zip(one.weights, other.weights, strict=True))
 
 
 # ---- files that do not stay as they were
