@@ -135,7 +135,7 @@ class Unmade:
     @contextmanager
     def borrowed(self) -> Iterator[Tensor]:
         """The tensor in memory that serves the next one afterwards."""
-        with borrowed_bytes(self.nbytes) as memory:
+        with borrowed_bytes(self.nbytes, self.device) as memory:
             place = memory.view(self.dtype).view(self.shape)
             self.fill(place)
             yield place
@@ -150,7 +150,7 @@ class Unmade:
     def extremes(self) -> Extremes:
         known: Extremes | None = vars(self).get("_extremes")
         if known is None:
-            with borrowed_bytes(self.nbytes) as memory:
+            with borrowed_bytes(self.nbytes, self.device) as memory:
                 place = memory.view(self.dtype).view(self.shape)
                 self.write(place)
                 known = extremes(place)

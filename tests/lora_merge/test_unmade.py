@@ -445,3 +445,9 @@ def test_8_bit_floats_are_read_at_once_for_nothing_can_be_computed_with_them(tmp
     assert unmade(there) == []
     for module in kept.modules:
         assert torch.equal(there.delta(module), kept.delta(module))
+
+
+def test_memory_is_borrowed_where_a_tensor_belongs():
+    """meta stands for a device without numbers."""
+    with Unmade(HALF, torch.Size((2, 3)), lambda place: None, torch.device("meta")).borrowed() as there:
+        assert (there.dtype, there.shape, there.device.type) == (HALF, (2, 3), "meta")
