@@ -73,6 +73,17 @@ def floor(folder, out, _):
     return work
 
 
+def hashed(folder, out, _):
+    """sha256 of both inputs: what the command adds, and of as many bytes as the exact merge writes, whose file states its hash."""
+    from lcm_kit.lora_merge.disk.digests import sha256_of
+
+    def work():
+        for name in STRENGTHS:
+            sha256_of(folder / f"{name}.safetensors")
+
+    return work
+
+
 def ours(folder, out, options):
     import torch
 
@@ -133,7 +144,14 @@ def compared(folder, out, options):
     return work
 
 
-JOBS = {"floor": floor, "ours": ours, "command": command, "whole": whole_command, "compare": compared} | peers.JOBS
+JOBS = {
+    "floor": floor,
+    "hashed": hashed,
+    "ours": ours,
+    "command": command,
+    "whole": whole_command,
+    "compare": compared,
+} | peers.JOBS
 
 
 def job(name, folder, out, options):
@@ -192,7 +210,8 @@ def spread(runs, floors):
 def chosen(base, arguments):
     """(words, job, options) of each row that was asked for."""
     rows = [(f"LCM Kit, {name}", "ours", {"name": name}) for name in OURS]
-    rows[1:1] = [
+    rows[:0] = [("sha256 of both inputs", "hashed", {})]
+    rows[2:2] = [
         ("LCM Kit, exact, command after import", "command", {}),
         ("LCM Kit, exact, command whole", "whole", {}),
     ]
