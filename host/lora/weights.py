@@ -1,11 +1,14 @@
 """LORA_MODEL: ComfyUI's dict of tensors, here with the file's metadata and a name riding along, and large tensors left where
 they lie until somebody asks for them."""
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, ValuesView
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 from ...lora_merge import Lora
 from ...lora_merge.files.keys import suffix
@@ -22,7 +25,8 @@ class LoraWeights(dict):
 
     name: what to call it in messages.   metadata: the file's, text to text.
     What came unmade (factors in a file, exact sums of such) is made when somebody asks for it, and in the dict from then on,
-    as in any dict: people write into tensors, and safetensors compares their addresses. What asks for none reads `pieces`.
+    as in any dict: people write into tensors, and safetensors compares their addresses; of `values` when it is used. What
+    asks for none reads `pieces`.
     Asking raises ValueError where the file is not what it was.
     """
 
@@ -76,8 +80,7 @@ class LoraWeights(dict):
         return super().items()
 
     def values(self):
-        self._ask_for_all()
-        return super().values()
+        return _Values(self)
 
     def copy(self) -> dict[str, torch.Tensor]:
         return dict(self.items())
@@ -93,6 +96,62 @@ class LoraWeights(dict):
     def __reduce__(self):
         """A copy, also one in another process, has all tensors."""
         return _again, (self.copy(), self.name, self.metadata)
+
+
+class _Values(ValuesView):
+    """Of LoraWeights, the tensors that are not made as such by which they are made when they are used.
+
+    ComfyUI goes through all values of every output of a node, looking for models among them (PromptModelTracker, 0.30): to
+    make them for that would take the memory and the time that they are left in their files for, and an error of a file
+    would end the thread that runs prompts.
+    """
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for key, piece in self._mapping.pieces.items():
+            yield _Later(self._mapping, key, piece) if isinstance(piece, Unmade) else piece
+
+    def __reversed__(self) -> Iterator[torch.Tensor]:
+        return reversed([*self])
+
+    @property
+    def mapping(self) -> MappingProxyType:
+        return MappingProxyType(self._mapping)
+
+
+class _Later(torch.Tensor):
+    """A tensor that is that of a LORA_MODEL in all that is done with it, and made then."""
+
+    # What is made of it are ordinary tensors.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, weights: LoraWeights, key: str, piece: Unmade) -> "_Later":
+        later = torch.Tensor._make_wrapper_subclass(cls, piece.shape, dtype=piece.dtype, device=piece.device)
+        later.made = lambda: weights[key]
+        return later
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, lambda later: later.made(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        return self.made().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo):
+        return copy.deepcopy(self.made(), memo)
+
+
+def _of_the_tensor_itself(name: str):
+    def method(self, *args, **kwargs):
+        return getattr(self.made(), name)(*args, **kwargs)
+
+    return method
+
+
+# What asks for memory and not for an operation.
+for _name in ("data_ptr", "numpy", "__array__", "storage", "untyped_storage", "tolist", "share_memory_", "pin_memory"):
+    setattr(_Later, _name, _of_the_tensor_itself(_name))
 
 
 def _again(tensors: Mapping[str, torch.Tensor], name: str, metadata: Mapping[str, str]) -> LoraWeights:

@@ -9,6 +9,7 @@ import pickle
 from collections import ChainMap, OrderedDict
 from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, load_file, save, save_file
@@ -89,6 +90,12 @@ def in_place(d):
         value.mul_(2)
 
 
+def first_in_place(d):
+    for value in d.values():
+        value.add_(1)
+        break
+
+
 def one_by_one(d):
     for key in d:
         d[key] = d[key] * 2
@@ -126,7 +133,8 @@ WAYS = {
     "__reversed__": [lambda d: list(reversed(d))],
     "keys": [lambda d: list(d.keys()), lambda d: d.keys() & {A}, lambda d: d.keys() == state().keys(),
              lambda d: list(reversed(d.keys()))],
-    "values": [lambda d: list(d.values()), lambda d: len(d.values()), lambda d: list(reversed(d.values())), in_place],
+    "values": [lambda d: list(d.values()), lambda d: len(d.values()), lambda d: list(reversed(d.values())), in_place,
+               first_in_place, lambda d: d.values().mapping[A]],
     "items": [lambda d: list(d.items()), lambda d: list(reversed(d.items())), lambda d: d.items().mapping[A],
               lambda d: {key: value.clone() for key, value in d.items()}, lambda d: max(d.items())[0],
               lambda d: len({value.data_ptr() for _, value in d.items()})],
@@ -265,7 +273,8 @@ def test_a_file_that_was_changed_is_an_error_in_words_and_no_numbers(tmp_path, g
     weights = GIVEN[given](tmp_path)
     for path in tmp_path.iterdir():
         os.truncate(path, 100)
-    for ask in (lambda: weights[A], lambda: weights.get(B), lambda: dict(weights), getattr(weights, way)):
+    ask_way = getattr(weights, way) if way != "values" else lambda: [one + 1 for one in weights.values()]
+    for ask in (lambda: weights[A], lambda: weights.get(B), lambda: dict(weights), ask_way):
         if way == "popitem" and ask == getattr(weights, way):
             weights.pop("lora_unet_b.alpha")  # which was read at once
         with pytest.raises(ValueError, match=r"\.safetensors: was changed by another program"):
@@ -305,3 +314,56 @@ def test_it_is_still_the_dict_that_it_was():
     tensors = {"a": torch.ones(1)}
     assert LoraWeights(tensors, name="x") == tensors
     assert dict(LoraWeights(tensors, name="x")) == tensors
+
+
+USES = {
+    "an operation": lambda one: one * 2 + 1,
+    "another way about": lambda one: 1 - one,
+    "in place": lambda one: one.mul_(3),
+    "a part": lambda one: one[:, :1],
+    "a part written": lambda one: operator.setitem(one, 0, 7.0),
+    "a product": lambda one: one.float().T @ one.float(),
+    "a number": lambda one: float(one.sum()),
+    "compared": lambda one: torch.equal(one, one.clone()),
+    "numpy": lambda one: torch.from_numpy(one.numpy()),
+    "an array": lambda one: torch.from_numpy(np.asarray(one)),
+    "a list": lambda one: one.tolist(),
+    "a copy": lambda one: copy.deepcopy(one),
+    "pickled": lambda one: pickle.loads(pickle.dumps(one)),
+    "moved": lambda one: one.to(torch.float32),
+    "joined": lambda one: torch.cat([one, one]),
+    "memory": lambda one: one.untyped_storage().nbytes(),
+    "a parameter": lambda one: torch.nn.Parameter(one.detach().clone()).data,
+}
+
+
+@ONLY_POSIX
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("given", ["a file", "an exact merge"])
+def test_a_value_is_made_when_it_is_used_and_is_the_tensor_then(tmp_path, given, use):
+    weights, plain_dict = GIVEN[given](tmp_path), GIVEN[given](tmp_path).copy()
+    before = unmade(weights)
+    values = list(weights.values())
+    assert [(v.shape, v.dtype, v.device, v.ndim, v.numel(), v.is_contiguous()) for v in values] == [
+        (v.shape, v.dtype, v.device, v.ndim, v.numel(), v.is_contiguous()) for v in plain_dict.values()
+    ]
+    assert all(isinstance(value, torch.Tensor) for value in values)
+    assert unmade(weights) == before
+    found, wanted = USES[use](values[0]), USES[use](next(iter(plain_dict.values())))
+    if isinstance(wanted, torch.Tensor):
+        assert torch.equal(found, wanted)
+    else:
+        assert found == wanted
+    assert unmade(weights) == before[1:]
+    assert torch.equal(weights[before[0]], plain_dict[before[0]])
+    assert values[0].data_ptr() == weights[before[0]].data_ptr()
+
+
+@ONLY_POSIX
+@pytest.mark.parametrize("given", ["a file", "an exact merge"])
+def test_saved_as_values_by_name_it_is_what_it_is(tmp_path, given):
+    weights = GIVEN[given](tmp_path)
+    save_file(dict(zip(weights, weights.values(), strict=True)), tmp_path / "again.safetensors")
+    found, wanted = load_file(tmp_path / "again.safetensors"), weights.copy()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)

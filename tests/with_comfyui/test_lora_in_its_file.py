@@ -6,6 +6,7 @@ import gc
 import os
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -387,3 +388,16 @@ def test_a_file_written_anew_is_read_anew_and_one_replaced_lives_on(model, pair,
     os.replace(folder_paths.get_full_path("loras", "new.safetensors"), path)
     assert_same_weights(applied(model, loaded(pair[0]))[0], by_comfyui(model, (load_file(path), 1.0)))
     assert_same_weights(applied(model, old)[0], by_comfyui(model, (tensors, 1.0)))
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_going_through_every_output_for_models_makes_nothing(pair, given):
+    """ComfyUI 0.30 does, with each output of each node that another takes."""
+    tracker = getattr(comfy.model_patcher, "PromptModelTracker", None)
+    if tracker is None:
+        pytest.skip("this ComfyUI does not")
+    lora = GIVEN[given](pair)
+    before = unmade(lora)
+    assert before
+    tracker().add([lora, {"inside": [lora]}])
+    assert unmade(lora) == before
