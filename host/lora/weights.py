@@ -52,10 +52,14 @@ class LoraWeights(dict):
 
     def __getitem__(self, key: str) -> torch.Tensor:
         piece = super().__getitem__(key)
-        if isinstance(piece, Unmade):
-            piece = piece.shared()
-            super().__setitem__(key, piece)
-        return piece
+        return self._made(key, piece) if isinstance(piece, Unmade) else piece
+
+    def _made(self, key: str, piece: Unmade) -> torch.Tensor:
+        """The tensor, in the dict from now on if the piece still is."""
+        tensor = piece.shared()
+        if super().get(key) is piece:
+            super().__setitem__(key, tensor)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         """Python copies what is in the table of a dict, asking nobody, unless it has a way of its own to be gone through."""
@@ -127,8 +131,14 @@ class _Later(torch.Tensor):
     @staticmethod
     def __new__(cls, weights: LoraWeights, key: str, piece: Unmade) -> "_Later":
         later = torch.Tensor._make_wrapper_subclass(cls, piece.shape, dtype=piece.dtype, device=piece.device)
-        later.made = lambda: weights[key]
+        later.of, later.tensor = (weights, key, piece), None
         return later
+
+    def made(self) -> torch.Tensor:
+        if self.tensor is None:
+            weights, key, piece = self.of
+            self.tensor = weights._made(key, piece)
+        return self.tensor
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

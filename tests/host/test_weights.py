@@ -367,3 +367,20 @@ def test_saved_as_values_by_name_it_is_what_it_is(tmp_path, given):
     found, wanted = load_file(tmp_path / "again.safetensors"), weights.copy()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@ONLY_POSIX
+@pytest.mark.parametrize("given", ["a file", "an exact merge"])
+@pytest.mark.parametrize(
+    "change", [lambda d, key: d.update({key: torch.zeros(1)}), lambda d, key: d.clear(), lambda d, key: d[key]]
+)
+def test_a_value_is_what_it_was_when_it_was_asked_for_whatever_becomes_of_the_dict(tmp_path, given, change):
+    weights, plain_dict = GIVEN[given](tmp_path), GIVEN[given](tmp_path).copy()
+    for dictionary in (weights, plain_dict):
+        first = next(iter(dictionary))
+        values = list(dictionary.values())
+        change(dictionary, first)
+        values[0].add_(1)
+        dictionary["what came of it"] = values[0] * 2
+    assert weights.keys() == plain_dict.keys()
+    assert all(torch.equal(weights[key], plain_dict[key]) for key in plain_dict)
