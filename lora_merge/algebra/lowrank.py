@@ -124,7 +124,9 @@ def _product(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def directions(terms: Sequence[Term], *, balanced: bool = False) -> Directions:
+def directions(
+    terms: Sequence[Term], *, balanced: bool = False, known: Known | None = None, until: ExitStack | None = None
+) -> Directions:
     """Orthonormal directions of the weighted sum of (layer, strength) terms of one weight, by importance.
 
     up and down are the terms' factors side by side; with up = Q_u R_u and down^T = Q_d R_d the sum is
@@ -133,21 +135,8 @@ def directions(terms: Sequence[Term], *, balanced: bool = False) -> Directions:
         norm; Eckart & Young 1936). They follow the strong terms: a weak one may be lost whole at a small error.
     balanced True: the singular vectors of all terms side by side, each scaled to norm 1, so that a weak term has as
         much say as a strong one. The error of the sum is larger, what each term keeps is more even.
+    known: of the same terms.   until: see side_by_side_as_they_are.
     """
-    return _directions(terms, balanced)
-
-
-def prospect_and_known(terms: Sequence[Term], *, balanced: bool) -> tuple[Prospect, Known | None]:
-    """Of `directions`, which take no new memory of the size of the updates here."""
-    with ExitStack() as until:
-        found = _directions(terms, balanced, until=until)
-        return found.prospect(), found.known()
-
-
-def _directions(
-    terms: Sequence[Term], balanced: bool, known: Known | None = None, until: ExitStack | None = None
-) -> Directions:
-    """known: of the same terms.   until: see side_by_side_as_they_are."""
     whole, numbers = side_by_side_as_they_are(terms, until)
     if known is not None:
         return Directions(Basis(whole.up, known.r_up), Basis(whole.down.T, known.r_down), known.order, whole.shape)
@@ -159,6 +148,13 @@ def _directions(
     products = tuple(map(Product, torch.split(r_up, ranks, 1), torch.split(r_down, ranks, 1)))
     in_order = order(r_up @ r_down.T, products, balanced=balanced)
     return Directions(up, down, in_order, whole.shape)
+
+
+def prospect_and_known(terms: Sequence[Term], *, balanced: bool) -> tuple[Prospect, Known | None]:
+    """Of `directions`, which take no new memory of the size of the updates here."""
+    with ExitStack() as until:
+        found = directions(terms, balanced=balanced, until=until)
+        return found.prospect(), found.known()
 
 
 def directions_in(space: CoreSpace, core: Tensor, *, balanced: bool = False) -> Directions:
@@ -193,7 +189,7 @@ def truncated_sum(
     if known is not None and (later := _cut_later(terms, known.order, rank, dtype)) is not None:
         return later
     with ExitStack() as until:
-        return _directions(terms, balanced, known, until).cut(rank, dtype)
+        return directions(terms, balanced=balanced, known=known, until=until).cut(rank, dtype)
 
 
 def _cut_later(terms: Sequence[Term], order: Order | Singular, rank: int, dtype: torch.dtype) -> Truncated | None:

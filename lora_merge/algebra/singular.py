@@ -42,7 +42,7 @@ class Singular:
         of_sum = self.worth.cumsum(0)
         if len(self.ranks) == 1:
             return torch.nn.functional.pad(of_sum.expand(2, -1), (1, 0))
-        squares = self._squares(self.r.T @ self.v, len(self.worth))
+        squares = self._squares(self.r.T @ self.v)
         kept = torch.nn.functional.pad(torch.stack([of_sum, *map(corners, squares)]), (1, 0))
         kept[:, -1] = kept.new_tensor([self.energy, *self.source_energy])
         return kept
@@ -64,24 +64,15 @@ class Singular:
         along = self.r.T @ v
         right = torch.linalg.solve_triangular(self.r, v * root, upper=True).T
         lost = float(self.worth[rank:].sum())
-        return Cut(self.numbers[:, None] * along / root, right, lost, self._kept_at(rank, along))
+        return Cut(self.numbers[:, None] * along / root, right, lost, tuple(self.kept[1:, rank].tolist()))
 
-    def _kept_at(self, rank: int, along: Tensor) -> tuple[float, ...]:
-        if rank == len(self.worth):
-            return self.source_energy
-        if len(self.ranks) == 1:
-            return (float(self.worth[:rank].sum()),)
-        if "kept" in vars(self):
-            return tuple(self.kept[1:, rank].tolist())
-        return tuple(float(squares.sum()) for squares in self._squares(along, rank))
-
-    def _squares(self, along: Tensor, rank: int) -> list[Tensor]:
-        """(rank, rank) for each term, the squared entries of u^T term v.   along: (R, rank), r^T v."""
+    def _squares(self, along: Tensor) -> list[Tensor]:
+        """(R, R) for each term, the squared entries of u^T term v.   along: (R, R), r^T v."""
         assert self.gram is not None
         ranks = list(self.ranks)
         # u^T up_i = (r^T v / s)^T gram_i, and down_i v = (r^T v)_i.
         lefts, rights = torch.split(along.T @ self.gram, ranks, dim=1), torch.split(along, ranks)
-        worth = self.worth[:rank, None]
+        worth = self.worth[:, None]
         return [(left @ right).square_().div_(worth) for left, right in zip(lefts, rights, strict=True)]
 
 
